@@ -1,0 +1,25 @@
+# Two commands: `make validate` runs the whole pipeline, `make test` all checks. Both set up .venv themselves.
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: validate test clean
+
+validate: .venv/installed
+	$(BIN)/phase1 pipeline --preset smoke --dataset-name builtin --out-dir results/validate
+
+test: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	touch $@
+
+.venv/installed-test: .venv/installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv results/validate

@@ -1,0 +1,110 @@
+"""Checkpoints: safetensors for tensors, JSON for the rest, complete or absent at any moment."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from phase1.config import ModelConfig
+from phase1.files import atomic_write, read_json
+from phase1.model import LanguageModel
+from phase1.train import TrainState
+
+INDEX = "checkpoint.json"  # written last; names the tensor files that belong together
+
+
+def save_checkpoint(folder: Path | str, state: TrainState, facts: dict[str, Any], *, resumable: bool = True) -> None:
+    """Write model, token order and `facts` (JSON: data, protocol, seconds...), and what resuming needs if `resumable`.
+
+    The tensor files carry the step in their names and the index that names them is replaced last, so a crash
+    leaves the previous checkpoint whole. Files of older steps are removed afterwards.
+    """
+    folder = Path(folder)
+    files = {"model": f"model-{state.step:08d}.safetensors"}
+    atomic_write(folder / files["model"], save(_on_cpu(state.model.state_dict())))
+    if resumable:
+        files["training"] = f"training-{state.step:08d}.safetensors"
+        atomic_write(folder / files["training"], save(_on_cpu(_optimizer_tensors(state))))
+    index = {
+        "format": 1,
+        "step": state.step,
+        "model_config": asdict(state.model.config),
+        "train_config": asdict(state.config),
+        "scaler": state.scaler.state_dict(),
+        "files": files,
+        "facts": facts,
+    }
+    atomic_write(folder / INDEX, json.dumps(index, indent=2, allow_nan=False).encode())
+    for old in folder.glob("*.safetensors"):
+        if old.name not in files.values():
+            old.unlink()
+
+
+def read_index(folder: Path | str) -> dict[str, Any]:
+    """The index of a checkpoint; ValueError, one line, if there is none or it is not one of ours."""
+    path = Path(folder) / INDEX
+    try:
+        index = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"no checkpoint in {folder}: {INDEX} is {error}; train one with `phase1 train`") from error
+    if not isinstance(index, dict) or index.get("format") != 1 or not {"model_config", "files", "facts"} <= set(index):
+        raise ValueError(f"{path} is not a checkpoint of format 1; train again, or use the version that wrote it")
+    return index
+
+
+def load_model(folder: Path | str) -> tuple[LanguageModel, dict[str, Any]]:
+    """The model of a checkpoint, on the CPU, and its facts. Raises ValueError for a missing or foreign one."""
+    index = read_index(folder)
+    try:
+        config = ModelConfig(**index["model_config"])
+        tensors = load_file(Path(folder) / index["files"]["model"])
+        model = LanguageModel(config, token_order=tensors.get("embedding.positions_of"))
+        model.load_state_dict(tensors)
+    except (KeyError, TypeError, OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the checkpoint in {folder} does not fit this version: {reason}; train again") from error
+    return model, index["facts"]
+
+
+def resume(folder: Path | str, state: TrainState) -> dict[str, Any]:
+    """Put `state` exactly where the checkpoint left it and return its facts; ValueError if the configs differ."""
+    index = read_index(folder)
+    for name, mine in (("model_config", state.model.config), ("train_config", state.config)):
+        theirs = index.get(name, {})
+        different = sorted(k for k, v in asdict(mine).items() if theirs.get(k) != v)
+        if different:
+            flags = ", ".join("--" + key.replace("_", "-") for key in different)
+            raise ValueError(f"the checkpoint in {folder} was made with other {flags}; use those, or another --out-dir")
+    if "training" not in index["files"]:
+        raise ValueError(f"the checkpoint in {folder} holds no optimizer state; it can be evaluated, not resumed")
+    state.model.load_state_dict(load_file(Path(folder) / index["files"]["model"]))
+    _restore_optimizer(state, load_file(Path(folder) / index["files"]["training"]))
+    state.scaler.load_state_dict(index["scaler"])
+    state.step = index["step"]
+    return index["facts"]
+
+
+def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
+    names = {parameter: name for name, parameter in state.model.named_parameters()}
+    return {
+        f"{names[parameter]}:{key}": value
+        for parameter, values in state.optimizer.state.items()
+        for key, value in values.items()
+    }
+
+
+def _restore_optimizer(state: TrainState, tensors: dict[str, Tensor]) -> None:
+    for name, parameter in state.model.named_parameters():
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            value = tensors[f"{name}:{key}"]
+            on_cpu = key == "step" and not state.optimizer.defaults["fused"]
+            state.optimizer.state[parameter][key] = value if on_cpu else value.to(parameter.device)
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+

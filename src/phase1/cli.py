@@ -1,0 +1,110 @@
+"""The command line: every flag, default and help text comes from a config dataclass."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, get_args, get_origin
+
+from phase1 import __version__, config
+from phase1.errors import Unavailable
+
+COMMANDS: dict[str, type[config.Config]] = {
+    "memory": config.MemoryRun,
+    "throughput": config.ThroughputRun,
+    "perplexity": config.PerplexityRun,
+    "tables": config.TablesRun,
+    "pipeline": config.PipelineRun,
+    "train": config.TrainRun,
+    "doctor": config.DoctorRun,
+}
+EXIT_STATUS = "exit status: 0 every check passes, 1 a check fails, 2 wrong usage or input, 3 undecided or unavailable, 130 interrupted"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line that ends with where to look, without the usage block in front."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    name = argv[0] if argv and argv[0] in COMMANDS else None
+    if name is None:
+        return _top_level(argv)
+    try:
+        run = parse(name, argv[1:])
+        return int(importlib.import_module(f"phase1.commands.{name}").main(run))
+    except (ValueError, Unavailable) as error:
+        print(f"phase1 {name}: error: {error}", file=sys.stderr)
+        return 3 if isinstance(error, Unavailable) else 2
+    except KeyboardInterrupt:
+        print(f"phase1 {name}: interrupted; what was finished is kept", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, `head` for example, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _top_level(argv: list[str]) -> int:
+    parser = _Parser(prog="phase1", description="Phase 1 Efficiency Engine: an O(N) language model and its validation.")
+    parser.add_argument("--version", action="version", version=f"phase1 {__version__}")
+    commands = parser.add_subparsers(metavar="command", required=True)
+    for name, cls in COMMANDS.items():
+        commands.add_parser(name, help=_summary(cls), add_help=False)
+    parser.epilog = f"phase1 COMMAND --help explains a command. {EXIT_STATUS}"
+    parser.parse_args(argv)
+    return 2
+
+
+def parse(command: str, argv: Sequence[str]) -> Any:
+    """`argv` as the config of `command`: a flag wins over the preset, the preset over the default.
+
+    Raises SystemExit(2) for unknown flags and values of the wrong type, ValueError for values out of range.
+    """
+    cls = COMMANDS[command]
+    parser = _Parser(
+        prog=f"phase1 {command}",
+        description=cls.__doc__,
+        epilog=EXIT_STATUS,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    presets = [name for name, commands in config.PRESETS.items() if command in commands]
+    if presets:
+        parser.add_argument("--preset", choices=presets, default=None, help="defaults for a card; other flags win over it")
+    for field in fields(cls):
+        parser.add_argument("--" + field.name.replace("_", "-"), help=field.metadata["help"], **_argument(field))
+    values = vars(parser.parse_args(argv))
+    if presets and values["preset"] is not None:
+        parser.set_defaults(**config.PRESETS[values["preset"]][command])
+        values = vars(parser.parse_args(argv))
+    if presets:
+        del values["preset"]
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _argument(field: Any) -> dict[str, Any]:
+    """What argparse needs to know of a dataclass field."""
+    kind, options = field.type, {"default": field.default}
+    if field.default is MISSING:
+        options = {"required": True}
+    if kind is bool:
+        return options | {"action": argparse.BooleanOptionalAction}
+    if get_origin(kind) is UnionType:
+        kind = next(part for part in get_args(kind) if part is not NoneType)
+    if get_origin(kind) is tuple:
+        options["nargs"] = "+"
+        kind = get_args(kind)[0]
+    if get_origin(kind) is Literal:
+        return options | {"choices": get_args(kind)}
+    return options | {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "TEXT")}
+
+
+def _summary(cls: type) -> str:
+    return (cls.__doc__ or "").strip().splitlines()[0]

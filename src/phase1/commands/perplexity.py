@@ -1,0 +1,202 @@
+"""`phase1 perplexity`: train what is not trained yet, evaluate all on the same targets, compare."""
+
+import math
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from phase1.checkpoint import load_model, read_index
+from phase1.commands.train import train_to_checkpoint
+from phase1.config import ModelConfig, PerplexityRun, TrainConfig, content_id, model_config
+from phase1.data import Corpus, count_words, load_corpus
+from phase1.measure.environment import current_command, environment
+from phase1.measure.perplexity import Evaluation, Protocol, evaluate, unigram_entropy
+from phase1.measure.stats import paired_ratio_interval
+from phase1.record import FILES, Check, Dataset, Parameters, PerplexityResult, Report, exit_code, write_report
+from phase1.report import checks_text, perplexity_text, plot_perplexity
+from phase1.train import compute_dtype
+
+LIMIT_PERCENT = 5.0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to evaluate: its key in the report, and where it is, or how to make it."""
+
+    key: str
+    checkpoint: Path | None
+    config: ModelConfig
+
+
+def main(run: PerplexityRun) -> int:
+    """Write the perplexity report and print it; see `PerplexityRun` for the flags."""
+    models = candidates(run)
+    need = ("valid",) if all(m.checkpoint for m in models) else ("train", "valid")
+    corpus = load_corpus(run, vocab_size=run.vocab_size, need=need, train_tokens=run.train_tokens)
+    scored = corpus.splits["valid"]
+    protocol = Protocol(
+        dataset_sha256=scored.sha256,
+        tokenizer_sha256=corpus.tokenizer.fingerprint,
+        split=scored.name,
+        seq_length=run.seq_length,
+        prefix=corpus.tokenizer.end_of_text,
+        max_windows=run.max_samples,
+    )
+    evaluations, results = {}, {}
+    for model in models:
+        folder = model.checkpoint or train_candidate(run, model, corpus)
+        evaluations[model.key], results[model.key] = evaluate_checkpoint(run, model.key, folder, corpus, protocol)
+    results = {key: compare(key, results, evaluations) for key in results}
+    checks = [quality_check(result, results.get("baseline")) for key, result in results.items() if key != "baseline"]
+    report = Report[PerplexityResult](
+        kind="perplexity",
+        environment=environment(),
+        command=current_command(),
+        run=asdict(run) | {"dataset_source": corpus.source, "dataset_revision": corpus.revision},
+        results=results,
+        checks=checks,
+    )
+    path = Path(run.out_dir) / FILES["perplexity"]
+    write_report(report, path)
+    written = [path]
+    if len(results) > 1:
+        written.append(plot_perplexity(report, path.with_name("phase1_perplexity_comparison.png")))
+    print(perplexity_text(report), checks_text(checks), *(f"written: {p}" for p in written), sep="\n")
+    return exit_code(checks)
+
+
+def candidates(run: PerplexityRun) -> list[Candidate]:
+    """The baseline, every rank pair, and what --checkpoint names beside them. Raises ValueError for a wrong name or path."""
+    given = {}
+    for item in run.checkpoint:
+        name, separator, path = item.partition("=")
+        if not separator or not re.fullmatch(r"baseline|phase1_htt\d+_ar\d+", name):
+            raise ValueError(
+                f"--checkpoint must be NAME=PATH with NAME baseline or phase1_htt{{r}}_ar{{R}}; got {item!r}; correct it"
+            )
+        given[name] = Path(path)
+    pairs = [(r, R) for r in run.test_htt_ranks for R in run.test_ar_ssm_ranks]
+    wanted = {"baseline": model_config("baseline", run)} if run.baseline else {}
+    wanted |= {f"phase1_htt{r}_ar{R}": model_config("phase1", run, htt_rank=r, ar_ssm_max_rank=R) for r, R in pairs}
+    for name, path in given.items():
+        config = ModelConfig(**read_index(path)["model_config"])
+        if name != expected_name(config):
+            raise ValueError(f"--checkpoint {name}={path}: the model there is {expected_name(config)}; use that name")
+        wanted[name] = config
+    return [Candidate(name, given.get(name), config) for name, config in wanted.items()]
+
+
+def expected_name(config: ModelConfig) -> str:
+    """The key of a model in a perplexity report."""
+    engine = config.mixer == "ar_ssm" and config.embedding == "htt"
+    return f"phase1_htt{config.htt_rank}_ar{config.ar_ssm_max_rank}" if engine else "baseline"
+
+
+def train_candidate(run: PerplexityRun, model: Candidate, corpus: Corpus) -> Path:
+    """Train `model`, or find it trained by an earlier run on the same config and data; its checkpoint folder."""
+    train_config = TrainConfig(**{f.name: getattr(run, f.name) for f in fields(TrainConfig)})
+    identity = {
+        "model": asdict(model.config),
+        "train": asdict(train_config),
+        "seq_length": run.seq_length,
+        "tokens": corpus.splits["train"].sha256,
+        "tokenizer": corpus.tokenizer.fingerprint,
+    }
+    folder = Path(run.checkpoint_dir) / f"{model.key}-{content_id(identity)}"
+    train_to_checkpoint(model.config, train_config, corpus, run.seq_length, folder, label=model.key)
+    return folder
+
+
+def evaluate_checkpoint(
+    run: PerplexityRun, key: str, folder: Path, corpus: Corpus, protocol: Protocol
+) -> tuple[Evaluation, PerplexityResult]:
+    """Score the model in `folder`; perplexities of a model below the unigram entropy are marked untrained."""
+    model, facts = load_model(folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    scored = corpus.splits["valid"]
+    if facts["tokenizer"] != corpus.tokenizer.fingerprint:
+        raise ValueError(f"{folder} was trained with another tokenizer than {corpus.name} has now; train again with this one")
+    evaluation = evaluate(
+        model.to(device), scored.ids, protocol, batch_size=run.batch_size, dtype=compute_dtype(run.precision, device), label=key
+    )
+    if not math.isfinite(evaluation.loss):
+        raise ValueError(f"{folder} gives a loss of {evaluation.loss}; expected a finite number; train again")
+    ids = scored.ids[: int(evaluation.tokens.sum())]
+    byte_count = int(corpus.tokenizer.token_bytes()[ids].sum())
+    word_count = count_words(corpus.tokenizer.decode(without(ids, corpus.tokenizer.end_of_text)))
+    unigram = unigram_entropy(scored.ids)
+    return evaluation, PerplexityResult(
+        model_name=key,
+        config=asdict(model.config),
+        config_id=model.config.config_id,
+        status="ok",
+        measured="measured",
+        parameters=Parameters(**model.parameter_counts()),
+        perplexity=evaluation.perplexity,
+        bits_per_byte=evaluation.bits_per_byte(byte_count),
+        word_perplexity=evaluation.word_perplexity(word_count),
+        avg_loss=evaluation.loss,
+        token_count=len(ids),
+        byte_count=byte_count,
+        word_count=word_count,
+        trained_tokens=facts["trained_tokens"],
+        train_seconds=facts["train_seconds"],
+        trained_on=facts["data"],
+        dataset=Dataset(name=corpus.name, split=scored.name, sha256=scored.sha256),
+        protocol_hash=protocol.protocol_hash,
+        untrained=evaluation.loss >= unigram,
+        unigram_loss=unigram,
+        effective_rank=evaluation.effective_rank,
+        window_nll_nats=evaluation.nll_nats.tolist(),
+        window_tokens=evaluation.tokens.tolist(),
+    )
+
+
+def without(ids: np.ndarray, end_of_text: int) -> np.ndarray:
+    """The text's tokens: marks between documents are scored, but are no words."""
+    return ids[ids != end_of_text]
+
+
+def compare(key: str, results: dict[str, PerplexityResult], evaluations: dict[str, Evaluation]) -> PerplexityResult:
+    """The result with its degradation against the baseline, where the two may be compared."""
+    result, baseline = results[key], results.get("baseline")
+    if key == "baseline" or baseline is None or why_not_comparable(result, baseline):
+        return result
+    percent, interval = paired_ratio_interval(
+        evaluations[key].nll_nats, evaluations["baseline"].nll_nats, evaluations["baseline"].tokens
+    )
+    return result.model_copy(
+        update={
+            "ppl_degradation_percent": percent,
+            "degradation_ci95": interval,
+            "passes_5_percent_threshold": percent < LIMIT_PERCENT,
+        }
+    )
+
+
+def why_not_comparable(result: PerplexityResult, baseline: PerplexityResult) -> str:
+    """Empty if a ratio of the two perplexities means something, else the reason."""
+    for side in (result, baseline):
+        if side.untrained:
+            return f"{side.model_name} has not beaten the unigram entropy: train it on more tokens"
+    for what in ("trained_tokens", "trained_on", "protocol_hash"):
+        if getattr(result, what) != getattr(baseline, what):
+            return f"{what} differ: {getattr(result, what)} and {getattr(baseline, what)}"
+    return ""
+
+
+def quality_check(result: PerplexityResult, baseline: PerplexityResult | None) -> Check:
+    """Pass below LIMIT_PERCENT; inconclusive where there is nothing to compare with."""
+    reason = "no baseline in this run" if baseline is None else why_not_comparable(result, baseline)
+    status, detail, value = "inconclusive", reason, result.ppl_degradation_percent
+    if not reason:
+        assert result.degradation_ci95 is not None
+        low, high = result.degradation_ci95
+        status = "pass" if result.passes_5_percent_threshold else "fail"
+        detail = f"percent above the baseline, 95 % interval {low:.2f} to {high:.2f}, {result.trained_tokens:,} tokens each"
+    fields: dict[str, Any] = {"value": value, "limit": LIMIT_PERCENT, "status": status, "detail": detail}
+    return Check(name=f"{result.model_name}_within_5_percent", **fields)

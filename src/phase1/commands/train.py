@@ -1,0 +1,103 @@
+"""`phase1 train`: one model, from text to checkpoint, resumed where an earlier run stopped."""
+
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from phase1.checkpoint import INDEX, read_index, resume, save_checkpoint
+from phase1.config import ModelConfig, TrainConfig, TrainRun
+from phase1.data import Corpus, load_corpus, token_order, training_batch
+from phase1.model import LanguageModel
+from phase1.train import TrainState, make_train_state, total_steps, train
+
+SAVE_SECONDS = 300.0  # between checkpoints of an unfinished run
+SHOW_EVERY = 20  # steps between looks at the loss for the progress bar: each look waits for the GPU
+
+
+def main(run: TrainRun) -> int:
+    """Train one model as the flags say; the checkpoint goes to --out-dir."""
+    corpus = load_corpus(run, vocab_size=run.vocab_size, need=("train",), train_tokens=run.train_tokens)
+    model_config = ModelConfig(**{f.name: getattr(run, f.name) for f in fields(ModelConfig)})
+    train_config = TrainConfig(**{f.name: getattr(run, f.name) for f in fields(TrainConfig)})
+    facts = train_to_checkpoint(model_config, train_config, corpus, run.seq_length, Path(run.out_dir), label=run.mixer)
+    print(f"trained on {facts['trained_tokens']:,} tokens in {facts['train_seconds']:.0f} s, last loss {facts['loss']:.3f}")
+    print(f"written: {run.out_dir}\nnext: phase1 perplexity --checkpoint NAME={run.out_dir} --dataset-name {run.dataset_name}")
+    return 0
+
+
+def train_to_checkpoint(
+    model_config: ModelConfig, train_config: TrainConfig, corpus: Corpus, seq_length: int, folder: Path, *, label: str
+) -> dict[str, Any]:
+    """Train to the end of the schedule, or go on from `folder`; a finished checkpoint is left as it is.
+
+    Returns:
+        The checkpoint's facts: data, seconds, tokens, last loss.
+    Raises:
+        ValueError: `folder` holds a checkpoint of another config or of other data.
+    """
+    data = {"name": corpus.name, "split": "train", "sha256": corpus.splits["train"].sha256}
+    steps = total_steps(train_config, seq_length)
+    begun = (folder / INDEX).exists()
+    if begun:
+        facts = read_index(folder)["facts"]
+        if facts.get("data") != data or facts.get("seq_length") != seq_length:
+            raise ValueError(f"the checkpoint in {folder} was trained on {facts.get('data')}; use that data, or another folder")
+        if facts["finished"]:
+            return facts
+    state = make_state(model_config, train_config, corpus)
+    seconds = resume(folder, state)["train_seconds"] if begun else 0.0
+    facts = {"data": data, "seq_length": seq_length, "tokenizer": corpus.tokenizer.fingerprint}
+    facts |= run_schedule(state, corpus, seq_length, steps, folder, facts, seconds, label)
+    save_checkpoint(folder, state, facts, resumable=False)
+    return facts
+
+
+def make_state(model_config: ModelConfig, train_config: TrainConfig, corpus: Corpus) -> TrainState:
+    """A fresh model in the order of the corpus's tokens, ready to train; the same for equal seeds."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    order = None
+    if model_config.embedding == "htt":
+        ids = corpus.splits["train"].ids
+        positions = token_order(ids, model_config.vocab_size, model_config.htt_dense_rows, train_config.seed, device=device)
+        order = torch.from_numpy(positions)
+    torch.manual_seed(train_config.seed)
+    return make_train_state(LanguageModel(model_config, order), train_config, device)
+
+
+def run_schedule(
+    state: TrainState, corpus: Corpus, seq_length: int, steps: int, folder: Path, facts: dict[str, Any], before: float, label: str
+) -> dict[str, Any]:
+    """Train to `steps` with a progress bar and a checkpoint every SAVE_SECONDS; what the run adds to the facts."""
+    config, ids = state.config, corpus.splits["train"].ids
+    tokens_per_step = config.train_batch_size * seq_length
+    began = saved = time.perf_counter()
+    last = torch.zeros(())
+
+    def progress() -> dict[str, Any]:
+        seconds = before + time.perf_counter() - began
+        done = {"trained_tokens": state.step * tokens_per_step, "train_seconds": seconds, "finished": state.step == steps}
+        return done | {"loss": last.item()}
+
+    def on_step(step: int, loss: Tensor) -> None:
+        nonlocal saved, last
+        last = loss
+        bar.update(tokens_per_step)
+        if step % SHOW_EVERY == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        if time.perf_counter() - saved > SAVE_SECONDS and step < steps:
+            save_checkpoint(folder, state, facts | progress())
+            saved = time.perf_counter()
+
+    def batch_at(step: int) -> Any:
+        return training_batch(ids, step=step, batch_size=config.train_batch_size, seq_length=seq_length, seed=config.seed)
+
+    total = steps * tokens_per_step
+    initial = state.step * tokens_per_step
+    with tqdm(total=total, initial=initial, desc=f"train {label}", unit="tok", unit_scale=True, disable=None) as bar:
+        train(state, batch_at, steps, on_step)
+    return progress()

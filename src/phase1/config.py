@@ -1,0 +1,281 @@
+"""Every setting of a model or a run, as frozen dataclasses: the one place a default is written."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal
+
+
+def option(default: Any, help: str) -> Any:
+    """A field that is also a command-line flag: one line holds its name, default and help."""
+    return field(default=default, metadata={"help": help})
+
+
+def _require_positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        for item in value if isinstance(value, tuple) else (value,):
+            if item <= 0:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} must be greater than 0; got {item}; give a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Base of all configs, so that every class of a diamond checks its own fields."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError (expected, got, remedy) for a value out of range; subclasses call super first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape(Config):
+    """What engine and baseline have in common, plus the engine's settings that no run sweeps."""
+
+    vocab_size: int = option(50257, "V, rows of the token table; at least the tokenizer's vocabulary")
+    d_model: int = option(512, "D, width of the residual stream; a multiple of --n-heads")
+    n_layers: int = option(8, "L, blocks of mixer and MLP")
+    n_heads: int = option(8, "H, heads of the mixer")
+    ar_ssm_min_rank: int = option(4, "ranks of U and V that the rank gate cannot switch off")
+    ar_ssm_window: int = option(64, "w, width of the sliding window of the local part T; 0 leaves only the diagonal")
+    rank_penalty: float = option(1e-3, "weight of the L1 term on the rank gate in the training loss")
+    htt_dense_rows: int = option(4096, "most frequent tokens that keep a dense row each; the tail is a tensor train")
+    htt_groups: int = option(1024, "v1, groups of similar tokens: rows of the tail's vocabulary grid")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_positive(self, "vocab_size", "d_model", "n_layers", "n_heads", "ar_ssm_min_rank", "htt_groups")
+        if self.d_model % (2 * self.n_heads):
+            raise ValueError(
+                f"--d-model must be a multiple of 2 x --n-heads={2 * self.n_heads} (rotary pairs); got {self.d_model}; "
+                f"try {max(1, self.d_model // (2 * self.n_heads)) * 2 * self.n_heads}"
+            )
+        if self.ar_ssm_window < 0 or self.rank_penalty < 0 or self.htt_dense_rows < 0:
+            raise ValueError("--ar-ssm-window, --rank-penalty and --htt-dense-rows must be 0 or more; got a negative number")
+
+
+def check_ranks(shape: Shape, ar_ssm_max_rank: int, htt_rank: int) -> None:
+    """Raise ValueError where a rank does not fit the shape."""
+    for flag, rank in (("--ar-ssm-max-rank", ar_ssm_max_rank), ("--htt-rank", htt_rank)):
+        if not 0 < rank <= shape.d_model:
+            raise ValueError(f"{flag} must be between 1 and --d-model={shape.d_model}; got {rank}; give a smaller rank")
+    if ar_ssm_max_rank % 2:
+        raise ValueError(f"--ar-ssm-max-rank must be even (rotary pairs); got {ar_ssm_max_rank}; try {ar_ssm_max_rank + 1}")
+    if shape.ar_ssm_min_rank > ar_ssm_max_rank:
+        raise ValueError(
+            f"--ar-ssm-min-rank must be at most the AR-SSM rank {ar_ssm_max_rank}; got {shape.ar_ssm_min_rank}; lower it"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranked(Shape):
+    """A shape with one rank of each kind."""
+
+    ar_ssm_max_rank: int = option(32, "R, columns of U and V per head: the rank that is stored and computed")
+    htt_rank: int = option(16, "r, terms of the sum over the two cores of the tail's tensor train")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranks(self, self.ar_ssm_max_rank, self.htt_rank)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Ranked):
+    """One model. Engine and baseline differ in the fields below and in nothing else."""
+
+    mixer: Literal["ar_ssm", "attention"] = option("ar_ssm", "sequence layer of every block")
+    embedding: Literal["htt", "dense"] = option("htt", "token table, tied to the output")
+    loss: Literal["chunked", "materialized"] = option("chunked", "cross-entropy without, or with, all logits in memory")
+    checkpointing: bool = option(True, "recompute the activations of each block in the backward pass")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.embedding == "htt" and not self.htt_groups <= self.vocab_size - self.htt_dense_rows:
+            raise ValueError(
+                f"--htt-dense-rows + --htt-groups must be at most --vocab-size={self.vocab_size}; "
+                f"got {self.htt_dense_rows} + {self.htt_groups}; lower one of them"
+            )
+
+    @property
+    def config_id(self) -> str:
+        """Twelve hex digits of the SHA-256 of every field this model uses: equal ids mean equal models."""
+        unused = ("ar_ssm_", "rank_penalty") if self.mixer == "attention" else ()
+        unused += ("htt_",) if self.embedding == "dense" else ()
+        return content_id({name: value for name, value in asdict(self).items() if not name.startswith(unused)})
+
+
+ROLES: dict[str, dict[str, Any]] = {
+    "baseline": {"mixer": "attention", "embedding": "dense", "loss": "materialized", "checkpointing": False},
+    "baseline_optimized": {"mixer": "attention", "embedding": "dense", "loss": "chunked", "checkpointing": True},
+    "phase1": {"mixer": "ar_ssm", "embedding": "htt", "loss": "chunked", "checkpointing": True},
+}
+"""The models a run compares, by the key they have in a result file (docs/design.md, "Definitions")."""
+
+
+def model_config(role: str, shape: Shape, **overrides: Any) -> ModelConfig:
+    """The model of `role` with the sizes of `shape` (ranks too, where `shape` has them)."""
+    sizes = {f.name: getattr(shape, f.name) for f in fields(Ranked) if hasattr(shape, f.name)}
+    return ModelConfig(**(sizes | ROLES[role] | overrides))
+
+
+def content_id(content: Any) -> str:
+    """Twelve hex digits of the SHA-256 of canonical JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Config):
+    """Which text, and how it becomes tokens."""
+
+    dataset_name: str = option(
+        "wikitext", "wikitext, c4 (both from the Hugging Face hub), builtin (offline), or a path: a text file, "
+        "or a folder with train/valid/test as .txt, .txt.xz, .gpt2.bin or .gpt2.bin.xz"
+    )
+    dataset_config: str = option("wikitext-103-raw-v1", "configuration of a hub data set, for example en for c4")
+    tokenizer: str = option(
+        "auto", "auto, gpt2, a folder with tokenizer.json, or bpe (train a BPE of --vocab-size on the training text); "
+        "auto is bpe for builtin and gpt2 otherwise"
+    )
+    cache_dir: str = option("~/.cache/phase1", "where trained tokenizers and tokenised text are kept")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Config):
+    """How a model is trained; the same for every model of a comparison."""
+
+    train_tokens: int = option(90_000_000, "tokens every model is trained on, in the same order; the text repeats when it is shorter")
+    train_batch_size: int = option(64, "windows of T tokens per optimizer step")
+    micro_batch_size: int = option(8, "windows per forward/backward; a larger one is faster, the result the same up to rounding")
+    learning_rate: float = option(1.5e-3, "peak of the schedule: linear warm-up, then cosine to a tenth")
+    warmup_steps: int = option(100, "optimizer steps of linear warm-up, at most a tenth of the run")
+    weight_decay: float = option(0.1, "AdamW decay of the matrices of blocks; token table, norms and vectors have none")
+    grad_clip: float = option(1.0, "largest norm of the gradient of all parameters")
+    seed: int = option(0, "seed of initial weights and of the order of windows")
+    compile: bool = option(False, "torch.compile every block (needs a working Triton; a minute of compilation)")
+    precision: Literal["auto", "fp16", "bf16", "fp32"] = option("auto", "autocast type; auto is fp16 on CUDA, fp32 on the CPU")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_positive(self, "train_tokens", "train_batch_size", "micro_batch_size", "learning_rate", "grad_clip")
+        if self.train_batch_size % self.micro_batch_size and self.micro_batch_size < self.train_batch_size:
+            raise ValueError(
+                f"--micro-batch-size must divide --train-batch-size={self.train_batch_size}; got {self.micro_batch_size}; "
+                "give a divisor"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output(Config):
+    """Where results go."""
+
+    out_dir: str = option("results/benchmarks", "folder of the result files")
+    baseline: bool = option(True, "measure the Transformer baselines too")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryRun(Ranked, Output):
+    """Peak memory of a training step: engine, FP16 Transformer and optimised Transformer, each in a fresh process."""
+
+    batch_size: int = option(4, "B, sequences per step")
+    seq_length: int = option(2048, "T, tokens per sequence")
+    gradient_checkpointing: bool = option(True, "recompute the engine's activations in the backward pass")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_positive(self, "batch_size", "seq_length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThroughputRun(Ranked, Output):
+    """Training throughput over sequence lengths, and whether the time is linear in the length."""
+
+    seq_lengths: tuple[int, ...] = option((512, 1024, 2048, 4096), "T, the lengths to measure; a verdict needs 4 over 8x")
+    batch_size: int = option(4, "B, sequences per step")
+    warmup_steps: int = option(5, "steps before the measurement, per model and length")
+    measure_steps: int = option(20, "measured steps, per model and length")
+    save_plots: bool = option(False, "write phase1_throughput_comparison.png")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_positive(self, "seq_lengths", "batch_size", "measure_steps", "warmup_steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerplexityRun(Shape, DataConfig, TrainConfig, Output):
+    """Perplexity of trained models on one evaluation text, engine against the FP16 Transformer."""
+
+    max_samples: int | None = option(None, "windows of --seq-length tokens to evaluate; all by default")
+    seq_length: int = option(512, "T, tokens per window in training and evaluation")
+    batch_size: int = option(8, "windows per forward pass of the evaluation; does not change the result")
+    test_htt_ranks: tuple[int, ...] = option((16,), "HTT ranks to test, each with every AR-SSM rank")
+    test_ar_ssm_ranks: tuple[int, ...] = option((32,), "AR-SSM ranks to test")
+    checkpoint: tuple[str, ...] = option(
+        (), "NAME=PATH of a trained model to evaluate instead of training; NAME is baseline or phase1_htt{r}_ar{R}"
+    )
+    checkpoint_dir: str = option("results/checkpoints", "trained models, by hash of config and data; reused by later runs")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_positive(self, "seq_length", "batch_size", "test_htt_ranks", "test_ar_ssm_ranks")
+        if self.max_samples is not None:
+            _require_positive(self, "max_samples")
+        for htt_rank in self.test_htt_ranks:
+            for ar_ssm_rank in self.test_ar_ssm_ranks:
+                check_ranks(self, ar_ssm_rank, htt_rank)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TablesRun(Config):
+    """Comparison tables from result files."""
+
+    results_dir: str = option("results/benchmarks", "folder with the result files of the other three scripts")
+    out_dir: str = option("results/benchmarks/tables", "folder of the tables")
+    hardware: str | None = option(None, "name to print for the hardware; by default the one in the result files")
+    formats: tuple[Literal["markdown", "csv", "latex"], ...] = option(("markdown", "csv", "latex"), "formats to write")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRun(ModelConfig, DataConfig, TrainConfig):
+    """Train one model and write its checkpoint; run it again with the same flags to resume."""
+
+    seq_length: int = option(512, "T, tokens per window")
+    out_dir: str = option("results/checkpoints/train", "folder of the checkpoint")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_positive(self, "seq_length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineRun(Output):
+    """Memory, throughput, perplexity and tables, one after the other."""
+
+    preset: Literal["rtx3080-10g", "rtx3080m-8g", "rtx4090-24g", "smoke"] = option("rtx3080-10g", "sizes of every step")
+    dataset_name: str = option("wikitext", "data set of the perplexity step (see phase1 perplexity --help)")
+    dataset_config: str = option("wikitext-103-raw-v1", "configuration of a hub data set")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorRun(Config):
+    """What a bug report needs: versions, GPU, driver, commit."""
+
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "rtx3080-10g": {
+        "memory": {"batch_size": 4, "seq_length": 2048},
+        "throughput": {"batch_size": 4, "seq_lengths": (512, 1024, 2048, 4096)},
+        "perplexity": {"batch_size": 8, "seq_length": 512},
+    },
+    "rtx3080m-8g": {
+        "memory": {"batch_size": 2, "seq_length": 2048},
+        "throughput": {"batch_size": 2, "seq_lengths": (256, 512, 1024, 2048)},  # 256: four lengths over 8x decide
+        "perplexity": {"batch_size": 4, "micro_batch_size": 4, "seq_length": 512},
+    },
+    "rtx4090-24g": {
+        "memory": {"batch_size": 8, "seq_length": 4096},
+        "throughput": {"batch_size": 8, "seq_lengths": (512, 1024, 2048, 4096, 8192)},
+        "perplexity": {"batch_size": 16, "micro_batch_size": 16, "seq_length": 1024},
+    },
+    "smoke": {},
+}
+"""Defaults that a hardware preset replaces, per command; a flag on the command line wins over both."""

@@ -1,0 +1,1 @@
+"""nn.Modules over the ops; they take plain numbers, not the config."""

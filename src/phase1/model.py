@@ -1,0 +1,162 @@
+"""The language model: token table, L blocks of mixer and MLP, tied output, loss."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from phase1.config import ModelConfig
+from phase1.layers.ar_ssm import ARSSM
+from phase1.layers.attention import Attention
+from phase1.layers.embedding import DenseTable, HTTTable
+from phase1.layers.mlp import MLP
+from phase1.ops.cross_entropy import tied_cross_entropy, tied_cross_entropy_reference, tied_nll
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.mixer_norm, self.mlp_norm = nn.RMSNorm(config.d_model), nn.RMSNorm(config.d_model)
+        self.mixer: nn.Module = (
+            Attention(config.d_model, config.n_heads)
+            if config.mixer == "attention"
+            else ARSSM(
+                config.d_model,
+                config.n_heads,
+                max_rank=config.ar_ssm_max_rank,
+                min_rank=config.ar_ssm_min_rank,
+                window=config.ar_ssm_window,
+            )
+        )
+        self.mlp = MLP(config.d_model)
+
+    def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any, Tensor | None]:
+        """(B, T, D) -> (B, T, D), the mixer's state, and its effective rank or None."""
+        y, state, effective_rank = self.mixer(self.mixer_norm(x), state)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), state, effective_rank
+
+
+class LanguageModel(nn.Module):
+    """Causal language model; engine and baseline are this class with different configs.
+
+    Args:
+        config: sizes, mixer, table, loss and checkpointing.
+        token_order: (V,) position of each id in the HTT table (phase1.data.token_order); unused by a dense table.
+    """
+
+    def __init__(self, config: ModelConfig, token_order: Tensor | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding: DenseTable | HTTTable = (
+            DenseTable(config.vocab_size, config.d_model)
+            if config.embedding == "dense"
+            else HTTTable(
+                config.vocab_size,
+                config.d_model,
+                rank=config.htt_rank,
+                dense_rows=config.htt_dense_rows,
+                groups=config.htt_groups,
+                token_order=token_order,
+            )
+        )
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.d_model)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        std = 0.02 * math.sqrt(512 / self.config.d_model)
+        for name, module in self.blocks.named_modules():
+            if isinstance(module, nn.Linear) and module.bias is None:
+                # the two projections per block that write to the residual stream keep its size over L blocks
+                is_out = name.endswith(".out")
+                nn.init.normal_(module.weight, std=std / math.sqrt(2 * self.config.n_layers) if is_out else std)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits (B, T, V) of the next token after each of `ids` (B, T)."""
+        return self.continue_from(ids, None)[0]
+
+    def continue_from(self, ids: Tensor, states: list[Any] | None) -> tuple[Tensor, list[Any]]:
+        """Logits (B, T, V) for `ids` that follow the text that left `states` (None: the beginning), and the new states."""
+        hidden, states, _ = self._hidden(ids, states)
+        dtype = _compute_dtype(hidden)
+        logits = hidden.to(dtype) @ self.embedding.table(dtype).to(dtype).T
+        every_id = torch.arange(self.config.vocab_size, device=ids.device)
+        return logits[..., self.embedding.positions(every_id)], states
+
+    def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of `targets` (B, T), -100 not scored; in training plus the penalty of the rank gate."""
+        hidden, _, effective_rank = self._hidden(ids, recompute=self.config.checkpointing and torch.is_grad_enabled())
+        op = tied_cross_entropy if self.config.loss == "chunked" else tied_cross_entropy_reference
+        loss = op(*self._output(hidden, targets))
+        if self.training and effective_rank is not None:
+            loss = loss + self.config.rank_penalty * effective_rank / self.config.ar_ssm_max_rank
+        return loss
+
+    @torch.no_grad()
+    def nll(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Loss in nats of each target (B, T), 0 where it is -100, and the mean effective rank (None without a gate)."""
+        hidden, _, effective_rank = self._hidden(ids)
+        return tied_nll(*self._output(hidden, targets)).view(targets.shape), effective_rank
+
+    def _output(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Arguments of the cross-entropy: states (N, D), the table, and the targets' positions in the table."""
+        dtype = _compute_dtype(hidden)
+        positions = self.embedding.positions(targets).flatten()
+        return hidden.flatten(0, 1).to(dtype), self.embedding.table(dtype), positions
+
+    def _hidden(
+        self, ids: Tensor, states: list[Any] | None = None, recompute: bool = False
+    ) -> tuple[Tensor, list[Any], Tensor | None]:
+        """Final states (B, T, D), the blocks' states (none when recomputing), and the effective rank over all layers."""
+        self._check(ids)
+        x = _run(self._embed, ids, recompute) * math.sqrt(self.config.d_model)
+        new_states, ranks = [], []
+        for i, block in enumerate(self.blocks):
+            if recompute:
+                x, rank = _run(lambda x, block=block: block(x)[::2], x, recompute)
+            else:
+                x, state, rank = block(x, None if states is None else states[i])
+                new_states.append(state)
+            ranks.append(rank)
+        effective_rank = torch.stack(ranks).mean() if self.config.mixer == "ar_ssm" else None
+        return self.norm(x), new_states, effective_rank
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        return self.embedding.lookup(self.embedding.positions(ids))
+
+    def _check(self, ids: Tensor) -> None:
+        # Only where reading the values is free: on a GPU it would stall every step, and indexing asserts there.
+        if ids.ndim != 2:
+            raise ValueError(f"ids must be (B, T); got shape {tuple(ids.shape)}")
+        if type(ids) is Tensor and ids.device.type == "cpu" and ids.numel():
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= self.config.vocab_size:
+                found = low if low < 0 else high
+                raise ValueError(
+                    f"ids must be between 0 and {self.config.vocab_size - 1}; got {found}; "
+                    "use the tokenizer the model was trained with, or a larger --vocab-size"
+                )
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Numbers of parameters: total, and those of the token table, the mixers and the MLPs."""
+        parts = {"embedding": [self.embedding], "mixer": [], "mlp": []}
+        for block in self.blocks:
+            parts["mixer"].append(block.mixer)
+            parts["mlp"].append(block.mlp)
+        counts = {name: sum(p.numel() for m in modules for p in m.parameters()) for name, modules in parts.items()}
+        return {"total": sum(p.numel() for p in self.parameters())} | counts
+
+
+def _run(function: Any, argument: Tensor, recompute: bool) -> Any:
+    return checkpoint(function, argument, use_reentrant=False) if recompute else function(argument)
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The autocast type where autocast is on, else the tensor's own."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype

@@ -1,0 +1,70 @@
+import pytest
+import torch
+
+from phase1.layers.ar_ssm import ARSSM
+from phase1.ops.semiseparable import semiseparable_matrix
+from phase1.ops.window_attention import window_attention_matrix
+
+
+def layer(window=5, max_rank=4, min_rank=2):
+    torch.manual_seed(0)
+    return ARSSM(16, n_heads=2, max_rank=max_rank, min_rank=min_rank, window=window).double()
+
+
+@pytest.mark.parametrize("T", [1, 7, 130])
+@pytest.mark.parametrize("window", [0, 5])
+def test_chunked_recurrent_and_dense_forms_of_the_layer_are_one(T, window):
+    mixer, h = layer(window), torch.randn(2, T, 16, dtype=torch.float64)
+    chunked, _, _ = mixer(h)
+    pieces, state = [], None
+    for t in range(T):
+        y, state, _ = mixer(h[:, t : t + 1], state)
+        pieces.append(y)
+    torch.testing.assert_close(torch.cat(pieces, 1), chunked, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(dense_form(mixer, h), chunked, rtol=1e-9, atol=1e-10)
+
+
+def dense_form(mixer, h):
+    """(T + tril(U Vᵀ)) x with every matrix written out."""
+    o, gate, _ = mixer.operands(h)
+    semiseparable = semiseparable_matrix(o.u, o.v, o.log_decay) * o.step.transpose(1, 2)[:, :, None]
+    local = torch.diag_embed(mixer.skip[:, None].expand(-1, h.shape[1]))
+    if mixer.window:
+        local = local + window_attention_matrix(o.q, o.k, 0, mixer.window)
+    y = torch.einsum("bhts,bshp->bthp", local + semiseparable, o.x)
+    return mixer.out(mixer.norm(y.flatten(2) * torch.nn.functional.silu(gate)))
+
+
+@pytest.mark.parametrize("window", [0, 5])
+def test_later_inputs_do_not_reach_earlier_outputs(window):
+    mixer, h = layer(window), torch.randn(1, 100, 16, dtype=torch.float64)
+    before = mixer(h)[0]
+    h[:, 70] += 1
+    after = mixer(h)[0]
+    assert torch.equal(after[:, :70], before[:, :70])
+    assert not torch.equal(after[:, 70], before[:, 70])
+
+
+def test_the_state_does_not_grow_with_the_context():
+    mixer = layer()
+    sizes = {sum(part.numel() for part in mixer(torch.randn(1, T, 16).double())[1][1:]) for T in (5, 50, 500)}
+    assert len(sizes) == 1
+
+
+def test_ranks_below_min_rank_are_always_on_and_the_others_are_gated():
+    mixer, h = layer(), torch.randn(1, 9, 16, dtype=torch.float64)
+    with torch.no_grad():
+        mixer.rank_gate.out.bias.fill_(-1e9)  # as closed as a network can make it
+    gate = mixer.rank_gate(h)
+    assert torch.equal(gate[..., :2], torch.ones_like(gate[..., :2])) and torch.equal(gate[..., 2:], torch.zeros_like(gate[..., 2:]))
+    assert mixer(h)[2] == 2.0
+
+
+def test_the_gate_changes_the_output_and_learns():
+    mixer, h = layer(), torch.randn(1, 9, 16, dtype=torch.float64)
+    before, _, rank = mixer(h)
+    (before.square().mean() + rank).backward()
+    assert all(p.grad.abs().sum() > 0 for p in mixer.rank_gate.parameters())
+    with torch.no_grad():
+        mixer.rank_gate.out.bias.fill_(-3)
+    assert not torch.allclose(mixer(h)[0], before)

@@ -1,0 +1,86 @@
+import pytest
+import torch
+
+from phase1.ops.cross_entropy import IGNORE, chunked, tied_cross_entropy, tied_cross_entropy_reference, tied_nll
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(params=[1, 3, 7, 100])
+def chunk_tokens(request, monkeypatch):
+    monkeypatch.setattr(chunked, "_chunk_tokens", lambda table: request.param)
+
+
+def operands(N=7, V=11, D=4, dtype=torch.float64):
+    torch.manual_seed(0)
+    hidden = torch.randn(N, D, dtype=dtype, device=DEVICE).requires_grad_()
+    table = torch.randn(D, V, dtype=dtype, device=DEVICE).T.requires_grad_()  # strided
+    targets = torch.randint(0, V, (N,), device=DEVICE)
+    targets[2] = IGNORE
+    return hidden, table, targets
+
+
+def test_loss_and_gradients_match_the_definition(chunk_tokens):
+    hidden, table, targets = operands()
+    outcomes = []
+    for op in (tied_cross_entropy, tied_cross_entropy_reference):
+        loss = op(hidden, table, targets)
+        outcomes.append((loss, *torch.autograd.grad(loss * 3, (hidden, table))))
+    for got, expected in zip(*outcomes, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gradcheck_in_float64():
+    hidden, table, targets = operands(N=4, V=5, D=3)
+    assert torch.autograd.gradcheck(lambda h, t: tied_cross_entropy(h, t, targets), (hidden, table))
+
+
+def test_either_gradient_may_be_unwanted():
+    hidden, table, targets = operands()
+    for h, t in ((hidden.detach(), table), (hidden, table.detach())):
+        tied_cross_entropy(h, t, targets).backward()
+    assert hidden.grad is not None and table.grad is not None
+
+
+def test_losses_of_single_tokens_sum_to_the_mean(chunk_tokens):
+    hidden, table, targets = operands()
+    nll = tied_nll(hidden, table, targets)
+    assert nll[2] == 0
+    torch.testing.assert_close(nll.sum() / 6, tied_cross_entropy_reference(hidden, table, targets))
+
+
+def test_half_precision_gradients_are_those_of_float64():
+    hidden, table, targets = operands(N=64, V=500, D=32, dtype=torch.float32)
+    half = hidden.half().detach().requires_grad_()
+    tied_cross_entropy(half, table, targets).backward()
+    expected = torch.autograd.grad(tied_cross_entropy_reference(hidden.double(), table.double(), targets), (hidden, table))
+    for got, wanted in zip((half.grad, table.grad), expected, strict=True):
+        # fp16 rounds operands and logits (2^-11 of numbers up to ~20): about 1e-2 relative
+        assert (got.double() - wanted.double()).norm() / wanted.double().norm() < 2e-2
+
+
+def test_no_tensor_of_tokens_times_vocabulary_is_ever_made(monkeypatch):
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", 4 * 1000 * 8)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else (out,):
+                largest = max(largest, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
+            return out
+
+    hidden, table, targets = operands(N=200, V=1000, D=4)
+    with Watch():
+        tied_cross_entropy(hidden, table, targets).backward()
+    assert largest <= 8 * 1000
+
+
+@pytest.mark.parametrize("op", [tied_cross_entropy, tied_cross_entropy_reference, tied_nll])
+def test_wrong_shapes_are_named(op):
+    hidden, table, targets = operands()
+    with pytest.raises(ValueError, match="must share D"):
+        op(hidden[:, :3], table, targets)
+    with pytest.raises(ValueError, match="targets must be"):
+        op(hidden, table, targets[:3])

@@ -1,0 +1,164 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from phase1.config import ROLES, ModelConfig, Ranked, model_config
+from phase1.layers.embedding import HTTTable
+from phase1.model import LanguageModel
+
+TINY = Ranked(
+    vocab_size=50, d_model=16, n_layers=2, n_heads=2, ar_ssm_max_rank=4, ar_ssm_min_rank=2, ar_ssm_window=4,
+    htt_rank=3, htt_dense_rows=10, htt_groups=6,
+)  # fmt: skip
+
+
+def model(role="phase1", dtype=torch.float64, **overrides):
+    torch.manual_seed(0)
+    config = model_config(role, TINY, **overrides)
+    order = torch.randperm(TINY.vocab_size, generator=torch.Generator().manual_seed(1))
+    return LanguageModel(config, order).to(dtype)
+
+
+def batch(T=37, B=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, TINY.vocab_size, (B, T + 1), generator=generator)
+    return ids[:, :-1].clone(), ids[:, 1:].clone()
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_changed_token_changes_no_earlier_logit_by_one_bit(role, dtype):
+    net, (ids, _) = model(role, dtype), batch(T=150)
+    before = net(ids)
+    ids[:, 101] = (ids[:, 101] + 1) % TINY.vocab_size
+    after = net(ids)
+    assert torch.equal(after[:, :101], before[:, :101])
+    assert not torch.equal(after[:, 101], before[:, 101])
+
+
+@pytest.mark.parametrize("role", ["baseline", "phase1"])
+def test_pieces_continued_from_their_state_are_the_whole(role):
+    net, (ids, _) = model(role), batch(T=37)
+    pieces, states = [], None
+    for start, end in ((0, 1), (1, 2), (2, 20), (20, 37)):
+        logits, states = net.continue_from(ids[:, start:end], states)
+        pieces.append(logits)
+    torch.testing.assert_close(torch.cat(pieces, 1), net(ids), rtol=1e-9, atol=1e-9)
+
+
+def test_the_htt_table_is_one_explicit_table_for_lookup_logits_and_gradients():
+    net, (ids, targets) = model(rank_penalty=0.0), batch()
+    explicit = model("phase1", embedding="dense", rank_penalty=0.0)
+    every_id = torch.arange(TINY.vocab_size)
+    rows = net.embedding.lookup(net.embedding.positions(every_id))
+    explicit.load_state_dict({k: v for k, v in net.state_dict().items() if not k.startswith("embedding")}, strict=False)
+    explicit.embedding.weight.data.copy_(rows)
+    torch.testing.assert_close(net(ids), explicit(ids), rtol=1e-9, atol=1e-9)
+    for loss in (net.loss(ids, targets), explicit.loss(ids, targets)):
+        loss.backward()
+    parameters = list(net.embedding.parameters())
+    expected = torch.autograd.grad(rows, parameters, explicit.embedding.weight.grad)
+    for parameter, wanted in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("embedding", ["htt", "dense"])
+@pytest.mark.parametrize("change", [{"loss": "materialized"}, {"checkpointing": False}], ids=str)
+def test_chunked_loss_and_checkpointing_change_neither_loss_nor_gradients(embedding, change):
+    ids, targets = batch()
+    targets[0, 3] = -100
+    outcomes = []
+    for overrides in ({}, change):
+        net = model(embedding=embedding, **overrides)
+        loss = net.loss(ids, targets)
+        loss.backward()
+        outcomes.append([loss] + [p.grad for p in net.parameters()])
+    for got, expected in zip(*outcomes, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_loss_and_token_losses_are_those_of_the_logits():
+    net, (ids, targets) = model().eval(), batch()
+    targets[1, 5] = -100
+    expected = torch.nn.functional.cross_entropy(net(ids).flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(net.loss(ids, targets), expected)
+    nll, rank = net.nll(ids, targets)
+    assert nll[1, 5] == 0 and 2 <= rank <= 4
+    torch.testing.assert_close(nll.sum() / (targets >= 0).sum(), expected)
+
+
+def test_the_gate_penalty_is_in_the_training_loss_alone():
+    (ids, targets), net = batch(), model(rank_penalty=10.0)
+    with_penalty, plain = net.loss(ids, targets), net.eval().loss(ids, targets)
+    assert torch.isclose(with_penalty - plain, 10.0 * net.nll(ids, targets)[1] / 4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_layers": 1}, {"n_heads": 4}, {"ar_ssm_min_rank": 1}, {"ar_ssm_window": 3}, {"ar_ssm_window": 0}, {"rank_penalty": 0.5},
+        {"htt_dense_rows": 11}, {"htt_groups": 7}, {"ar_ssm_max_rank": 2}, {"htt_rank": 2}, {"mixer": "attention"},
+        {"embedding": "dense"}, {"vocab_size": 51}, {"d_model": 32},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_model_setting_changes_the_loss_and_the_config_id(change):
+    ids, targets = batch()
+    config = model_config("phase1", TINY)
+    losses = []
+    for c in (config, replace(config, **change)):
+        torch.manual_seed(0)
+        losses.append(LanguageModel(c).loss(ids, targets).item())
+    assert losses[0] != losses[1] and replace(config, **change).config_id != config.config_id
+
+
+def test_settings_a_model_does_not_use_do_not_change_its_id():
+    config = model_config("baseline", TINY)
+    assert replace(config, htt_rank=8, ar_ssm_max_rank=8).config_id == config.config_id
+
+
+@pytest.mark.parametrize("role", ["baseline", "phase1"])
+@pytest.mark.parametrize("token", [50, -1])
+def test_ids_outside_the_vocabulary_are_refused(role, token):
+    ids, targets = batch()
+    ids[0, 0] = token
+    with pytest.raises(ValueError, match=f"between 0 and 49; got {token}"):
+        model(role).loss(ids, targets)
+
+
+def test_the_table_keeps_its_promise_at_the_documented_size():
+    table = HTTTable(50257, 512, rank=16, dense_rows=4096, groups=1024)
+    rows = table.lookup(torch.arange(4096, 6096))
+    assert 0.8 < rows.std() * 512**0.5 < 1.2  # starts like the dense rows
+    assert sum(p.numel() for p in table.parameters()) < 0.2 * 50257 * 512
+
+
+def test_a_token_order_that_is_no_permutation_is_refused():
+    with pytest.raises(ValueError, match="every position"):
+        LanguageModel(model_config("phase1", TINY), torch.zeros(50, dtype=torch.long))
+
+
+def test_parameter_counts_add_up():
+    net = model()
+    counts = net.parameter_counts()
+    norms = sum(p.numel() for name, p in net.named_parameters() if "_norm" in name or name.startswith("norm"))
+    assert counts["total"] == counts["embedding"] + counts["mixer"] + counts["mlp"] + norms
+
+
+@pytest.mark.parametrize(
+    "sizes, remedy",
+    [
+        ({"d_model": 510}, "try 496"),
+        ({"htt_rank": 513}, "smaller rank"),
+        ({"ar_ssm_max_rank": 514}, "smaller rank"),
+        ({"ar_ssm_max_rank": 2}, "lower it"),
+        ({"vocab_size": 0}, "positive"),
+        ({"htt_dense_rows": 50257}, "lower one"),
+        ({"ar_ssm_window": -1}, "0 or more"),
+    ],
+)
+def test_wrong_sizes_name_the_flag_and_the_remedy(sizes, remedy):
+    with pytest.raises(ValueError, match=remedy) as error:
+        ModelConfig(**sizes)
+    assert "--" in str(error.value) and "\n" not in str(error.value)
