@@ -1,23 +1,31 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from phase1.config import ROLES, ModelConfig, Ranked, model_config
 from phase1.layers.embedding import HTTTable
 from phase1.model import LanguageModel
+from phase1.vocabulary import TokenStatistics
 
 TINY = Ranked(
     vocab_size=50, d_model=16, n_layers=2, n_heads=2, ar_ssm_max_rank=4, ar_ssm_min_rank=2, ar_ssm_window=4,
-    htt_rank=3, htt_dense_rows=10, htt_groups=6,
+    htt_rank=1, htt_dense_rows=2, htt_groups=6,
 )  # fmt: skip
 
 
 def model(role="phase1", dtype=torch.float64, **overrides):
     torch.manual_seed(0)
     config = model_config(role, TINY, **overrides)
-    order = torch.randperm(TINY.vocab_size, generator=torch.Generator().manual_seed(1))
-    return LanguageModel(config, order).to(dtype)
+    return LanguageModel(config, statistics()).to(dtype)
+
+
+def statistics(V=TINY.vocab_size):
+    rng = np.random.default_rng(1)
+    frequency = np.sort(rng.random(V).astype(np.float32))[::-1]
+    vectors = rng.normal(size=(V, 12)).astype(np.float32)
+    return TokenStatistics(rng.permutation(V), np.log(frequency / frequency.sum()), rng.integers(0, TINY.htt_groups, V), vectors)
 
 
 def batch(T=37, B=2, seed=0):
@@ -53,12 +61,15 @@ def test_the_htt_table_is_one_explicit_table_for_lookup_logits_and_gradients():
     every_id = torch.arange(TINY.vocab_size)
     rows = net.embedding.lookup(net.embedding.positions(every_id))
     explicit.load_state_dict({k: v for k, v in net.state_dict().items() if not k.startswith("embedding")}, strict=False)
-    explicit.embedding.weight.data.copy_(rows)
+    explicit.embedding.rows.data.copy_(rows)
+    bias = net.embedding.output_bias
+    bias.data.zero_()
     torch.testing.assert_close(net(ids), explicit(ids), rtol=1e-9, atol=1e-9)
     for loss in (net.loss(ids, targets), explicit.loss(ids, targets)):
         loss.backward()
-    parameters = list(net.embedding.parameters())
-    expected = torch.autograd.grad(rows, parameters, explicit.embedding.weight.grad)
+    parameters = [p for p in net.embedding.parameters() if p is not bias]
+    assert bias.grad.abs().min() > 0
+    expected = torch.autograd.grad(rows, parameters, explicit.embedding.rows.grad)
     for parameter, wanted in zip(parameters, expected, strict=True):
         torch.testing.assert_close(parameter.grad, wanted, rtol=1e-9, atol=1e-9)
 
@@ -98,7 +109,7 @@ def test_the_gate_penalty_is_in_the_training_loss_alone():
     "change",
     [
         {"n_layers": 1}, {"n_heads": 4}, {"ar_ssm_min_rank": 1}, {"ar_ssm_window": 3}, {"ar_ssm_window": 0}, {"rank_penalty": 0.5},
-        {"htt_dense_rows": 11}, {"htt_groups": 7}, {"ar_ssm_max_rank": 2}, {"htt_rank": 2}, {"mixer": "attention"},
+        {"htt_dense_rows": 3}, {"htt_groups": 7}, {"ar_ssm_max_rank": 2}, {"htt_rank": 2}, {"mixer": "attention"},
         {"embedding": "dense"}, {"vocab_size": 51}, {"d_model": 32},
     ],
     ids=str,
@@ -128,15 +139,16 @@ def test_ids_outside_the_vocabulary_are_refused(role, token):
 
 
 def test_the_table_keeps_its_promise_at_the_documented_size():
-    table = HTTTable(50257, 512, rank=16, dense_rows=4096, groups=1024)
-    rows = table.lookup(torch.arange(4096, 6096))
-    assert 0.8 < rows.std() * 512**0.5 < 1.2  # starts like the dense rows
-    assert sum(p.numel() for p in table.parameters()) < 0.2 * 50257 * 512
+    config = ModelConfig()
+    table = HTTTable(50257, 512, rank=config.htt_rank, dense_rows=config.htt_dense_rows, groups=config.htt_groups)
+    for start in (0, 1024, 4096, 16384, 50000):  # every stretch starts like the dense rows
+        assert 0.8 < table.lookup(torch.arange(start, start + 200)).std() * 512**0.5 < 1.2
+    assert sum(p.numel() for p in table.parameters()) < 0.1 * 50257 * 512
 
 
 def test_a_token_order_that_is_no_permutation_is_refused():
-    with pytest.raises(ValueError, match="every position"):
-        LanguageModel(model_config("phase1", TINY), torch.zeros(50, dtype=torch.long))
+    with pytest.raises(ValueError, match="once each"):
+        LanguageModel(model_config("phase1", TINY), statistics()._replace(positions=np.zeros(50, dtype=np.int64)))
 
 
 def test_parameter_counts_add_up():

@@ -62,7 +62,7 @@ def load_model(folder: Path | str) -> tuple[LanguageModel, dict[str, Any]]:
     try:
         config = ModelConfig(**index["model_config"])
         tensors = load_file(Path(folder) / index["files"]["model"])
-        model = LanguageModel(config, token_order=tensors.get("embedding.positions_of"))
+        model = LanguageModel(config)
         model.load_state_dict(tensors)
     except (KeyError, TypeError, OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
@@ -89,7 +89,7 @@ def resume(folder: Path | str, state: TrainState) -> dict[str, Any]:
 
 
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
-    names = {parameter: name for name, parameter in state.model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in state.model.named_parameters()}
     return {
         f"{names[parameter]}:{key}": value
         for parameter, values in state.optimizer.state.items()

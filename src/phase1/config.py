@@ -39,8 +39,8 @@ class Shape(Config):
     ar_ssm_min_rank: int = option(4, "ranks of U and V that the rank gate cannot switch off")
     ar_ssm_window: int = option(64, "w, width of the sliding window of the local part T; 0 leaves only the diagonal")
     rank_penalty: float = option(1e-3, "weight of the L1 term on the rank gate in the training loss")
-    htt_dense_rows: int = option(4096, "most frequent tokens that keep a dense row each; the tail is a tensor train")
-    htt_groups: int = option(1024, "v1, groups of similar tokens: rows of the tail's vocabulary grid")
+    htt_dense_rows: int = option(1024, "K, most frequent tokens that keep a dense row each; bands of low rank end at 4K and 16K")
+    htt_groups: int = option(512, "groups of similar tokens: they share a centroid, and a row of the tail's vocabulary grid")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,7 +72,7 @@ class Ranked(Shape):
     """A shape with one rank of each kind."""
 
     ar_ssm_max_rank: int = option(32, "R, columns of U and V per head: the rank that is stored and computed")
-    htt_rank: int = option(16, "r, terms of the sum over the two cores of the tail's tensor train")
+    htt_rank: int = option(16, "r, terms of the tail's tensor train; the bands of more frequent tokens have rank 12r and 4r")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,7 +99,7 @@ class ModelConfig(Ranked):
     @property
     def config_id(self) -> str:
         """Twelve hex digits of the SHA-256 of every field this model uses: equal ids mean equal models."""
-        unused = ("ar_ssm_", "rank_penalty") if self.mixer == "attention" else ()
+        unused: tuple[str, ...] = ("ar_ssm_", "rank_penalty") if self.mixer == "attention" else ()
         unused += ("htt_",) if self.embedding == "dense" else ()
         return content_id({name: value for name, value in asdict(self).items() if not name.startswith(unused)})
 
@@ -147,6 +147,7 @@ class TrainConfig(Config):
     train_batch_size: int = option(64, "windows of T tokens per optimizer step")
     micro_batch_size: int = option(8, "windows per forward/backward; a larger one is faster, the result the same up to rounding")
     learning_rate: float = option(1.5e-3, "peak of the schedule: linear warm-up, then cosine to a tenth")
+    table_learning_rate: float = option(3.0, "learning rate of the token table, as a multiple of the others'")
     warmup_steps: int = option(100, "optimizer steps of linear warm-up, at most a tenth of the run")
     weight_decay: float = option(0.1, "AdamW decay of the matrices of blocks; token table, norms and vectors have none")
     grad_clip: float = option(1.0, "largest norm of the gradient of all parameters")
@@ -156,7 +157,7 @@ class TrainConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_positive(self, "train_tokens", "train_batch_size", "micro_batch_size", "learning_rate", "grad_clip")
+        _require_positive(self, "train_tokens", "train_batch_size", "micro_batch_size", "learning_rate", "table_learning_rate", "grad_clip")
         if self.train_batch_size % self.micro_batch_size and self.micro_batch_size < self.train_batch_size:
             raise ValueError(
                 f"--micro-batch-size must divide --train-batch-size={self.train_batch_size}; got {self.micro_batch_size}; "
@@ -191,6 +192,7 @@ class ThroughputRun(Ranked, Output):
 
     seq_lengths: tuple[int, ...] = option((512, 1024, 2048, 4096), "T, the lengths to measure; a verdict needs 4 over 8x")
     batch_size: int = option(4, "B, sequences per step")
+    table_learning_rate: float = option(3.0, "learning rate of the token table, as a multiple of the others'")
     warmup_steps: int = option(5, "steps before the measurement, per model and length")
     measure_steps: int = option(20, "measured steps, per model and length")
     save_plots: bool = option(False, "write phase1_throughput_comparison.png")
@@ -260,6 +262,15 @@ class DoctorRun(Config):
     """What a bug report needs: versions, GPU, driver, commit."""
 
 
+SMOKE_SHAPE: dict[str, Any] = {
+    "vocab_size": 2048,
+    "d_model": 128,
+    "n_layers": 3,
+    "n_heads": 4,
+    "ar_ssm_window": 32,
+    "htt_dense_rows": 64,
+    "htt_groups": 64,
+}
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "rtx3080-10g": {
         "memory": {"batch_size": 4, "seq_length": 2048},
@@ -276,6 +287,11 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "throughput": {"batch_size": 8, "seq_lengths": (512, 1024, 2048, 4096, 8192)},
         "perplexity": {"batch_size": 16, "micro_batch_size": 16, "seq_length": 1024},
     },
-    "smoke": {},
+    "smoke": {  # ten minutes on two CPU cores; memory is an estimate there, so it can afford the documented sizes
+        "memory": {},
+        "throughput": SMOKE_SHAPE | {"batch_size": 2, "seq_lengths": (128, 256, 512, 1024, 2048), "warmup_steps": 1, "measure_steps": 7},
+        "perplexity": SMOKE_SHAPE
+        | {"seq_length": 128, "train_tokens": 1_000_000, "train_batch_size": 16, "micro_batch_size": 16, "learning_rate": 3e-3},
+    },
 }
 """Defaults that a hardware preset replaces, per command; a flag on the command line wins over both."""

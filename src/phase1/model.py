@@ -13,6 +13,7 @@ from phase1.layers.attention import Attention
 from phase1.layers.embedding import DenseTable, HTTTable
 from phase1.layers.mlp import MLP
 from phase1.ops.cross_entropy import tied_cross_entropy, tied_cross_entropy_reference, tied_nll
+from phase1.vocabulary import TokenStatistics
 
 
 class Block(nn.Module):
@@ -46,10 +47,10 @@ class LanguageModel(nn.Module):
 
     Args:
         config: sizes, mixer, table, loss and checkpointing.
-        token_order: (V,) position of each id in the HTT table (phase1.data.token_order); unused by a dense table.
+        statistics: of the training text, for an HTT table (phase1.data.token_statistics); a dense table needs none.
     """
 
-    def __init__(self, config: ModelConfig, token_order: Tensor | None = None) -> None:
+    def __init__(self, config: ModelConfig, statistics: TokenStatistics | None = None) -> None:
         super().__init__()
         self.config = config
         self.embedding: DenseTable | HTTTable = (
@@ -61,7 +62,7 @@ class LanguageModel(nn.Module):
                 rank=config.htt_rank,
                 dense_rows=config.htt_dense_rows,
                 groups=config.htt_groups,
-                token_order=token_order,
+                statistics=statistics,
             )
         )
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
@@ -85,6 +86,8 @@ class LanguageModel(nn.Module):
         hidden, states, _ = self._hidden(ids, states)
         dtype = _compute_dtype(hidden)
         logits = hidden.to(dtype) @ self.embedding.table(dtype).to(dtype).T
+        if self.embedding.output_bias is not None:
+            logits = logits + self.embedding.output_bias
         every_id = torch.arange(self.config.vocab_size, device=ids.device)
         return logits[..., self.embedding.positions(every_id)], states
 
@@ -103,11 +106,11 @@ class LanguageModel(nn.Module):
         hidden, _, effective_rank = self._hidden(ids)
         return tied_nll(*self._output(hidden, targets)).view(targets.shape), effective_rank
 
-    def _output(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Arguments of the cross-entropy: states (N, D), the table, and the targets' positions in the table."""
+    def _output(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Arguments of the cross-entropy: states (N, D), the table, the targets' positions in it, and its bias."""
         dtype = _compute_dtype(hidden)
         positions = self.embedding.positions(targets).flatten()
-        return hidden.flatten(0, 1).to(dtype), self.embedding.table(dtype), positions
+        return hidden.flatten(0, 1).to(dtype), self.embedding.table(dtype), positions, self.embedding.output_bias
 
     def _hidden(
         self, ids: Tensor, states: list[Any] | None = None, recompute: bool = False
@@ -144,7 +147,7 @@ class LanguageModel(nn.Module):
 
     def parameter_counts(self) -> dict[str, int]:
         """Numbers of parameters: total, and those of the token table, the mixers and the MLPs."""
-        parts = {"embedding": [self.embedding], "mixer": [], "mlp": []}
+        parts: dict[str, list[nn.Module]] = {"embedding": [self.embedding], "mixer": [], "mlp": []}
         for block in self.blocks:
             parts["mixer"].append(block.mixer)
             parts["mlp"].append(block.mlp)

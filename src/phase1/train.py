@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,18 +46,25 @@ def make_train_state(model: LanguageModel, config: TrainConfig, device: torch.de
     if config.compile:
         for block in model.blocks:
             block.compile(dynamic=False)
-    blocks = [(name.split(".")[0] == "blocks", parameter) for name, parameter in model.named_parameters()]
-    decayed = [p for in_block, p in blocks if in_block and p.ndim == 2]
-    others = [p for in_block, p in blocks if not (in_block and p.ndim == 2)]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=config.learning_rate,
-        betas=(0.9, 0.95),
-        fused=device.type == "cuda",
+        parameter_groups(model, config), lr=config.learning_rate, betas=(0.9, 0.95), fused=device.type == "cuda"
     )
     dtype = compute_dtype(config.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     return TrainState(model, optimizer, scaler, dtype, device, config.grad_clip, config)
+
+
+def parameter_groups(model: LanguageModel, config: TrainConfig) -> list[dict[str, Any]]:
+    """Matrices of the blocks decay; the token table learns `table_learning_rate` times as fast; vectors do neither."""
+    matrices, table, vectors = [], [], []
+    for name, parameter in model.named_parameters():
+        kind = vectors if parameter.ndim < 2 else table if name.startswith("embedding.") else matrices
+        kind.append(parameter)
+    return [
+        {"params": matrices, "weight_decay": config.weight_decay, "lr_scale": 1.0},
+        {"params": table, "weight_decay": 0.0, "lr_scale": config.table_learning_rate},
+        {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0},
+    ]
 
 
 def ignore(phase: str) -> None:
@@ -112,7 +118,7 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 
 def train(
     state: TrainState,
-    batch_at: Callable[[int], tuple[np.ndarray, np.ndarray]],
+    batch_at: Callable[[int], Batch],
     steps: int,
     on_step: Callable[[int, Tensor], Any] = lambda step, loss: None,
 ) -> float:
@@ -129,7 +135,7 @@ def train(
     began = time.perf_counter()
     while state.step < steps:
         for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(state.config, state.step, steps)
+            group["lr"] = group["lr_scale"] * learning_rate(state.config, state.step, steps)
         loss = train_step(state, list(_micro_batches(batch_at(state.step), state.config.micro_batch_size, state.device)))
         if state.step % CHECK_EVERY == 0 or state.step == steps:
             check_finite(loss, state.step)
@@ -145,8 +151,8 @@ def check_finite(loss: Tensor, step: int) -> None:
         raise Unavailable(f"the loss is {loss.item()} at step {step}; lower --learning-rate or use --precision bf16")
 
 
-def _micro_batches(batch: tuple[np.ndarray, np.ndarray], size: int, device: torch.device) -> Iterator[Batch]:
-    inputs, targets = (torch.from_numpy(np.ascontiguousarray(part)) for part in batch)
-    if device.type == "cuda":
-        inputs, targets = (part.pin_memory().to(device, non_blocking=True) for part in (inputs, targets))
+def _micro_batches(batch: Batch, size: int, device: torch.device) -> Iterator[Batch]:
+    inputs, targets = batch
+    if device.type == "cuda":  # pinned, so that the copy does not wait for the steps before it
+        inputs, targets = (part.pin_memory().to(device, non_blocking=True) for part in batch)
     yield from zip(inputs.split(size), targets.split(size), strict=True)

@@ -25,13 +25,15 @@ def test_chunked_recurrent_and_dense_forms_of_the_layer_are_one(T, window):
 
 
 def dense_form(mixer, h):
-    """(T + tril(U Vᵀ)) x with every matrix written out."""
+    """(T + tril(U Vᵀ)) x with every matrix written out, each head's semiseparable part scaled to mean square 1."""
     o, gate, _ = mixer.operands(h)
     semiseparable = semiseparable_matrix(o.u, o.v, o.log_decay) * o.step.transpose(1, 2)[:, :, None]
-    local = torch.diag_embed(mixer.skip[:, None].expand(-1, h.shape[1]))
+    local = torch.diag_embed(mixer.skip[:, None].expand(len(h), -1, h.shape[1]))
     if mixer.window:
         local = local + window_attention_matrix(o.q, o.k, 0, mixer.window)
-    y = torch.einsum("bhts,bshp->bthp", local + semiseparable, o.x)
+    far = torch.einsum("bhts,bshp->bthp", semiseparable, o.x)
+    far = far / (far.square().mean(-1, keepdim=True) + 1e-5).sqrt() * mixer.state_scale
+    y = far + torch.einsum("bhts,bshp->bthp", local, o.x)
     return mixer.out(mixer.norm(y.flatten(2) * torch.nn.functional.silu(gate)))
 
 

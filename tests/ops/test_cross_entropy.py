@@ -20,12 +20,19 @@ def operands(N=7, V=11, D=4, dtype=torch.float64):
     return hidden, table, targets
 
 
-def test_loss_and_gradients_match_the_definition(chunk_tokens):
+def bias_like(table):
+    return torch.linspace(-2, 2, len(table), dtype=table.dtype, device=DEVICE).requires_grad_()
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_loss_and_gradients_match_the_definition(chunk_tokens, biased):
     hidden, table, targets = operands()
+    bias = bias_like(table) if biased else None
+    leaves = (hidden, table, bias) if biased else (hidden, table)
     outcomes = []
     for op in (tied_cross_entropy, tied_cross_entropy_reference):
-        loss = op(hidden, table, targets)
-        outcomes.append((loss, *torch.autograd.grad(loss * 3, (hidden, table))))
+        loss = op(hidden, table, targets, bias)
+        outcomes.append((loss, *torch.autograd.grad(loss * 3, leaves)))
     for got, expected in zip(*outcomes, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
@@ -44,9 +51,10 @@ def test_either_gradient_may_be_unwanted():
 
 def test_losses_of_single_tokens_sum_to_the_mean(chunk_tokens):
     hidden, table, targets = operands()
-    nll = tied_nll(hidden, table, targets)
+    bias = bias_like(table)
+    nll = tied_nll(hidden, table, targets, bias)
     assert nll[2] == 0
-    torch.testing.assert_close(nll.sum() / 6, tied_cross_entropy_reference(hidden, table, targets))
+    torch.testing.assert_close(nll.sum() / 6, tied_cross_entropy_reference(hidden, table, targets, bias))
 
 
 def test_half_precision_gradients_are_those_of_float64():
@@ -84,3 +92,5 @@ def test_wrong_shapes_are_named(op):
         op(hidden[:, :3], table, targets)
     with pytest.raises(ValueError, match="targets must be"):
         op(hidden, table, targets[:3])
+    with pytest.raises(ValueError, match="bias must be"):
+        op(hidden, table, targets, bias_like(table)[:3])

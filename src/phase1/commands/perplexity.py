@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from phase1.checkpoint import load_model, read_index
 from phase1.commands.train import train_to_checkpoint
-from phase1.config import ModelConfig, PerplexityRun, TrainConfig, content_id, model_config
+from phase1.config import ROLES, ModelConfig, PerplexityRun, TrainConfig, content_id, model_config
 from phase1.data import Corpus, count_words, load_corpus
 from phase1.measure.environment import current_command, environment
 from phase1.measure.perplexity import Evaluation, Protocol, evaluate, unigram_entropy
@@ -80,8 +80,9 @@ def candidates(run: PerplexityRun) -> list[Candidate]:
             )
         given[name] = Path(path)
     pairs = [(r, R) for r in run.test_htt_ranks for R in run.test_ar_ssm_ranks]
-    wanted = {"baseline": model_config("baseline", run)} if run.baseline else {}
-    wanted |= {f"phase1_htt{r}_ar{R}": model_config("phase1", run, htt_rank=r, ar_ssm_max_rank=R) for r, R in pairs}
+    engines = [model_config("phase1", run, htt_rank=r, ar_ssm_max_rank=R) for r, R in pairs]
+    wanted = {"baseline": replace(engines[0], **ROLES["baseline"])} if run.baseline else {}  # it uses no rank
+    wanted |= {expected_name(config): config for config in engines}
     for name, path in given.items():
         config = ModelConfig(**read_index(path)["model_config"])
         if name != expected_name(config):
@@ -145,7 +146,7 @@ def evaluate_checkpoint(
         word_count=word_count,
         trained_tokens=facts["trained_tokens"],
         train_seconds=facts["train_seconds"],
-        trained_on=facts["data"],
+        trained_on=Dataset(**facts["data"]),
         dataset=Dataset(name=corpus.name, split=scored.name, sha256=scored.sha256),
         protocol_hash=protocol.protocol_hash,
         untrained=evaluation.loss >= unigram,

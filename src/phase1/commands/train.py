@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from phase1.checkpoint import INDEX, read_index, resume, save_checkpoint
 from phase1.config import ModelConfig, TrainConfig, TrainRun
-from phase1.data import Corpus, load_corpus, token_order, training_batch
+from phase1.data import Corpus, Windows, load_corpus, token_statistics
+from phase1.layers.embedding import BAND_EDGES, BAND_RANKS
 from phase1.model import LanguageModel
 from phase1.train import TrainState, make_train_state, total_steps, train
 
@@ -58,22 +59,30 @@ def train_to_checkpoint(
 
 
 def make_state(model_config: ModelConfig, train_config: TrainConfig, corpus: Corpus) -> TrainState:
-    """A fresh model in the order of the corpus's tokens, ready to train; the same for equal seeds."""
+    """A fresh model with the statistics of the corpus's tokens, ready to train; the same for equal seeds."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    order = None
+    statistics = None
     if model_config.embedding == "htt":
-        ids = corpus.splits["train"].ids
-        positions = token_order(ids, model_config.vocab_size, model_config.htt_dense_rows, train_config.seed, device=device)
-        order = torch.from_numpy(positions)
+        statistics = token_statistics(
+            corpus.splits["train"].ids,
+            vocab_size=model_config.vocab_size,
+            dense_rows=model_config.htt_dense_rows,
+            frequent=model_config.htt_dense_rows * BAND_EDGES[-1],
+            groups=model_config.htt_groups,
+            dim=min(BAND_RANKS[0] * model_config.htt_rank, model_config.d_model),
+            seed=train_config.seed,
+            device=device,
+        )
     torch.manual_seed(train_config.seed)
-    return make_train_state(LanguageModel(model_config, order), train_config, device)
+    return make_train_state(LanguageModel(model_config, statistics), train_config, device)
 
 
 def run_schedule(
     state: TrainState, corpus: Corpus, seq_length: int, steps: int, folder: Path, facts: dict[str, Any], before: float, label: str
 ) -> dict[str, Any]:
     """Train to `steps` with a progress bar and a checkpoint every SAVE_SECONDS; what the run adds to the facts."""
-    config, ids = state.config, corpus.splits["train"].ids
+    config = state.config
+    windows = Windows(corpus.splits["train"].ids, seq_length, config.seed)
     tokens_per_step = config.train_batch_size * seq_length
     began = saved = time.perf_counter()
     last = torch.zeros(())
@@ -93,11 +102,8 @@ def run_schedule(
             save_checkpoint(folder, state, facts | progress())
             saved = time.perf_counter()
 
-    def batch_at(step: int) -> Any:
-        return training_batch(ids, step=step, batch_size=config.train_batch_size, seq_length=seq_length, seed=config.seed)
-
     total = steps * tokens_per_step
     initial = state.step * tokens_per_step
     with tqdm(total=total, initial=initial, desc=f"train {label}", unit="tok", unit_scale=True, disable=None) as bar:
-        train(state, batch_at, steps, on_step)
+        train(state, lambda step: windows.batch(step, config.train_batch_size), steps, on_step)
     return progress()

@@ -53,11 +53,12 @@ class RankGate(nn.Module):
 class ARSSM(nn.Module):
     """Mixer with U, V, the values x, the decay and the output gate all computed from the input.
 
-    S_t = a_t S_{t-1} + v_t (Δ_t x_t)ᵀ,  y_t = S_tᵀ u_t + (T x)_t,  u_t = g_t ⊙ u'_t,  v_t = g_t ⊙ v'_t
+    S_t = a_t S_{t-1} + v_t (Δ_t x_t)ᵀ,  y_t = c ⊙ rms(S_tᵀ u_t) + (T x)_t,  u_t = g_t ⊙ u'_t,  v_t = g_t ⊙ v'_t
     a_t = exp(-exp(A) Δ_t),  Δ_t = softplus(W h_t + b),  (T x)_t = window attention + skip ⊙ x_t
 
-    The queries and keys of the window are u' and v', RMS-normalised and rotated: it costs no projection of its own.
-    Source: docs/design.md; Dao and Gu 2024, "Transformers are SSMs", section 7 (block), Mega and Based (window).
+    u' and v' are RMS-normalised per head; rotated, and u' scaled by γ, they are also the queries and keys of the window,
+    which so costs no projection of its own. rms is over the channels of a head: it takes the size out of Σ, not the rank.
+    Source: docs/design.md; Dao and Gu 2024, "Transformers are SSMs", section 7 (the block).
     """
 
     def __init__(self, d_model: int, n_heads: int, max_rank: int, min_rank: int, window: int) -> None:
@@ -72,8 +73,8 @@ class ARSSM(nn.Module):
         self.log_rate = nn.Parameter(torch.linspace(1, 16, n_heads).log())  # A
         self.skip = nn.Parameter(torch.ones(n_heads))
         if window:
-            self.q_scale = nn.Parameter(torch.ones(n_heads, max_rank))
-            self.k_scale = nn.Parameter(torch.ones(n_heads, max_rank))
+            self.q_scale = nn.Parameter(torch.full((n_heads, max_rank), 2.0))  # γ
+        self.state_scale = nn.Parameter(torch.full((n_heads, d_model // n_heads), 0.25))  # c
         self.norm = nn.RMSNorm(d_model)
         self.out = nn.Linear(d_model, d_model, bias=False)
         self._initialize()
@@ -94,14 +95,15 @@ class ARSSM(nn.Module):
         kernel = self.conv_weight.to(mixed.dtype)
         T = h.shape[1]
         conv = sum(mixed[:, j : j + T] * kernel[j] for j in range(CONV_WIDTH)) + self.conv_bias.to(mixed.dtype)
-        x, u, v = F.silu(conv).split([h.shape[-1]] + 2 * [self.n_heads * self.max_rank], -1)
-        x, u, v = (part.unflatten(-1, (self.n_heads, -1)) for part in (x, u, v))
+        x, u, v = conv.split([h.shape[-1]] + 2 * [self.n_heads * self.max_rank], -1)
+        x = F.silu(x).unflatten(-1, (self.n_heads, -1))
+        u, v = (_unit(part.unflatten(-1, (self.n_heads, -1))) for part in (u, v))
         rank_gate = self.rank_gate(h)
         step = F.softplus(self.step(h).to(torch.promote_types(h.dtype, torch.float32)))
         q = k = u[..., :0]
         if self.window:
-            q = rotate((F.rms_norm(u, u.shape[-1:]) * self.q_scale).to(u.dtype), start)
-            k = rotate((F.rms_norm(v, v.shape[-1:]) * self.k_scale).to(v.dtype), start)
+            q = rotate(u * self.q_scale.to(u.dtype), start)
+            k = rotate(v, start)
         g = rank_gate[:, :, None].to(u.dtype)
         return Operands(u * g, v * g, q, k, x, step, -self.log_rate.exp() * step, rank_gate), gate, mixed[:, T:]
 
@@ -110,7 +112,7 @@ class ARSSM(nn.Module):
         o, gate, conv = self.operands(h, state)
         S = None if state is None else state.S
         y, S = semiseparable(o.u, o.v, (o.x * o.step[..., None]).to(o.u.dtype), o.log_decay, S)
-        y = y + o.x * self.skip[:, None].to(o.x.dtype)
+        y = _unit(y) * self.state_scale.to(y.dtype) + o.x * self.skip[:, None].to(o.x.dtype)
         k, x = (o.k, o.x) if state is None else (torch.cat([state.k, o.k], 1), torch.cat([state.x, o.x], 1))
         if self.window:
             y = y + window_attention(o.q, k, x, window=self.window, past=k.shape[1] - h.shape[1])
@@ -119,3 +121,8 @@ class ARSSM(nn.Module):
         position = h.shape[1] + (0 if state is None else state.position)
         effective_rank = o.rank_gate.to(o.step.dtype).sum(-1).mean()
         return self.out(y), ARSSMState(position, conv, S, k[:, keep], x[:, keep]), effective_rank
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x divided by the root of its mean square over the last axis."""
+    return F.rms_norm(x, x.shape[-1:], eps=1e-5).to(x.dtype)

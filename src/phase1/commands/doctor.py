@@ -1,0 +1,24 @@
+"""`phase1 doctor`: the block that belongs in a bug report."""
+
+from phase1.config import DoctorRun
+from phase1.measure.environment import environment, free_gpu_bytes, free_ram_bytes, package_version
+from phase1.measure.probe import cuda_status, triton_status
+
+PACKAGES = ("numpy", "scipy", "pydantic", "safetensors", "tokenizers", "datasets", "matplotlib", "tabulate", "tqdm")
+
+
+def main(run: DoctorRun) -> int:
+    """Print facts of software, hardware and free memory, as text that can be pasted; the exit status is 0."""
+    facts = dict(environment())
+    facts |= {name: package_version(name) for name in PACKAGES}
+    facts |= {"free_ram_bytes": free_ram_bytes(), "free_gpu_bytes": free_gpu_bytes()}
+    facts |= {"cuda_works": cuda_status(), "triton_works": triton_status()}
+    width = max(map(len, facts))
+    print("\n".join(f"{name:<{width}}  {_text(name, value)}" for name, value in facts.items()))
+    return 0
+
+
+def _text(name: str, value: object) -> str:
+    if isinstance(value, int) and name.endswith("_bytes"):
+        return f"{value} ({value / 1e9:.2f} GB, {value / 2**30:.2f} GiB)"
+    return "-" if value is None else str(value)

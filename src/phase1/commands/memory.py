@@ -1,0 +1,94 @@
+"""`phase1 memory`: does a training step fit an 8 GB and a 10 GB card, and how much less does the engine take?"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Final
+
+from tqdm import tqdm
+
+from phase1.config import MemoryRun, ModelConfig, model_config
+from phase1.measure.environment import current_command, environment, free_gpu_bytes
+from phase1.measure.memory import MemoryCase, memory_result
+from phase1.record import FILES, Check, MemoryResult, Report, exit_code, write_report
+from phase1.report import checks_text, memory_text, plot_memory
+
+CARD_LIMITS: Final = {"fits_8gb": 7.2e9, "fits_10gb": 9.0e9}  # bytes, 90 % of the card (docs/design.md, "Definitions")
+REDUCTION_LIMIT: Final = 50.0  # percent
+PLOT: Final = "phase1_memory_breakdown.png"
+
+
+def main(run: MemoryRun) -> int:
+    """Write the memory report and its plot, and print it; see `MemoryRun` for the flags."""
+    free_bytes = free_gpu_bytes()  # before this run takes some of it
+    results: dict[str, MemoryResult] = {}
+    for role, model in tqdm(models(run).items(), desc="memory", unit="model", disable=None):
+        results[role] = memory_result(role, MemoryCase(model, run.batch_size, run.seq_length))
+    results = with_reductions(results)
+    report = Report[MemoryResult](
+        kind="memory",
+        environment=environment(),
+        command=current_command(),
+        run=asdict(run) | {"free_gpu_bytes": free_bytes},
+        results=results,
+        checks=checks(results, free_bytes),
+    )
+    path = Path(run.out_dir) / FILES["memory"]
+    write_report(report, path)
+    written = [path]
+    if any(result.status == "ok" for result in results.values()):
+        written.append(plot_memory(report, path.with_name(PLOT)))
+    print(memory_text(report), checks_text(report.checks), *(f"written: {p}" for p in written), sep="\n")
+    return exit_code(report.checks)
+
+
+def models(run: MemoryRun) -> dict[str, ModelConfig]:
+    """The models to measure, by role."""
+    roles = ("baseline", "baseline_optimized") if run.baseline else ()
+    engine = {} if run.gradient_checkpointing else {"checkpointing": False}
+    return {role: model_config(role, run) for role in roles} | {"phase1": model_config("phase1", run, **engine)}
+
+
+def with_reductions(results: dict[str, MemoryResult]) -> dict[str, MemoryResult]:
+    """The results with their reduction of allocated memory against `baseline`, 100 (1 - peak / baseline's peak)."""
+    base = results["baseline"].peak_allocated_bytes if "baseline" in results else None
+    reduced = {}
+    for role, result in results.items():
+        peak = result.peak_allocated_bytes
+        known = base is not None and peak is not None and role != "baseline"
+        percent = 100 * (1 - peak / base) if known else None  # type: ignore[operator]
+        reduced[role] = result.model_copy(update={"memory_reduction_percent": percent})
+    return reduced
+
+
+def checks(results: dict[str, MemoryResult], free_bytes: int | None) -> list[Check]:
+    """The claims of the engine: it fits both cards, and takes less than half of the baseline's memory."""
+    engine = results["phase1"]
+    fits = [_fits(name, limit, engine, free_bytes) for name, limit in CARD_LIMITS.items()]
+    return [*fits, _reduction(engine, results.get("baseline"))]
+
+
+def _fits(name: str, limit: float, engine: MemoryResult, free_bytes: int | None) -> Check:
+    if engine.status == "oom" and free_bytes is not None and free_bytes >= limit:
+        detail = f"{engine.measured}: out of memory with {free_bytes / 1e9:.2f} GB free on the card"
+        return Check(name=name, value=None, limit=limit, status="fail", detail=detail)
+    if engine.status != "ok" or engine.peak_reserved_bytes is None or engine.outside_allocator_bytes is None:
+        detail = f"{engine.measured}: the engine's peak is not known ({engine.status}: {engine.detail})"
+        return Check(name=name, value=None, limit=limit, status="inconclusive", detail=detail)
+    value = engine.peak_reserved_bytes + engine.outside_allocator_bytes
+    detail = f"{engine.measured}: bytes reserved by the allocator at the peak, plus those outside it"
+    return Check(name=name, value=value, limit=limit, status="pass" if value <= limit else "fail", detail=detail)
+
+
+def _reduction(engine: MemoryResult, baseline: MemoryResult | None) -> Check:
+    name, limit = "reduction_50_percent", REDUCTION_LIMIT
+    value = engine.memory_reduction_percent
+    if value is not None:
+        detail = f"{engine.measured}: percent less peak_allocated_bytes than baseline"
+        return Check(name=name, value=value, limit=limit, status="pass" if value > limit else "fail", detail=detail)
+    if baseline is None:
+        why = "no baseline was measured (--no-baseline)"
+    elif baseline.status != "ok":
+        why = f"no reduction can be stated: the baseline ended with {baseline.status} ({baseline.detail})"
+    else:
+        why = f"no reduction can be stated: the engine ended with {engine.status} ({engine.detail})"
+    return Check(name=name, value=None, limit=limit, status="inconclusive", detail=f"{engine.measured}: {why}")

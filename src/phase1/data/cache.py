@@ -1,0 +1,48 @@
+"""Files that save a later run the work: token ids by the content they come from."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from phase1.files import atomic_write
+
+FORMAT = 1  # raise when the same key must no longer give the same tokens
+_DIGEST_BYTES = 32
+
+
+def cached_ids(cache_dir: Path, key: dict[str, Any], dtype: np.dtype, compute: Callable[[], np.ndarray]) -> np.ndarray:
+    """`compute()`, or what it gave when it was called with the same `key` before.
+
+    A file is the SHA-256 of the ids' bytes and the ids, little-endian; one that does not match is made again.
+    """
+    name = hashlib.sha256(json.dumps(key | {"format": FORMAT}, sort_keys=True).encode()).hexdigest()[:32]
+    path = cache_dir / "tokens" / f"{name}.{dtype.name}"
+    stored = dtype.newbyteorder("<")
+    if path.is_file():
+        data = path.read_bytes()
+        if hashlib.sha256(memoryview(data)[_DIGEST_BYTES:]).digest() == data[:_DIGEST_BYTES]:
+            return np.frombuffer(data, dtype=stored, offset=_DIGEST_BYTES).astype(dtype)
+    ids = compute()
+    raw = ids.astype(stored, copy=False).tobytes()
+    store(path, hashlib.sha256(raw).digest() + raw)
+    return ids
+
+
+def store(path: Path, data: bytes) -> None:
+    """Write a file of the cache; ValueError, one line, where the folder cannot be written to."""
+    try:
+        atomic_write(path, data)
+    except OSError as error:
+        raise ValueError(f"--cache-dir must be a folder with free space; got {error}; give another folder") from error
+
+
+def ids_sha256(ids: np.ndarray) -> str:
+    """SHA-256 of the ids as little-endian uint32, whatever type they are kept in."""
+    digest = hashlib.sha256()
+    for start in range(0, len(ids), 1 << 22):
+        digest.update(ids[start : start + (1 << 22)].astype("<u4").tobytes())
+    return digest.hexdigest()

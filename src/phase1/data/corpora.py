@@ -1,0 +1,141 @@
+"""`load_corpus`: a data set's name in, token ids with their origin out."""
+
+import contextlib
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from phase1.config import DataConfig
+from phase1.data.builtin import builtin_texts
+from phase1.data.cache import cached_ids, ids_sha256
+from phase1.data.hub import hub_set, hub_texts, quiet
+from phase1.data.local import file_text, local_files, read_token_file, split_file
+from phase1.data.text import Text
+from phase1.data.tokenizers import Tokenizer
+from phase1.data.vocabularies import load_tokenizer, tokenizer_kind
+
+STREAMED_VALID_TOKENS = 500_000  # of a streamed set, valid and test are the first documents above this many tokens
+
+
+@dataclass(frozen=True)
+class Split:
+    """One part of a corpus as tokens."""
+
+    name: str
+    ids: np.ndarray
+    """(N,) uint16 or uint32, end-of-text after every document (WikiText and text files: once, at the end)."""
+    sha256: str
+    """SHA-256 of the ids as little-endian uint32: equal for equal tokens, from text or from a token file."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The splits that were asked for, and where they come from."""
+
+    name: str
+    """wikitext, c4, builtin, owner/name, or the last part of a local path."""
+    source: str
+    """Hub repository and configuration, local path as given, or builtin."""
+    revision: str | None
+    """Commit of a hub data set, version of the Python whose text builtin is, None for local files."""
+    splits: dict[str, Split]
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """What `--dataset-name` leads to, before it is tokens."""
+
+    name: str
+    source: str
+    revision: str | None
+    texts: dict[str, Text]
+    token_files: dict[str, Path] = field(default_factory=dict)
+    streamed: bool = False
+
+
+def load_corpus(
+    config: DataConfig,
+    *,
+    vocab_size: int,
+    need: tuple[str, ...] = ("train", "valid"),
+    train_tokens: int | None = None,
+) -> Corpus:
+    """The splits named in `need` (train, valid, test) of the data set and tokenizer of `config`.
+
+    Args:
+        vocab_size: V of the model; every id is below it. A `bpe` tokenizer is trained to this size.
+        train_tokens: of a streamed set, read documents until there are more than this many tokens.
+    Raises:
+        ValueError: the user asks for something that is not there or not usable; never replaced by something else.
+        phase1.errors.Unavailable: the data set or vocabulary cannot be reached from this machine.
+    """
+    unknown = set(need) - {"train", "valid", "test"}
+    if unknown:
+        raise ValueError(f"a split must be train, valid or test; got {', '.join(sorted(unknown))}; use one of these")
+    # a bpe is trained on the training text, also where only another split is evaluated
+    wanted = tuple(dict.fromkeys((*need, "train"))) if tokenizer_kind(config) == "bpe" else need
+    with quiet() if _is_on_hub(config.dataset_name) else contextlib.nullcontext():
+        origin = _open(config, wanted)
+        tokenizer = load_tokenizer(config, vocab_size, origin.texts.get("train"))
+        if origin.streamed and train_tokens is None and "train" in need:
+            raise ValueError(f"{origin.source} is streamed: train_tokens must say how much to read; got None")
+        splits = {name: _split(origin, name, tokenizer, config, train_tokens) for name in need}
+    return Corpus(origin.name, origin.source, origin.revision, splits, tokenizer)
+
+
+def _is_on_hub(name: str) -> bool:
+    return name in ("wikitext", "c4") or (name != "builtin" and not Path(name).expanduser().exists())
+
+
+def _open(config: DataConfig, wanted: tuple[str, ...]) -> _Origin:
+    name = config.dataset_name
+    if name == "builtin":
+        texts = builtin_texts(Path(config.cache_dir).expanduser())
+        return _Origin(name, name, platform.python_version(), texts)
+    if not _is_on_hub(name):
+        return _open_local(name, wanted, tokenised=tokenizer_kind(config) == "gpt2")
+    found = hub_set(name, config.dataset_config)
+    revision, texts = hub_texts(found, wanted)
+    return _Origin(name, f"{found.repository} ({found.config})", revision, texts, streamed=not found.lines)
+
+
+def _open_local(name: str, wanted: tuple[str, ...], tokenised: bool) -> _Origin:
+    """A file or folder; of a split that is there as text and as tokens, GPT-2 takes the tokens."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        text_files, token_files = local_files(path)
+        token_files = token_files if tokenised else {}
+        as_text = {split: file for split, file in text_files.items() if split in wanted and split not in token_files}
+        texts = {split: file_text(file) for split, file in as_text.items()}
+        return _Origin(path.resolve().name, name, None, texts, token_files)
+    return _Origin(path.name, name, None, split_file(path))
+
+
+def _split(origin: _Origin, name: str, tokenizer: Tokenizer, config: DataConfig, train_tokens: int | None) -> Split:
+    if name in origin.token_files:
+        ids = read_token_file(origin.token_files[name])
+    elif name in origin.texts:
+        more_than = (train_tokens if name == "train" else STREAMED_VALID_TOKENS) if origin.streamed else None
+        ids = _tokenise(origin.texts[name], tokenizer, Path(config.cache_dir).expanduser(), more_than)
+    else:
+        there = ", ".join(sorted({*origin.texts, *origin.token_files})) or "none that this tokenizer can read"
+        raise ValueError(
+            f"{origin.source} must have a {name} split for --tokenizer {config.tokenizer}; got {there}; "
+            f"add {name}.txt (or {name}.gpt2.bin for gpt2) to a folder, or choose another data set"
+        )
+    if not np.any(ids != tokenizer.end_of_text):
+        raise ValueError(f"the {name} split of {origin.source} must hold text; got none; choose another data set")
+    if ids.max() >= tokenizer.vocab_size:  # which load_tokenizer keeps at most the model's
+        raise ValueError(
+            f"the {name} split of {origin.source} must have ids below {tokenizer.vocab_size}; got {ids.max()}; "
+            f"tokenise it with {tokenizer.name}"
+        )
+    return Split(name, ids, ids_sha256(ids))
+
+
+def _tokenise(text: Text, tokenizer: Tokenizer, cache_dir: Path, more_than: int | None) -> np.ndarray:
+    key = {"text": text.key, "tokenizer": tokenizer.fingerprint, "more_than": more_than}
+    return cached_ids(cache_dir, key, tokenizer.dtype, lambda: tokenizer.encode_documents(text.documents(), more_than))

@@ -1,0 +1,187 @@
+"""Data sets of the Hugging Face hub: found online or in the local cache, read without surprises."""
+
+import contextlib
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phase1.data.text import Document, Text
+from phase1.errors import Unavailable
+from phase1.files import one_line
+
+SPLITS = {"train": ("train",), "valid": ("validation", "valid", "dev"), "test": ("test",)}
+STREAM_RETRIES = {"MAX_RETRIES": 3, "INTERVAL": 1}  # the library's own wait minutes before they report a lost network
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """A data set by its repository, and how its rows become documents."""
+
+    repository: str
+    config: str
+    files: str = ""  # what to download of a set too large to have as a whole
+    lines: bool = False  # rows are the lines of one document, else each row is one
+
+    @property
+    def command(self) -> str:
+        """The shell command that puts the set into the local cache."""
+        return f"hf download --repo-type dataset {self.repository}{self.files}"
+
+
+def hub_set(name: str, config: str) -> HubSet:
+    """The set that `--dataset-name` and `--dataset-config` mean; the names of old tutorials are today's repositories.
+
+    Raises ValueError for a name that is neither known nor owner/name, and for a configuration of another set.
+    """
+    if name in ("wikitext", "Salesforce/wikitext"):
+        known = ("wikitext-103-raw-v1", "wikitext-103-v1", "wikitext-2-raw-v1", "wikitext-2-v1")
+        if config not in known:
+            raise ValueError(f"--dataset-config of {name} must be one of {', '.join(known)}; got {config}; choose one")
+        return HubSet("Salesforce/wikitext", config, lines=True)
+    if name in ("c4", "allenai/c4"):
+        if config.startswith("wikitext"):
+            raise ValueError(f"--dataset-config of {name} must be one of its own; got {config}; try --dataset-config en")
+        first = f"{config}/c4-train.00000-of-01024.json.gz {config}/c4-validation.00000-of-00008.json.gz"
+        return HubSet("allenai/c4", config, files=f" README.md {first}")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ValueError(
+            f"--dataset-name must be wikitext, c4, builtin, an existing path or a hub repository owner/name; got {name}; "
+            "check the spelling"
+        )
+    return HubSet(name, config)
+
+
+def hub_texts(wanted: HubSet, need: tuple[str, ...]) -> tuple[str, dict[str, Text]]:
+    """(commit hash, text of each needed split). Documents are read when they are asked for, inside `quiet()`.
+
+    A set that is read by lines (WikiText) is downloaded and checked as a whole; any other is streamed.
+    Raises Unavailable where hub and local cache fail, ValueError for an unknown repository, configuration or split.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise Unavailable(_unreachable(wanted, "the package datasets is not installed (pip install datasets)")) from error
+    place, revision = _locate(wanted)
+    remote = {"revision": revision} if place == wanted.repository else {}
+    with _one_line_errors(wanted):
+        loaded = datasets.load_dataset(place, wanted.config, streaming=not wanted.lines, **remote)
+    return revision, {split: _text(wanted, revision, loaded, split) for split in need}
+
+
+def _locate(wanted: HubSet) -> tuple[str, str]:
+    """(what load_dataset opens, commit hash): the repository where the hub answers, else its copy in the cache."""
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        # asked first, because it fails in a moment where load_dataset retries for half a minute and prints each try
+        info = huggingface_hub.HfApi().dataset_info(wanted.repository, timeout=huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT)
+    except GatedRepoError as error:
+        raise Unavailable(_unreachable(wanted, "access must be granted on the hub and `hf auth login` run first")) from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"--dataset-name must be a data set of the hub; got {wanted.repository}, unknown there; check the spelling"
+        ) from error
+    except _transport_errors() as error:
+        card = huggingface_hub.try_to_load_from_cache(wanted.repository, "README.md", repo_type="dataset")
+        if not isinstance(card, str):
+            raise Unavailable(_unreachable(wanted, _cause(error))) from error
+        return str(Path(card).parent), Path(card).parent.name
+    return wanted.repository, str(info.sha)
+
+
+def _text(wanted: HubSet, revision: str, loaded: Any, split: str) -> Text:
+    there = [name for name in SPLITS[split] if name in loaded]
+    if not there:
+        raise ValueError(
+            f"{wanted.repository} ({wanted.config}) must have a {split} split; got only {', '.join(loaded)}; "
+            "choose another data set or configuration"
+        )
+    key = f"hub:{wanted.repository}@{revision}/{wanted.config}/{there[0]}"
+    rows = loaded[there[0]]
+    if wanted.lines:
+        return Text(key, lambda: iter([_wikitext_lines(wanted, rows)]))
+    return Text(key, lambda: ([text] for text in _rows(wanted, rows)))
+
+
+def _wikitext_lines(wanted: HubSet, rows: Any) -> Document:
+    """The lines of the original file. The hub holds its blank lines, a space and a newline, as empty rows."""
+    for text in _rows(wanted, rows):
+        yield text or " \n"
+
+
+def _rows(wanted: HubSet, rows: Any) -> Iterator[str]:
+    with _one_line_errors(wanted):
+        for row in rows:
+            text = row.get("text")
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"{wanted.repository} must have a column named text; got {', '.join(row)}; choose another data set"
+                )
+            yield text
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the libraries' logs, warnings and (off a terminal) progress bars, and shorten their retries, for a while.
+
+    What goes wrong is said by the one error that is raised; everything is as before afterwards.
+    """
+    disabled = logging.root.manager.disable
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        stack.callback(logging.disable, disabled)
+        try:
+            import datasets
+        except ImportError:  # hub_texts says so
+            yield
+            return
+        for action in ("OPEN", "READ"):
+            for limit, value in STREAM_RETRIES.items():
+                name = f"STREAMING_{action}_{limit if limit == 'MAX_RETRIES' else f'RETRY_{limit}'}"
+                stack.callback(setattr, datasets.config, name, getattr(datasets.config, name))
+                setattr(datasets.config, name, value)
+        if not sys.stderr.isatty() and not datasets.are_progress_bars_disabled():
+            stack.callback(datasets.enable_progress_bars)
+            datasets.disable_progress_bars()
+        yield
+
+
+@contextlib.contextmanager
+def _one_line_errors(wanted: HubSet) -> Iterator[None]:
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except (DatasetsError, *_transport_errors()) as error:
+        raise Unavailable(_unreachable(wanted, _cause(error))) from error
+    except ValueError as error:
+        if str(error).startswith(wanted.repository):
+            raise
+        raise ValueError(f"{wanted.repository} with --dataset-config {wanted.config}: {_cause(error)}") from error
+
+
+def _transport_errors() -> tuple[type[BaseException], ...]:
+    """What a request to the hub raises: OSError and the base error of the HTTP library that this hub client uses."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return OSError, *HfHubHTTPError.__bases__
+
+
+def _unreachable(wanted: HubSet, cause: str) -> str:
+    return (
+        f"data set {wanted.repository} ({wanted.config}) cannot be reached: {cause}; download it first "
+        f"where there is a network (`{wanted.command}`) or use --dataset-name builtin"
+    )
+
+
+def _cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return one_line(f"{type(error).__name__}: {error}".rstrip(":. \n"))

@@ -1,0 +1,110 @@
+"""Text and token files of the user: one text file, or a folder with a file per split."""
+
+import contextlib
+import hashlib
+import itertools
+import lzma
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from phase1.data.text import Document, Text
+
+VALID_LINES_DIVISOR = 20  # of a single text file the last 5 % of lines, at least one, are valid
+STEMS = {"train": ("train",), "valid": ("valid", "validation"), "test": ("test",)}
+TEXT_SUFFIXES = (".txt", ".txt.xz")
+TOKEN_SUFFIXES = (".gpt2.bin", ".gpt2.bin.xz")
+_BLOCK = 1 << 20
+
+
+def local_files(path: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """(text file, token file) of each split of a folder; ValueError where a split has two files of one kind."""
+    texts: dict[str, Path] = {}
+    tokens: dict[str, Path] = {}
+    for split, stems in STEMS.items():
+        for found, suffixes in ((texts, TEXT_SUFFIXES), (tokens, TOKEN_SUFFIXES)):
+            there = [file for stem in stems for suffix in suffixes if (file := path / (stem + suffix)).is_file()]
+            if len(there) > 1:
+                names = " and ".join(file.name for file in there)
+                raise ValueError(f"{path} must hold one {suffixes[0]} file of {split}; got {names}; remove all but one")
+            if there:
+                found[split] = there[0]
+    if not texts and not tokens:
+        raise ValueError(
+            f"{path} must hold train, valid or test as {', '.join(TEXT_SUFFIXES + TOKEN_SUFFIXES)}; got none of them; "
+            "rename the files"
+        )
+    return texts, tokens
+
+
+def file_text(path: Path) -> Text:
+    """A whole file as one document."""
+    return Text(f"text:{_file_sha256(path)}", lambda: iter([_blocks(path)]))
+
+
+def split_file(path: Path) -> dict[str, Text]:
+    """train and valid of one text file: valid is the last 5 % of its lines, at least one."""
+    if not path.name.endswith(TEXT_SUFFIXES):
+        raise ValueError(
+            f"{path} must be a text file ({', '.join(TEXT_SUFFIXES)}); got another ending; rename it, or put "
+            f"{TOKEN_SUFFIXES[0]} files in a folder as train and valid"
+        )
+    with _readable(path), _open_text(path) as file:
+        count = sum(1 for _ in file)
+    if count < 2:
+        raise ValueError(f"{path} must have at least 2 lines to be split into train and valid; got {count}; add text")
+    first_valid = count - max(1, count // VALID_LINES_DIVISOR)
+    key = f"text:{_file_sha256(path)}:lines"
+    return {
+        "train": Text(f"{key}:0:{first_valid}", lambda: iter([_lines(path, 0, first_valid)])),
+        "valid": Text(f"{key}:{first_valid}:{count}", lambda: iter([_lines(path, first_valid, count)])),
+    }
+
+
+def read_token_file(path: Path) -> np.ndarray:
+    """(N,) uint16 ids of a .gpt2.bin or .gpt2.bin.xz file: little-endian, two bytes each."""
+    with _readable(path), _open(path) as file:
+        data = file.read()
+    if len(data) % 2:
+        raise ValueError(f"{path} must hold two bytes per token; got {len(data)} bytes, an odd number; copy it again")
+    return np.frombuffer(data, dtype="<u2").astype(np.uint16)  # a copy, which can be written to
+
+
+def _open(path: Path) -> IO[Any]:
+    return lzma.open(path, "rb") if path.name.endswith(".xz") else path.open("rb")
+
+
+def _open_text(path: Path) -> IO[str]:
+    # newline="\n": text is kept as it is, and only \n ends a line
+    if path.name.endswith(".xz"):
+        return lzma.open(path, "rt", encoding="utf-8", newline="\n")
+    return path.open("r", encoding="utf-8", newline="\n")
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Errors in one line for a file that cannot be read or is not what its name says."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be UTF-8 text; got {error.reason}; convert it (iconv)") from error
+    except (OSError, lzma.LZMAError, EOFError) as error:
+        raise ValueError(f"{path} must be a readable file; got {error}; copy it again") from error
+
+
+def _blocks(path: Path) -> Document:
+    with _readable(path), _open_text(path) as file:
+        while block := file.read(_BLOCK):
+            yield block
+
+
+def _lines(path: Path, start: int, stop: int) -> Document:
+    with _readable(path), _open_text(path) as file:
+        yield from itertools.islice(file, start, stop)
+
+
+def _file_sha256(path: Path) -> str:
+    with _readable(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,144 @@
+"""Statistics of the training text for the HTT table: which tokens are frequent, and which are used alike."""
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from phase1.vocabulary import TokenStatistics
+
+CONTEXTS = 2048  # most frequent tokens that count as neighbours, on each side
+NEIGHBOURS = (1, 2)  # distances at which they count
+ORDER_DIM = 64  # leading dimensions that decide which tokens are alike
+OVERSAMPLING = 16
+SUBSPACE_ITERATIONS = 3
+LEAF = 8  # groups of this size are not split further
+STATISTICS_TOKENS = 50_000_000  # of a longer text, the neighbours are counted in this many first tokens
+_CHUNK_TOKENS = 1 << 21
+_CHUNK_ROWS = 1 << 11
+
+
+def token_statistics(
+    train_ids: np.ndarray,
+    *,
+    vocab_size: int,
+    dense_rows: int,
+    frequent: int,
+    groups: int,
+    dim: int,
+    seed: int,
+    device: str = "cpu",
+) -> TokenStatistics:
+    """What `phase1.layers.embedding.HTTTable` needs to know, from the training text only.
+
+    Positions: the `frequent` most frequent ids by frequency (ties: smaller id first), then the other ids that occur in
+    `tree_order` of their vectors, then those that never occur, by id. Groups: equal stretches of the tree order of all
+    ids past `dense_rows`. Vectors: `dim` leading ones of U √Σ (`neighbour_vectors`), rows scaled to mean square 1.
+    Deterministic for a seed. Peak memory: 16 kB per id that occurs (0.8 GB for GPT-2's).
+    Raises ValueError for an id of V or more.
+    """
+    largest = int(train_ids.max(initial=0))
+    if largest >= vocab_size:
+        raise ValueError(f"ids must be below --vocab-size={vocab_size}; got {largest}; raise --vocab-size")
+    counts = np.bincount(train_ids, minlength=vocab_size)
+    by_frequency = np.argsort(-counts, kind="stable")  # rank -> id
+    used = int(np.count_nonzero(counts))
+    rank = np.empty(vocab_size, dtype=np.int64)
+    rank[by_frequency] = np.arange(vocab_size)
+    left, values = neighbour_vectors(train_ids[:STATISTICS_TOKENS], rank, used, max(dim, ORDER_DIM), seed, device)
+    places = np.arange(vocab_size)  # position -> rank
+    meaning = (left * values)[:, :ORDER_DIM].cpu()
+    if frequent < used:
+        places[frequent:used] = frequent + tree_order(meaning[frequent:], seed).numpy()
+    group_of_rank = np.zeros(vocab_size, dtype=np.int64)
+    alike = np.concatenate(
+        [dense_rows + tree_order(meaning[dense_rows:], seed).numpy(), np.arange(max(dense_rows, used), vocab_size)]
+    )
+    group_of_rank[alike] = np.arange(len(alike)) * groups // max(1, len(alike))
+    start = np.random.default_rng(seed).standard_normal((vocab_size, dim), dtype=np.float32)
+    known = (left * values.sqrt())[:, :dim].float().cpu().numpy()
+    size = np.linalg.norm(known, axis=1, keepdims=True) / max(1, known.shape[1]) ** 0.5
+    start[:used, : known.shape[1]] = known / (size + 1e-30)
+    positions = np.empty(vocab_size, dtype=np.int64)
+    positions[by_frequency[places]] = np.arange(vocab_size)
+    log_frequency = np.log((counts[by_frequency[places]] + 1) / (counts.sum() + vocab_size)).astype(np.float32)
+    return TokenStatistics(positions, log_frequency, group_of_rank[places], start[places])
+
+
+def neighbour_vectors(ids: np.ndarray, rank: np.ndarray, used: int, dim: int, seed: int, device: str) -> tuple[Tensor, Tensor]:
+    """U (used, ≤ dim) and Σ (≤ dim,), float64: row of the token of each frequency rank, from the tokens at most 2 places away.
+
+    With n_xc the occurrences of x with context c (a frequent token and a side), n_x and n_c their sums over one index
+    and n over both, these are left singular vectors and singular values of the smoothed positive pointwise
+    mutual information log(1 + n_xc n / ((n_x + 1)(n_c + 1))), by randomised subspace iteration (Halko et al. 2011,
+    algorithm 4.4). All sums are float64, so that the order of additions on a device does not decide the token order.
+    """
+    contexts = min(CONTEXTS, used)
+    table = _count_neighbours(ids, rank, used, contexts, device)  # [used, 2 * contexts]
+    blocks = table.split(_CHUNK_ROWS)  # views: the table is the largest thing here, so it changes in place
+    row_sums = torch.cat([block.sum(1, dtype=torch.float64) for block in blocks])
+    column_sums = torch.stack([block.sum(0, dtype=torch.float64) for block in blocks]).sum(0)
+    shares = (column_sums + 1) / row_sums.sum()
+    for block, sums in zip(blocks, row_sums.split(_CHUNK_ROWS), strict=True):
+        block.copy_(torch.log1p(block / torch.outer(sums + 1, shares)))
+
+    def times(right: Tensor) -> Tensor:
+        return torch.cat([block.double() @ right for block in blocks])
+
+    def transposed_times(right: Tensor) -> Tensor:
+        parts = zip(blocks, right.split(_CHUNK_ROWS), strict=True)
+        return sum((block.double().T @ part for block, part in parts), start=torch.zeros((), device=device))
+
+    generator = torch.Generator().manual_seed(seed)
+    width = min(dim + OVERSAMPLING, *table.shape)
+    start = torch.randn(2 * contexts, width, generator=generator, dtype=torch.float64).to(device)
+    basis = torch.linalg.qr(times(start)).Q
+    for _ in range(SUBSPACE_ITERATIONS):
+        basis = torch.linalg.qr(times(torch.linalg.qr(transposed_times(basis)).Q)).Q
+    _, values, left = torch.linalg.svd(transposed_times(basis), full_matrices=False)
+    vectors = (basis @ left.T)[:, :dim]
+    signs = torch.where(vectors.sum(0) < 0, -1.0, 1.0)  # a singular vector's sign is the library's choice
+    return vectors * signs, values[:dim]
+
+
+def _count_neighbours(ids: np.ndarray, rank: np.ndarray, used: int, contexts: int, device: str) -> Tensor:
+    """(used, 2 * contexts) float32: how often the token of rank x has that of rank c before it, and after it."""
+    table = torch.zeros(used, 2 * contexts, device=device)
+    flat = table.view(-1)
+    rank_of = torch.from_numpy(rank).to(device)
+    starts = range(0, len(ids), _CHUNK_TOKENS)
+    for start in tqdm(starts, desc="token statistics", disable=None, leave=False):
+        chunk = ids[start : start + _CHUNK_TOKENS + max(NEIGHBOURS)].astype(np.int64)
+        ranks = rank_of[torch.from_numpy(chunk).to(device)]
+        for distance in NEIGHBOURS:
+            # the first token of a pair lies inside the chunk, so that a pair across two chunks counts once
+            first, second = ranks[:-distance][:_CHUNK_TOKENS], ranks[distance:][:_CHUNK_TOKENS]
+            for token, context, side in ((second, first, 0), (first, second, contexts)):
+                index = (token * (2 * contexts) + context + side)[context < contexts]
+                # whole numbers below 2^24 add exactly in float32, in any order
+                flat.index_add_(0, index, torch.ones((), device=device).expand(len(index)))
+    return table
+
+
+def tree_order(vectors: Tensor, seed: int) -> Tensor:
+    """(n,) int64 order of the rows of `vectors` (n, k) that puts similar rows next to each other.
+
+    Every group of more than 8 rows is sorted along its principal axis and halved, until all are small.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    groups = [torch.arange(len(vectors))]
+    done: list[Tensor] = []
+    while groups:  # depth first, left half first: `done` grows in the final order
+        group = groups.pop()
+        if len(group) <= LEAF:
+            done.append(group)
+            continue
+        centred = vectors[group] - vectors[group].mean(0)
+        axis = torch.randn(vectors.shape[1], generator=generator, dtype=vectors.dtype)
+        for _ in range(6):  # power iteration; an approximate axis separates as well
+            axis = centred.T @ (centred @ axis)
+            axis /= axis.norm() + 1e-9
+        along = torch.round(centred @ axis, decimals=6)  # ties stay ties: equal vectors keep their order on any machine
+        ordered = group[torch.argsort(along, stable=True)]
+        groups += [ordered[len(group) // 2 :], ordered[: len(group) // 2]]
+    return torch.cat(done) if done else torch.empty(0, dtype=torch.int64)

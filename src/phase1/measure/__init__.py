@@ -1,0 +1,1 @@
+"""Measurements: memory, time, scaling, perplexity, and the statistics that judge them."""

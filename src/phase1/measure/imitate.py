@@ -1,0 +1,86 @@
+"""Make fake CPU tensors take the memory that the same program takes on CUDA."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Functions that CUDA's autocast runs in float32 and the CPU's leaves alone (ATen/autocast_mode.h, AT_FORALL_FP32).
+_CUDA_FLOAT32 = frozenset(
+    [
+        "acos", "asin", "cosh", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt", "sinh", "tan", "pow",
+        "softplus", "layer_norm", "rms_norm", "group_norm", "logsumexp", "prod", "softmax", "log_softmax", "cumprod",
+        "cumsum", "norm", "sum", "renorm", "cosine_similarity", "dist", "cdist",
+    ]
+)  # fmt: skip
+
+
+@contextmanager
+def imitated_cuda() -> Iterator[None]:
+    """Inside, new CPU tensors have sizes and no contents, and operators make the intermediates they make on CUDA.
+
+    Fake CUDA tensors would be simpler; without a CUDA driver they fail in the backward pass.
+    """
+    with ExitStack() as stack:
+        for mode in (FakeTensorMode(), _Contents(), _CudaAutocast()):
+            stack.enter_context(mode)
+        yield
+
+
+class _Contents(TorchDispatchMode):
+    """Answers the few questions a step asks about contents, as for a healthy one: tensors are equal, numbers are 0."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.equal.default:
+            return True
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 0
+        return func(*args, **(kwargs or {}))
+
+
+class _CudaAutocast(TorchFunctionMode):
+    """The float32 casts of CUDA's autocast, and its fused RMSNorm."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.backward:
+            return self._backward(args[0])
+        name = getattr(func, "__name__", "")
+        if name in _CUDA_FLOAT32 and args and isinstance(args[0], Tensor):
+            if torch.is_autocast_enabled("cpu") and args[0].dtype in (torch.float16, torch.bfloat16):
+                args = (args[0].float(), *args[1:])
+            if name == "rms_norm":
+                return _fused_rms_norm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _backward(self, loss: Tensor) -> None:
+        """`loss.backward()` with this mode on, for what is recomputed: a mode is off while it handles a function."""
+        with self:
+            seed = torch.ones_like(loss)
+            torch.autograd.graph._engine_run_backward((loss,), (seed,), False, False, (), True, True)
+
+
+def _fused_rms_norm(x: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    if weight is not None and weight.dtype != x.dtype:
+        weight = weight.to(x.dtype)
+    y: Tensor = _FusedRMSNorm.apply(x, weight, len(normalized_shape))
+    return y
+
+
+class _FusedRMSNorm(torch.autograd.Function):
+    """Shapes and saved tensors of aten._fused_rms_norm: the input, the weight and one number per row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, dims: int) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[: x.ndim - dims], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), None if weight is None else torch.empty_like(weight), None

@@ -1,0 +1,185 @@
+"""Time of a training step over sequence lengths, the models interleaved step by step."""
+
+import gc
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phase1.config import ModelConfig
+from phase1.measure.isolate import Outcome, run_here
+from phase1.measure.memory import optimizer_tensors
+from phase1.measure.scaling import fit_scaling
+from phase1.measure.timing import StepTime, Stopwatch, median_step
+from phase1.measure.tracker import BLOCK_BYTES
+from phase1.measure.workload import make_workload, random_batch
+from phase1.record import Measurement, Parameters, Scaling, ThroughputResult
+from phase1.train import Batch, TrainState, train_step
+
+
+@dataclass(frozen=True)
+class ThroughputPlan:
+    """What to run: every model at every length."""
+
+    seq_lengths: tuple[int, ...]
+    batch_size: int
+    warmup_steps: int
+    measure_steps: int
+
+
+@dataclass
+class Contender:
+    """One model of the comparison, with what has been measured of it."""
+
+    config: ModelConfig
+    state: TrainState | None = None  # None before it is made, and after a failure
+    parameters: dict[str, int] | None = None
+    failure: Outcome[Any] | None = None
+    excluded_seconds: float = 0.0
+    measurements: list[Measurement] = field(default_factory=list)
+    steps: list[StepTime] = field(default_factory=list)  # of the current length
+    peak_bytes: int = 0  # of the current length
+
+    def fail(self, outcome: Outcome[Any]) -> None:
+        """Leave the comparison; the memory of the model becomes free."""
+        self.failure, self.state = outcome, None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def measure_throughput(
+    models: Mapping[str, ModelConfig], plan: ThroughputPlan, device: str, progress: Callable[[], object] = lambda: None
+) -> dict[str, Contender]:
+    """Measure every model at every length, shortest first; a model that fails leaves, the others go on.
+
+    All models stay on the device, and take their steps in turn (A, B, C, A, B, C …), so that a clock that slows down
+    or a noisy neighbour meets them all. `progress` is called after every step, taken or skipped.
+    """
+    contenders = {name: Contender(config) for name, config in models.items()}
+    for contender in contenders.values():
+        _attempt(contender, _make, contender, device)
+    for seq_length in sorted(set(plan.seq_lengths)):
+        for warmup, steps in ((True, plan.warmup_steps), (False, plan.measure_steps)):
+            for _ in range(steps):
+                for contender in contenders.values():
+                    _attempt(contender, _step, contender, plan.batch_size, seq_length, warmup)
+                    progress()
+        for contender in contenders.values():
+            contender.measurements.append(_measurement(contender, plan.batch_size, seq_length))
+            contender.steps, contender.peak_bytes = [], 0
+    return contenders
+
+
+def _attempt(contender: Contender, function: Callable[..., None], *args: Any) -> None:
+    if contender.failure is None:
+        outcome = run_here(function, *args)
+        if outcome.status != "ok":
+            contender.fail(outcome)
+
+
+def _make(contender: Contender, device: str) -> None:
+    began = time.perf_counter()
+    contender.state = make_workload(contender.config, device)
+    contender.parameters = contender.state.model.parameter_counts()
+    contender.excluded_seconds += time.perf_counter() - began
+
+
+def _step(contender: Contender, batch_size: int, seq_length: int, warmup: bool) -> None:
+    state = contender.state
+    assert state is not None
+    device = state.device.type
+    batch = random_batch(contender.config.vocab_size, batch_size, seq_length, device)
+    watch, memory = Stopwatch(device), _StepPeak(state, batch)
+    train_step(state, [batch], watch.mark)
+    step = watch.step_time()
+    if warmup:
+        contender.excluded_seconds += step.total_ms / 1e3
+    else:
+        contender.steps.append(step)
+        contender.peak_bytes = max(contender.peak_bytes, memory.bytes())
+
+
+class _StepPeak:
+    """Peak memory of one model's step while other models are resident: they do not change during it, so
+
+    peak = allocator's peak - allocated before the step + what this model keeps between steps and its batch.
+
+    The workspaces of cuBLAS, which the models share, are not in it; in the memory report they are.
+    """
+
+    def __init__(self, state: TrainState, batch: Batch) -> None:
+        self.own = resident_bytes([*state.model.parameters(), *state.model.buffers(), *optimizer_tensors(state), *batch])
+        self.before = 0
+        self.cuda = state.device.type == "cuda"
+        if self.cuda:
+            torch.cuda.synchronize()  # so that the step's first event follows no other model's work
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+
+    def bytes(self) -> int:
+        """The peak since this was made; 0 on the CPU, whose allocator keeps no count."""
+        return torch.cuda.max_memory_allocated() - self.before + self.own if self.cuda else 0
+
+
+def resident_bytes(tensors: Iterable[Tensor]) -> int:
+    """What the CUDA allocator counts for `tensors`, each storage once."""
+    sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(-(-size // BLOCK_BYTES) * BLOCK_BYTES for size in sizes.values())
+
+
+def _measurement(contender: Contender, batch_size: int, seq_length: int) -> Measurement:
+    failure = contender.failure
+    if failure is not None:
+        advice = f"; {_sizes_to_try(batch_size, seq_length)}" if failure.status == "oom" else ""
+        failed_before = any(m.status != "ok" for m in contender.measurements)
+        detail = "skipped: a shorter length failed" if failed_before else failure.message + advice
+        return Measurement(seq_length=seq_length, batch_size=batch_size, status=failure.status, detail=detail)
+    step = median_step(contender.steps)
+    return Measurement(
+        seq_length=seq_length,
+        batch_size=batch_size,
+        forward_time_ms=step.forward_ms,
+        backward_time_ms=step.backward_ms,
+        optimizer_time_ms=step.optimizer_ms,
+        total_time_ms=step.total_ms,
+        tokens_per_second=batch_size * seq_length / (step.total_ms / 1e3),
+        samples_per_second=batch_size / (step.total_ms / 1e3),
+        peak_allocated_bytes=contender.peak_bytes or None,
+        step_times_ms=[step.total_ms for step in contender.steps],
+        status="ok",
+    )
+
+
+def _sizes_to_try(batch_size: int, seq_length: int) -> str:
+    steps = [f"--batch-size {batch_size // 2}"] if batch_size > 1 else []
+    return "try " + ", then ".join([*steps, f"--seq-lengths below {seq_length}"])
+
+
+def throughput_result(role: str, contender: Contender) -> ThroughputResult:
+    """The record of a model: ok if it could be measured at one length at least."""
+    measured = [m for m in contender.measurements if m.status == "ok"]
+    failed = [m for m in contender.measurements if m.status != "ok"]
+    return ThroughputResult(
+        model_name=role,
+        config=asdict(contender.config),
+        config_id=contender.config.config_id,
+        status="ok" if measured else failed[0].status,
+        measured="measured",
+        parameters=None if contender.parameters is None else Parameters(**contender.parameters),
+        detail=f"T={failed[0].seq_length}: {failed[0].detail}" if failed else "",
+        measurements=contender.measurements,
+        scaling=scaling_of(measured),
+        excluded_seconds=contender.excluded_seconds,
+    )
+
+
+def scaling_of(measured: list[Measurement]) -> Scaling | None:
+    """The fit over the lengths that were measured; None without any."""
+    if not measured:
+        return None
+    seconds = [m.total_time_ms / 1e3 for m in measured if m.total_time_ms is not None]
+    return fit_scaling([m.seq_length for m in measured], seconds, [m.step_times_ms for m in measured])

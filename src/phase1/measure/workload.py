@@ -1,0 +1,27 @@
+"""What memory and throughput run: a model ready to train, and random tokens to train it on."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from phase1.config import ModelConfig, TrainConfig
+from phase1.model import LanguageModel
+from phase1.train import TrainState, make_train_state
+
+Precision = Literal["auto", "fp16", "bf16", "fp32"]
+SEED = 0
+
+
+def make_workload(
+    model: ModelConfig, device: str, precision: Precision = "auto", model_class: type[LanguageModel] = LanguageModel
+) -> TrainState:
+    """The training state of a new model, the very one that `phase1 train` makes."""
+    torch.manual_seed(SEED)
+    return make_train_state(model_class(model), TrainConfig(precision=precision), device)
+
+
+def random_batch(vocab_size: int, batch_size: int, seq_length: int, device: str) -> tuple[Tensor, Tensor]:
+    """Uniform token ids and their targets, (B, T) int64 each, the same for every model: costs do not depend on the text."""
+    ids = torch.randint(vocab_size, (batch_size, seq_length + 1), generator=torch.Generator().manual_seed(SEED))
+    return ids[:, :-1].contiguous().to(device), ids[:, 1:].contiguous().to(device)

@@ -1,0 +1,14 @@
+"""Reports -> what a command prints, and its plots."""
+
+from phase1.report.plots import plot_memory, plot_perplexity, plot_throughput
+from phase1.report.text import checks_text, memory_text, perplexity_text, throughput_text
+
+__all__ = [
+    "checks_text",
+    "memory_text",
+    "perplexity_text",
+    "plot_memory",
+    "plot_perplexity",
+    "plot_throughput",
+    "throughput_text",
+]

@@ -1,0 +1,46 @@
+"""Reports -> comparison tables, in Markdown, CSV, LaTeX and for the console. Needs no torch."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from phase1.record import Report
+from phase1.tables.configuration import configuration_comparison
+from phase1.tables.join import require_one_size
+from phase1.tables.memory import memory_comparison
+from phase1.tables.perplexity import perplexity_comparison
+from phase1.tables.table import SUFFIXES, Column, Table, console, render
+from phase1.tables.throughput import scaling_comparison, throughput_comparison
+
+__all__ = [
+    "SUFFIXES",
+    "Column",
+    "Table",
+    "build_tables",
+    "configuration_comparison",
+    "console",
+    "memory_comparison",
+    "perplexity_comparison",
+    "render",
+    "scaling_comparison",
+    "throughput_comparison",
+]
+
+
+def build_tables(reports: Mapping[str, Report[Any]], hardware: str | None = None) -> list[Table]:
+    """Every table that the reports, by kind, allow. `hardware` replaces the name in the records.
+
+    Raises ValueError (one line) where results that claim to be of one model or one size are not.
+    """
+    for report in reports.values():
+        require_one_size(report)
+    tables = []
+    if "memory" in reports:
+        tables.append(memory_comparison(reports["memory"], hardware))
+    if "throughput" in reports:
+        tables.append(throughput_comparison(reports["throughput"], hardware))
+        tables.append(scaling_comparison(reports["throughput"], hardware))
+    if "perplexity" in reports:
+        tables.append(perplexity_comparison(reports["perplexity"], hardware))
+    if reports:
+        tables.append(configuration_comparison(reports, hardware))
+    return tables

@@ -1,0 +1,68 @@
+"""What every comparison table has: columns of identity, caption, conditions, failures and checks."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from phase1.record import Check, Report, Result
+from phase1.tables.table import Cell, Column
+
+FAILED = {"oom": "OOM", "error": "FAIL"}
+VERDICT = {True: "PASS", False: "FAIL", None: "INCONCLUSIVE"}
+MODEL = Column("Model")
+CONFIG = Column("Config id")
+BASIS = Column("Basis")
+
+
+def hardware_of(report: Report[Any]) -> str:
+    """The GPU, or the processor, that the record names."""
+    facts = report.environment
+    memory = facts.get("gpu_memory_bytes")
+    if facts.get("gpu"):
+        return f"{facts['gpu']}, {memory / 1e9:.1f} GB" if isinstance(memory, int | float) else str(facts["gpu"])
+    cores = facts.get("cpu_cores")
+    return f"{facts.get('cpu') or 'unknown processor'} (CPU{f', {cores} cores' if cores else ''})"
+
+
+def basis_of(results: Iterable[Result]) -> str:
+    """measured, estimated, emulated, or what there is of them."""
+    return ", ".join(sorted({result.measured for result in results})) or "no result"
+
+
+def gigabytes(count: int | None) -> float | None:
+    """GB are 10^9 bytes."""
+    return None if count is None else count / 1e9
+
+
+def headline(result: Result, value: Cell) -> Cell:
+    """The number a reader looks for first, or the word for its failure."""
+    return FAILED.get(result.status, value)
+
+
+def _check_notes(checks: Iterable[Check]) -> list[str]:
+    return [f"{check.status.upper()} {check.name}: {_against(check)}{check.detail}" for check in checks]
+
+
+def _against(check: Check) -> str:
+    numbers = [f"{name} {_number(n)}" for name, n in (("value", check.value), ("limit", check.limit)) if n is not None]
+    return f"{', '.join(numbers)}; " if numbers else ""
+
+
+def _number(number: float) -> str:
+    return f"{number:,.0f}" if abs(number) >= 1e5 else f"{number:.5g}"
+
+
+def notes_of(report: Report[Any]) -> tuple[str, ...]:
+    """Failures with their reasons, checks with their numbers, and the command."""
+    failures = [f"{key}: {FAILED[r.status]}, {r.detail}" for key, r in report.results.items() if r.status != "ok"]
+    return (*failures, *_check_notes(report.checks), f"Command: {report.command} ({report.created_utc})")
+
+
+def caption_of(title: str, report: Report[Any], hardware: str | None, *conditions: str) -> str:
+    """What, under which conditions, on which hardware, and whether it was measured."""
+    given = [text for text in conditions if text]
+    return f"{title}: {', '.join([*given, hardware or hardware_of(report)])} ({basis_of(report.results.values())})"
+
+
+def setting(report: Report[Any], symbol: str, name: str) -> str:
+    """`symbol = value` of the run's setting `name`, empty where it has none."""
+    return f"{symbol} = {report.run[name]}" if name in report.run else ""

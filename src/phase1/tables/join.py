@@ -1,0 +1,88 @@
+"""Which results of several reports are of one model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from phase1.record import Report, Result
+
+SIZES = ("vocab_size", "d_model", "n_layers")  # equal for all models of one comparison
+IDENTITY = (*SIZES, "n_heads", "mixer", "embedding", "loss", "checkpointing")  # equal wherever the config id is
+
+
+@dataclass
+class Row:
+    """One model in one comparison: its results by kind of report."""
+
+    label: str
+    config_id: str
+    baseline_id: str | None
+    results: dict[str, Result] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int | None:
+        return next((result.parameters.total for result in self.results.values() if result.parameters), None)
+
+
+def require_one_size(report: Report[Any]) -> None:
+    """Raise ValueError where the engine and the baselines of a report differ in size: no ratio of them means anything."""
+    sizes = {
+        key: {name: result.config[name] for name in SIZES if name in result.config}
+        for key, result in report.results.items()
+        if key.startswith(("baseline", "phase1"))
+    }
+    for key, size in sizes.items():
+        reference, expected = next(iter(sizes.items()))
+        if any(expected.get(name, value) != value for name, value in size.items()):
+            raise ValueError(
+                f"the {report.kind} report compares models of different sizes: expected {expected} for {key}, "
+                f"as for {reference}; got {size}; run phase1 {report.kind} again"
+            )
+
+
+def joined_rows(reports: Mapping[str, Report[Any]]) -> list[Row]:
+    """One row per model and baseline, in the order of the reports; a row holds at most one result per kind.
+
+    Results are of one row when label and configuration id are equal and they were compared with the same baseline. A result
+    that was compared with none joins the row of its configuration where there is exactly one.
+    Raises ValueError where one configuration id stands for two configurations.
+    """
+    rows: list[Row] = []
+    for with_baseline in (True, False):
+        for kind, report in reports.items():
+            baseline = report.results.get("baseline")
+            if (baseline is not None) == with_baseline:
+                for key, result in report.results.items():
+                    baseline_id = baseline.config_id if baseline else None
+                    _row_for(rows, _label(key), result.config_id, baseline_id, kind).results[kind] = result
+    for row in rows:
+        _require_one_configuration(row)
+    return rows
+
+
+def _label(key: str) -> str:
+    """phase1 and phase1_htt16_ar32 are one role; the configuration id tells them apart."""
+    return "phase1" if key.startswith("phase1") else key
+
+
+def _row_for(rows: list[Row], label: str, config_id: str, baseline_id: str | None, kind: str) -> Row:
+    free = [row for row in rows if (row.label, row.config_id) == (label, config_id) and kind not in row.results]
+    if baseline_id is not None:
+        free = [row for row in free if row.baseline_id == baseline_id]
+    if len(free) == 1:
+        return free[0]
+    rows.append(Row(label, config_id, baseline_id))
+    return rows[-1]
+
+
+def _require_one_configuration(row: Row) -> None:
+    (first_kind, first), *others = row.results.items()
+    for kind, other in others:
+        differing = [n for n in IDENTITY if n in first.config and n in other.config and first.config[n] != other.config[n]]
+        if first.parameters and other.parameters and first.parameters != other.parameters:
+            differing.append("parameters")
+        if differing:
+            raise ValueError(
+                f"expected one model for config id {row.config_id}; got two in the {first_kind} and {kind} reports, "
+                f"which differ in {', '.join(differing)}; run phase1 {kind} again"
+            )

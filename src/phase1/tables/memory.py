@@ -1,0 +1,63 @@
+"""The memory table."""
+
+import re
+
+from phase1.record import Check, MemoryResult, Report
+from phase1.tables.common import BASIS, CONFIG, MODEL, VERDICT, caption_of, gigabytes, hardware_of, headline, notes_of, setting
+from phase1.tables.table import Cell, Column, Table
+
+
+def memory_comparison(report: Report[MemoryResult], hardware: str | None = None) -> Table:
+    """Peak memory of one training step per model, and whether it fits the cards that the report checked."""
+    cards = [check for check in report.checks if check.name.startswith("fits_")]
+    columns = (
+        MODEL,
+        BASIS,
+        Column("Peak allocated", "GB"),
+        Column("Peak allocated", "GiB"),
+        Column("Reserved", "GB"),
+        Column("With context", "GB"),
+        Column("Forward peak", "GB"),
+        Column("Backward peak", "GB"),
+        Column("Optimizer peak", "GB"),
+        Column("Reduction", "%", 1),
+        *(Column(re.sub(r"fits_(\d+)gb", r"Fits \1 GB", check.name)) for check in cards),
+        CONFIG,
+    )
+    rows = tuple((key, *_memory_cells(key, result, cards), result.config_id) for key, result in report.results.items())
+    conditions = (setting(report, "B", "batch_size"), setting(report, "T", "seq_length"))
+    note = "Reduction: of peak allocated bytes, against baseline. Fits: reserved bytes with context, up to 90 % of the card."
+    return Table(
+        "memory_comparison",
+        caption_of("Peak memory of one training step", report, hardware, *conditions),
+        hardware or hardware_of(report),
+        columns,
+        rows,
+        (note, *notes_of(report)),
+    )
+
+
+def _memory_cells(key: str, result: MemoryResult, cards: list[Check]) -> tuple[Cell, ...]:
+    peak, reserved, outside = result.peak_allocated_bytes, result.peak_reserved_bytes, result.outside_allocator_bytes
+    needed = None if reserved is None or outside is None else reserved + outside
+    suffix = "" if result.measured == "measured" else f" ({result.measured})"
+
+    def fits(check: Check) -> Cell:
+        if key == "phase1":  # the check is about this model and knows more, such as the free memory of the card
+            return check.status.upper() + suffix
+        if needed is None or check.limit is None:
+            return None
+        return VERDICT[needed <= check.limit] + suffix
+
+    return (
+        result.measured,
+        headline(result, gigabytes(peak)),
+        headline(result, None if peak is None else peak / 2**30),
+        gigabytes(reserved),
+        gigabytes(needed),
+        gigabytes(result.peak_forward_bytes),
+        gigabytes(result.peak_backward_bytes),
+        gigabytes(result.peak_optimizer_bytes),
+        result.memory_reduction_percent,
+        *(fits(check) for check in cards),
+    )

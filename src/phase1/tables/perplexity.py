@@ -1,0 +1,58 @@
+"""The perplexity table."""
+
+from phase1.record import PerplexityResult, Report
+from phase1.tables.common import CONFIG, MODEL, VERDICT, caption_of, hardware_of, headline, notes_of, setting
+from phase1.tables.table import Cell, Column, Table
+
+
+def perplexity_comparison(report: Report[PerplexityResult], hardware: str | None = None) -> Table:
+    """Quality of every trained model on the same targets, and its loss of quality against `baseline`."""
+    columns = (
+        MODEL,
+        Column("Parameters"),
+        Column("In the table"),
+        Column("Trained on", "tokens"),
+        Column("Perplexity"),
+        Column("Bits per byte", "", 4),
+        Column("Word perplexity"),
+        Column("Degradation", "%"),
+        Column("95 % from", "%"),
+        Column("95 % to", "%"),
+        Column("Within 5 %"),
+        Column("Effective rank", "", 1),
+        CONFIG,
+    )
+    rows = tuple((key, *perplexity_cells(key, result), result.config_id) for key, result in report.results.items())
+    texts = {
+        f"Scored: {r.token_count or 0:,} tokens of {r.dataset.name}, split {r.dataset.split}, sha256 {r.dataset.sha256[:12]}, "
+        f"protocol {r.protocol_hash}."
+        for r in report.results.values()
+        if r.dataset
+    }
+    if len({r.protocol_hash for r in report.results.values() if r.protocol_hash}) > 1:
+        texts.add("Different protocols: perplexities of different protocols are not comparable.")
+    return Table(
+        "perplexity_comparison",
+        caption_of("Perplexity", report, hardware, setting(report, "T", "seq_length")),
+        hardware or hardware_of(report),
+        columns,
+        rows,
+        (*sorted(texts), "Degradation: of perplexity, against baseline, from paired windows.", *notes_of(report)),
+    )
+
+
+def perplexity_cells(key: str, result: PerplexityResult) -> tuple[Cell, ...]:
+    """Everything between the model's name and its configuration id."""
+    sizes = (result.parameters.total, result.parameters.embedding) if result.parameters else (None, None)
+    low, high = result.degradation_ci95 or (None, None)
+    verdict = None if key.startswith("baseline") else VERDICT[result.passes_5_percent_threshold]
+    known = result.status == "ok" and not result.untrained
+    numbers = (result.bits_per_byte, result.word_perplexity, result.ppl_degradation_percent, low, high)
+    return (
+        *sizes,
+        result.trained_tokens,
+        headline(result, "UNTRAINED" if result.untrained else result.perplexity),
+        *(numbers if known else (None,) * len(numbers)),
+        verdict,
+        result.effective_rank,
+    )

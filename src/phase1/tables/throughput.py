@@ -1,0 +1,106 @@
+"""The throughput table, and the scaling table from the same report."""
+
+from typing import cast
+
+from phase1.record import Report, ThroughputResult
+from phase1.tables.common import BASIS, CONFIG, FAILED, MODEL, caption_of, gigabytes, hardware_of, headline, notes_of, setting
+from phase1.tables.table import Cell, Column, Table
+
+
+def throughput_comparison(report: Report[ThroughputResult], hardware: str | None = None) -> Table:
+    """Tokens per second and the parts of a step, per length and model; the ratio is to `baseline` at the same size."""
+    columns = (
+        Column("T", "tokens"),
+        MODEL,
+        Column("Batch"),
+        BASIS,
+        Column("Throughput", "tokens/s", 0),
+        Column("Ratio to baseline", "x"),
+        Column("Step", "ms"),
+        Column("Forward", "ms"),
+        Column("Backward", "ms"),
+        Column("Optimizer", "ms"),
+        Column("Peak allocated", "GB"),
+        CONFIG,
+    )
+    speeds = baseline_speeds(report)
+    rows = []
+    for key, result in report.results.items():
+        for m in result.measurements:
+            base = speeds.get((m.seq_length, m.batch_size))
+            ratio = m.tokens_per_second / base if base and m.tokens_per_second else None
+            head: tuple[Cell, ...] = (m.seq_length, key, m.batch_size, result.measured)
+            speed = FAILED.get(m.status, m.tokens_per_second)
+            times = (m.total_time_ms, m.forward_time_ms, m.backward_time_ms, m.optimizer_time_ms)
+            rows.append((*head, speed, ratio, *times, gigabytes(m.peak_allocated_bytes), result.config_id))
+    failures = [
+        f"{key} at T = {m.seq_length}: {FAILED[m.status]}, {m.detail}"
+        for key, result in report.results.items()
+        for m in result.measurements
+        if m.status != "ok"
+    ]
+    return Table(
+        "throughput_comparison",
+        caption_of("Training throughput", report, hardware, setting(report, "precision", "precision")),
+        hardware or hardware_of(report),
+        columns,
+        tuple(sorted(rows, key=lambda row: cast(int, row[0]))),  # stable: models keep their order within a length
+        ("Throughput: B T / median step; a step is forward, loss, backward, clipping and optimizer.", *failures)
+        + notes_of(report),
+    )
+
+
+def baseline_speeds(report: Report[ThroughputResult]) -> dict[tuple[int, int], float | None]:
+    """Tokens per second of the baseline by (length, batch size)."""
+    baseline = report.results.get("baseline")
+    return {(m.seq_length, m.batch_size): m.tokens_per_second for m in baseline.measurements} if baseline else {}
+
+
+def scaling_comparison(report: Report[ThroughputResult], hardware: str | None = None) -> Table:
+    """How the step time of each model grows with T, and the verdict with its reason."""
+    columns = (
+        MODEL,
+        BASIS,
+        Column("Lengths", "tokens"),
+        Column("Order"),
+        Column("R²", "", 4),
+        Column("Coefficient", "µs per position", 3),
+        Column("Exponent", "", 3),
+        Column("95 % from", "", 3),
+        Column("95 % to", "", 3),
+        Column("Quadratic share", "%", 1),
+        Column("Verdict"),
+        CONFIG,
+    )
+    rows, reasons = [], []
+    for key, result in report.results.items():
+        rows.append((key, result.measured, _lengths(result), *_scaling_cells(result), result.config_id))
+        if result.scaling and result.scaling.detail:
+            reasons.append(f"{key}: {result.scaling.detail}")
+    definition = (
+        "R² and coefficient: of t = a + b T. Exponent: of log t on log T over the top octaves. "
+        "Quadratic share: of c T² in t = a + b T + c T² at the longest T, limit 15 %."
+    )
+    return Table(
+        "scaling_comparison",
+        caption_of("Step time against sequence length", report, hardware, setting(report, "B", "batch_size")),
+        hardware or hardware_of(report),
+        columns,
+        tuple(rows),
+        (definition, *reasons, *notes_of(report)),
+    )
+
+
+def _lengths(result: ThroughputResult) -> str:
+    lengths = [m.seq_length for m in result.measurements if m.status == "ok"]
+    return f"{min(lengths)} to {max(lengths)} ({len(lengths)})" if lengths else "none"
+
+
+def _scaling_cells(result: ThroughputResult) -> tuple[Cell, ...]:
+    fit = result.scaling
+    if fit is None:
+        return (None,) * 7 + (headline(result, "inconclusive"),)
+    low, high = fit.exponent_ci95 or (None, None)
+    slope = None if fit.scaling_coefficient is None else fit.scaling_coefficient * 1e6
+    share = None if fit.quadratic_share is None else fit.quadratic_share * 100
+    return (fit.complexity_order, fit.r_squared, slope, fit.exponent, low, high, share, fit.verdict)

@@ -1,0 +1,21 @@
+from pathlib import Path
+
+import torch
+
+from phase1 import __version__
+from phase1.commands import doctor
+from phase1.config import DoctorRun
+
+
+def test_doctor_prints_what_a_bug_report_needs(capsys):
+    assert doctor.main(DoctorRun()) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["phase1"] == __version__ and lines["torch"] == torch.__version__
+    assert {"git_commit", "gpu", "driver", "cuda_works", "triton_works", "free_gpu_bytes", "numpy"} <= set(lines)
+    assert "GiB" in lines["free_ram_bytes"]
+    assert lines["cuda_works"] == "works" if torch.cuda.is_available() else lines["cuda_works"].startswith("no: ")
+
+
+def test_doctor_names_no_home(capsys):
+    doctor.main(DoctorRun())
+    assert str(Path.home()) not in capsys.readouterr().out

@@ -1,0 +1,121 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from phase1.commands import memory
+from phase1.config import MemoryRun
+from phase1.measure.isolate import Outcome
+from phase1.measure.memory import as_result, estimate_memory
+from phase1.record import MemoryResult, read_report
+
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tests the estimate")
+SIZES = {
+    "vocab_size": 3000, "d_model": 64, "n_layers": 2, "n_heads": 2, "htt_dense_rows": 256, "htt_groups": 64, "htt_rank": 4,
+    "ar_ssm_max_rank": 8, "ar_ssm_window": 16, "batch_size": 2, "seq_length": 256,
+}  # fmt: skip
+
+
+def run(tmp_path, **overrides) -> MemoryRun:
+    return MemoryRun(**(SIZES | {"out_dir": str(tmp_path)} | overrides))
+
+
+def result(**fields) -> MemoryResult:
+    common = {"model_name": "m", "config": {}, "config_id": "0", "status": "ok", "measured": "measured", "detail": "why"}
+    parameters = {"total": 1, "embedding": 1, "mixer": 0, "mlp": 0}
+    return MemoryResult.model_validate(common | {"parameters": parameters, "outside_allocator_bytes": 0} | fields)
+
+
+def peaks(allocated: int, **fields) -> MemoryResult:
+    return result(peak_allocated_bytes=allocated, peak_reserved_bytes=allocated, **fields)
+
+
+def by_name(results, free_bytes=None):
+    return {check.name: check for check in memory.checks(memory.with_reductions(results), free_bytes)}
+
+
+@needs_no_gpu
+def test_without_a_gpu_it_writes_estimates_for_engine_and_both_baselines(tmp_path, capsys):
+    code = memory.main(run(tmp_path))
+    report = read_report(tmp_path / "phase1_memory_validation.json", "memory")
+    assert list(report.results) == ["baseline", "baseline_optimized", "phase1"]
+    for role, one in report.results.items():
+        assert (one.model_name, one.status, one.measured) == (role, "ok", "estimated")
+        assert sum(one.breakdown.values()) == one.peak_allocated_bytes
+        assert one.peak_allocated_bytes == max(one.peak_forward_bytes, one.peak_backward_bytes, one.peak_optimizer_bytes)
+    base, engine = report.results["baseline"], report.results["phase1"]
+    assert engine.memory_reduction_percent == pytest.approx(100 * (1 - engine.peak_allocated_bytes / base.peak_allocated_bytes))
+    assert base.memory_reduction_percent is None
+    assert report.run["batch_size"] == 2 and report.run["seq_length"] == 256
+    assert [check.name for check in report.checks] == ["fits_8gb", "fits_10gb", "reduction_50_percent"]
+    assert all(check.detail.startswith("estimated") for check in report.checks)
+    assert code == (0 if all(check.status == "pass" for check in report.checks) else 1)
+    out = capsys.readouterr().out
+    assert "estimated" in out and "written: " in out
+    assert (tmp_path / memory.PLOT).stat().st_size > 1000
+
+
+@needs_no_gpu
+def test_no_baseline_leaves_both_out_and_the_reduction_undecided(tmp_path):
+    assert memory.main(run(tmp_path, baseline=False)) == 3
+    report = read_report(tmp_path / "phase1_memory_validation.json", "memory")
+    assert list(report.results) == ["phase1"]
+    assert report.checks[2].status == "inconclusive" and "--no-baseline" in report.checks[2].detail
+
+
+def test_no_gradient_checkpointing_turns_off_the_engines_and_only_that(tmp_path):
+    on, off = memory.models(run(tmp_path)), memory.models(run(tmp_path, gradient_checkpointing=False))
+    assert on["phase1"].checkpointing and not off["phase1"].checkpointing
+    assert on["baseline"] == off["baseline"] and on["baseline_optimized"] == off["baseline_optimized"]
+
+
+@needs_no_gpu
+def test_a_model_that_fails_is_recorded_and_the_others_are_kept(tmp_path, monkeypatch):
+    def one_fails(role, case):
+        outcome = Outcome("error", message="boom") if role == "phase1" else Outcome("ok", estimate_memory(case))
+        return as_result(role, case, outcome, "estimated")
+
+    monkeypatch.setattr(memory, "memory_result", one_fails)
+    assert memory.main(run(tmp_path)) == 3
+    report = read_report(tmp_path / "phase1_memory_validation.json", "memory")
+    assert report.results["baseline"].status == "ok"
+    assert (report.results["phase1"].status, report.results["phase1"].detail) == ("error", "boom")
+    assert {check.status for check in report.checks} == {"inconclusive"}
+
+
+def test_fits_counts_reserved_memory_and_what_is_outside_the_allocator():
+    engine = result(peak_allocated_bytes=1, peak_reserved_bytes=7_000_000_000, outside_allocator_bytes=200_000_000)
+    assert by_name({"phase1": engine})["fits_8gb"].status == "pass"
+    engine = engine.model_copy(update={"outside_allocator_bytes": 200_000_001})
+    checks = by_name({"phase1": engine})
+    assert (checks["fits_8gb"].status, checks["fits_10gb"].status) == ("fail", "pass")
+    assert (checks["fits_8gb"].value, checks["fits_8gb"].limit) == (7_200_000_001, 7.2e9)
+
+
+@pytest.mark.parametrize("peak, status", [(49, "pass"), (50, "fail"), (120, "fail")])
+def test_more_than_half_of_the_baseline_must_be_saved(peak, status):
+    check = by_name({"baseline": peaks(100), "phase1": peaks(peak)})["reduction_50_percent"]
+    assert (check.value, check.limit, check.status) == (pytest.approx(100 - peak), 50, status)
+
+
+def test_no_reduction_is_stated_where_the_baseline_did_not_fit():
+    check = by_name({"baseline": result(status="oom", detail="out of memory"), "phase1": peaks(1)})["reduction_50_percent"]
+    assert (check.value, check.status) == (None, "inconclusive") and "oom" in check.detail
+
+
+def test_an_engine_that_runs_out_of_memory_fails_only_the_cards_this_one_could_have_held():
+    checks = by_name({"phase1": result(status="oom", detail="out of memory")}, free_bytes=8_000_000_000)
+    assert (checks["fits_8gb"].status, checks["fits_10gb"].status) == ("fail", "inconclusive")
+    assert by_name({"phase1": result(status="oom", detail="out of memory")})["fits_8gb"].status == "inconclusive"
+
+
+@needs_no_gpu
+def test_the_command_line_takes_its_flags_and_prints_nothing_but_the_report(tmp_path):
+    flags = [part for name, value in SIZES.items() for part in ("--" + name.replace("_", "-"), str(value))]
+    command = [sys.executable, "-m", "phase1", "memory", *flags, "--no-baseline", "--out-dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr
+    assert done.stderr == ""  # no progress bar where nobody watches, no warnings
+    report = read_report(tmp_path / "phase1_memory_validation.json", "memory")
+    assert report.command.startswith("phase1 memory --vocab-size 3000")

@@ -1,0 +1,104 @@
+import csv
+import json
+import os
+
+import pytest
+
+from phase1.commands.tables import main
+from phase1.config import TablesRun
+from phase1.errors import Unavailable
+from phase1.record import FILES, write_report
+from tests.reports import all_reports, memory_result
+
+NAMES = (
+    "memory_comparison",
+    "throughput_comparison",
+    "scaling_comparison",
+    "perplexity_comparison",
+    "configuration_comparison",
+)
+
+
+@pytest.fixture
+def run(tmp_path):
+    for kind, report in all_reports().items():
+        write_report(report, tmp_path / "in" / FILES[kind])
+    return TablesRun(results_dir=str(tmp_path / "in"), out_dir=str(tmp_path / "out"))
+
+
+def contents(folder):
+    return {name: open(os.path.join(folder, name), "rb").read() for name in sorted(os.listdir(folder))}
+
+
+def test_every_table_is_written_in_every_format_and_printed(run, capsys):
+    assert main(run) == 0
+    assert sorted(os.listdir(run.out_dir)) == sorted(f"{name}{suffix}" for name in NAMES for suffix in (".md", ".csv", ".tex"))
+    printed = capsys.readouterr().out
+    assert printed.count("### ") == 5
+    assert all(f"{run.out_dir}/{name}" in printed for name in os.listdir(run.out_dir))
+
+
+def test_only_the_asked_formats_are_written(run):
+    main(TablesRun(results_dir=run.results_dir, out_dir=run.out_dir, formats=("csv", "csv")))
+    assert {os.path.splitext(name)[1] for name in os.listdir(run.out_dir)} == {".csv"}
+
+
+def test_the_csv_holds_the_numbers_of_the_result_file(run):
+    main(run)
+    with open(f"{run.results_dir}/{FILES['memory']}") as file:
+        phase1 = json.load(file)["results"]["phase1"]
+    with open(f"{run.out_dir}/memory_comparison.csv") as file:
+        row = next(row for row in csv.DictReader(file) if row["Model"] == "phase1")
+    assert float(row["Peak allocated (GB)"]) == phase1["peak_allocated_bytes"] / 1e9
+    assert row["Config id"] == phase1["config_id"]
+
+
+def test_a_missing_file_is_named_and_its_tables_are_skipped(run, capsys):
+    os.remove(f"{run.results_dir}/{FILES['perplexity']}")
+    assert main(run) == 0
+    assert f"missing, skipped: {run.results_dir}/{FILES['perplexity']}" in capsys.readouterr().err
+    assert not os.path.exists(f"{run.out_dir}/perplexity_comparison.md")
+    assert os.path.exists(f"{run.out_dir}/configuration_comparison.md")
+
+
+def test_no_result_file_at_all_is_unavailable(tmp_path):
+    with pytest.raises(Unavailable, match="no result file"):
+        main(TablesRun(results_dir=str(tmp_path), out_dir=str(tmp_path / "out")))
+    assert not os.path.exists(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"schema_version": 1, "kind": "memory"}', '{"schema_version": 9, "kind": "throughput"}']
+)
+def test_a_corrupt_or_foreign_file_is_refused_and_the_tables_stay(run, content):
+    main(run)
+    before = contents(run.out_dir)
+    with open(f"{run.results_dir}/{FILES['throughput']}", "w") as file:
+        file.write(content)
+    with pytest.raises(ValueError, match=FILES["throughput"]):
+        main(run)
+    assert contents(run.out_dir) == before
+
+
+def test_mixed_configurations_are_refused_and_the_tables_stay(run):
+    main(run)
+    before = contents(run.out_dir)
+    report = all_reports()["memory"]
+    report.results["phase1"] = memory_result("phase1", 1, config=report.results["phase1"].config | {"mixer": "attention"})
+    write_report(report, f"{run.results_dir}/{FILES['memory']}")
+    with pytest.raises(ValueError, match="id-phase1"):
+        main(run)
+    assert contents(run.out_dir) == before
+
+
+def test_the_hardware_flag_replaces_the_name_in_every_table(run):
+    main(TablesRun(results_dir=run.results_dir, out_dir=run.out_dir, hardware="A card"))
+    for name, data in contents(run.out_dir).items():
+        assert b"A card" in data and b"NVIDIA" not in data, name
+
+
+def test_tables_of_the_same_results_are_the_same_bytes(run):
+    main(run)
+    before = contents(run.out_dir)
+    main(run)
+    assert contents(run.out_dir) == before

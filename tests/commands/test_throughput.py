@@ -1,0 +1,85 @@
+import pytest
+import torch
+
+from phase1.commands import throughput
+from phase1.config import ThroughputRun
+from phase1.record import Scaling, ThroughputResult, read_report
+
+SIZES = {
+    "vocab_size": 300, "d_model": 32, "n_layers": 1, "n_heads": 2, "htt_dense_rows": 64, "htt_groups": 16, "htt_rank": 4,
+    "ar_ssm_max_rank": 8, "ar_ssm_window": 8, "batch_size": 1, "seq_lengths": (8, 16, 32, 64), "warmup_steps": 1,
+    "measure_steps": 3,
+}  # fmt: skip
+
+
+def run(tmp_path, **overrides) -> ThroughputRun:
+    return ThroughputRun(**(SIZES | {"out_dir": str(tmp_path)} | overrides))
+
+
+def engine(verdict="linear", r_squared=0.999, lengths=4, exponent=1.0) -> ThroughputResult:
+    measurement = {"batch_size": 1, "status": "ok", "total_time_ms": 1.0, "tokens_per_second": 1.0}
+    return ThroughputResult.model_validate(
+        {
+            "model_name": "phase1", "config": {}, "config_id": "0", "status": "ok", "measured": "measured",
+            "parameters": {"total": 1, "embedding": 1, "mixer": 0, "mlp": 0},
+            "measurements": [measurement | {"seq_length": 2**i} for i in range(lengths)],
+            "scaling": Scaling(verdict=verdict, r_squared=r_squared, exponent=exponent),
+        }
+    )  # fmt: skip
+
+
+def test_it_writes_every_model_and_length_with_plot_and_checks(tmp_path, capsys):
+    code = throughput.main(run(tmp_path, save_plots=True))
+    report = read_report(tmp_path / "phase1_throughput_benchmark.json", "throughput")
+    assert list(report.results) == ["baseline", "baseline_optimized", "phase1"]
+    for one in report.results.values():
+        assert [m.seq_length for m in one.measurements] == [8, 16, 32, 64]
+        assert one.measured == "measured" and one.excluded_seconds > 0 and one.scaling is not None
+    assert report.environment["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert report.run["precision"] == ("float16" if torch.cuda.is_available() else "float32")
+    assert [check.name for check in report.checks] == ["scaling_linear", "r_squared"]
+    assert code in (0, 1, 3)
+    out = capsys.readouterr().out
+    assert "written: " in out and "tokens" in out
+    assert (tmp_path / throughput.PLOT).stat().st_size > 1000
+
+
+def test_no_baseline_leaves_both_out_and_without_the_flag_there_is_no_plot(tmp_path):
+    throughput.main(run(tmp_path, baseline=False, seq_lengths=(8, 16)))
+    report = read_report(tmp_path / "phase1_throughput_benchmark.json", "throughput")
+    assert list(report.results) == ["phase1"]
+    assert {check.status for check in report.checks} == {"inconclusive"}, "two lengths decide nothing"
+    assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize("verdict, status", [("linear", "pass"), ("not linear", "fail"), ("inconclusive", "inconclusive")])
+def test_the_scaling_check_follows_the_verdict(verdict, status):
+    check = throughput.checks(engine(verdict))[0]
+    assert (check.value, check.limit, check.status) == (1.0, None, status)
+    assert verdict in check.detail
+
+
+@pytest.mark.parametrize("r_squared, lengths, status", [(0.951, 4, "pass"), (0.95, 4, "fail"), (1.0, 3, "inconclusive")])
+def test_r_squared_must_exceed_its_limit_over_enough_lengths(r_squared, lengths, status):
+    check = throughput.checks(engine(r_squared=r_squared, lengths=lengths))[1]
+    assert (check.value, check.limit, check.status) == (r_squared, 0.95, status)
+
+
+def test_an_engine_that_was_measured_nowhere_decides_nothing():
+    nowhere = ThroughputResult(
+        model_name="phase1", config={}, config_id="0", status="oom", measured="measured", detail="out of memory"
+    )
+    assert [check.status for check in throughput.checks(nowhere)] == ["inconclusive", "inconclusive"]
+
+
+def test_an_interrupt_passes_and_leaves_an_old_report_as_it_is(tmp_path, monkeypatch):
+    old = tmp_path / "phase1_throughput_benchmark.json"
+    old.write_text("old")
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(throughput, "measure_throughput", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        throughput.main(run(tmp_path))
+    assert old.read_text() == "old"

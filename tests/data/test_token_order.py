@@ -1,0 +1,126 @@
+import numpy as np
+import pytest
+import torch
+
+from phase1.data import order
+from phase1.data.order import neighbour_vectors, token_statistics, tree_order
+
+V = 200
+
+
+def token_order(ids, vocab_size, frequent, seed, device="cpu"):
+    """The positions alone, every id past the frequent ones in the tree."""
+    dense_rows = min(frequent, vocab_size)
+    sizes = {"vocab_size": vocab_size, "dense_rows": dense_rows, "frequent": frequent, "groups": 4, "dim": 8}
+    return token_statistics(ids, **sizes, seed=seed, device=device).positions
+
+
+def text_of_two_kinds(length=60_000, seed=0):
+    """Ids 0-9 are frequent; 10-89 follow 0 and precede 1, 90-169 follow 2 and precede 3; 170-199 never occur."""
+    rng = np.random.default_rng(seed)
+    sentences = length // 4
+    kind = rng.integers(0, 2, sentences)
+    word = 10 + 80 * kind + rng.integers(0, 80, sentences)
+    return np.stack([2 * kind, word, 2 * kind + 1, rng.integers(4, 10, sentences)], axis=1).ravel().astype(np.uint16)
+
+
+@pytest.mark.parametrize("dense_rows", [0, 10, 170, 180, 200, 1000])
+def test_order_is_a_permutation(dense_rows):
+    assert sorted(token_order(text_of_two_kinds(), V, dense_rows, seed=0)) == list(range(V))
+
+
+def test_frequent_ids_come_first_and_unused_ones_last():
+    ids = text_of_two_kinds()
+    position = token_order(ids, V, 10, seed=0)
+    counts = np.bincount(ids, minlength=V)
+    first = np.argsort(position)[:10]
+    assert set(first) == set(range(10))
+    assert list(counts[first]) == sorted(counts[first], reverse=True)
+    assert list(np.argsort(position)[170:]) == list(range(170, 200))
+
+
+def test_ids_used_alike_stand_together():
+    tail = np.argsort(token_order(text_of_two_kinds(), V, 10, seed=0))[10:170]
+    kinds = (tail >= 90).astype(int)
+    assert np.abs(np.diff(kinds)).sum() == 1  # one kind, then the other
+
+
+def test_order_repeats_for_a_seed_and_whatever_the_chunks(monkeypatch):
+    ids = text_of_two_kinds()
+    first = token_order(ids, V, 10, seed=5)
+    assert np.array_equal(first, token_order(ids, V, 10, seed=5))
+    assert not np.array_equal(first, token_order(ids, V, 10, seed=6))
+    monkeypatch.setattr(order, "_CHUNK_TOKENS", 777)
+    monkeypatch.setattr(order, "_CHUNK_ROWS", 13)
+    assert np.array_equal(first, token_order(ids, V, 10, seed=5))
+
+
+def test_neighbours_are_counted_as_a_plain_loop_does(monkeypatch):
+    monkeypatch.setattr(order, "_CHUNK_TOKENS", 7)
+    ids = np.random.default_rng(0).integers(0, 12, 100)
+    rank, contexts = np.random.default_rng(1).permutation(12), 5
+    expected = np.zeros((12, 10))
+    for i in range(len(ids)):
+        for distance in (1, 2):
+            if i >= distance and rank[ids[i - distance]] < contexts:
+                expected[rank[ids[i]], rank[ids[i - distance]]] += 1
+            if i + distance < len(ids) and rank[ids[i + distance]] < contexts:
+                expected[rank[ids[i]], contexts + rank[ids[i + distance]]] += 1
+    assert np.array_equal(order._count_neighbours(ids, rank, 12, contexts, "cpu").numpy(), expected)
+
+
+def test_vectors_are_the_leading_part_of_the_information_matrix():
+    ids = np.random.default_rng(0).integers(0, 170, 20_000)  # noise: every singular value matters
+    rank = np.arange(170)
+    n = order._count_neighbours(ids, rank, 170, 170, "cpu").double()
+    information = torch.log1p(n * n.sum() / ((n.sum(1, keepdim=True) + 1) * (n.sum(0) + 1)))
+    left, values, right = torch.linalg.svd(information)
+    best = left[:, :64] * values[:64] @ right[:64]
+    vectors, scales = neighbour_vectors(ids, rank, 170, 64, seed=0, device="cpu")
+    torch.testing.assert_close(scales, values[:64], rtol=0.05, atol=0)  # a flat spectrum: the last ones converge slowly
+    assert vectors.shape == (170, 64)
+    projected = vectors @ torch.linalg.lstsq(vectors, information).solution
+    error, least = (projected - information).norm(), (best - information).norm()
+    assert error < 1.01 * least  # random subspace: near the best rank-64 approximation, never better
+
+
+def test_groups_frequencies_and_vectors_stand_in_the_order_of_positions():
+    ids = text_of_two_kinds()
+    found = token_statistics(ids, vocab_size=V, dense_rows=10, frequent=40, groups=8, dim=12, seed=0)
+    id_at = np.argsort(found.positions)
+    counts = np.bincount(ids, minlength=V)[id_at]
+    np.testing.assert_allclose(found.log_frequency, np.log((counts + 1) / (len(ids) + V)), rtol=1e-6)
+    np.testing.assert_allclose((found.vectors[:170] ** 2).mean(1), 1, rtol=1e-5)
+    kind = np.where(id_at < 90, 0, 1)[10:170]
+    for group in range(8):  # of the 190 ids past the dense rows; 160 are of two kinds, 30 never occur
+        kinds = kind[found.groups[10:170] == group]
+        assert len(kinds) == 0 or 24 * min(kinds.mean(), 1 - kinds.mean()) <= 10
+    assert np.bincount(found.groups[10:], minlength=8).tolist() == [24, 24, 24, 23, 24, 24, 24, 23]
+    same = found.vectors[:170] @ found.vectors[:170].T / 12
+    kind = np.where(id_at < 90, 0, 1)[:170]
+    inner, outer = same[10:, 10:][kind[10:, None] == kind[None, 10:]], same[10:, 10:][kind[10:, None] != kind[None, 10:]]
+    assert inner.mean() > outer.mean() + 0.1
+
+
+def test_tree_keeps_the_order_of_points_on_a_line():
+    points = torch.randperm(64, generator=torch.Generator().manual_seed(0)).double()
+    in_order = points[tree_order(points[:, None] * torch.tensor([[1.0, 2.0, -1.0]], dtype=torch.float64), seed=0)]
+    blocks = in_order.view(8, 8).sort(1).values  # the direction of each split is free, its groups are not
+    assert sorted(map(tuple, blocks.tolist())) == [tuple(range(8 * i, 8 * i + 8)) for i in range(8)]
+
+
+def test_degenerate_texts_still_have_an_order():
+    for ids in (np.empty(0, np.uint16), np.zeros(5, np.uint16), np.array([3, 1], np.uint16)):
+        assert sorted(token_order(ids, 20, 0, seed=0)) == list(range(20))
+
+
+def test_an_id_above_the_vocabulary_is_one_line():
+    with pytest.raises(ValueError, match="^ids must be below --vocab-size=5; got 9; [^\n]*$"):
+        token_order(np.array([1, 9], np.uint16), 5, 2, seed=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_device_does_not_change_the_order():
+    ids = text_of_two_kinds()
+    assert np.array_equal(token_order(ids, V, 10, seed=0), token_order(ids, V, 10, seed=0, device="cuda"))

@@ -1,0 +1,154 @@
+import csv
+import io
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from phase1.tables import SUFFIXES, Column, Table, build_tables, console, render
+from tests.reports import all_reports
+
+TABLES = build_tables(all_reports())
+HOSTILE = [
+    "a|b", "=1+1", "+cmd", "-x", "@sum", "  =1", "\t=1", "<script>alert(1)</script>", "[x](javascript:y)", "`x`", "**x**",
+    "__x__", "a_b", r"\input{/etc/passwd}", "$x^2$", "50%", "a & b # c", "~{}", "\x1b[31mred", "two\nlines", "日本語", "é",
+    '"quoted"', "[first]", "*", "--", r"\\", "-5", "-0.5", "1e-3",
+]  # fmt: skip
+
+
+def table(*rows, columns=None, notes=(), caption="Caption"):
+    return Table("a_table", caption, "Card", columns or (Column("Name"), Column("Value", "ms")), rows, notes)
+
+
+def csv_rows(text):
+    return list(csv.reader(io.StringIO(text)))
+
+
+def markdown_cells(line):
+    """The cells of a line as a Markdown parser splits them: at bars that no backslash escapes."""
+    return [cell.strip() for cell in re.split(r"(?<!\\)(?:\\\\)*\|", line.strip())[1:-1]]
+
+
+def tex_braces(text):
+    """Depth of every unescaped brace; ends at 0 and never goes below."""
+    depth = 0
+    for brace in re.findall(r"\\[\\{}]|[{}]", text):
+        depth += {"{": 1, "}": -1}.get(brace, 0)
+        assert depth >= 0
+    return depth
+
+
+def assert_compilable(text):
+    """One `table` environment that LaTeX with booktabs sets: structure, counts, commands and characters."""
+    lines = text.split("\n")
+    assert lines[0] == r"% needs \usepackage{booktabs}"
+    body = "\n".join(lines[1:])
+    assert body.startswith("\\begin{table}[t]\n") and body.endswith("\\end{table}\n")
+    assert re.findall(r"\\(begin|end)\{(\w+)\}", body) == [
+        ("begin", "table"), ("begin", "tabular"), ("end", "tabular"), ("end", "table"),
+    ]  # fmt: skip
+    assert tex_braces(body) == 0
+    known = r"begin|end|centering|caption|label|footnotesize|setlength|tabcolsep|toprule|midrule|bottomrule|par|smallskip"
+    known += r"|shortstack|textbackslash|textasciitilde|textasciicircum|textless|textgreater|textbar|times|pm|le|ge|mu"
+    assert not re.findall(rf"\\(?!(?:{known})(?![a-zA-Z]))[a-zA-Z]+", body)
+    plain = re.sub(r"\\[\\{}$&#%_]", "", body)  # what is left of these characters is syntax
+    assert "#" not in plain and "%" not in plain and "~" not in plain
+    assert re.sub(r"\$\^2\$|\$\\(times|pm|le|ge|mu)\$|\$-\$", "", plain).count("$") == 0
+    assert all(c.isascii() or "À" <= c <= "ÿ" for c in body)
+    (alignment,) = re.findall(r"\\begin\{tabular\}\{([lr]+)\}", body)
+    inside = body.split("\\toprule\n")[1].split("    \\bottomrule")[0]
+    rows = [line for line in inside.split("\n") if line and line.strip() != r"\midrule"]
+    for row in rows:
+        assert row.endswith(r" \\")
+        assert len(re.findall(r"(?<!\\)&", row)) == len(alignment) - 1
+        assert not re.match(r"\s*[\[*]", row)  # after a row's end these would be its optional argument
+    return rows
+
+
+@pytest.mark.parametrize("built", TABLES, ids=lambda t: t.name)
+def test_the_latex_of_every_comparison_is_one_compilable_table(built):
+    rows = assert_compilable(render(built, "latex"))
+    assert len(rows) in (len(built.rows) + 1, len(built.columns))
+
+
+@pytest.mark.parametrize("built", TABLES, ids=lambda t: t.name)
+def test_the_markdown_of_every_comparison_has_a_cell_per_column_in_every_line(built):
+    lines = [line for line in render(built, "markdown").split("\n") if line.startswith("|")]
+    assert len(lines) == len(built.rows) + 2
+    assert {len(markdown_cells(line)) for line in lines} == {len(built.columns)}
+    assert re.fullmatch(r"(\|-+[-:])+\|", lines[1])
+
+
+@pytest.mark.parametrize("built", TABLES, ids=lambda t: t.name)
+def test_the_csv_of_every_comparison_has_its_numbers_in_full(built):
+    head, *rows = csv_rows(render(built, "csv"))
+    assert head == [column.heading for column in built.columns] + ["Hardware"]
+    assert len(rows) == len(built.rows)
+    for row, cells in zip(rows, built.rows):
+        for text, cell in zip(row, cells):
+            if isinstance(cell, int | float):
+                assert float(text) == cell
+            elif cell is None:
+                assert text == "n/a"
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_names_stay_text_in_every_form(text):
+    built = table((text, 1.0), columns=(Column("Name"), Column(text)), notes=(text,), caption=text)
+    assert_compilable(render(built, "latex"))
+    lines = render(built, "markdown").split("\n")
+    assert {len(markdown_cells(line)) for line in lines if line.startswith("|")} == {2}
+    assert not re.search(r"(?<!\\)[<>`*\[\]]", render(built, "markdown"))
+    for form in SUFFIXES:
+        assert "\x1b" not in render(built, form)
+    cells = [cell for row in csv_rows(render(built, "csv")) for cell in row]
+    assert len(cells) == 6
+    assert not any(cell.lstrip()[:1] in ("=", "+", "-", "@") for cell in cells if not re.fullmatch(r"-?[\d.]+(e-\d+)?", cell))
+    assert "\x1b" not in console(built)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.text(max_size=12), min_size=2, max_size=2), st.text(max_size=20))
+def test_any_text_leaves_the_structure_of_every_form_alone(names, note):
+    built = table((names[0], 1.5), (names[1], None), notes=(note,))
+    assert len(assert_compilable(render(built, "latex"))) == 3
+    assert [len(row) for row in csv_rows(render(built, "csv"))] == [3, 3, 3]
+    bars = [line for line in render(built, "markdown").split("\n") if line.startswith("|")]
+    assert [len(markdown_cells(line)) for line in bars] == [2, 2, 2, 2]
+
+
+def test_numbers_are_rounded_where_people_read_them_and_negative_ones_are_set_as_such():
+    built = table(("a", -1234.5678), ("b", 7), ("c", 1e300))
+    assert "-1,234.57" in render(built, "markdown")
+    assert "$-$1,234.57" in render(built, "latex")
+    assert "-1234.5678\n" not in render(built, "csv") and ",-1234.5678," in render(built, "csv")
+    assert "1.000e+300" in render(built, "markdown")
+
+
+def test_underscores_inside_a_word_need_no_escape_in_markdown():
+    assert "phase1_htt16_ar32" in render(table(("phase1_htt16_ar32", 1)), "markdown")
+
+
+def test_numeric_columns_are_aligned_right():
+    text = render(table(("a", 1.0), ("b", None)), "markdown")
+    assert text.split("\n")[3].endswith(":|")
+    assert "  \\begin{tabular}{lr}" in render(table(("a", 1.0)), "latex")
+
+
+def test_a_wide_table_of_few_models_stands_on_end_in_latex_and_on_the_console():
+    columns = tuple(Column(f"Column {i}") for i in range(9))
+    built = table(("model", *range(8)), columns=columns)
+    assert len(assert_compilable(render(built, "latex"))) == 9
+    assert len(console(built).split("\n")) > 9
+
+
+def test_a_table_without_rows_renders():
+    for form in SUFFIXES:
+        assert "Value" in render(table(), form)
+    assert "Value" in console(table())
+
+
+def test_a_row_needs_a_cell_per_column():
+    with pytest.raises(AssertionError, match="a_table"):
+        table(("only one",))

@@ -1,0 +1,128 @@
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from phase1 import cli, config
+from phase1.cli import COMMANDS, main, parse
+from phase1.errors import Unavailable
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+DOCUMENTED = {
+    "memory": "--batch-size 4 --seq-length 2048 --vocab-size 50257 --d-model 512 --n-layers 8 --ar-ssm-max-rank 32 --htt-rank 16 "
+    "--out-dir results/benchmarks",
+    "throughput": "--seq-lengths 512 1024 2048 4096 --batch-size 4 --vocab-size 50257 --d-model 512 --n-layers 8 --warmup-steps 5 "
+    "--measure-steps 20 --out-dir results/benchmarks",
+    "perplexity": "--dataset-name wikitext --dataset-config wikitext-103-raw-v1 --seq-length 512 --batch-size 8 --vocab-size 50257 "
+    "--d-model 512 --n-layers 8 --test-htt-ranks 16 --test-ar-ssm-ranks 32 --out-dir results/benchmarks",
+    "tables": "--results-dir results/benchmarks --out-dir results/benchmarks/tables --formats markdown csv latex",
+}
+
+
+@pytest.mark.parametrize("command", DOCUMENTED)
+def test_documented_flags_have_the_documented_defaults(command):
+    assert parse(command, DOCUMENTED[command].split()) == parse(command, []) == COMMANDS[command]()
+
+
+@pytest.mark.parametrize(
+    "command, flag, field, value",
+    [
+        ("memory", "--no-baseline", "baseline", False),
+        ("memory", "--no-gradient-checkpointing", "gradient_checkpointing", False),
+        ("throughput", "--save-plots", "save_plots", True),
+        ("perplexity", "--max-samples 7", "max_samples", 7),
+        ("perplexity", "--test-htt-ranks 8 16", "test_htt_ranks", (8, 16)),
+        ("perplexity", "--checkpoint baseline=a phase1_htt8_ar32=b", "checkpoint", ("baseline=a", "phase1_htt8_ar32=b")),
+        ("perplexity", "--learning-rate 1e-4", "learning_rate", 1e-4),
+        ("tables", "--hardware MyCard", "hardware", "MyCard"),
+    ],
+)
+def test_a_flag_sets_its_field(command, flag, field, value):
+    assert getattr(parse(command, flag.split()), field) == value
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_field_has_a_flag_with_help_and_default(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([command, "--help"])
+    out = capsys.readouterr().out
+    assert exit.value.code == 0
+    for field in fields(COMMANDS[command]):
+        assert "--" + field.name.replace("_", "-") in out and field.metadata["help"]
+    assert "exit status" in out
+
+
+@pytest.mark.parametrize(
+    "command, preset, expected",
+    [
+        ("memory", "rtx3080m-8g", {"batch_size": 2, "seq_length": 2048}),
+        ("memory", "rtx3080-10g", {"batch_size": 4, "seq_length": 2048}),
+        ("memory", "rtx4090-24g", {"batch_size": 8, "seq_length": 4096}),
+        ("throughput", "rtx4090-24g", {"batch_size": 8, "seq_lengths": (512, 1024, 2048, 4096, 8192)}),
+        ("perplexity", "rtx4090-24g", {"batch_size": 16, "seq_length": 1024}),
+        ("perplexity", "rtx3080m-8g", {"batch_size": 4, "seq_length": 512}),
+    ],
+)
+def test_a_preset_sets_what_the_guide_recommends(command, preset, expected):
+    run = parse(command, ["--preset", preset])
+    assert {name: getattr(run, name) for name in expected} == expected
+
+
+def test_a_flag_wins_over_the_preset():
+    assert parse("memory", ["--preset", "rtx4090-24g", "--batch-size", "3"]).batch_size == 3
+    assert parse("memory", ["--batch-size", "3", "--preset", "rtx4090-24g"]).batch_size == 3
+
+
+@pytest.mark.parametrize("preset", config.PRESETS)
+def test_every_preset_fits_its_commands(preset):
+    for command, values in config.PRESETS[preset].items():
+        assert parse(command, ["--preset", preset]) == COMMANDS[command](**values)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [], ["bogus"], ["memory", "--bogus"], ["memory", "--batch-size", "x"], ["memory", "--batch-size", "0"], ["memory", "--preset", "x"],
+        ["memory", "--seq-length", "0"], ["memory", "--d-model", "100"], ["memory", "--htt-rank", "1000"], ["memory", "--batch", "4"],
+        ["throughput", "--seq-lengths", "512", "0"], ["tables", "--formats", "html"], ["perplexity", "--test-ar-ssm-ranks", "31"],
+        ["perplexity", "--max-samples", "0"], ["perplexity", "--train-batch-size", "63"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_wrong_usage_is_one_line_and_exit_2(argv, capsys):
+    try:
+        code = main(argv)
+    except SystemExit as exit:
+        code = exit.code
+    err = capsys.readouterr().err
+    assert code == 2 and err.count("\n") == 1 and ": error: " in err
+
+
+@pytest.mark.parametrize(
+    "raised, code", [(ValueError("got x"), 2), (Unavailable("no network"), 3), (KeyboardInterrupt(), 130)], ids=["2", "3", "130"]
+)
+def test_errors_become_one_line_and_their_exit_status(raised, code, monkeypatch, capsys):
+    class Command:
+        @staticmethod
+        def main(run):
+            raise raised
+
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: Command)
+    assert main(["memory"]) == code
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_programming_error_is_not_hidden(monkeypatch):
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: None)
+    with pytest.raises(AttributeError):
+        main(["memory"])
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.py")), ids=lambda p: p.stem)
+def test_scripts_show_their_help_at_once(script):
+    began = time.perf_counter()
+    out = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True)
+    assert "exit status" in out.stdout and time.perf_counter() - began < 2

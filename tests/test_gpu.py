@@ -1,0 +1,59 @@
+"""What only a GPU can show: half precision, its kernels, and compiled blocks, against float64 on the CPU."""
+
+import pytest
+import torch
+
+from phase1.config import ROLES, Ranked, TrainConfig, model_config
+from phase1.model import LanguageModel
+from phase1.train import make_train_state, train_step
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+SMALL = Ranked(vocab_size=3001, d_model=128, n_layers=2, n_heads=2, htt_dense_rows=60, htt_groups=100)
+# relative RMS over all of a tensor: operands are rounded to 2^-11 (fp16) or 2^-8 (bf16) in every one of about 20 products in a row
+TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def pair(role, rank=32, T=200):
+    torch.manual_seed(0)
+    model = LanguageModel(model_config(role, SMALL, ar_ssm_max_rank=rank))
+    ids = torch.randint(0, 3001, (2, T + 1))
+    return model, ids[:, :-1], ids[:, 1:]
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("rank", [16, 32, 64])
+def test_loss_and_gradients_on_the_gpu_are_those_of_float64(role, dtype, rank):
+    model, ids, targets = pair(role, rank)
+    expected = model.double().loss(ids, targets)
+    wanted = dict(zip(dict(model.named_parameters()), torch.autograd.grad(expected, list(model.parameters()))))
+    model = model.float().cuda()
+    with torch.autocast("cuda", dtype):
+        loss = model.loss(ids.cuda(), targets.cuda())
+    (loss * 1024).backward()
+    assert abs(loss.item() - expected.item()) < TOLERANCE[dtype] * expected.item() / 4
+    for name, parameter in model.named_parameters():
+        got = parameter.grad.double().cpu() / 1024
+        error = (got - wanted[name]).norm() / wanted[name].norm().clamp(min=1e-4)
+        assert error < TOLERANCE[dtype], (name, error.item())
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_changed_token_changes_no_earlier_logit_by_one_bit(role):
+    model, ids, _ = pair(role)
+    model, ids = model.cuda(), ids.cuda()
+    with torch.no_grad(), torch.autocast("cuda", torch.float16):
+        before = model(ids)
+        ids[:, 150] = (ids[:, 150] + 1) % 3001
+        after = model(ids)
+    assert torch.equal(after[:, :150], before[:, :150]) and not torch.equal(after[:, 150:], before[:, 150:])
+
+
+@pytest.mark.parametrize("role", ["baseline", "phase1"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_half_precision_training_learns(role, compiled):
+    model, ids, targets = pair(role, T=256)
+    state = make_train_state(model, TrainConfig(compile=compiled), "cuda")
+    losses = [train_step(state, [(ids, targets)]).item() for _ in range(30)]
+    assert losses[0] == pytest.approx(8.3, abs=0.8) and losses[-1] < 0.5 * losses[0]
