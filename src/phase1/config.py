@@ -206,6 +206,7 @@ class ThroughputRun(Ranked, Output):
 class PerplexityRun(Shape, DataConfig, TrainConfig, Output):
     """Perplexity of trained models on one evaluation text, engine against the FP16 Transformer."""
 
+    baseline_learning_rate: float | None = option(None, "--learning-rate of the baseline, where its best is another")
     max_samples: int | None = option(None, "windows of --seq-length tokens to evaluate; all by default")
     seq_length: int = option(512, "T, tokens per window in training and evaluation")
     batch_size: int = option(8, "windows per forward pass of the evaluation; does not change the result")
@@ -219,8 +220,9 @@ class PerplexityRun(Shape, DataConfig, TrainConfig, Output):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_positive(self, "seq_length", "batch_size", "test_htt_ranks", "test_ar_ssm_ranks")
-        if self.max_samples is not None:
-            _require_positive(self, "max_samples")
+        for name in ("max_samples", "baseline_learning_rate"):
+            if getattr(self, name) is not None:
+                _require_positive(self, name)
         for htt_rank in self.test_htt_ranks:
             for ar_ssm_rank in self.test_ar_ssm_ranks:
                 check_ranks(self, ar_ssm_rank, htt_rank)

@@ -156,7 +156,8 @@ class LanguageModel(nn.Module):
 
 
 def _run(function: Any, argument: Tensor, recompute: bool) -> Any:
-    return checkpoint(function, argument, use_reentrant=False) if recompute else function(argument)
+    # nothing here draws random numbers, and saving the generators' states for every block takes longer than some blocks
+    return checkpoint(function, argument, use_reentrant=False, preserve_rng_state=False) if recompute else function(argument)
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:

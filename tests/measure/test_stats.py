@@ -52,6 +52,12 @@ def test_pairing_makes_the_interval_independent_of_how_hard_the_windows_are():
     )
 
 
+def test_a_ratio_that_is_the_same_in_every_window_has_no_width_however_unequal_the_windows():
+    tokens = np.array([1, 10, 100, 512])
+    percent, (low, high) = paired_ratio_interval(3.5 * tokens + 0.1 * tokens, 3.5 * tokens, tokens)
+    assert low == pytest.approx(percent) and high == pytest.approx(percent)
+
+
 def test_windows_without_targets_change_nothing():
     nll_a, nll_b, tokens = windows(np.random.default_rng(4), 20, 0.05)
     padded = [np.append(x, 0) for x in (nll_a, nll_b, tokens)]

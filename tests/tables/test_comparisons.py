@@ -104,11 +104,21 @@ def test_a_length_that_ran_out_of_memory_is_oom_and_gives_no_ratio():
 
 def test_a_ratio_is_never_taken_between_different_batch_sizes():
     report = throughput_report()
-    slower = [m.model_copy(update={"batch_size": 2}) for m in report.results["baseline"].measurements]
-    report.results["baseline"] = report.results["baseline"].model_copy(update={"measurements": slower})
+    slower = [m.model_copy(update={"batch_size": 2}) for m in report.results["phase1"].measurements]
+    report.results["phase1"] = report.results["phase1"].model_copy(update={"measurements": slower})
     assert {row["Ratio to baseline (x)"] for row in records(throughput_comparison(report)) if row["Model"] == "phase1"} == {
         None
     }
+
+
+def test_the_joined_speed_is_that_of_the_longest_length_and_its_ratio_that_of_the_same_size():
+    report = throughput_report()
+    report.results["baseline"] = throughput_result("baseline", [0.020, 0.046, 0.116, 0.322])
+    row = row_of(configuration_comparison({"throughput": report}), "phase1")
+    assert (row["At T (tokens)"], row["Ratio to baseline (x)"]) == (4096, pytest.approx(2.0))
+    other_batch = [m.model_copy(update={"batch_size": 2}) for m in report.results["phase1"].measurements]
+    report.results["phase1"] = report.results["phase1"].model_copy(update={"measurements": other_batch})
+    assert row_of(configuration_comparison({"throughput": report}), "phase1")["Ratio to baseline (x)"] is None
 
 
 def test_scaling_shows_order_fit_interval_share_and_verdict():

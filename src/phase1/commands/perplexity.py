@@ -100,6 +100,8 @@ def expected_name(config: ModelConfig) -> str:
 def train_candidate(run: PerplexityRun, model: Candidate, corpus: Corpus) -> Path:
     """Train `model`, or find it trained by an earlier run on the same config and data; its checkpoint folder."""
     train_config = TrainConfig(**{f.name: getattr(run, f.name) for f in fields(TrainConfig)})
+    if model.config.mixer == "attention" and run.baseline_learning_rate is not None:
+        train_config = replace(train_config, learning_rate=run.baseline_learning_rate)
     identity = {
         "model": asdict(model.config),
         "train": asdict(train_config),

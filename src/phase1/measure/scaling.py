@@ -21,6 +21,7 @@ MIN_LENGTHS, MIN_SPAN = 4, 8  # below these there is no verdict
 QUADRATIC_SHARE_LIMIT = 0.15
 NOISE = 0.02  # relative standard deviation of a time that is assumed where no raw samples say what it is
 NOISE_FLOOR = 0.002  # no time is known better: clocks and temperatures drift by this much between lengths
+MIN_SAMPLES = 5  # of a length, to tell the noise of its median
 NOISE_WEIGHT = 4  # residuals that the assumed noise is worth when residuals are few
 MISFIT = 0.05  # a candidate that misses by more than this, root mean square, does not describe the times
 WIDE_INTERVAL = 0.5  # width of the 95 % interval of the exponent
@@ -55,7 +56,8 @@ def fit_scaling(lengths: Sequence[int], seconds: Sequence[float], samples: Seque
     Args:
         lengths: T, tokens, (n,), distinct, in any order.
         seconds: t of one step, a median, (n,).
-        samples: raw step times per length, in any unit: how noisy the medians are. Without them 2 % is assumed.
+        samples: raw step times per length, in any unit: how noisy the medians are. Without them, or with
+            fewer than 5 of a length, 2 % is assumed.
     Raises:
         ValueError: shapes differ, a number is not positive and finite, or a length is there twice.
     """
@@ -65,7 +67,7 @@ def fit_scaling(lengths: Sequence[int], seconds: Sequence[float], samples: Seque
     if T.size < 3:
         return Scaling(verdict="inconclusive", detail=_too_short(T))
     noise = None
-    if samples is not None:
+    if samples is not None and min(len(s) for s in samples) >= MIN_SAMPLES:
         noise = max(NOISE_FLOOR, float(np.sqrt(np.mean([relative_median_error(s) ** 2 for s in samples]))))
     slope, r_squared = _line(T, t)
     exponent, interval = _exponent(T, t)

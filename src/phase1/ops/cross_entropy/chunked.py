@@ -23,7 +23,7 @@ def tied_nll(hidden: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None
     with torch.autocast(hidden.device.type, enabled=False):
         rows, size = table.to(hidden.dtype), _chunk_tokens(table)
         parts = zip(hidden.split(size), targets.split(size), strict=True)
-        return torch.cat([_losses(_logits(h, rows, bias), t)[0] for h, t in parts])
+        return torch.cat([_losses(_log_probabilities(h, rows, bias), t) for h, t in parts])
 
 
 class _TiedCrossEntropy(torch.autograd.Function):
@@ -42,14 +42,12 @@ class _TiedCrossEntropy(torch.autograd.Function):
             loss = torch.zeros((), dtype=wide, device=hidden.device)
             for start in range(0, hidden.shape[0], size):
                 part = slice(start, start + size)
-                logits = _logits(hidden[part], rows, bias)
-                losses, log_total = _losses(logits, targets[part])
-                loss += losses.sum()
-                d_logits = _d_logits(logits, log_total, targets[part])
-                del logits
+                log_p = _log_probabilities(hidden[part], rows, bias)
+                loss += _losses(log_p, targets[part]).sum()
+                d_logits = _d_logits(log_p, targets[part], hidden.dtype)
+                del log_p
                 if d_bias is not None:
-                    d_bias += d_logits.sum(0)
-                d_logits = d_logits.to(hidden.dtype)
+                    d_bias += d_logits.sum(0, dtype=wide)
                 if d_hidden is not None:
                     torch.mm(d_logits, rows, out=d_hidden[part])
                 if d_table is not None:
@@ -74,22 +72,22 @@ def _chunk_tokens(table: Tensor) -> int:
     return max(1, CHUNK_BYTES // (4 * table.shape[0]))
 
 
-def _logits(hidden: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
-    logits = (hidden @ rows.T).to(torch.promote_types(hidden.dtype, torch.float32))
-    return logits if bias is None else logits.add_(bias)
+def _log_probabilities(hidden: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+    """Log-probability of every token, (n, V), at least float32."""
+    logits = hidden @ rows.T
+    logits = logits if bias is None else logits + bias  # to the bias's float32 in the same pass
+    return torch.log_softmax(logits, 1, dtype=torch.promote_types(hidden.dtype, torch.float32))
 
 
-def _losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of each token, 0 where it is not scored, and log Σ exp of its logits, (N, 1)."""
+def _losses(log_p: Tensor, targets: Tensor) -> Tensor:
+    """The loss of each token, 0 where it is not scored."""
     scored = targets != IGNORE
-    log_total = logits.logsumexp(1, keepdim=True)
-    return (log_total - logits.gather(1, targets.where(scored, 0)[:, None])).squeeze(1) * scored, log_total
+    return -log_p.gather(1, targets.where(scored, 0)[:, None]).squeeze(1) * scored
 
 
-def _d_logits(logits: Tensor, log_total: Tensor, targets: Tensor) -> Tensor:
-    """Gradient of the sum of losses with respect to the logits, in their memory."""
+def _d_logits(log_p: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gradient of the sum of losses with respect to the logits, in `dtype`; overwrites `log_p`."""
     scored = targets != IGNORE
-    probability = logits.sub_(log_total).exp_()
     column = targets.where(scored, 0)[:, None]
-    probability.scatter_add_(1, column, torch.full_like(column, -1, dtype=probability.dtype))
-    return probability.mul_(scored[:, None])
+    probability = log_p.exp_().scatter_add_(1, column, torch.full_like(column, -1, dtype=log_p.dtype))
+    return torch.mul(probability, scored[:, None], out=torch.empty_like(probability, dtype=dtype))
