@@ -10,8 +10,9 @@ from phase1.train import make_train_state, train_step
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 SMALL = Ranked(vocab_size=3001, d_model=128, n_layers=2, n_heads=2, htt_dense_rows=60, htt_groups=100)
-# relative RMS over all of a tensor: operands are rounded to 2^-11 (fp16) or 2^-8 (bf16) in every one of about 20 products in a row
-TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# Relative RMS over all of a tensor. Half precision: operands are rounded to eps = 2^-11 (fp16) or 2^-8 (bf16) in each of some 20
+# products in a row; the CPU's own half precision differs from float64 by up to 65 eps, most in the gate, whose gradients cancel.
+TOLERANCE = {torch.float32: 5e-3, torch.float16: 100 * 2**-11, torch.bfloat16: 100 * 2**-8}
 
 
 def pair(role, rank=32, T=200):
@@ -29,10 +30,10 @@ def test_loss_and_gradients_on_the_gpu_are_those_of_float64(role, dtype, rank):
     expected = model.double().loss(ids, targets)
     wanted = dict(zip(dict(model.named_parameters()), torch.autograd.grad(expected, list(model.parameters()))))
     model = model.float().cuda()
-    with torch.autocast("cuda", dtype):
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
         loss = model.loss(ids.cuda(), targets.cuda())
     (loss * 1024).backward()
-    assert abs(loss.item() - expected.item()) < TOLERANCE[dtype] * expected.item() / 4
+    assert abs(loss.item() - expected.item()) < TOLERANCE[dtype] * expected.item() / 20
     for name, parameter in model.named_parameters():
         got = parameter.grad.double().cpu() / 1024
         error = (got - wanted[name]).norm() / wanted[name].norm().clamp(min=1e-4)
@@ -54,6 +55,7 @@ def test_a_changed_token_changes_no_earlier_logit_by_one_bit(role):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_half_precision_training_learns(role, compiled):
     model, ids, targets = pair(role, T=256)
+    first = model.loss(ids, targets).item()
     state = make_train_state(model, TrainConfig(compile=compiled), "cuda")
     losses = [train_step(state, [(ids, targets)]).item() for _ in range(30)]
-    assert losses[0] == pytest.approx(8.3, abs=0.8) and losses[-1] < 0.5 * losses[0]
+    assert losses[0] == pytest.approx(first, rel=1e-2) and losses[-1] < 0.5 * losses[0]

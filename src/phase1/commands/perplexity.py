@@ -197,9 +197,10 @@ def quality_check(result: PerplexityResult, baseline: PerplexityResult | None) -
     reason = "no baseline in this run" if baseline is None else why_not_comparable(result, baseline)
     status, detail, value = "inconclusive", reason, result.ppl_degradation_percent
     if not reason:
-        assert result.degradation_ci95 is not None
-        low, high = result.degradation_ci95
         status = "pass" if result.passes_5_percent_threshold else "fail"
-        detail = f"percent above the baseline, 95 % interval {low:.2f} to {high:.2f}, {result.trained_tokens:,} tokens each"
+        interval = "from one window: no interval"
+        if result.degradation_ci95 is not None:
+            interval = "95 % interval {:.2f} to {:.2f}".format(*result.degradation_ci95)
+        detail = f"percent above the baseline, {interval}, {result.trained_tokens:,} tokens each"
     fields: dict[str, Any] = {"value": value, "limit": LIMIT_PERCENT, "status": status, "detail": detail}
     return Check(name=f"{result.model_name}_within_5_percent", **fields)

@@ -47,12 +47,12 @@ def token_statistics(
     rank[by_frequency] = np.arange(vocab_size)
     left, values = neighbour_vectors(train_ids[:STATISTICS_TOKENS], rank, used, max(dim, ORDER_DIM), seed, device)
     places = np.arange(vocab_size)  # position -> rank
-    meaning = (left * values)[:, :ORDER_DIM].cpu()
+    meaning = (left * values)[:, :ORDER_DIM].cpu().numpy()
     if frequent < used:
-        places[frequent:used] = frequent + tree_order(meaning[frequent:], seed).numpy()
+        places[frequent:used] = frequent + tree_order(meaning[frequent:], seed)
     group_of_rank = np.zeros(vocab_size, dtype=np.int64)
     alike = np.concatenate(
-        [dense_rows + tree_order(meaning[dense_rows:], seed).numpy(), np.arange(max(dense_rows, used), vocab_size)]
+        [dense_rows + tree_order(meaning[dense_rows:], seed), np.arange(max(dense_rows, used), vocab_size)]
     )
     group_of_rank[alike] = np.arange(len(alike)) * groups // max(1, len(alike))
     start = np.random.default_rng(seed).standard_normal((vocab_size, dim), dtype=np.float32)
@@ -120,25 +120,25 @@ def _count_neighbours(ids: np.ndarray, rank: np.ndarray, used: int, contexts: in
     return table
 
 
-def tree_order(vectors: Tensor, seed: int) -> Tensor:
+def tree_order(vectors: np.ndarray, seed: int) -> np.ndarray:
     """(n,) int64 order of the rows of `vectors` (n, k) that puts similar rows next to each other.
 
     Every group of more than 8 rows is sorted along its principal axis and halved, until all are small.
     """
-    generator = torch.Generator().manual_seed(seed)
-    groups = [torch.arange(len(vectors))]
-    done: list[Tensor] = []
+    generator = np.random.default_rng(seed)
+    groups = [np.arange(len(vectors))]
+    done: list[np.ndarray] = []
     while groups:  # depth first, left half first: `done` grows in the final order
         group = groups.pop()
         if len(group) <= LEAF:
             done.append(group)
             continue
         centred = vectors[group] - vectors[group].mean(0)
-        axis = torch.randn(vectors.shape[1], generator=generator, dtype=vectors.dtype)
+        axis = generator.standard_normal(vectors.shape[1])
         for _ in range(6):  # power iteration; an approximate axis separates as well
             axis = centred.T @ (centred @ axis)
-            axis /= axis.norm() + 1e-9
-        along = torch.round(centred @ axis, decimals=6)  # ties stay ties: equal vectors keep their order on any machine
-        ordered = group[torch.argsort(along, stable=True)]
+            axis /= np.linalg.norm(axis) + 1e-9
+        along = np.round(centred @ axis, 6)  # ties stay ties: equal vectors keep their order on any machine
+        ordered = group[np.argsort(along, kind="stable")]
         groups += [ordered[len(group) // 2 :], ordered[: len(group) // 2]]
-    return torch.cat(done) if done else torch.empty(0, dtype=torch.int64)
+    return np.concatenate(done) if done else np.empty(0, dtype=np.int64)

@@ -206,17 +206,13 @@ def _judge(fits: _Fits, noise: float | None, exponent: tuple[float, float]) -> t
 def _better(rss: float, freedom: int, line_rss: float, noise: float | None) -> bool:
     """Does a description with `rss` beat the line significantly?
 
-    F test with the noise of its own residuals; where these are in keeping with the known or assumed noise, also with both
-    pooled, which is strong when residuals are few.
+    F tests with the noise of its own residuals, which hold for any noise, and with that noise pooled with the known or
+    assumed one, which are strong when residuals are few.
     """
-    lead = max(line_rss - rss, 0)
     own = max(rss / freedom, NOISE_FLOOR**2)
-    if fdtrc(1, freedom, lead / own) <= ALPHA:
-        return True
-    variance = (noise or NOISE) ** 2
-    pooled = (rss + NOISE_WEIGHT * variance) / (freedom + NOISE_WEIGHT)
-    in_keeping = rss <= chdtri(freedom, 0.01) * variance
-    return bool(in_keeping and fdtrc(1, freedom + NOISE_WEIGHT, lead / pooled) <= ALPHA)
+    pooled = (rss + NOISE_WEIGHT * (noise or NOISE) ** 2) / (freedom + NOISE_WEIGHT)
+    tests = ((own, freedom), (pooled, freedom + NOISE_WEIGHT))
+    return any(fdtrc(1, df, max(line_rss - rss, 0) / variance) <= ALPHA for variance, df in tests)
 
 
 def _refuted(fits: _Fits, alternative: ComplexityOrder, noise: float) -> bool:
