@@ -102,7 +102,9 @@ def test_wrong_usage_is_one_line_and_exit_2(argv, capsys):
 
 
 @pytest.mark.parametrize(
-    "raised, code", [(ValueError("got x"), 2), (Unavailable("no network"), 3), (KeyboardInterrupt(), 130)], ids=["2", "3", "130"]
+    "raised, code",
+    [(ValueError("got x"), 2), (Unavailable("no network"), 3), (KeyboardInterrupt(), 130), (OSError(28, "No space left"), 4)],
+    ids=["2", "3", "130", "4"],
 )
 def test_errors_become_one_line_and_their_exit_status(raised, code, monkeypatch, capsys):
     class Command:

@@ -10,9 +10,10 @@ from phase1.train import make_train_state, train_step
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 SMALL = Ranked(vocab_size=3001, d_model=128, n_layers=2, n_heads=2, htt_dense_rows=60, htt_groups=100)
-# Relative RMS over all of a tensor. Half precision: operands are rounded to eps = 2^-11 (fp16) or 2^-8 (bf16) in each of some 20
-# products in a row; the CPU's own half precision differs from float64 by up to 65 eps, most in the gate, whose gradients cancel.
-TOLERANCE = {torch.float32: 5e-3, torch.float16: 100 * 2**-11, torch.bfloat16: 100 * 2**-8}
+# Relative RMS of all gradients together, in units of the rounding error eps of the type. The CPU's own half precision differs from
+# float64 by 17 to 51 eps here: some 20 products in a row, and a normalised output whose size can be near 0.
+EPS = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+TOLERANCE_EPS = {torch.float32: 2000, torch.float16: 100, torch.bfloat16: 100}  # float32: a GPU's exp and rsqrt are rougher
 
 
 def pair(role, rank=32, T=200):
@@ -23,7 +24,7 @@ def pair(role, rank=32, T=200):
 
 
 @pytest.mark.parametrize("role", ROLES)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", EPS, ids=str)
 @pytest.mark.parametrize("rank", [16, 32, 64])
 def test_loss_and_gradients_on_the_gpu_are_those_of_float64(role, dtype, rank):
     model, ids, targets = pair(role, rank)
@@ -33,11 +34,13 @@ def test_loss_and_gradients_on_the_gpu_are_those_of_float64(role, dtype, rank):
     with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
         loss = model.loss(ids.cuda(), targets.cuda())
     (loss * 1024).backward()
-    assert abs(loss.item() - expected.item()) < TOLERANCE[dtype] * expected.item() / 20
-    for name, parameter in model.named_parameters():
-        got = parameter.grad.double().cpu() / 1024
-        error = (got - wanted[name]).norm() / wanted[name].norm().clamp(min=1e-4)
-        assert error < TOLERANCE[dtype], (name, error.item())
+    assert abs(loss.item() - expected.item()) < 100 * EPS[dtype] * expected.item()
+    total = sum(gradient.square().sum() for gradient in wanted.values()) ** 0.5
+    errors = {name: (p.grad.double().cpu() / 1024 - wanted[name]).norm() for name, p in model.named_parameters()}
+    assert sum(error**2 for error in errors.values()) ** 0.5 < TOLERANCE_EPS[dtype] * EPS[dtype] * total
+    if dtype == torch.float32:  # no rounding to hide behind: every single parameter
+        for name, error in errors.items():
+            assert error < 5e-3 * wanted[name].norm().clamp(min=1e-4), name
 
 
 @pytest.mark.parametrize("role", ROLES)

@@ -48,12 +48,16 @@ def test_imports_point_one_way(path):
 
 
 def test_no_module_imports_the_scripts():
-    assert not any("scripts" in path.read_text().split("import")[0] for path in PACKAGE.rglob("*.py") if "import scripts" in path.read_text())
+    assert not any(
+        "scripts" in path.read_text().split("import")[0]
+        for path in PACKAGE.rglob("*.py")
+        if "import scripts" in path.read_text()
+    )
 
 
 @pytest.mark.parametrize("module", ["phase1.cli", "phase1.config", "phase1.errors", "phase1.commands"])
 def test_starting_the_command_line_loads_no_heavy_library(module):
-    heavy = "torch numpy scipy pydantic datasets tokenizers matplotlib pandas tqdm".split()
+    heavy = ["torch", "numpy", "scipy", "pydantic", "datasets", "tokenizers", "matplotlib", "pandas", "tqdm"]
     code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

@@ -25,7 +25,9 @@ def statistics(V=TINY.vocab_size):
     rng = np.random.default_rng(1)
     frequency = np.sort(rng.random(V).astype(np.float32))[::-1]
     vectors = rng.normal(size=(V, 12)).astype(np.float32)
-    return TokenStatistics(rng.permutation(V), np.log(frequency / frequency.sum()), rng.integers(0, TINY.htt_groups, V), vectors)
+    return TokenStatistics(
+        rng.permutation(V), np.log(frequency / frequency.sum()), rng.integers(0, TINY.htt_groups, V), vectors
+    )
 
 
 def batch(T=37, B=2, seed=0):

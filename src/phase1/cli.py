@@ -21,7 +21,10 @@ COMMANDS: dict[str, type[config.Config]] = {
     "train": config.TrainRun,
     "doctor": config.DoctorRun,
 }
-EXIT_STATUS = "exit status: 0 every check passes, 1 a check fails, 2 wrong usage or input, 3 undecided or unavailable, 130 interrupted"
+EXIT_STATUS = (
+    "exit status: 0 every check passes, 1 a check fails, 2 wrong usage or input, 3 undecided or unavailable, "
+    "4 a file cannot be written, 130 interrupted"
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,11 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"phase1 {name}: error: {error}", file=sys.stderr)
         return 3 if isinstance(error, Unavailable) else 2
     except KeyboardInterrupt:
-        print(f"phase1 {name}: interrupted; what was finished is kept", file=sys.stderr)
+        print(f"phase1 {name}: interrupted; older results are untouched", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, `head` for example, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        print(f"phase1 {name}: error: {error}; free some space, or choose another --out-dir", file=sys.stderr)
+        return 4
 
 
 def _top_level(argv: list[str]) -> int:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 
@@ -39,7 +39,7 @@ class Shape(Config):
     ar_ssm_min_rank: int = option(4, "ranks of U and V that the rank gate cannot switch off")
     ar_ssm_window: int = option(64, "w, width of the sliding window of the local part T; 0 leaves only the diagonal")
     rank_penalty: float = option(1e-3, "weight of the L1 term on the rank gate in the training loss")
-    htt_dense_rows: int = option(1024, "K, most frequent tokens that keep a dense row each; bands of low rank end at 4K and 16K")
+    htt_dense_rows: int = option(1024, "K, most frequent tokens, a dense row each; bands of low rank end at 4K and 16K")
     htt_groups: int = option(512, "groups of similar tokens: they share a centroid, and a row of the tail's vocabulary grid")
 
     def __post_init__(self) -> None:
@@ -128,13 +128,15 @@ class DataConfig(Config):
     """Which text, and how it becomes tokens."""
 
     dataset_name: str = option(
-        "wikitext", "wikitext, c4 (both from the Hugging Face hub), builtin (offline), or a path: a text file, "
-        "or a folder with train/valid/test as .txt, .txt.xz, .gpt2.bin or .gpt2.bin.xz"
+        "wikitext",
+        "wikitext, c4 (both from the Hugging Face hub), builtin (offline), or a path: a text file, "
+        "or a folder with train/valid/test as .txt, .txt.xz, .gpt2.bin or .gpt2.bin.xz",
     )
     dataset_config: str = option("wikitext-103-raw-v1", "configuration of a hub data set, for example en for c4")
     tokenizer: str = option(
-        "auto", "auto, gpt2, a folder with tokenizer.json, or bpe (train a BPE of --vocab-size on the training text); "
-        "auto is bpe for builtin and gpt2 otherwise"
+        "auto",
+        "auto, gpt2, a folder with tokenizer.json, or bpe (train a BPE of --vocab-size on the training text); "
+        "auto is bpe for builtin and gpt2 otherwise",
     )
     cache_dir: str = option("~/.cache/phase1", "where trained tokenizers and tokenised text are kept")
 
@@ -143,9 +145,9 @@ class DataConfig(Config):
 class TrainConfig(Config):
     """How a model is trained; the same for every model of a comparison."""
 
-    train_tokens: int = option(90_000_000, "tokens every model is trained on, in the same order; the text repeats when it is shorter")
+    train_tokens: int = option(90_000_000, "tokens every model is trained on, in the same order; a shorter text repeats")
     train_batch_size: int = option(64, "windows of T tokens per optimizer step")
-    micro_batch_size: int = option(8, "windows per forward/backward; a larger one is faster, the result the same up to rounding")
+    micro_batch_size: int = option(8, "windows per forward/backward; larger is faster, the result the same up to rounding")
     learning_rate: float = option(1.5e-3, "peak of the schedule: linear warm-up, then cosine to a tenth")
     table_learning_rate: float = option(3.0, "learning rate of the token table, as a multiple of the others'")
     warmup_steps: int = option(100, "optimizer steps of linear warm-up, at most a tenth of the run")
@@ -157,7 +159,11 @@ class TrainConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_positive(self, "train_tokens", "train_batch_size", "micro_batch_size", "learning_rate", "table_learning_rate", "grad_clip")
+        _require_positive(
+            self, "train_tokens", "train_batch_size", "micro_batch_size", "learning_rate", "table_learning_rate", "grad_clip"
+        )
+        if min(self.seed, self.warmup_steps, self.weight_decay) < 0:
+            raise ValueError("--seed, --warmup-steps and --weight-decay must be 0 or more; got a negative number; raise it")
         if self.train_batch_size % self.micro_batch_size and self.micro_batch_size < self.train_batch_size:
             raise ValueError(
                 f"--micro-batch-size must divide --train-batch-size={self.train_batch_size}; got {self.micro_batch_size}; "
@@ -195,6 +201,7 @@ class ThroughputRun(Ranked, Output):
     table_learning_rate: float = option(3.0, "learning rate of the token table, as a multiple of the others'")
     warmup_steps: int = option(5, "steps before the measurement, per model and length")
     measure_steps: int = option(20, "measured steps, per model and length")
+    compile: bool = option(False, "torch.compile every block of every model; compilation is not in the times")
     save_plots: bool = option(False, "write phase1_throughput_comparison.png")
 
     def __post_init__(self) -> None:
@@ -291,7 +298,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "smoke": {  # ten minutes on two CPU cores; memory is an estimate there, so it can afford the documented sizes
         "memory": {},
-        "throughput": SMOKE_SHAPE | {"batch_size": 2, "seq_lengths": (128, 256, 512, 1024, 2048), "warmup_steps": 1, "measure_steps": 7},
+        "throughput": SMOKE_SHAPE
+        | {"batch_size": 2, "seq_lengths": (128, 256, 512, 1024, 2048), "warmup_steps": 1, "measure_steps": 7},
         "perplexity": SMOKE_SHAPE
         | {"seq_length": 128, "train_tokens": 1_000_000, "train_batch_size": 16, "micro_batch_size": 16, "learning_rate": 3e-3},
     },

@@ -147,10 +147,11 @@ class LanguageModel(nn.Module):
 
     def parameter_counts(self) -> dict[str, int]:
         """Numbers of parameters: total, and those of the token table, the mixers and the MLPs."""
-        parts: dict[str, list[nn.Module]] = {"embedding": [self.embedding], "mixer": [], "mlp": []}
-        for block in self.blocks:
-            parts["mixer"].append(block.mixer)
-            parts["mlp"].append(block.mlp)
+        parts: dict[str, list[Any]] = {
+            "embedding": [self.embedding],
+            "mixer": [b.mixer for b in self.blocks],
+            "mlp": [b.mlp for b in self.blocks],
+        }
         counts = {name: sum(p.numel() for m in modules for p in m.parameters()) for name, modules in parts.items()}
         return {"total": sum(p.numel() for p in self.parameters())} | counts
 

@@ -56,7 +56,9 @@ def make_train_state(model: LanguageModel, config: TrainConfig, device: torch.de
 
 def parameter_groups(model: LanguageModel, config: TrainConfig) -> list[dict[str, Any]]:
     """Matrices of the blocks decay; the token table learns `table_learning_rate` times as fast; vectors do neither."""
-    matrices, table, vectors = [], [], []
+    matrices: list[Tensor] = []
+    table: list[Tensor] = []
+    vectors: list[Tensor] = []
     for name, parameter in model.named_parameters():
         kind = vectors if parameter.ndim < 2 else table if name.startswith("embedding.") else matrices
         kind.append(parameter)

@@ -1,6 +1,7 @@
 import json
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +17,7 @@ def folder(tmp_path_factory):
     """A corpus with structure: sentences from a small grammar, so that a model beats the unigram entropy quickly."""
     path = tmp_path_factory.mktemp("corpus")
     rng = random.Random(0)
-    subjects, verbs, objects = "the cat,a dog,my neighbour".split(","), "sees chases feeds".split(), "birds mice children".split()
+    subjects, verbs, objects = ["the cat", "a dog", "my neighbour"], ["sees", "chases", "feeds"], ["birds", "mice", "children"]
 
     def text(lines):
         return "".join(f"{rng.choice(subjects)} {rng.choice(verbs)} {rng.choice(objects)} today .\n" for _ in range(lines))
@@ -43,7 +44,7 @@ def test_models_are_trained_once_and_compared_on_the_same_targets(run, capsys, m
     assert {r.trained_tokens for r in first.results.values()} == {run.train_tokens}
     assert len({r.protocol_hash for r in first.results.values()}) == 1
     assert len({r.config_id for r in first.results.values()}) == 3
-    valid = open(f"{run.dataset_name}/valid.txt").read()
+    valid = Path(run.dataset_name, "valid.txt").read_text()
     for result in first.results.values():
         assert not result.untrained and result.byte_count == len(valid.encode())
         assert result.word_count == len(valid.split()) + valid.count("\n")
@@ -63,7 +64,7 @@ def test_models_are_trained_once_and_compared_on_the_same_targets(run, capsys, m
     assert second.results == first.results
 
     monkeypatch.undo()
-    folders = {key: next(iter(__import__("pathlib").Path(run.checkpoint_dir).glob(f"{key}-*"))) for key in first.results}
+    folders = {key: next(iter(Path(run.checkpoint_dir).glob(f"{key}-*"))) for key in first.results}
     loaded = replace(run, checkpoint=tuple(f"{k}={v}" for k, v in folders.items()), batch_size=3, max_samples=5)
     perplexity.main(loaded)
     third = read_report(f"{run.out_dir}/{FILE}", "perplexity").results
@@ -92,7 +93,7 @@ def test_without_a_baseline_there_is_no_verdict(run):
 def test_an_interrupted_training_goes_on_where_it_stopped(run, monkeypatch, tmp_path):
     whole = replace(run, baseline=False, test_htt_ranks=(2,), train_tokens=16 * 32 * 6)
     perplexity.main(whole)
-    expected = json.load(open(f"{run.out_dir}/{FILE}"))["results"]["phase1_htt2_ar4"]["window_nll_nats"]
+    expected = json.loads(Path(run.out_dir, FILE).read_text())["results"]["phase1_htt2_ar4"]["window_nll_nats"]
     again = replace(whole, checkpoint_dir=str(tmp_path / "again"))
     monkeypatch.setattr(train, "SAVE_SECONDS", 0.0)
     steps = train.train
@@ -112,7 +113,7 @@ def test_an_interrupted_training_goes_on_where_it_stopped(run, monkeypatch, tmp_
     monkeypatch.setattr(train, "train", lambda state, *rest: seen.append(state.step) or steps(state, *rest))
     perplexity.main(again)
     assert seen == [4]
-    assert json.load(open(f"{run.out_dir}/{FILE}"))["results"]["phase1_htt2_ar4"]["window_nll_nats"] == expected
+    assert json.loads(Path(run.out_dir, FILE).read_text())["results"]["phase1_htt2_ar4"]["window_nll_nats"] == expected
 
 
 @pytest.mark.parametrize("value", ["baseline", "x=y", "phase1_htt16=z"])
@@ -126,4 +127,7 @@ def test_train_writes_a_checkpoint_that_perplexity_evaluates(run, capsys, tmp_pa
     settings = shared | {"htt_rank": 2, "ar_ssm_max_rank": 4, "train_tokens": 4096, "out_dir": str(tmp_path / "mine")}
     assert train.main(TrainRun(**settings)) == 0
     assert "trained on 4,096 tokens" in capsys.readouterr().out
-    assert perplexity.main(replace(run, baseline=False, test_htt_ranks=(2,), checkpoint=(f"phase1_htt2_ar4={tmp_path / 'mine'}",))) == 3
+    assert (
+        perplexity.main(replace(run, baseline=False, test_htt_ranks=(2,), checkpoint=(f"phase1_htt2_ar4={tmp_path / 'mine'}",)))
+        == 3
+    )

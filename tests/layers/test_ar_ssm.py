@@ -58,7 +58,9 @@ def test_ranks_below_min_rank_are_always_on_and_the_others_are_gated():
     with torch.no_grad():
         mixer.rank_gate.out.bias.fill_(-1e9)  # as closed as a network can make it
     gate = mixer.rank_gate(h)
-    assert torch.equal(gate[..., :2], torch.ones_like(gate[..., :2])) and torch.equal(gate[..., 2:], torch.zeros_like(gate[..., 2:]))
+    assert torch.equal(gate[..., :2], torch.ones_like(gate[..., :2])) and torch.equal(
+        gate[..., 2:], torch.zeros_like(gate[..., 2:])
+    )
     assert mixer(h)[2] == 2.0
 
 

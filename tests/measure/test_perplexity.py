@@ -51,7 +51,9 @@ def test_max_windows_scores_the_beginning_of_the_text():
 def test_the_batch_size_does_not_change_the_result(role):
     results = [evaluate(model(role), text(), protocol(), batch_size=size, dtype=torch.float32) for size in (1, 3, 100)]
     for other in results[1:]:
-        np.testing.assert_allclose(other.nll_nats, results[0].nll_nats, rtol=1e-6)  # nll sums are float64; losses at least float32
+        np.testing.assert_allclose(
+            other.nll_nats, results[0].nll_nats, rtol=1e-6
+        )  # nll sums are float64; losses at least float32
 
 
 @pytest.mark.parametrize("role", ["baseline", "phase1"])
@@ -87,7 +89,9 @@ def test_bits_per_byte_and_word_perplexity_follow_their_formulas():
     assert result.word_perplexity(4) == pytest.approx(math.exp(2.5))
 
 
-@pytest.mark.parametrize("change", [{"seq_length": 9}, {"max_windows": 1}, {"prefix": 0}, {"dataset_sha256": "e"}, {"tokenizer_sha256": "u"}])
+@pytest.mark.parametrize(
+    "change", [{"seq_length": 9}, {"max_windows": 1}, {"prefix": 0}, {"dataset_sha256": "e"}, {"tokenizer_sha256": "u"}]
+)
 def test_every_part_of_the_protocol_is_in_its_hash(change):
     assert protocol().protocol_hash == protocol().protocol_hash != protocol(**change).protocol_hash
 

@@ -1,13 +1,12 @@
 """`phase1 memory`: does a training step fit an 8 GB and a 10 GB card, and how much less does the engine take?"""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
 from tqdm import tqdm
 
 from phase1.config import MemoryRun, ModelConfig, model_config
-from phase1.measure.environment import current_command, environment, free_gpu_bytes
+from phase1.measure.environment import current_command, environment, free_gpu_bytes, settings
 from phase1.measure.memory import MemoryCase, memory_result
 from phase1.record import FILES, Check, MemoryResult, Report, exit_code, write_report
 from phase1.report import checks_text, memory_text, plot_memory
@@ -28,7 +27,7 @@ def main(run: MemoryRun) -> int:
         kind="memory",
         environment=environment(),
         command=current_command(),
-        run=asdict(run) | {"free_gpu_bytes": free_bytes},
+        run=settings(run) | {"free_gpu_bytes": free_bytes},
         results=results,
         checks=checks(results, free_bytes),
     )

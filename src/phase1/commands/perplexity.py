@@ -13,7 +13,7 @@ from phase1.checkpoint import load_model, read_index
 from phase1.commands.train import train_to_checkpoint
 from phase1.config import ROLES, ModelConfig, PerplexityRun, TrainConfig, content_id, model_config
 from phase1.data import Corpus, count_words, load_corpus
-from phase1.measure.environment import current_command, environment
+from phase1.measure.environment import current_command, environment, settings, without_home
 from phase1.measure.perplexity import Evaluation, Protocol, evaluate, unigram_entropy
 from phase1.measure.stats import paired_ratio_interval
 from phase1.record import FILES, Check, Dataset, Parameters, PerplexityResult, Report, exit_code, write_report
@@ -56,7 +56,7 @@ def main(run: PerplexityRun) -> int:
         kind="perplexity",
         environment=environment(),
         command=current_command(),
-        run=asdict(run) | {"dataset_source": corpus.source, "dataset_revision": corpus.revision},
+        run=settings(run) | {"dataset_source": without_home(corpus.source), "dataset_revision": corpus.revision},
         results=results,
         checks=checks,
     )
@@ -83,10 +83,10 @@ def candidates(run: PerplexityRun) -> list[Candidate]:
     engines = [model_config("phase1", run, htt_rank=r, ar_ssm_max_rank=R) for r, R in pairs]
     wanted = {"baseline": replace(engines[0], **ROLES["baseline"])} if run.baseline else {}  # it uses no rank
     wanted |= {expected_name(config): config for config in engines}
-    for name, path in given.items():
-        config = ModelConfig(**read_index(path)["model_config"])
+    for name, folder in given.items():
+        config = ModelConfig(**read_index(folder)["model_config"])
         if name != expected_name(config):
-            raise ValueError(f"--checkpoint {name}={path}: the model there is {expected_name(config)}; use that name")
+            raise ValueError(f"--checkpoint {name}={folder}: the model there is {expected_name(config)}; use that name")
         wanted[name] = config
     return [Candidate(name, given.get(name), config) for name, config in wanted.items()]
 

@@ -1,6 +1,5 @@
 """`phase1 throughput`: tokens per second over sequence lengths, and whether the time is linear in the length."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
@@ -8,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 from phase1.config import ROLES, ModelConfig, ThroughputRun, model_config
-from phase1.measure.environment import current_command, environment
+from phase1.measure.environment import current_command, environment, settings
 from phase1.measure.scaling import MIN_LENGTHS
 from phase1.measure.throughput import ThroughputPlan, measure_throughput, throughput_result
 from phase1.record import FILES, Check, Report, ThroughputResult, exit_code, write_report
@@ -22,7 +21,7 @@ PLOT: Final = "phase1_throughput_comparison.png"
 def main(run: ThroughputRun) -> int:
     """Write the throughput report, its plot if asked, and print it; see `ThroughputRun` for the flags."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    plan = ThroughputPlan(run.seq_lengths, run.batch_size, run.warmup_steps, run.measure_steps)
+    plan = ThroughputPlan(run.seq_lengths, run.batch_size, run.warmup_steps, run.measure_steps, run.compile)
     wanted = models(run)
     steps = len(wanted) * len(set(run.seq_lengths)) * (run.warmup_steps + run.measure_steps)
     with tqdm(total=steps, desc=f"throughput on {device}", unit="step", disable=None) as bar:
@@ -32,7 +31,7 @@ def main(run: ThroughputRun) -> int:
         kind="throughput",
         environment=environment(),
         command=current_command(),
-        run=asdict(run) | {"precision": str(compute_dtype("auto", device)).removeprefix("torch.")},
+        run=settings(run) | {"precision": str(compute_dtype("auto", device)).removeprefix("torch.")},
         results=results,
         checks=checks(results["phase1"]),
     )

@@ -78,7 +78,14 @@ def make_state(model_config: ModelConfig, train_config: TrainConfig, corpus: Cor
 
 
 def run_schedule(
-    state: TrainState, corpus: Corpus, seq_length: int, steps: int, folder: Path, facts: dict[str, Any], before: float, label: str
+    state: TrainState,
+    corpus: Corpus,
+    seq_length: int,
+    steps: int,
+    folder: Path,
+    facts: dict[str, Any],
+    before: float,
+    label: str,
 ) -> dict[str, Any]:
     """Train to `steps` with a progress bar and a checkpoint every SAVE_SECONDS; what the run adds to the facts."""
     config = state.config

@@ -51,9 +51,7 @@ def token_statistics(
     if frequent < used:
         places[frequent:used] = frequent + tree_order(meaning[frequent:], seed)
     group_of_rank = np.zeros(vocab_size, dtype=np.int64)
-    alike = np.concatenate(
-        [dense_rows + tree_order(meaning[dense_rows:], seed), np.arange(max(dense_rows, used), vocab_size)]
-    )
+    alike = np.concatenate([dense_rows + tree_order(meaning[dense_rows:], seed), np.arange(max(dense_rows, used), vocab_size)])
     group_of_rank[alike] = np.arange(len(alike)) * groups // max(1, len(alike))
     start = np.random.default_rng(seed).standard_normal((vocab_size, dim), dtype=np.float32)
     known = (left * values.sqrt())[:, :dim].float().cpu().numpy()

@@ -42,6 +42,7 @@ class LowRankBand(nn.Module):
 
     def __init__(self, n: int, d_model: int, rank: int, start: Tensor | None) -> None:
         super().__init__()
+        self.n = n
         coefficients = torch.randn(n, rank) if start is None else F.rms_norm(start[:, :rank], (rank,), eps=1e-12)
         self.coefficients = nn.Parameter(coefficients / math.sqrt(d_model))
         self.basis = nn.Parameter(torch.randn(rank, d_model) / math.sqrt(rank))
@@ -150,10 +151,10 @@ class HTTTable(nn.Module):
         rows = torch.cat([part.table(dtype) for _, _, part in self._spans()]) + self.centroids.to(dtype)[self.group_of]
         return torch.cat([self.rows.to(dtype), rows])
 
-    def _spans(self) -> Iterator[tuple[int, int, nn.Module]]:
+    def _spans(self) -> Iterator[tuple[int, int, LowRankBand | TensorTrainTail]]:
         """First position, end and part of each stretch past the dense rows."""
         start = self.dense_rows
         for part in self.parts:
-            end = start + (part.n if isinstance(part, TensorTrainTail) else len(part.coefficients))
-            yield start, end, part
-            start = end
+            assert isinstance(part, LowRankBand | TensorTrainTail)
+            yield start, start + part.n, part
+            start += part.n

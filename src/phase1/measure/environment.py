@@ -7,11 +7,13 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import phase1
+from phase1.config import Config
 
 Fact = str | int | float | bool | None
 
@@ -150,6 +152,11 @@ def current_command() -> str:
     elif program.endswith(".py"):
         program = f"python scripts/{program}"
     return " ".join([program, *(shlex.quote(without_home(argument)) for argument in sys.argv[1:])])
+
+
+def settings(run: Config) -> dict[str, Any]:
+    """Every field of a run, as it goes into a report: no home folder in a path."""
+    return {name: without_home(value) if isinstance(value, str) else value for name, value in asdict(run).items()}
 
 
 def without_home(text: str) -> str:

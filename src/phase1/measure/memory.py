@@ -126,7 +126,7 @@ def estimate_memory(case: MemoryCase) -> MemoryPeaks:
     allocated, rounded up to 2 MiB). The memory outside the allocator is assumed, not known.
     """
     with imitated_cuda(), MemoryTracker(case.model.vocab_size, "cpu") as tracker:
-        state, batch = make_workload(case.model, "cpu", "fp16", _FakeModel), _batch(case, "cpu")
+        state, batch = make_workload(case.model, "cpu", "fp16", model_class=_FakeModel), _batch(case, "cpu")
         _make_optimizer_state(state)
         parts = _parts_at_peak(tracker, state, batch)
     phase_bytes = {phase: tracker.peaks[phase].total for phase in PHASES}

@@ -28,6 +28,7 @@ class ThroughputPlan:
     batch_size: int
     warmup_steps: int
     measure_steps: int
+    compile: bool = False
 
 
 @dataclass
@@ -61,7 +62,7 @@ def measure_throughput(
     """
     contenders = {name: Contender(config) for name, config in models.items()}
     for contender in contenders.values():
-        _attempt(contender, _make, contender, device)
+        _attempt(contender, _make, contender, device, plan.compile)
     for seq_length in sorted(set(plan.seq_lengths)):
         for warmup, steps in ((True, plan.warmup_steps), (False, plan.measure_steps)):
             for _ in range(steps):
@@ -81,9 +82,9 @@ def _attempt(contender: Contender, function: Callable[..., None], *args: Any) ->
             contender.fail(outcome)
 
 
-def _make(contender: Contender, device: str) -> None:
+def _make(contender: Contender, device: str, compile: bool) -> None:
     began = time.perf_counter()
-    contender.state = make_workload(contender.config, device)
+    contender.state = make_workload(contender.config, device, compile=compile)
     contender.parameters = contender.state.model.parameter_counts()
     contender.excluded_seconds += time.perf_counter() - began
 

@@ -14,11 +14,15 @@ SEED = 0
 
 
 def make_workload(
-    model: ModelConfig, device: str, precision: Precision = "auto", model_class: type[LanguageModel] = LanguageModel
+    model: ModelConfig,
+    device: str,
+    precision: Precision = "auto",
+    compile: bool = False,
+    model_class: type[LanguageModel] = LanguageModel,
 ) -> TrainState:
     """The training state of a new model, the very one that `phase1 train` makes."""
     torch.manual_seed(SEED)
-    return make_train_state(model_class(model), TrainConfig(precision=precision), device)
+    return make_train_state(model_class(model), TrainConfig(precision=precision, compile=compile), device)
 
 
 def random_batch(vocab_size: int, batch_size: int, seq_length: int, device: str) -> tuple[Tensor, Tensor]:

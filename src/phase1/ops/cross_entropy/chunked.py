@@ -38,7 +38,7 @@ class _TiedCrossEntropy(torch.autograd.Function):
             rows, size = table.to(hidden.dtype), _chunk_tokens(table)
             d_hidden = torch.empty_like(hidden) if need_hidden else None
             d_table = torch.zeros_like(table, dtype=wide) if need_table else None
-            d_bias = torch.zeros_like(bias, dtype=wide) if need_bias else None
+            d_bias = None if bias is None or not need_bias else torch.zeros_like(bias, dtype=wide)
             loss = torch.zeros((), dtype=wide, device=hidden.device)
             for start in range(0, hidden.shape[0], size):
                 part = slice(start, start + size)

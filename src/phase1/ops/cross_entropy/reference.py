@@ -11,9 +11,7 @@ IGNORE = -100
 def check_arguments(hidden: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None) -> None:
     """Raise ValueError unless the shapes are those of `tied_cross_entropy_reference`."""
     if hidden.ndim != 2 or table.ndim != 2 or hidden.shape[1] != table.shape[1]:
-        raise ValueError(
-            f"hidden (N, D) and table (V, D) must share D; got {tuple(hidden.shape)} and {tuple(table.shape)}"
-        )
+        raise ValueError(f"hidden (N, D) and table (V, D) must share D; got {tuple(hidden.shape)} and {tuple(table.shape)}")
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets must be (N,) = ({hidden.shape[0]},); got {tuple(targets.shape)}")
     if bias is not None and bias.shape != table.shape[:1]:

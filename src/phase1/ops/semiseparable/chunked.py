@@ -10,9 +10,7 @@ CHUNK = 64  # positions per chunk: scores cost T·CHUNK, states cost T/CHUNK·R�
 GROUP = 16  # chunks per level of the scan across chunks
 
 
-def semiseparable(
-    u: Tensor, v: Tensor, x: Tensor, log_decay: Tensor, state: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def semiseparable(u: Tensor, v: Tensor, x: Tensor, log_decay: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Fast form of `semiseparable_reference`: same arguments, result, gradients and errors."""
     check_arguments(u, v, x, log_decay, state)
     T, wide = x.shape[1], torch.promote_types(x.dtype, torch.float32)
