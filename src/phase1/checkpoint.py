@@ -50,7 +50,11 @@ def read_index(folder: Path | str) -> dict[str, Any]:
         index = read_json(path)
     except ValueError as error:
         raise ValueError(f"no checkpoint in {folder}: {INDEX} is {error}; train one with `phase1 train`") from error
-    if not isinstance(index, dict) or index.get("format") != 1 or not {"model_config", "files", "facts"} <= set(index):
+    if (
+        not isinstance(index, dict)
+        or index.get("format") != 1
+        or not {"model_config", "train_config", "files", "facts"} <= set(index)
+    ):
         raise ValueError(f"{path} is not a checkpoint of format 1; train again, or use the version that wrote it")
     return index
 
@@ -72,9 +76,10 @@ def load_model(folder: Path | str) -> tuple[LanguageModel, dict[str, Any]]:
 def resume(folder: Path | str, state: TrainState) -> dict[str, Any]:
     """Put `state` exactly where the checkpoint left it and return its facts; ValueError if the configs differ."""
     index = read_index(folder)
+    if ModelConfig(**index["model_config"]).config_id == state.model.config.config_id:  # settings it does not use may differ
+        index["model_config"] = asdict(state.model.config)
     for name, mine in (("model_config", state.model.config), ("train_config", state.config)):
-        theirs = index.get(name, {})
-        different = sorted(k for k, v in asdict(mine).items() if theirs.get(k) != v)
+        different = sorted(k for k, v in asdict(mine).items() if index[name].get(k) != v)
         if different:
             flags = ", ".join("--" + key.replace("_", "-") for key in different)
             raise ValueError(f"the checkpoint in {folder} was made with other {flags}; use those, or another --out-dir")

@@ -10,7 +10,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from phase1 import __version__, config
-from phase1.errors import Unavailable
+from phase1.errors import FAILURES
 
 COMMANDS: dict[str, type[config.Config]] = {
     "memory": config.MemoryRun,
@@ -43,18 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run = parse(name, argv[1:])
         return int(importlib.import_module(f"phase1.commands.{name}").main(run))
-    except (ValueError, Unavailable) as error:
-        print(f"phase1 {name}: error: {error}", file=sys.stderr)
-        return 3 if isinstance(error, Unavailable) else 2
     except KeyboardInterrupt:
         print(f"phase1 {name}: interrupted; older results are untouched", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, `head` for example, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except OSError as error:
-        print(f"phase1 {name}: error: {error}; free some space, or choose another --out-dir", file=sys.stderr)
-        return 4
+    except tuple(FAILURES) as error:
+        remedy = "; free some space, or choose another --out-dir" if isinstance(error, OSError) else ""
+        print(f"phase1 {name}: error: {error}{remedy}", file=sys.stderr)
+        return next(code for kind, code in FAILURES.items() if isinstance(error, kind))
 
 
 def _top_level(argv: list[str]) -> int:

@@ -198,7 +198,6 @@ class ThroughputRun(Ranked, Output):
 
     seq_lengths: tuple[int, ...] = option((512, 1024, 2048, 4096), "T, the lengths to measure; a verdict needs 4 over 8x")
     batch_size: int = option(4, "B, sequences per step")
-    table_learning_rate: float = option(3.0, "learning rate of the token table, as a multiple of the others'")
     warmup_steps: int = option(5, "steps before the measurement, per model and length")
     measure_steps: int = option(20, "measured steps, per model and length")
     compile: bool = option(False, "torch.compile every block of every model; compilation is not in the times")
@@ -299,9 +298,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "smoke": {  # ten minutes on two CPU cores; memory is an estimate there, so it can afford the documented sizes
         "memory": {},
         "throughput": SMOKE_SHAPE
-        | {"batch_size": 2, "seq_lengths": (128, 256, 512, 1024, 2048), "warmup_steps": 1, "measure_steps": 7},
+        | {"batch_size": 1, "seq_lengths": (512, 1024, 2048, 4096, 8192), "warmup_steps": 1, "measure_steps": 9},
         "perplexity": SMOKE_SHAPE
-        | {"seq_length": 128, "train_tokens": 1_000_000, "train_batch_size": 16, "micro_batch_size": 16, "learning_rate": 3e-3},
+        | {"seq_length": 128, "train_tokens": 600_000, "train_batch_size": 16, "micro_batch_size": 16, "learning_rate": 3e-3},
     },
 }
 """Defaults that a hardware preset replaces, per command; a flag on the command line wins over both."""

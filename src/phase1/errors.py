@@ -1,5 +1,9 @@
-"""The one error that is not the user's mistake: something cannot be reached or decided here."""
+"""The error that is not the user's mistake, and the exit status of every kind of failure."""
 
 
 class Unavailable(RuntimeError):
     """A data set, a device or a measurement cannot be had on this machine; commands exit 3 with its one line."""
+
+
+FAILURES: dict[type[Exception], int] = {ValueError: 2, Unavailable: 3, OSError: 4}
+"""Expected failures of a command, each one line on stderr, and their exit status."""

@@ -116,6 +116,25 @@ def test_an_interrupted_training_goes_on_where_it_stopped(run, monkeypatch, tmp_
     assert json.loads(Path(run.out_dir, FILE).read_text())["results"]["phase1_htt2_ar4"]["window_nll_nats"] == expected
 
 
+def test_a_baseline_is_shared_by_engines_of_different_ranks(run):
+    short = replace(run, train_tokens=1024)
+    for ranks in ((2,), (3,)):
+        perplexity.main(replace(short, test_htt_ranks=ranks))
+    assert sorted(p.name.rsplit("-")[0] for p in Path(run.checkpoint_dir).iterdir()) == [
+        "baseline",
+        "phase1_htt2_ar4",
+        "phase1_htt3_ar4",
+    ]
+
+
+def test_the_table_knows_only_the_tokens_its_model_is_trained_on(run, monkeypatch):
+    seen = []
+    statistics = train.token_statistics
+    monkeypatch.setattr(train, "token_statistics", lambda ids, **sizes: seen.append(len(ids)) or statistics(ids, **sizes))
+    perplexity.main(replace(run, test_htt_ranks=(2,), train_tokens=16 * 32 * 2, baseline=False))
+    assert seen == [2 * 16 * 33]  # windows of 32 and their last targets
+
+
 @pytest.mark.parametrize("value", ["baseline", "x=y", "phase1_htt16=z"])
 def test_a_wrong_checkpoint_argument_is_named(run, value):
     with pytest.raises(ValueError, match="must be NAME=PATH"):

@@ -51,3 +51,12 @@ def test_the_last_window_has_a_target_for_every_token():
 def test_too_few_tokens_for_a_window_are_one_line(count, seq_length):
     with pytest.raises(ValueError, match=f"^the text must have at least [^\n]*got {count} [^\n]*$"):
         Windows(IDS[:count], seq_length, 0)
+
+
+def test_what_was_seen_is_every_token_of_the_windows_drawn_so_far():
+    ids = np.arange(1000, dtype=np.uint16)
+    windows = Windows(ids, 10, seed=3)
+    drawn = [windows.window(i) for i in range(7)]
+    expected = sorted({int(t) for inputs, targets in drawn for t in (*inputs, *targets)})
+    assert sorted(set(windows.seen(7).tolist())) == expected
+    assert windows.seen(len(windows)) is ids and windows.seen(5000) is ids

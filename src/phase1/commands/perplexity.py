@@ -103,7 +103,7 @@ def train_candidate(run: PerplexityRun, model: Candidate, corpus: Corpus) -> Pat
     if model.config.mixer == "attention" and run.baseline_learning_rate is not None:
         train_config = replace(train_config, learning_rate=run.baseline_learning_rate)
     identity = {
-        "model": asdict(model.config),
+        "model": model.config.config_id,
         "train": asdict(train_config),
         "seq_length": run.seq_length,
         "tokens": corpus.splits["train"].sha256,

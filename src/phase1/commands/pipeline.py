@@ -7,20 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from phase1.config import PRESETS, Config, MemoryRun, PerplexityRun, PipelineRun, TablesRun, ThroughputRun
-from phase1.errors import Unavailable
+from phase1.errors import FAILURES
 
 
 def main(run: PipelineRun) -> int:
-    """Run every step with the sizes of the preset; the exit status is that of the worst step (1, 2, 3, then 0)."""
+    """Run every step with the sizes of the preset; the exit status is that of the worst step (1, 2, 4, 3, then 0)."""
     codes = []
     for name, config in steps(run):
         print(f"\n== phase1 {name} {flags(config)}".rstrip(), flush=True)
         try:
             codes.append(importlib.import_module(f"phase1.commands.{name}").main(config))
-        except (ValueError, Unavailable) as error:
+        except tuple(FAILURES) as error:
             print(f"phase1 {name}: error: {error}", file=sys.stderr)
-            codes.append(3 if isinstance(error, Unavailable) else 2)
-    return next((code for code in (1, 2, 3) if code in codes), 0)
+            codes.append(next(code for kind, code in FAILURES.items() if isinstance(error, kind)))
+    print("\nplots:", *sorted(Path(run.out_dir).glob("*.png")), sep="\n  ")
+    return next((code for code in (1, 2, 4, 3) if code in codes), 0)
 
 
 def steps(run: PipelineRun) -> list[tuple[str, Config]]:

@@ -5,6 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -50,21 +51,26 @@ def train_to_checkpoint(
             raise ValueError(f"the checkpoint in {folder} was trained on {facts.get('data')}; use that data, or another folder")
         if facts["finished"]:
             return facts
-    state = make_state(model_config, train_config, corpus)
+    windows = Windows(corpus.splits["train"].ids, seq_length, train_config.seed)
+    state = make_state(model_config, train_config, windows.seen(steps * train_config.train_batch_size))
     seconds = resume(folder, state)["train_seconds"] if begun else 0.0
     facts = {"data": data, "seq_length": seq_length, "tokenizer": corpus.tokenizer.fingerprint}
-    facts |= run_schedule(state, corpus, seq_length, steps, folder, facts, seconds, label)
+    facts |= run_schedule(state, windows, steps, folder, facts, seconds, label)
     save_checkpoint(folder, state, facts, resumable=False)
     return facts
 
 
-def make_state(model_config: ModelConfig, train_config: TrainConfig, corpus: Corpus) -> TrainState:
-    """A fresh model with the statistics of the corpus's tokens, ready to train; the same for equal seeds."""
+def make_state(model_config: ModelConfig, train_config: TrainConfig, seen: np.ndarray) -> TrainState:
+    """A fresh model, ready to train; the same for equal seeds.
+
+    An HTT table gets the statistics of the tokens `seen` in training and of no others, so that no model of a comparison
+    knows more text than another.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     statistics = None
     if model_config.embedding == "htt":
         statistics = token_statistics(
-            corpus.splits["train"].ids,
+            seen,
             vocab_size=model_config.vocab_size,
             dense_rows=model_config.htt_dense_rows,
             frequent=model_config.htt_dense_rows * BAND_EDGES[-1],
@@ -79,8 +85,7 @@ def make_state(model_config: ModelConfig, train_config: TrainConfig, corpus: Cor
 
 def run_schedule(
     state: TrainState,
-    corpus: Corpus,
-    seq_length: int,
+    windows: Windows,
     steps: int,
     folder: Path,
     facts: dict[str, Any],
@@ -89,8 +94,7 @@ def run_schedule(
 ) -> dict[str, Any]:
     """Train to `steps` with a progress bar and a checkpoint every SAVE_SECONDS; what the run adds to the facts."""
     config = state.config
-    windows = Windows(corpus.splits["train"].ids, seq_length, config.seed)
-    tokens_per_step = config.train_batch_size * seq_length
+    tokens_per_step = config.train_batch_size * windows.seq_length
     began = saved = time.perf_counter()
     last = torch.zeros(())
 

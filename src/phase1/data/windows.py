@@ -44,6 +44,13 @@ class Windows:
         inputs, targets = zip(*pairs, strict=True)
         return torch.stack(inputs), torch.stack(targets)
 
+    def seen(self, count: int) -> np.ndarray:
+        """The tokens that windows 0 to `count` - 1 show a model, in the order of the text: all ids after a full epoch."""
+        if count >= len(self):
+            return self.ids
+        places = np.sort(self._order(0)[:count])
+        return self.ids[(places[:, None] * self.seq_length + np.arange(self.seq_length + 1)).ravel()]
+
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
             while len(self._orders) > 1:  # a batch can span two epochs
