@@ -8,7 +8,7 @@ from typing import Any
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from phase1.config import ModelConfig
+from phase1.config import ModelConfig, TrainConfig
 from phase1.files import atomic_write, read_json
 from phase1.model import LanguageModel
 from phase1.train import TrainState
@@ -76,13 +76,7 @@ def load_model(folder: Path | str) -> tuple[LanguageModel, dict[str, Any]]:
 def resume(folder: Path | str, state: TrainState) -> dict[str, Any]:
     """Put `state` exactly where the checkpoint left it and return its facts; ValueError if the configs differ."""
     index = read_index(folder)
-    if ModelConfig(**index["model_config"]).config_id == state.model.config.config_id:  # settings it does not use may differ
-        index["model_config"] = asdict(state.model.config)
-    for name, mine in (("model_config", state.model.config), ("train_config", state.config)):
-        different = sorted(k for k, v in asdict(mine).items() if index[name].get(k) != v)
-        if different:
-            flags = ", ".join("--" + key.replace("_", "-") for key in different)
-            raise ValueError(f"the checkpoint in {folder} was made with other {flags}; use those, or another --out-dir")
+    check_configs(folder, index, state.model.config, state.config)
     if "training" not in index["files"]:
         raise ValueError(f"the checkpoint in {folder} holds no optimizer state; it can be evaluated, not resumed")
     state.model.load_state_dict(load_file(Path(folder) / index["files"]["model"]))
@@ -90,6 +84,17 @@ def resume(folder: Path | str, state: TrainState) -> dict[str, Any]:
     state.scaler.load_state_dict(index["scaler"])
     state.step = index["step"]
     return index["facts"]
+
+
+def check_configs(folder: Path | str, index: dict[str, Any], model: ModelConfig, train: TrainConfig) -> None:
+    """Raise ValueError, naming the flags, if the checkpoint is of another model or training; unused settings may differ."""
+    if ModelConfig(**index["model_config"]).config_id == model.config_id:
+        index["model_config"] = asdict(model)
+    for name, mine in (("model_config", model), ("train_config", train)):
+        different = sorted(k for k, v in asdict(mine).items() if index[name].get(k) != v)
+        if different:
+            flags = ", ".join("--" + key.replace("_", "-") for key in different)
+            raise ValueError(f"the checkpoint in {folder} was made with other {flags}; use those, or another --out-dir")
 
 
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except tuple(FAILURES) as error:
-        remedy = "; free some space, or choose another --out-dir" if isinstance(error, OSError) else ""
+        remedy = "; check that path and the free space there" if isinstance(error, OSError) else ""
         print(f"phase1 {name}: error: {error}{remedy}", file=sys.stderr)
         return next(code for kind, code in FAILURES.items() if isinstance(error, kind))
 

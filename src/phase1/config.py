@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
@@ -116,6 +117,32 @@ def model_config(role: str, shape: Shape, **overrides: Any) -> ModelConfig:
     """The model of `role` with the sizes of `shape` (ranks too, where `shape` has them)."""
     sizes = {f.name: getattr(shape, f.name) for f in fields(Ranked) if hasattr(shape, f.name)}
     return ModelConfig(**(sizes | ROLES[role] | overrides))
+
+
+def report_key(config: ModelConfig) -> str:
+    """The key of a model in a perplexity report; ValueError for one that is neither the Transformer nor the engine."""
+    if (config.mixer, config.embedding) == ("attention", "dense"):
+        return "baseline"
+    if (config.mixer, config.embedding) == ("ar_ssm", "htt"):
+        return f"phase1_htt{config.htt_rank}_ar{config.ar_ssm_max_rank}"
+    raise ValueError(
+        f"a perplexity report holds attention with a dense table and ar_ssm with htt; got {config.mixer} with "
+        f"{config.embedding}; train one of the two"
+    )
+
+
+def flags(config: Config) -> str:
+    """The command line that gives `config`: every flag that is not at its default."""
+    words = []
+    for setting in fields(config):
+        value = getattr(config, setting.name)
+        if value != setting.default:
+            flag = setting.name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                words += [f"--{flag}", *(shlex.quote(str(v)) for v in (value if isinstance(value, tuple) else (value,)))]
+    return " ".join(words)
 
 
 def content_id(content: Any) -> str:

@@ -178,6 +178,7 @@ class PerplexityResult(Result):
     trained_tokens: int | None = None
     trained_on: Dataset | None = Field(default=None, description="the training text")
     train_seconds: float | None = None
+    training: JsonObject | None = Field(default=None, description="settings of the training run: rates, seed, batch...")
     dataset: Dataset | None = None
     protocol_hash: str | None = None
     untrained: bool = Field(default=False, description="the model has not beaten the unigram entropy: no verdict")

@@ -1,12 +1,16 @@
 import json
 import random
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from phase1.cli import parse
 from phase1.commands import perplexity, train
 from phase1.config import PerplexityRun, TrainRun
+from phase1.errors import Unavailable
 from phase1.record import read_report
 
 FILE = "phase1_perplexity_validation.json"
@@ -141,12 +145,54 @@ def test_a_wrong_checkpoint_argument_is_named(run, value):
         perplexity.main(replace(run, checkpoint=(value,)))
 
 
-def test_train_writes_a_checkpoint_that_perplexity_evaluates(run, capsys, tmp_path):
+def settings_of(run, **changes):
     shared = {name: getattr(run, name) for name in TrainRun.__dataclass_fields__ if hasattr(run, name)}
-    settings = shared | {"htt_rank": 2, "ar_ssm_max_rank": 4, "train_tokens": 4096, "out_dir": str(tmp_path / "mine")}
-    assert train.main(TrainRun(**settings)) == 0
-    assert "trained on 4,096 tokens" in capsys.readouterr().out
-    assert (
-        perplexity.main(replace(run, baseline=False, test_htt_ranks=(2,), checkpoint=(f"phase1_htt2_ar4={tmp_path / 'mine'}",)))
-        == 3
-    )
+    return TrainRun(**(shared | {"htt_rank": 2, "ar_ssm_max_rank": 4, "train_tokens": 4096} | changes))
+
+
+def test_train_writes_a_checkpoint_and_prints_the_command_that_evaluates_it(run, capsys, tmp_path):
+    assert train.main(settings_of(run, out_dir=str(tmp_path / "mine"))) == 0
+    out = capsys.readouterr().out
+    assert "trained on 4,096 tokens" in out
+    command = shlex.split(out.split("next: phase1 perplexity ")[1])
+    evaluation = parse("perplexity", [*command, "--out-dir", run.out_dir])
+    assert perplexity.main(evaluation) == 3  # one model, nothing to compare it with
+    result = read_report(f"{run.out_dir}/{FILE}", "perplexity").results["phase1_htt2_ar4"]
+    assert result.trained_tokens == 4096 and result.training["train_tokens"] == 4096
+
+
+def test_a_finished_checkpoint_of_other_settings_is_not_taken_for_this_one(run, tmp_path):
+    train.main(settings_of(run, out_dir=str(tmp_path / "mine"), train_tokens=512))
+    with pytest.raises(ValueError, match="made with other --seed; use those"):
+        train.main(settings_of(run, out_dir=str(tmp_path / "mine"), train_tokens=512, seed=3))
+
+
+def test_a_model_of_neither_kind_has_no_place_in_a_report(run, tmp_path, capsys):
+    train.main(settings_of(run, out_dir=str(tmp_path / "mine"), train_tokens=512, embedding="dense"))
+    assert "no perplexity report" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="got ar_ssm with dense"):
+        perplexity.main(replace(run, checkpoint=(f"baseline={tmp_path / 'mine'}",)))
+
+
+def test_a_model_that_runs_out_of_memory_is_recorded_and_the_others_go_on(run, monkeypatch):
+    evaluate = perplexity.evaluate_checkpoint
+
+    def full(run, key, *rest):
+        if key == "baseline":
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+        return evaluate(run, key, *rest)
+
+    monkeypatch.setattr(perplexity, "evaluate_checkpoint", full)
+    assert perplexity.main(replace(run, test_htt_ranks=(2,))) == 3
+    report = read_report(f"{run.out_dir}/{FILE}", "perplexity")
+    assert report.results["baseline"].status == "oom" and "try --micro-batch-size 8" in report.results["baseline"].detail
+    assert report.results["phase1_htt2_ar4"].perplexity and "out of memory" in report.checks[0].detail
+
+
+def test_out_of_memory_in_training_ends_with_sizes_to_try(run, monkeypatch, tmp_path):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train, "train", full)
+    with pytest.raises(Unavailable, match="try --micro-batch-size 8"):
+        train.main(settings_of(run, out_dir=str(tmp_path / "mine")))

@@ -2,7 +2,7 @@ import pytest
 
 from phase1.cli import parse
 from phase1.commands import pipeline
-from phase1.config import PRESETS, PipelineRun
+from phase1.config import PRESETS, PipelineRun, flags
 from phase1.errors import Unavailable
 
 
@@ -57,7 +57,7 @@ def test_steps_have_the_sizes_of_the_preset_and_share_the_flags(preset):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_printed_flags_give_the_same_run(preset):
     for command, config in pipeline.steps(PipelineRun(preset=preset, out_dir="out", baseline=False)):
-        assert parse(command, pipeline.flags(config).split()) == config
+        assert parse(command, flags(config).split()) == config
 
 
 def test_an_interrupt_ends_the_pipeline(monkeypatch, tmp_path):

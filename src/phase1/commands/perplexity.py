@@ -11,9 +11,11 @@ import torch
 
 from phase1.checkpoint import load_model, read_index
 from phase1.commands.train import train_to_checkpoint
-from phase1.config import ROLES, ModelConfig, PerplexityRun, TrainConfig, content_id, model_config
+from phase1.config import ROLES, ModelConfig, PerplexityRun, Shape, TrainConfig, content_id, model_config, report_key
 from phase1.data import Corpus, count_words, load_corpus
+from phase1.files import one_line
 from phase1.measure.environment import current_command, environment, settings, without_home
+from phase1.measure.isolate import is_out_of_memory
 from phase1.measure.perplexity import Evaluation, Protocol, evaluate, unigram_entropy
 from phase1.measure.stats import paired_ratio_interval
 from phase1.record import FILES, Check, Dataset, Parameters, PerplexityResult, Report, exit_code, write_report
@@ -48,15 +50,20 @@ def main(run: PerplexityRun) -> int:
     )
     evaluations, results = {}, {}
     for model in models:
-        folder = model.checkpoint or train_candidate(run, model, corpus)
-        evaluations[model.key], results[model.key] = evaluate_checkpoint(run, model.key, folder, corpus, protocol)
+        try:
+            folder = model.checkpoint or train_candidate(run, model, corpus)
+            evaluations[model.key], results[model.key] = evaluate_checkpoint(run, model.key, folder, corpus, protocol)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            results[model.key] = out_of_memory(run, model, error)
     results = {key: compare(key, results, evaluations) for key in results}
     checks = [quality_check(result, results.get("baseline")) for key, result in results.items() if key != "baseline"]
     report = Report[PerplexityResult](
         kind="perplexity",
         environment=environment(),
         command=current_command(),
-        run=settings(run) | {"dataset_source": without_home(corpus.source), "dataset_revision": corpus.revision},
+        run=conditions(run) | {"dataset_source": without_home(corpus.source), "dataset_revision": corpus.revision},
         results=results,
         checks=checks,
     )
@@ -67,6 +74,12 @@ def main(run: PerplexityRun) -> int:
         written.append(plot_perplexity(report, path.with_name("phase1_perplexity_comparison.png")))
     print(perplexity_text(report), checks_text(checks), *(f"written: {p}" for p in written), sep="\n")
     return exit_code(checks)
+
+
+def conditions(run: PerplexityRun) -> dict[str, Any]:
+    """The settings of the evaluation. Those of training and model are in the results: a checkpoint has its own."""
+    elsewhere = {f.name for cls in (Shape, TrainConfig) for f in fields(cls)} - {"precision"}
+    return {name: value for name, value in settings(run).items() if name not in elsewhere}
 
 
 def candidates(run: PerplexityRun) -> list[Candidate]:
@@ -82,19 +95,13 @@ def candidates(run: PerplexityRun) -> list[Candidate]:
     pairs = [(r, R) for r in run.test_htt_ranks for R in run.test_ar_ssm_ranks]
     engines = [model_config("phase1", run, htt_rank=r, ar_ssm_max_rank=R) for r, R in pairs]
     wanted = {"baseline": replace(engines[0], **ROLES["baseline"])} if run.baseline else {}  # it uses no rank
-    wanted |= {expected_name(config): config for config in engines}
+    wanted |= {report_key(config): config for config in engines}
     for name, folder in given.items():
         config = ModelConfig(**read_index(folder)["model_config"])
-        if name != expected_name(config):
-            raise ValueError(f"--checkpoint {name}={folder}: the model there is {expected_name(config)}; use that name")
+        if name != report_key(config):
+            raise ValueError(f"--checkpoint {name}={folder}: the model there is {report_key(config)}; use that name")
         wanted[name] = config
     return [Candidate(name, given.get(name), config) for name, config in wanted.items()]
-
-
-def expected_name(config: ModelConfig) -> str:
-    """The key of a model in a perplexity report."""
-    engine = config.mixer == "ar_ssm" and config.embedding == "htt"
-    return f"phase1_htt{config.htt_rank}_ar{config.ar_ssm_max_rank}" if engine else "baseline"
 
 
 def train_candidate(run: PerplexityRun, model: Candidate, corpus: Corpus) -> Path:
@@ -149,6 +156,7 @@ def evaluate_checkpoint(
         trained_tokens=facts["trained_tokens"],
         train_seconds=facts["train_seconds"],
         trained_on=Dataset(**facts["data"]),
+        training=facts.get("training"),
         dataset=Dataset(name=corpus.name, split=scored.name, sha256=scored.sha256),
         protocol_hash=protocol.protocol_hash,
         untrained=evaluation.loss >= unigram,
@@ -162,6 +170,19 @@ def evaluate_checkpoint(
 def without(ids: np.ndarray, end_of_text: int) -> np.ndarray:
     """The text's tokens: marks between documents are scored, but are no words."""
     return ids[ids != end_of_text]
+
+
+def out_of_memory(run: PerplexityRun, model: Candidate, error: BaseException) -> PerplexityResult:
+    """The result of a model that did not fit, with what to try; the other models go on."""
+    sizes = f"--micro-batch-size {max(1, run.micro_batch_size // 2)} --batch-size {max(1, run.batch_size // 2)}"
+    return PerplexityResult(
+        model_name=model.key,
+        config=asdict(model.config),
+        config_id=model.config.config_id,
+        status="oom",
+        measured="measured",
+        detail=f"{one_line(' '.join(str(error).split()))}; try {sizes}, then a smaller --seq-length",
+    )
 
 
 def compare(key: str, results: dict[str, PerplexityResult], evaluations: dict[str, Evaluation]) -> PerplexityResult:
@@ -184,6 +205,8 @@ def compare(key: str, results: dict[str, PerplexityResult], evaluations: dict[st
 def why_not_comparable(result: PerplexityResult, baseline: PerplexityResult) -> str:
     """Empty if a ratio of the two perplexities means something, else the reason."""
     for side in (result, baseline):
+        if side.status != "ok":
+            return f"{side.model_name}: {side.detail}"
         if side.untrained:
             return f"{side.model_name} has not beaten the unigram entropy: train it on more tokens"
     for what in ("trained_tokens", "trained_on", "protocol_hash"):

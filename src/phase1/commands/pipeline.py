@@ -2,11 +2,10 @@
 
 import importlib
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from phase1.config import PRESETS, Config, MemoryRun, PerplexityRun, PipelineRun, TablesRun, ThroughputRun
+from phase1.config import PRESETS, Config, MemoryRun, PerplexityRun, PipelineRun, TablesRun, ThroughputRun, flags
 from phase1.errors import FAILURES
 
 
@@ -36,17 +35,3 @@ def steps(run: PipelineRun) -> list[tuple[str, Config]]:
         ("perplexity", PerplexityRun(**(common | data | {"checkpoint_dir": checkpoints} | sizes["perplexity"]))),
         ("tables", TablesRun(results_dir=run.out_dir, out_dir=str(Path(run.out_dir) / "tables"))),
     ]
-
-
-def flags(config: Config) -> str:
-    """The command line that gives `config`: every flag that is not at its default."""
-    words = []
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if value != field.default:
-            flag = field.name.replace("_", "-")
-            if isinstance(value, bool):
-                words.append(f"--{flag}" if value else f"--no-{flag}")
-            else:
-                words += [f"--{flag}", *(str(v) for v in (value if isinstance(value, tuple) else (value,)))]
-    return " ".join(words)

@@ -1,7 +1,7 @@
 """`phase1 train`: one model, from text to checkpoint, resumed where an earlier run stopped."""
 
 import time
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from phase1.checkpoint import INDEX, read_index, resume, save_checkpoint
-from phase1.config import ModelConfig, TrainConfig, TrainRun
+from phase1.checkpoint import INDEX, check_configs, read_index, resume, save_checkpoint
+from phase1.config import ModelConfig, PerplexityRun, TrainConfig, TrainRun, flags, report_key
 from phase1.data import Corpus, Windows, load_corpus, token_statistics
+from phase1.errors import Unavailable
+from phase1.files import one_line
 from phase1.layers.embedding import BAND_EDGES, BAND_RANKS
+from phase1.measure.isolate import is_out_of_memory
 from phase1.model import LanguageModel
 from phase1.train import TrainState, make_train_state, total_steps, train
 
@@ -26,10 +29,30 @@ def main(run: TrainRun) -> int:
     corpus = load_corpus(run, vocab_size=run.vocab_size, need=("train",), train_tokens=run.train_tokens)
     model_config = ModelConfig(**{f.name: getattr(run, f.name) for f in fields(ModelConfig)})
     train_config = TrainConfig(**{f.name: getattr(run, f.name) for f in fields(TrainConfig)})
-    facts = train_to_checkpoint(model_config, train_config, corpus, run.seq_length, Path(run.out_dir), label=run.mixer)
+    try:
+        facts = train_to_checkpoint(model_config, train_config, corpus, run.seq_length, Path(run.out_dir), label=run.mixer)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        smaller = f"try --micro-batch-size {max(1, run.micro_batch_size // 2)}, then a smaller --seq-length"
+        raise Unavailable(f"{one_line(' '.join(str(error).split()))}; {smaller}") from error
     print(f"trained on {facts['trained_tokens']:,} tokens in {facts['train_seconds']:.0f} s, last loss {facts['loss']:.3f}")
-    print(f"written: {run.out_dir}\nnext: phase1 perplexity --checkpoint NAME={run.out_dir} --dataset-name {run.dataset_name}")
+    print(f"written: {run.out_dir}\n{next_command(run, model_config)}")
     return 0
+
+
+def next_command(run: TrainRun, model: ModelConfig) -> str:
+    """What evaluates the model of `run`: same data, tokenizer and sizes."""
+    try:
+        name = report_key(model)
+    except ValueError as error:
+        return f"no perplexity report: {error}"
+    shared: dict[str, Any] = {
+        f.name: getattr(run, f.name) for f in fields(PerplexityRun) if hasattr(run, f.name) and f.name != "out_dir"
+    }
+    shared |= {"test_htt_ranks": (run.htt_rank,), "test_ar_ssm_ranks": (run.ar_ssm_max_rank,)}
+    evaluation = PerplexityRun(**shared, baseline=name == "baseline", checkpoint=(f"{name}={run.out_dir}",))
+    return f"next: phase1 perplexity {flags(evaluation)}"
 
 
 def train_to_checkpoint(
@@ -46,7 +69,9 @@ def train_to_checkpoint(
     steps = total_steps(train_config, seq_length)
     begun = (folder / INDEX).exists()
     if begun:
-        facts = read_index(folder)["facts"]
+        index = read_index(folder)
+        check_configs(folder, index, model_config, train_config)
+        facts = index["facts"]
         if facts.get("data") != data or facts.get("seq_length") != seq_length:
             raise ValueError(f"the checkpoint in {folder} was trained on {facts.get('data')}; use that data, or another folder")
         if facts["finished"]:
@@ -55,6 +80,7 @@ def train_to_checkpoint(
     state = make_state(model_config, train_config, windows.seen(steps * train_config.train_batch_size))
     seconds = resume(folder, state)["train_seconds"] if begun else 0.0
     facts = {"data": data, "seq_length": seq_length, "tokenizer": corpus.tokenizer.fingerprint}
+    facts["training"] = asdict(train_config)
     facts |= run_schedule(state, windows, steps, folder, facts, seconds, label)
     save_checkpoint(folder, state, facts, resumable=False)
     return facts

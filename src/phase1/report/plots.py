@@ -143,7 +143,8 @@ def _bar_label(axes: "Axes", x: int, top: float, result: MemoryResult) -> None:
     if result.peak_allocated_bytes is None:
         text, color = ("OOM" if result.status == "oom" else "failed"), "#AA0000"
     else:
-        text, color = f"{result.peak_allocated_bytes / 1e9:.2f} GB allocated\n{top:.2f} GB in all", "black"
+        held = (result.peak_reserved_bytes or result.peak_allocated_bytes) + (result.outside_allocator_bytes or 0)
+        text, color = f"{result.peak_allocated_bytes / 1e9:.2f} GB allocated\n{held / 1e9:.2f} GB in all", "black"
     axes.annotate(
         text, (x, top), xytext=(0, 3), textcoords="offset points", ha="center", va="bottom", fontsize=8.5, color=color
     )
