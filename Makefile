@@ -6,7 +6,8 @@ BIN = .venv/bin
 
 # Passive waiting: on a busy machine, spinning threads take the cores from the ones that work.
 validate: .venv/installed
-	OMP_WAIT_POLICY=passive $(BIN)/phase1 pipeline --preset smoke --dataset-name builtin --out-dir results/validate
+	OMP_WAIT_POLICY=passive $(BIN)/phase1 pipeline --preset smoke --dataset-name builtin --out-dir results/validate \
+	|| { [ $$? -eq 3 ] && echo 'Some checks are undecided on this machine: see INCONCLUSIVE above for what would decide them.'; }
 
 test: .venv/installed-test
 	$(BIN)/ruff check .

@@ -1,0 +1,75 @@
+"""No flag without an effect: every field of a run is read by its command, outside the list of settings in the report."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from phase1.commands import memory, perplexity, pipeline, tables, throughput, train
+from phase1.config import MemoryRun, PerplexityRun, PipelineRun, TablesRun, ThroughputRun, TrainRun
+
+SHAPE = {
+    "vocab_size": 300, "d_model": 16, "n_layers": 1, "n_heads": 2, "ar_ssm_min_rank": 2, "ar_ssm_window": 4, "htt_dense_rows": 4,
+    "htt_groups": 10,
+}  # fmt: skip
+RANKS = {"ar_ssm_max_rank": 4, "htt_rank": 2}
+
+
+def watched(run):
+    """`run`, and the set of its fields that have been read since."""
+    names, seen = {field.name for field in fields(run)}, set()
+
+    class Watched(type(run)):
+        def __getattribute__(self, name):
+            if name in names:
+                seen.add(name)
+            return super().__getattribute__(name)
+
+    object.__setattr__(run, "__class__", Watched)
+    return run, seen
+
+
+@pytest.fixture(autouse=True)
+def settings_are_not_read(monkeypatch):
+    """The report lists every setting; that must not count as an effect."""
+    for module in (memory, throughput, perplexity):
+        monkeypatch.setattr(module, "settings", lambda run: {})
+
+
+@pytest.fixture
+def data(tmp_path):
+    (tmp_path / "train.txt").write_text("the cat sees the dog . a dog sees the cat .\n" * 40)
+    (tmp_path / "valid.txt").write_text("the dog sees a cat .\n" * 5)
+    return {"dataset_name": str(tmp_path), "tokenizer": "bpe", "cache_dir": str(tmp_path / "cache")}
+
+
+@pytest.mark.parametrize("command", ["memory", "throughput", "perplexity", "train", "tables", "pipeline"])
+def test_every_flag_is_read_by_its_command(command, data, tmp_path, monkeypatch):
+    out = {"out_dir": str(tmp_path / "out")}
+    short = {"seq_length": 8, "train_tokens": 64, "train_batch_size": 4, "micro_batch_size": 4}
+    runs = {
+        "memory": (memory, lambda: MemoryRun(**SHAPE, **RANKS, **out, batch_size=1, seq_length=8)),
+        "throughput": (
+            throughput,
+            lambda: ThroughputRun(**SHAPE, **RANKS, **out, batch_size=1, seq_lengths=(8, 16), warmup_steps=1, measure_steps=1),
+        ),
+        "perplexity": (
+            perplexity,
+            lambda: PerplexityRun(
+                **SHAPE, **data, **out, **short, test_htt_ranks=(2,), test_ar_ssm_ranks=(4,), checkpoint_dir=str(tmp_path / "c")
+            ),
+        ),
+        "train": (train, lambda: TrainRun(**SHAPE, **RANKS, **data, **out, **short)),
+        "tables": (tables, lambda: TablesRun(**out, results_dir=str(Path(__file__).parents[2] / "results" / "h100"))),
+        "pipeline": (pipeline, lambda: PipelineRun(**out, preset="smoke")),
+    }
+    module, make = runs[command]
+    if command == "pipeline":
+        monkeypatch.setattr(pipeline.importlib, "import_module", lambda name: memory)
+        monkeypatch.setattr(memory, "main", lambda run: 0)
+    run, seen = watched(make())
+    module.main(run)
+    unread = {field.name for field in fields(run)} - seen
+    if command in ("perplexity", "train"):
+        unread -= {"dataset_config"}  # of hub data sets alone: tests/data/test_hub.py
+    assert unread == set()
