@@ -152,7 +152,7 @@ def _bar_label(axes: "Axes", x: int, top: float, result: MemoryResult) -> None:
 
 def plot_perplexity(report: Report[PerplexityResult], path: Path | str) -> Path:
     """Size of the token table against the change of perplexity, with the 5 % line. Returns `path`."""
-    figure = _figure(8, 4.8, f"Perplexity against size of the token table, {_trained_on(report)}, {_conditions(report)}")
+    figure = _figure(8, 4.8, f"Perplexity against size of the token table\n{_trained_on(report)}, {_conditions(report)}")
     axes = figure.subplots()
     for index, (key, result) in enumerate(report.results.items()):
         if result.parameters is None or result.perplexity is None:
@@ -187,7 +187,7 @@ def _color(key: str, index: int) -> str:
 def _trained_on(report: Report[PerplexityResult]) -> str:
     trained = {result.trained_tokens for result in report.results.values() if result.trained_tokens}
     names = {result.dataset.name for result in report.results.values() if result.dataset}
-    return f"trained on {', '.join(f'{count:,}' for count in sorted(trained))} tokens, {', '.join(sorted(names))}"
+    return f"trained on {', '.join(f'{count:,}' for count in sorted(trained))} tokens, scored on {', '.join(sorted(names))}"
 
 
 def _log_ticks(axis: Any) -> None:
