@@ -20,10 +20,12 @@ def tied_cross_entropy(hidden: Tensor, table: Tensor, targets: Tensor, bias: Ten
 def tied_nll(hidden: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
     """The same losses token by token, (N,), zero where the target is IGNORE; for evaluation, without gradients."""
     check_arguments(hidden, table, targets, bias)
+    scored, column = _columns(targets)
     with torch.autocast(hidden.device.type, enabled=False):
         rows, size = table.to(hidden.dtype), _chunk_tokens(table)
-        parts = zip(hidden.split(size), targets.split(size), strict=True)
-        return torch.cat([_losses(_log_probabilities(h, rows, bias), t) for h, t in parts])
+        parts = zip(hidden.split(size), column.split(size), strict=True)
+        picked = torch.cat([_log_probabilities(h, rows, bias).gather(1, c) for h, c in parts])
+    return -picked.squeeze(1) * scored
 
 
 class _TiedCrossEntropy(torch.autograd.Function):
@@ -34,17 +36,19 @@ class _TiedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
         need_hidden, need_table, _, need_bias = ctx.needs_input_grad
         wide = torch.promote_types(hidden.dtype, torch.float32)
+        scored, column = _columns(targets)
         with torch.autocast(hidden.device.type, enabled=False):
             rows, size = table.to(hidden.dtype), _chunk_tokens(table)
             d_hidden = torch.empty_like(hidden) if need_hidden else None
             d_table = torch.zeros_like(table, dtype=wide) if need_table else None
             d_bias = None if bias is None or not need_bias else torch.zeros_like(bias, dtype=wide)
-            loss = torch.zeros((), dtype=wide, device=hidden.device)
+            picked, minus_one = (torch.full_like(column, -1, dtype=wide) for _ in range(2))
             for start in range(0, hidden.shape[0], size):
                 part = slice(start, start + size)
                 log_p = _log_probabilities(hidden[part], rows, bias)
-                loss += _losses(log_p, targets[part]).sum()
-                d_logits = _d_logits(log_p, targets[part], hidden.dtype)
+                torch.gather(log_p, 1, column[part], out=picked[part])
+                d_logits = log_p.exp_().scatter_add_(1, column[part], minus_one[part])  # softmax - one-hot
+                d_logits = torch.mul(d_logits, scored[part, None], out=torch.empty_like(log_p, dtype=hidden.dtype))
                 del log_p
                 if d_bias is not None:
                     d_bias += d_logits.sum(0, dtype=wide)
@@ -54,14 +58,14 @@ class _TiedCrossEntropy(torch.autograd.Function):
                     d_table += d_logits.T @ hidden[part]
                 del d_logits
         ctx.table_dtype = table.dtype
-        scored = (targets != IGNORE).sum()
-        ctx.save_for_backward(d_hidden, d_table, d_bias, scored)
-        return loss / scored
+        count = scored.sum()
+        ctx.save_for_backward(d_hidden, d_table, d_bias, count)
+        return -(picked.squeeze(1) * scored).sum() / count
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, Tensor | None]:
-        d_hidden, d_table, d_bias, scored = ctx.saved_tensors
-        scale = d_loss / scored
+        d_hidden, d_table, d_bias, count = ctx.saved_tensors
+        scale = d_loss / count
         d_hidden = None if d_hidden is None else torch.mul(d_hidden, scale, out=torch.empty_like(d_hidden))
         if d_table is not None:  # straight into the table's dtype: a float32 product would be a table more at the peak
             d_table = torch.mul(d_table, scale, out=torch.empty_like(d_table, dtype=ctx.table_dtype))
@@ -72,22 +76,14 @@ def _chunk_tokens(table: Tensor) -> int:
     return max(1, CHUNK_BYTES // (4 * table.shape[0]))
 
 
+def _columns(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Which tokens are scored, (N,), and the column of each one's target, (N, 1): 0 where it is not scored."""
+    scored = targets != IGNORE
+    return scored, targets.where(scored, 0)[:, None]
+
+
 def _log_probabilities(hidden: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
     """Log-probability of every token, (n, V), at least float32."""
     logits = hidden @ rows.T
     logits = logits if bias is None else logits + bias  # to the bias's float32 in the same pass
     return torch.log_softmax(logits, 1, dtype=torch.promote_types(hidden.dtype, torch.float32))
-
-
-def _losses(log_p: Tensor, targets: Tensor) -> Tensor:
-    """The loss of each token, 0 where it is not scored."""
-    scored = targets != IGNORE
-    return -log_p.gather(1, targets.where(scored, 0)[:, None]).squeeze(1) * scored
-
-
-def _d_logits(log_p: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
-    """Gradient of the sum of losses with respect to the logits, in `dtype`; overwrites `log_p`."""
-    scored = targets != IGNORE
-    column = targets.where(scored, 0)[:, None]
-    probability = log_p.exp_().scatter_add_(1, column, torch.full_like(column, -1, dtype=log_p.dtype))
-    return torch.mul(probability, scored[:, None], out=torch.empty_like(probability, dtype=dtype))
