@@ -1,8 +1,8 @@
-# Two commands: `make validate` runs the whole pipeline, `make test` all checks. Both set up .venv themselves.
+# `make validate` runs the whole pipeline, `make test` all checks; both set up .venv themselves.
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: validate test clean
+.PHONY: validate test torture clean
 
 # Passive waiting: on a busy machine, spinning threads take the cores from the ones that work.
 validate: .venv/installed
@@ -13,6 +13,10 @@ test: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest -q
+
+# Results that survive: 1,000 SIGKILLs at random moments, where `make test` does 60 (about ten minutes).
+torture: .venv/installed-test
+	PHASE1_TORTURE=1000 $(BIN)/pytest -q tests/test_torture.py
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

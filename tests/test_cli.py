@@ -51,7 +51,8 @@ def test_every_field_has_a_flag_with_help_and_default(command, capsys):
     out = capsys.readouterr().out
     assert exit.value.code == 0
     for field in fields(COMMANDS[command]):
-        assert "--" + field.name.replace("_", "-") in out and field.metadata["help"]
+        spelling = field.name.upper() if field.metadata.get("positional") else "--" + field.name.replace("_", "-")
+        assert spelling in out and field.metadata["help"]
     assert "exit status" in out
 
 
@@ -71,6 +72,13 @@ def test_a_preset_sets_what_the_guide_recommends(command, preset, expected):
     assert {name: getattr(run, name) for name in expected} == expected
 
 
+def test_arguments_by_place_come_with_flags_on_either_side():
+    expected = config.CompareRun(old="a b", new="c", fail_on="peak:+2%")
+    assert parse("compare", ["a b", "c", "--fail-on", "peak:+2%"]) == expected
+    assert parse("compare", ["--fail-on", "peak:+2%", "a b", "c"]) == expected
+    assert config.flags(expected) == "'a b' c --fail-on peak:+2%"
+
+
 def test_a_flag_wins_over_the_preset():
     assert parse("memory", ["--preset", "rtx4090-24g", "--batch-size", "3"]).batch_size == 3
     assert parse("memory", ["--batch-size", "3", "--preset", "rtx4090-24g"]).batch_size == 3
@@ -88,7 +96,7 @@ def test_every_preset_fits_its_commands(preset):
         [], ["bogus"], ["memory", "--bogus"], ["memory", "--batch-size", "x"], ["memory", "--batch-size", "0"], ["memory", "--preset", "x"],
         ["memory", "--seq-length", "0"], ["memory", "--d-model", "100"], ["memory", "--htt-rank", "1000"], ["memory", "--batch", "4"],
         ["throughput", "--seq-lengths", "512", "0"], ["tables", "--formats", "html"], ["perplexity", "--test-ar-ssm-ranks", "31"],
-        ["perplexity", "--max-samples", "0"], ["perplexity", "--train-batch-size", "63"],
+        ["perplexity", "--max-samples", "0"], ["perplexity", "--train-batch-size", "63"], ["compare", "old.json"], ["compare", "a", "b", "c"],
     ],
     ids=" ".join,
 )  # fmt: skip

@@ -21,10 +21,12 @@ MAY_IMPORT = {
     "train": LEAVES | {"model"},
     "checkpoint": LEAVES | {"model", "train"},
     "record": LEAVES,
+    "compare": LEAVES | {"record"},
+    "schema": LEAVES | {"record"},
     "tables": LEAVES | {"record"},
     "report": LEAVES | {"record", "tables"},
     "measure": LEAVES | {"data", "model", "ops", "record", "train"},
-    "commands": LEAVES | {"checkpoint", "data", "layers", "measure", "model", "record", "report", "tables", "train"},
+    "commands": LEAVES | {"checkpoint", "compare", "data", "layers", "measure", "model", "record", "report", "tables", "train"},
     "cli": LEAVES,
     "__main__": {"cli"},
 }
@@ -63,7 +65,7 @@ def test_starting_the_command_line_loads_no_heavy_library(module):
     assert out.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("module", ["phase1.tables", "phase1.commands.tables"])
-def test_tables_need_no_torch(module):
+@pytest.mark.parametrize("module", ["phase1.tables", "phase1.commands.tables", "phase1.commands.compare", "phase1.schema"])
+def test_work_on_result_files_needs_no_torch(module):
     code = f"import sys, {module}; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"

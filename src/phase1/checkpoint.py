@@ -5,11 +5,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from phase1.config import ModelConfig, TrainConfig
-from phase1.files import atomic_write, read_json
+from phase1.files import atomic_write, one_line, read_json
 from phase1.model import LanguageModel
 from phase1.train import TrainState
 
@@ -50,12 +51,18 @@ def read_index(folder: Path | str) -> dict[str, Any]:
         index = read_json(path)
     except ValueError as error:
         raise ValueError(f"no checkpoint in {folder}: {INDEX} is {error}; train one with `phase1 train`") from error
+    objects = ("model_config", "train_config", "scaler", "files", "facts")
     if (
         not isinstance(index, dict)
         or index.get("format") != 1
-        or not {"model_config", "train_config", "files", "facts"} <= set(index)
+        or type(index.get("step")) is not int
+        or not all(isinstance(index.get(name), dict) for name in objects)
     ):
         raise ValueError(f"{path} is not a checkpoint of format 1; train again, or use the version that wrote it")
+    try:
+        ModelConfig(**index["model_config"])
+    except TypeError as error:
+        raise _misfit(folder, error) from error
     return index
 
 
@@ -63,27 +70,46 @@ def load_model(folder: Path | str) -> tuple[LanguageModel, dict[str, Any]]:
     """The model of a checkpoint, on the CPU, and its facts. Raises ValueError for a missing or foreign one."""
     index = read_index(folder)
     try:
-        config = ModelConfig(**index["model_config"])
-        tensors = load_file(Path(folder) / index["files"]["model"])
-        model = LanguageModel(config)
-        model.load_state_dict(tensors)
-    except (KeyError, TypeError, OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"the checkpoint in {folder} does not fit this version: {reason}; train again") from error
+        model = LanguageModel(ModelConfig(**index["model_config"]))
+    except (TypeError, ArithmeticError, MemoryError, RuntimeError) as error:
+        raise _misfit(folder, error) from error
+    _load_weights(folder, index, model)
     return model, index["facts"]
 
 
 def resume(folder: Path | str, state: TrainState) -> dict[str, Any]:
-    """Put `state` exactly where the checkpoint left it and return its facts; ValueError if the configs differ."""
+    """Put `state` exactly where the checkpoint left it and return its facts; ValueError if it is damaged or differs."""
     index = read_index(folder)
     check_configs(folder, index, state.model.config, state.config)
     if "training" not in index["files"]:
         raise ValueError(f"the checkpoint in {folder} holds no optimizer state; it can be evaluated, not resumed")
-    state.model.load_state_dict(load_file(Path(folder) / index["files"]["model"]))
-    _restore_optimizer(state, load_file(Path(folder) / index["files"]["training"]))
+    _load_weights(folder, index, state.model)
+    try:
+        _restore_optimizer(state, _tensors(folder, index, "training"))
+    except KeyError as error:
+        raise _misfit(folder, error) from error
     state.scaler.load_state_dict(index["scaler"])
     state.step = index["step"]
     return index["facts"]
+
+
+def _load_weights(folder: Path | str, index: dict[str, Any], model: LanguageModel) -> None:
+    try:
+        model.load_state_dict(_tensors(folder, index, "model"))
+    except RuntimeError as error:
+        raise _misfit(folder, error) from error
+
+
+def _tensors(folder: Path | str, index: dict[str, Any], part: str) -> dict[str, Tensor]:
+    try:
+        return load_file(Path(folder) / index["files"][part])
+    except (KeyError, TypeError, OSError, SafetensorError) as error:
+        raise _misfit(folder, error) from error
+
+
+def _misfit(folder: Path | str, error: Exception) -> ValueError:
+    reason = one_line(str(error).partition("\n")[0])
+    return ValueError(f"the checkpoint in {folder} does not fit this version: {reason}; train again")
 
 
 def check_configs(folder: Path | str, index: dict[str, Any], model: ModelConfig, train: TrainConfig) -> None:

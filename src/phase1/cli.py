@@ -17,6 +17,7 @@ COMMANDS: dict[str, type[config.Config]] = {
     "throughput": config.ThroughputRun,
     "perplexity": config.PerplexityRun,
     "tables": config.TablesRun,
+    "compare": config.CompareRun,
     "pipeline": config.PipelineRun,
     "train": config.TrainRun,
     "doctor": config.DoctorRun,
@@ -83,7 +84,7 @@ def parse(command: str, argv: Sequence[str]) -> Any:
     if presets:
         parser.add_argument("--preset", choices=presets, default=None, help="defaults for a card; other flags win over it")
     for field in fields(cls):
-        parser.add_argument("--" + field.name.replace("_", "-"), help=field.metadata["help"], **_argument(field))
+        parser.add_argument(_spelling(field), help=field.metadata["help"], **_argument(field))
     values = vars(parser.parse_args(argv))
     if presets and values["preset"] is not None:
         parser.set_defaults(**config.PRESETS[values["preset"]][command])
@@ -93,8 +94,14 @@ def parse(command: str, argv: Sequence[str]) -> Any:
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
+def _spelling(field: Any) -> str:
+    return field.name if field.metadata.get("positional") else "--" + field.name.replace("_", "-")
+
+
 def _argument(field: Any) -> dict[str, Any]:
     """What argparse needs to know of a dataclass field."""
+    if field.metadata.get("positional"):
+        return {"type": field.type, "metavar": field.name.upper()}
     kind, options = field.type, {"default": field.default}
     if field.default is MISSING:
         options = {"required": True}

@@ -12,6 +12,11 @@ def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def argument(help: str) -> Any:
+    """A field that is given by its place on the command line, and has no default."""
+    return field(metadata={"help": help, "positional": True})
+
+
 def _require_positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
@@ -132,11 +137,13 @@ def report_key(config: ModelConfig) -> str:
 
 
 def flags(config: Config) -> str:
-    """The command line that gives `config`: every flag that is not at its default."""
+    """The command line that gives `config`: arguments by place, and every flag that is not at its default."""
     words = []
     for setting in fields(config):
         value = getattr(config, setting.name)
-        if value != setting.default:
+        if setting.metadata.get("positional"):
+            words.append(shlex.quote(value))
+        elif value != setting.default:
             flag = setting.name.replace("_", "-")
             if isinstance(value, bool):
                 words.append(f"--{flag}" if value else f"--no-{flag}")
@@ -269,6 +276,19 @@ class TablesRun(Config):
     out_dir: str = option("results/benchmarks/tables", "folder of the tables")
     hardware: str | None = option(None, "name to print for the hardware; by default the one in the result files")
     formats: tuple[Literal["markdown", "csv", "latex"], ...] = option(("markdown", "csv", "latex"), "formats to write")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareRun(Config):
+    """Two runs against each other: what changed, and whether it breaks a limit."""
+
+    old: str = argument("result file of the reference, or a folder of result files")
+    new: str = argument("result file of the run to judge, or a folder of result files")
+    fail_on: str | None = option(
+        None,
+        "limits NAME:+X%% or NAME:-X%%, separated by commas, on peak, tokens_per_second and perplexity; for example "
+        "peak:+2%%,tokens_per_second:-5%%,perplexity:+1%%",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import secrets
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ MAX_JSON_BYTES = 64 * 2**20  # a report is some kilobytes; a file this large is 
 def atomic_write(path: Path | str, data: bytes) -> None:
     """Put `data` at `path` so that a crash at any moment leaves the old or the new content, never a part.
 
-    Makes missing folders. Raises OSError, with the old file untouched and no temporary file left.
+    Makes missing folders. Raises OSError, with the old file untouched and no temporary file left; only where the last
+    step, the fsync of the folder, fails, the new content is already there, whole, but may not survive a power cut.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +56,9 @@ def read_json(path: Path | str) -> Any:
     if len(data) > MAX_JSON_BYTES:
         raise ValueError(f"more than {MAX_JSON_BYTES // 2**20} MiB")
     try:
-        content = json.loads(data.decode(), parse_constant=_finite, parse_float=_finite, object_pairs_hook=_no_duplicates)
+        content = json.loads(
+            data.decode(), parse_constant=_finite, parse_float=_finite, parse_int=_integer, object_pairs_hook=_no_duplicates
+        )
         json.dumps(content, ensure_ascii=False).encode()  # refuses half a surrogate pair, which no file could hold
     except RecursionError as error:
         raise ValueError("JSON nested too deeply") from error
@@ -75,9 +79,15 @@ def _finite(literal: str) -> float:
     return number
 
 
+def _integer(literal: str) -> int:
+    """An integer that a float can hold too: a larger one breaks whoever divides it, as every table does."""
+    _finite(literal)
+    return int(literal)
+
+
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r:.80} is there twice")
+        times = Counter(key for key, _ in pairs)
+        raise ValueError(f"the key {next(key for key in times if times[key] > 1)!r:.80} is there twice")
     return content

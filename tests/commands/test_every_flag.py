@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from phase1.commands import memory, perplexity, pipeline, tables, throughput, train
-from phase1.config import MemoryRun, PerplexityRun, PipelineRun, TablesRun, ThroughputRun, TrainRun
+from phase1.commands import compare, memory, perplexity, pipeline, tables, throughput, train
+from phase1.config import CompareRun, MemoryRun, PerplexityRun, PipelineRun, TablesRun, ThroughputRun, TrainRun
 
 SHAPE = {
     "vocab_size": 300, "d_model": 16, "n_layers": 1, "n_heads": 2, "ar_ssm_min_rank": 2, "ar_ssm_window": 4, "htt_dense_rows": 4,
     "htt_groups": 10,
 }  # fmt: skip
+RESULTS = str(Path(__file__).parents[2] / "results" / "h100")
 RANKS = {"ar_ssm_max_rank": 4, "htt_rank": 2}
 
 
@@ -43,7 +44,7 @@ def data(tmp_path):
     return {"dataset_name": str(tmp_path), "tokenizer": "bpe", "cache_dir": str(tmp_path / "cache")}
 
 
-@pytest.mark.parametrize("command", ["memory", "throughput", "perplexity", "train", "tables", "pipeline"])
+@pytest.mark.parametrize("command", ["memory", "throughput", "perplexity", "train", "tables", "compare", "pipeline"])
 def test_every_flag_is_read_by_its_command(command, data, tmp_path, monkeypatch):
     out = {"out_dir": str(tmp_path / "out")}
     short = {"seq_length": 8, "train_tokens": 64, "train_batch_size": 4, "micro_batch_size": 4}
@@ -60,7 +61,8 @@ def test_every_flag_is_read_by_its_command(command, data, tmp_path, monkeypatch)
             ),
         ),
         "train": (train, lambda: TrainRun(**SHAPE, **RANKS, **data, **out, **short)),
-        "tables": (tables, lambda: TablesRun(**out, results_dir=str(Path(__file__).parents[2] / "results" / "h100"))),
+        "tables": (tables, lambda: TablesRun(**out, results_dir=RESULTS)),
+        "compare": (compare, lambda: CompareRun(old=RESULTS, new=RESULTS, fail_on="peak:+2%")),
         "pipeline": (pipeline, lambda: PipelineRun(**out, preset="smoke")),
     }
     module, make = runs[command]
