@@ -14,7 +14,7 @@ test: .venv/installed-test
 	$(BIN)/mypy
 	$(BIN)/pytest -q
 
-# Results that survive: 1,000 SIGKILLs at random moments, where `make test` does 60 (about ten minutes).
+# Results that survive: 1,000 SIGKILLs at random moments, where `make test` does 60.
 torture: .venv/installed-test
 	PHASE1_TORTURE=1000 $(BIN)/pytest -q tests/test_torture.py
 
