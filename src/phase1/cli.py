@@ -10,7 +10,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from phase1 import __version__, config
-from phase1.errors import FAILURES
+from phase1.errors import FAILURES, exit_status
 
 COMMANDS: dict[str, type[config.Config]] = {
     "memory": config.MemoryRun,
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except tuple(FAILURES) as error:
         remedy = "; check that path and the free space there" if isinstance(error, OSError) else ""
         print(f"phase1 {name}: error: {error}{remedy}", file=sys.stderr)
-        return next(code for kind, code in FAILURES.items() if isinstance(error, kind))
+        return exit_status(error)
 
 
 def _top_level(argv: list[str]) -> int:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import shlex
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 
 def option(default: Any, help: str) -> Any:
@@ -32,6 +32,9 @@ class Config:
 
     def __post_init__(self) -> None:
         """Raise ValueError (expected, got, remedy) for a value out of range; subclasses call super first."""
+
+
+C = TypeVar("C", bound=Config)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +153,11 @@ def flags(config: Config) -> str:
             else:
                 words += [f"--{flag}", *(shlex.quote(str(v)) for v in (value if isinstance(value, tuple) else (value,)))]
     return " ".join(words)
+
+
+def part_of(cls: type[C], run: Config) -> C:
+    """The fields of `run` that make up a `cls`."""
+    return cls(**{f.name: getattr(run, f.name) for f in fields(cls)})
 
 
 def content_id(content: Any) -> str:

@@ -7,3 +7,8 @@ class Unavailable(RuntimeError):
 
 FAILURES: dict[type[Exception], int] = {ValueError: 2, Unavailable: 3, OSError: 4}
 """Expected failures of a command, each one line on stderr, and their exit status."""
+
+
+def exit_status(error: Exception) -> int:
+    """The exit status of an expected failure."""
+    return next(code for kind, code in FAILURES.items() if isinstance(error, kind))

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from phase1.data import Windows, training_batch
+from phase1.data import Windows
 
 IDS = np.arange(103, dtype=np.uint16)  # 10 windows of 10 tokens, two left over
 
@@ -25,7 +25,7 @@ def test_a_batch_depends_on_nothing_but_its_step():
     windows = Windows(IDS, 10, seed=1)
     forward = [windows.batch(step, 4) for step in range(8)]
     for step in reversed(range(8)):
-        resumed = training_batch(IDS, step=step, batch_size=4, seq_length=10, seed=1)
+        resumed = Windows(IDS, 10, seed=1).batch(step, 4)
         assert all(torch.equal(a, b) for a, b in zip(forward[step], resumed))
         assert all(torch.equal(a, b) for a, b in zip(forward[step], windows.batch(step, 4)))
 

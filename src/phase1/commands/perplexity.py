@@ -11,11 +11,10 @@ import torch
 
 from phase1.checkpoint import load_model, read_index
 from phase1.commands.train import train_to_checkpoint
-from phase1.config import ROLES, ModelConfig, PerplexityRun, Shape, TrainConfig, content_id, model_config, report_key
+from phase1.config import ROLES, ModelConfig, PerplexityRun, Shape, TrainConfig, content_id, model_config, part_of, report_key
 from phase1.data import Corpus, count_words, load_corpus
-from phase1.files import one_line
 from phase1.measure.environment import current_command, environment, settings, without_home
-from phase1.measure.isolate import is_out_of_memory
+from phase1.measure.isolate import is_out_of_memory, reason
 from phase1.measure.perplexity import Evaluation, Protocol, evaluate, unigram_entropy
 from phase1.measure.stats import paired_ratio_interval
 from phase1.record import FILES, Check, Dataset, Parameters, PerplexityResult, Report, exit_code, write_report
@@ -106,7 +105,7 @@ def candidates(run: PerplexityRun) -> list[Candidate]:
 
 def train_candidate(run: PerplexityRun, model: Candidate, corpus: Corpus) -> Path:
     """Train `model`, or find it trained by an earlier run on the same config and data; its checkpoint folder."""
-    train_config = TrainConfig(**{f.name: getattr(run, f.name) for f in fields(TrainConfig)})
+    train_config = part_of(TrainConfig, run)
     if model.config.mixer == "attention" and run.baseline_learning_rate is not None:
         train_config = replace(train_config, learning_rate=run.baseline_learning_rate)
     identity = {
@@ -156,7 +155,7 @@ def evaluate_checkpoint(
         trained_tokens=facts["trained_tokens"],
         train_seconds=facts["train_seconds"],
         trained_on=Dataset(**facts["data"]),
-        training=facts.get("training"),
+        training=read_index(folder)["train_config"],
         dataset=Dataset(name=corpus.name, split=scored.name, sha256=scored.sha256),
         protocol_hash=protocol.protocol_hash,
         untrained=evaluation.loss >= unigram,
@@ -181,7 +180,7 @@ def out_of_memory(run: PerplexityRun, model: Candidate, error: BaseException) ->
         config_id=model.config.config_id,
         status="oom",
         measured="measured",
-        detail=f"{one_line(' '.join(str(error).split()))}; try {sizes}, then a smaller --seq-length",
+        detail=f"{reason(error)}; try {sizes}, then a smaller --seq-length",
     )
 
 

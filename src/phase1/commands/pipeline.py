@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from phase1.config import PRESETS, Config, MemoryRun, PerplexityRun, PipelineRun, TablesRun, ThroughputRun, flags
-from phase1.errors import FAILURES
+from phase1.errors import FAILURES, exit_status
 
 
 def main(run: PipelineRun) -> int:
@@ -18,7 +18,7 @@ def main(run: PipelineRun) -> int:
             codes.append(importlib.import_module(f"phase1.commands.{name}").main(config))
         except tuple(FAILURES) as error:
             print(f"phase1 {name}: error: {error}", file=sys.stderr)
-            codes.append(next(code for kind, code in FAILURES.items() if isinstance(error, kind)))
+            codes.append(exit_status(error))
     print("\nplots:", *sorted(Path(run.out_dir).glob("*.png")), sep="\n  ")
     return next((code for code in (1, 2, 4, 3) if code in codes), 0)
 

@@ -1,7 +1,7 @@
 """`phase1 train`: one model, from text to checkpoint, resumed where an earlier run stopped."""
 
 import time
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from phase1.checkpoint import INDEX, check_configs, read_index, resume, save_checkpoint
-from phase1.config import ModelConfig, PerplexityRun, TrainConfig, TrainRun, flags, report_key
+from phase1.config import ModelConfig, PerplexityRun, TrainConfig, TrainRun, flags, part_of, report_key
 from phase1.data import Corpus, Windows, load_corpus, token_statistics
 from phase1.errors import Unavailable
-from phase1.files import one_line
 from phase1.layers.embedding import BAND_EDGES, BAND_RANKS
-from phase1.measure.isolate import is_out_of_memory
+from phase1.measure.isolate import is_out_of_memory, reason
 from phase1.model import LanguageModel
 from phase1.train import TrainState, make_train_state, total_steps, train
 
@@ -27,15 +26,15 @@ SHOW_EVERY = 20  # steps between looks at the loss for the progress bar: each lo
 def main(run: TrainRun) -> int:
     """Train one model as the flags say; the checkpoint goes to --out-dir."""
     corpus = load_corpus(run, vocab_size=run.vocab_size, need=("train",), train_tokens=run.train_tokens)
-    model_config = ModelConfig(**{f.name: getattr(run, f.name) for f in fields(ModelConfig)})
-    train_config = TrainConfig(**{f.name: getattr(run, f.name) for f in fields(TrainConfig)})
+    model_config = part_of(ModelConfig, run)
+    train_config = part_of(TrainConfig, run)
     try:
         facts = train_to_checkpoint(model_config, train_config, corpus, run.seq_length, Path(run.out_dir), label=run.mixer)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         smaller = f"try --micro-batch-size {max(1, run.micro_batch_size // 2)}, then a smaller --seq-length"
-        raise Unavailable(f"{one_line(' '.join(str(error).split()))}; {smaller}") from error
+        raise Unavailable(f"{reason(error)}; {smaller}") from error
     print(f"trained on {facts['trained_tokens']:,} tokens in {facts['train_seconds']:.0f} s, last loss {facts['loss']:.3f}")
     print(f"written: {run.out_dir}\n{next_command(run, model_config)}")
     return 0
@@ -77,24 +76,24 @@ def train_to_checkpoint(
         if facts["finished"]:
             return facts
     windows = Windows(corpus.splits["train"].ids, seq_length, train_config.seed)
-    state = make_state(model_config, train_config, windows.seen(steps * train_config.train_batch_size))
+    seen = None if begun else windows.seen(steps * train_config.train_batch_size)
+    state = make_state(model_config, train_config, seen)
     seconds = resume(folder, state)["train_seconds"] if begun else 0.0
     facts = {"data": data, "seq_length": seq_length, "tokenizer": corpus.tokenizer.fingerprint}
-    facts["training"] = asdict(train_config)
     facts |= run_schedule(state, windows, steps, folder, facts, seconds, label)
     save_checkpoint(folder, state, facts, resumable=False)
     return facts
 
 
-def make_state(model_config: ModelConfig, train_config: TrainConfig, seen: np.ndarray) -> TrainState:
+def make_state(model_config: ModelConfig, train_config: TrainConfig, seen: np.ndarray | None) -> TrainState:
     """A fresh model, ready to train; the same for equal seeds.
 
     An HTT table gets the statistics of the tokens `seen` in training and of no others, so that no model of a comparison
-    knows more text than another.
+    knows more text than another; None where a checkpoint brings them.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     statistics = None
-    if model_config.embedding == "htt":
+    if model_config.embedding == "htt" and seen is not None:
         statistics = token_statistics(
             seen,
             vocab_size=model_config.vocab_size,

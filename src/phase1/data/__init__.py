@@ -4,6 +4,6 @@ from phase1.data.corpora import Corpus, Split, load_corpus
 from phase1.data.order import token_statistics
 from phase1.data.text import count_words
 from phase1.data.tokenizers import Tokenizer
-from phase1.data.windows import Windows, training_batch
+from phase1.data.windows import Windows
 
-__all__ = ["Corpus", "Split", "Tokenizer", "Windows", "count_words", "load_corpus", "token_statistics", "training_batch"]
+__all__ = ["Corpus", "Split", "Tokenizer", "Windows", "count_words", "load_corpus", "token_statistics"]

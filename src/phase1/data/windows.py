@@ -57,8 +57,3 @@ class Windows:
                 self._orders.pop(next(iter(self._orders)))
             self._orders[epoch] = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(len(self))
         return self._orders[epoch]
-
-
-def training_batch(ids: np.ndarray, *, step: int, batch_size: int, seq_length: int, seed: int) -> tuple[Tensor, Tensor]:
-    """`Windows(ids, seq_length, seed).batch(step, batch_size)`; keep a `Windows` to draw many batches."""
-    return Windows(ids, seq_length, seed).batch(step, batch_size)

@@ -35,9 +35,9 @@ def run_here(function: Callable[..., T], *args: Any) -> Outcome[T]:
         return Outcome("ok", function(*args))
     except Exception as error:
         if is_out_of_memory(error):
-            return Outcome("oom", message=_one_line(error))
+            return Outcome("oom", message=reason(error))
         traceback.print_exc()
-        return Outcome("error", message=f"{type(error).__name__}: {_one_line(error)}")
+        return Outcome("error", message=f"{type(error).__name__}: {reason(error)}")
 
 
 def run_isolated(function: Callable[..., T], *args: Any) -> Outcome[T]:
@@ -88,5 +88,6 @@ def _death(exitcode: int | None) -> str:
     return f"the measuring process ended with exit code {exitcode} and no result"
 
 
-def _one_line(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
+    """What `error` says, on one line without home folders; its type where it says nothing."""
     return without_home(" ".join(str(error).split()))[:600] or type(error).__name__
