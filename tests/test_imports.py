@@ -20,13 +20,15 @@ MAY_IMPORT = {
     "data": LEAVES,
     "train": LEAVES | {"model"},
     "checkpoint": LEAVES | {"model", "train"},
+    "candidates": LEAVES | {"checkpoint", "model"},
     "record": LEAVES,
     "compare": LEAVES | {"record"},
     "schema": LEAVES | {"record"},
     "tables": LEAVES | {"record"},
     "report": LEAVES | {"record", "tables"},
     "measure": LEAVES | {"data", "model", "ops", "record", "train"},
-    "commands": LEAVES | {"checkpoint", "compare", "data", "layers", "measure", "model", "record", "report", "tables", "train"},
+    "commands": LEAVES
+    | {"candidates", "checkpoint", "compare", "data", "layers", "measure", "model", "record", "report", "tables", "train"},
     "cli": LEAVES,
     "__main__": {"cli"},
 }

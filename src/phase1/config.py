@@ -127,16 +127,18 @@ def model_config(role: str, shape: Shape, **overrides: Any) -> ModelConfig:
     return ModelConfig(**(sizes | ROLES[role] | overrides))
 
 
+Variant = Literal["ar_ssm_dense", "attention_htt", "no_gate", "equal_parameters"]
+
+
 def report_key(config: ModelConfig) -> str:
-    """The key of a model in a perplexity report; ValueError for one that is neither the Transformer nor the engine."""
-    if (config.mixer, config.embedding) == ("attention", "dense"):
-        return "baseline"
-    if (config.mixer, config.embedding) == ("ar_ssm", "htt"):
-        return f"phase1_htt{config.htt_rank}_ar{config.ar_ssm_max_rank}"
-    raise ValueError(
-        f"a perplexity report holds attention with a dense table and ar_ssm with htt; got {config.mixer} with "
-        f"{config.embedding}; train one of the two"
-    )
+    """The key of a model in a perplexity report."""
+    names = {
+        ("attention", "dense"): "baseline",
+        ("attention", "htt"): "attention_htt",
+        ("ar_ssm", "dense"): "ar_ssm_dense",
+        ("ar_ssm", "htt"): f"phase1_htt{config.htt_rank}_ar{config.ar_ssm_max_rank}",
+    }
+    return names[config.mixer, config.embedding]
 
 
 def flags(config: Config) -> str:
@@ -260,14 +262,20 @@ class PerplexityRun(Shape, DataConfig, TrainConfig, Output):
     batch_size: int = option(8, "windows per forward pass of the evaluation; does not change the result")
     test_htt_ranks: tuple[int, ...] = option((16,), "HTT ranks to test, each with every AR-SSM rank")
     test_ar_ssm_ranks: tuple[int, ...] = option((32,), "AR-SSM ranks to test")
+    variants: tuple[Variant, ...] = option(
+        (),
+        "further models, with the first rank of each kind: AR-SSM with a dense table, attention with the HTT table, the engine "
+        "with all ranks always on, the engine with as many layers as the baseline's parameters pay for",
+    )
+    repeats: int = option(1, "trainings of every model, with --seed, --seed + 1, ...: how much of a difference is chance")
     checkpoint: tuple[str, ...] = option(
-        (), "NAME=PATH of a trained model to evaluate instead of training; NAME is baseline or phase1_htt{r}_ar{R}"
+        (), "NAME=PATH of a trained model to evaluate instead of training; NAME as in the report, phase1_htt16_ar32 for example"
     )
     checkpoint_dir: str = option("results/checkpoints", "trained models, by hash of config and data; reused by later runs")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_positive(self, "seq_length", "batch_size", "test_htt_ranks", "test_ar_ssm_ranks")
+        _require_positive(self, "seq_length", "batch_size", "test_htt_ranks", "test_ar_ssm_ranks", "repeats")
         for name in ("max_samples", "baseline_learning_rate"):
             if getattr(self, name) is not None:
                 _require_positive(self, name)

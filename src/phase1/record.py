@@ -236,7 +236,7 @@ _OTHER = r"(?!phase1)[a-z][a-z0-9_]{0,63}"  # baseline, baseline_optimized, and 
 _KEY = {
     "memory": rf"phase1|{_OTHER}",
     "throughput": rf"phase1|{_OTHER}",
-    "perplexity": rf"phase1_htt[1-9]\d{{0,8}}_ar[1-9]\d{{0,8}}|{_OTHER}",
+    "perplexity": rf"phase1_htt[1-9]\d{{0,8}}_ar[1-9]\d{{0,8}}(_seed\d{{1,9}})?|{_OTHER}",
 }
 
 

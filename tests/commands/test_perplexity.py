@@ -167,11 +167,30 @@ def test_a_finished_checkpoint_of_other_settings_is_not_taken_for_this_one(run, 
         train.main(settings_of(run, out_dir=str(tmp_path / "mine"), train_tokens=512, seed=3))
 
 
-def test_a_model_of_neither_kind_has_no_place_in_a_report(run, tmp_path, capsys):
+def test_a_variant_can_be_trained_alone_and_evaluated_under_its_name(run, tmp_path, capsys):
     train.main(settings_of(run, out_dir=str(tmp_path / "mine"), train_tokens=512, embedding="dense"))
-    assert "no perplexity report" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="got ar_ssm with dense"):
+    assert f"--checkpoint ar_ssm_dense={tmp_path / 'mine'}" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="the model there is ar_ssm_dense; use that name"):
         perplexity.main(replace(run, checkpoint=(f"baseline={tmp_path / 'mine'}",)))
+
+
+def test_variants_and_repetitions_are_trained_and_compared_with_the_baseline_of_their_seed(run):
+    variants = ("ar_ssm_dense", "attention_htt", "no_gate", "equal_parameters")
+    short = replace(run, variants=variants, repeats=2, test_htt_ranks=(2,), train_tokens=16 * 32 * 25)
+    assert perplexity.main(short) in (0, 1)
+    report = read_report(f"{run.out_dir}/{FILE}", "perplexity")
+    plain = ["baseline", "phase1_htt2_ar4", *variants]
+    assert list(report.results) == plain + [f"{key}_seed1" for key in plain]
+    assert [r.training["seed"] for r in report.results.values()] == [0] * 6 + [1] * 6
+    first, again = report.results["phase1_htt2_ar4"], report.results["phase1_htt2_ar4_seed1"]
+    assert first.perplexity != again.perplexity and first.config_id == again.config_id
+    expected = again.perplexity / report.results["baseline_seed1"].perplexity
+    assert again.ppl_degradation_percent == pytest.approx(100 * (expected - 1), abs=1e-6)
+    names = {check.name for check in report.checks}
+    assert {
+        "ar_ssm_dense_within_3_percent", "equal_parameters_seed1_within_0_percent", "gate_costs_at_most_1_percent",
+        "effective_rank_at_most_half_seed1", "phase1_htt2_ar4_mean_of_seeds_within_5_percent",
+    } <= names and "no_gate_within_5_percent" not in names  # fmt: skip
 
 
 def test_a_model_that_runs_out_of_memory_is_recorded_and_the_others_go_on(run, monkeypatch):

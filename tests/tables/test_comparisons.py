@@ -9,6 +9,7 @@ from phase1.tables import (
     scaling_comparison,
     throughput_comparison,
 )
+from phase1.tables.perplexity import pareto_front
 from tests.reports import (
     MODELS,
     PARAMETERS,
@@ -273,3 +274,15 @@ def test_a_report_without_a_fit_or_measurements_still_makes_its_tables():
     assert row_of(scaling_comparison(report), "phase1")["Verdict"] == "inconclusive"
     assert row_of(configuration_comparison({"throughput": report}), "phase1")["At T (tokens)"] == 512
     assert throughput_result("phase1", [1.0, 2.0], (512, 1024)).scaling.verdict == "inconclusive"
+
+
+def test_the_pareto_column_marks_what_nothing_else_beats():
+    def model(size, perplexity, **changes):
+        parameters = PARAMETERS["phase1"].model_copy(update={"embedding": size})
+        return perplexity_result("phase1", perplexity).model_copy(update={"parameters": parameters} | changes)
+
+    points = {
+        "baseline": model(100, 20.0), "small": model(10, 21.0), "worse": model(11, 21.0), "equal": model(10, 21.0),
+        "small_seed1": model(12, 30.0), "guess": model(1, 1.0, untrained=True),
+    }  # fmt: skip
+    assert pareto_front(points) == {"baseline": "yes", "small": "yes", "worse": "no", "equal": "yes", "small_seed1": "yes"}

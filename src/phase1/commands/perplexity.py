@@ -1,36 +1,25 @@
 """`phase1 perplexity`: train what is not trained yet, evaluate all on the same targets, compare."""
 
 import math
-import re
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from phase1.candidates import Candidate, candidates
 from phase1.checkpoint import load_model, read_index
 from phase1.commands.train import train_to_checkpoint
-from phase1.config import ROLES, ModelConfig, PerplexityRun, Shape, TrainConfig, content_id, model_config, part_of, report_key
+from phase1.config import PerplexityRun, Shape, TrainConfig, content_id, part_of
 from phase1.data import Corpus, count_words, load_corpus
+from phase1.measure.degradation import compared, quality_checks
 from phase1.measure.environment import current_command, environment, settings, without_home
 from phase1.measure.isolate import is_out_of_memory, reason
-from phase1.measure.perplexity import Evaluation, Protocol, evaluate, unigram_entropy
-from phase1.measure.stats import paired_ratio_interval
-from phase1.record import FILES, Check, Dataset, Parameters, PerplexityResult, Report, exit_code, write_report
+from phase1.measure.perplexity import Protocol, evaluate, unigram_entropy
+from phase1.record import FILES, Dataset, Parameters, PerplexityResult, Report, exit_code, write_report
 from phase1.report import checks_text, perplexity_text, plot_perplexity
 from phase1.train import compute_dtype
-
-LIMIT_PERCENT = 5.0
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A model to evaluate: its key in the report, and where it is, or how to make it."""
-
-    key: str
-    checkpoint: Path | None
-    config: ModelConfig
 
 
 def main(run: PerplexityRun) -> int:
@@ -47,17 +36,17 @@ def main(run: PerplexityRun) -> int:
         prefix=corpus.tokenizer.end_of_text,
         max_windows=run.max_samples,
     )
-    evaluations, results = {}, {}
+    results: dict[str, PerplexityResult] = {}
     for model in models:
         try:
             folder = model.checkpoint or train_candidate(run, model, corpus)
-            evaluations[model.key], results[model.key] = evaluate_checkpoint(run, model.key, folder, corpus, protocol)
+            results[model.key] = evaluate_checkpoint(run, model.key, folder, corpus, protocol)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             results[model.key] = out_of_memory(run, model, error)
-    results = {key: compare(key, results, evaluations) for key in results}
-    checks = [quality_check(result, results.get("baseline")) for key, result in results.items() if key != "baseline"]
+    results = compared(results)
+    checks = quality_checks(results)
     report = Report[PerplexityResult](
         kind="perplexity",
         environment=environment(),
@@ -81,31 +70,9 @@ def conditions(run: PerplexityRun) -> dict[str, Any]:
     return {name: value for name, value in settings(run).items() if name not in elsewhere}
 
 
-def candidates(run: PerplexityRun) -> list[Candidate]:
-    """The baseline, every rank pair, and what --checkpoint names beside them. Raises ValueError for a wrong name or path."""
-    given = {}
-    for item in run.checkpoint:
-        name, separator, path = item.partition("=")
-        if not separator or not re.fullmatch(r"baseline|phase1_htt\d+_ar\d+", name):
-            raise ValueError(
-                f"--checkpoint must be NAME=PATH with NAME baseline or phase1_htt{{r}}_ar{{R}}; got {item!r}; correct it"
-            )
-        given[name] = Path(path)
-    pairs = [(r, R) for r in run.test_htt_ranks for R in run.test_ar_ssm_ranks]
-    engines = [model_config("phase1", run, htt_rank=r, ar_ssm_max_rank=R) for r, R in pairs]
-    wanted = {"baseline": replace(engines[0], **ROLES["baseline"])} if run.baseline else {}  # it uses no rank
-    wanted |= {report_key(config): config for config in engines}
-    for name, folder in given.items():
-        config = ModelConfig(**read_index(folder)["model_config"])
-        if name != report_key(config):
-            raise ValueError(f"--checkpoint {name}={folder}: the model there is {report_key(config)}; use that name")
-        wanted[name] = config
-    return [Candidate(name, given.get(name), config) for name, config in wanted.items()]
-
-
 def train_candidate(run: PerplexityRun, model: Candidate, corpus: Corpus) -> Path:
     """Train `model`, or find it trained by an earlier run on the same config and data; its checkpoint folder."""
-    train_config = part_of(TrainConfig, run)
+    train_config = replace(part_of(TrainConfig, run), seed=model.seed)
     if model.config.mixer == "attention" and run.baseline_learning_rate is not None:
         train_config = replace(train_config, learning_rate=run.baseline_learning_rate)
     identity = {
@@ -122,7 +89,7 @@ def train_candidate(run: PerplexityRun, model: Candidate, corpus: Corpus) -> Pat
 
 def evaluate_checkpoint(
     run: PerplexityRun, key: str, folder: Path, corpus: Corpus, protocol: Protocol
-) -> tuple[Evaluation, PerplexityResult]:
+) -> PerplexityResult:
     """Score the model in `folder`; perplexities of a model below the unigram entropy are marked untrained."""
     model, facts = load_model(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -138,7 +105,7 @@ def evaluate_checkpoint(
     byte_count = int(corpus.tokenizer.token_bytes()[ids].sum())
     word_count = count_words(corpus.tokenizer.decode(without(ids, corpus.tokenizer.end_of_text)))
     unigram = unigram_entropy(scored.ids)
-    return evaluation, PerplexityResult(
+    return PerplexityResult(
         model_name=key,
         config=asdict(model.config),
         config_id=model.config.config_id,
@@ -182,47 +149,3 @@ def out_of_memory(run: PerplexityRun, model: Candidate, error: BaseException) ->
         measured="measured",
         detail=f"{reason(error)}; try {sizes}, then a smaller --seq-length",
     )
-
-
-def compare(key: str, results: dict[str, PerplexityResult], evaluations: dict[str, Evaluation]) -> PerplexityResult:
-    """The result with its degradation against the baseline, where the two may be compared."""
-    result, baseline = results[key], results.get("baseline")
-    if key == "baseline" or baseline is None or why_not_comparable(result, baseline):
-        return result
-    percent, interval = paired_ratio_interval(
-        evaluations[key].nll_nats, evaluations["baseline"].nll_nats, evaluations["baseline"].tokens
-    )
-    return result.model_copy(
-        update={
-            "ppl_degradation_percent": percent,
-            "degradation_ci95": interval,
-            "passes_5_percent_threshold": percent < LIMIT_PERCENT,
-        }
-    )
-
-
-def why_not_comparable(result: PerplexityResult, baseline: PerplexityResult) -> str:
-    """Empty if a ratio of the two perplexities means something, else the reason."""
-    for side in (result, baseline):
-        if side.status != "ok":
-            return f"{side.model_name}: {side.detail}"
-        if side.untrained:
-            return f"{side.model_name} has not beaten the unigram entropy: train it on more tokens"
-    for what in ("trained_tokens", "trained_on", "protocol_hash"):
-        if getattr(result, what) != getattr(baseline, what):
-            return f"{what} differ: {getattr(result, what)} and {getattr(baseline, what)}"
-    return ""
-
-
-def quality_check(result: PerplexityResult, baseline: PerplexityResult | None) -> Check:
-    """Pass below LIMIT_PERCENT; inconclusive where there is nothing to compare with."""
-    reason = "no baseline in this run" if baseline is None else why_not_comparable(result, baseline)
-    status, detail, value = "inconclusive", reason, result.ppl_degradation_percent
-    if not reason:
-        status = "pass" if result.passes_5_percent_threshold else "fail"
-        interval = "from one window: no interval"
-        if result.degradation_ci95 is not None:
-            interval = "95 % interval {:.2f} to {:.2f}".format(*result.degradation_ci95)
-        detail = f"percent above the baseline, {interval}, {result.trained_tokens:,} tokens each"
-    fields: dict[str, Any] = {"value": value, "limit": LIMIT_PERCENT, "status": status, "detail": detail}
-    return Check(name=f"{result.model_name}_within_5_percent", **fields)

@@ -42,15 +42,12 @@ def main(run: TrainRun) -> int:
 
 def next_command(run: TrainRun, model: ModelConfig) -> str:
     """What evaluates the model of `run`: same data, tokenizer and sizes."""
-    try:
-        name = report_key(model)
-    except ValueError as error:
-        return f"no perplexity report: {error}"
+    name = report_key(model)
     shared: dict[str, Any] = {
         f.name: getattr(run, f.name) for f in fields(PerplexityRun) if hasattr(run, f.name) and f.name != "out_dir"
     }
     shared |= {"test_htt_ranks": (run.htt_rank,), "test_ar_ssm_ranks": (run.ar_ssm_max_rank,)}
-    evaluation = PerplexityRun(**shared, baseline=name == "baseline", checkpoint=(f"{name}={run.out_dir}",))
+    evaluation = PerplexityRun(**shared, baseline=not name.startswith("phase1"), checkpoint=(f"{name}={run.out_dir}",))
     return f"next: phase1 perplexity {flags(evaluation)}"
 
 

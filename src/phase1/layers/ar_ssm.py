@@ -42,10 +42,14 @@ class RankGate(nn.Module):
     def __init__(self, d_model: int, max_rank: int, min_rank: int) -> None:
         super().__init__()
         self.min_rank = min_rank
-        self.hidden = nn.Linear(d_model, max(8, d_model // 8))
-        self.out = nn.Linear(self.hidden.out_features, max_rank - min_rank)
+        if max_rank > min_rank:
+            self.hidden = nn.Linear(d_model, max(8, d_model // 8))
+            self.out = nn.Linear(self.hidden.out_features, max_rank - min_rank)
+            nn.init.constant_(self.out.bias, 2.0)  # gates start open: sigmoid(2) = 0.88
 
     def forward(self, h: Tensor) -> Tensor:
+        if not hasattr(self, "out"):
+            return h.new_ones(*h.shape[:2], self.min_rank)
         free = torch.sigmoid(self.out(F.relu(self.hidden(h))))
         return F.pad(free, (self.min_rank, 0), value=1.0)
 
@@ -84,7 +88,6 @@ class ARSSM(nn.Module):
         step = torch.logspace(-3, -1, self.n_heads)  # Δ at the start: memories of different lengths
         with torch.no_grad():
             self.step.bias.copy_(step + torch.log(-torch.expm1(-step)))  # inverse of softplus
-        nn.init.constant_(self.rank_gate.out.bias, 2.0)  # gates start open: sigmoid(2) = 0.88
 
     def operands(self, h: Tensor, state: ARSSMState | None = None) -> tuple[Operands, Tensor, Tensor]:
         """The operator's operands for input (B, T, D); with them the output gate and the convolution's inputs."""

@@ -151,7 +151,10 @@ def _bar_label(axes: "Axes", x: int, top: float, result: MemoryResult) -> None:
 
 
 def plot_perplexity(report: Report[PerplexityResult], path: Path | str) -> Path:
-    """Size of the token table against the change of perplexity, with the 5 % line. Returns `path`."""
+    """Size of the token table against the change of perplexity, with the 5 % line; engines of one AR-SSM rank are joined.
+
+    Returns `path`.
+    """
     figure = _figure(8, 4.8, f"Perplexity against size of the token table\n{_trained_on(report)}, {_conditions(report)}")
     axes = figure.subplots()
     for index, (key, result) in enumerate(report.results.items()):
@@ -169,6 +172,8 @@ def plot_perplexity(report: Report[PerplexityResult], path: Path | str) -> Path:
         )  # fmt: skip
         label = f"{_text(key)}\nperplexity {result.perplexity:,.2f}"
         axes.annotate(label, (size, value), xytext=(9, 5), textcoords="offset points", fontsize=8, color=color)
+    for line in _ranks_joined(report):
+        axes.plot(*zip(*line), color="#BBBBBB", linewidth=1, zorder=0)
     _limit_line(axes, "limit: 5 %", 5)
     axes.axhline(0, color="#BBBBBB", linewidth=1, zorder=0)
     axes.set_xscale("log")
@@ -178,6 +183,16 @@ def plot_perplexity(report: Report[PerplexityResult], path: Path | str) -> Path:
     axes.set_ylabel("perplexity against baseline (%), 95 % interval")
     _clean(axes)
     return _save(figure, path)
+
+
+def _ranks_joined(report: Report[PerplexityResult]) -> list[list[tuple[float, float]]]:
+    """Points of the engines with two or more table ranks, by AR-SSM rank and seed, in the order of their size."""
+    lines: dict[tuple[object, str], list[tuple[float, float]]] = {}
+    for key, result in report.results.items():
+        if key.startswith("phase1") and result.parameters and result.ppl_degradation_percent is not None:
+            series = (result.config.get("ar_ssm_max_rank"), key.partition("_seed")[2])
+            lines.setdefault(series, []).append((result.parameters.embedding / 1e6, result.ppl_degradation_percent))
+    return [sorted(line) for line in lines.values() if len(line) > 1]
 
 
 def _color(key: str, index: int) -> str:

@@ -1,8 +1,15 @@
 """The perplexity table."""
 
+from collections.abc import Mapping
+
 from phase1.record import PerplexityResult, Report
 from phase1.tables.common import CONFIG, MODEL, VERDICT, caption_of, hardware_of, headline, notes_of, setting
 from phase1.tables.table import Cell, Column, Table
+
+DEFINITIONS = (
+    "Degradation: of perplexity, against the baseline of the same seed, from paired windows. "
+    "Pareto: yes where no model of the same seed has both a smaller table and a lower perplexity."
+)
 
 
 def perplexity_comparison(report: Report[PerplexityResult], hardware: str | None = None) -> Table:
@@ -20,9 +27,13 @@ def perplexity_comparison(report: Report[PerplexityResult], hardware: str | None
         Column("95 % to", "%"),
         Column("Within 5 %"),
         Column("Effective rank", "", 1),
+        Column("Pareto"),
         CONFIG,
     )
-    rows = tuple((key, *perplexity_cells(key, result), result.config_id) for key, result in report.results.items())
+    best = pareto_front(report.results)
+    rows = tuple(
+        (key, *perplexity_cells(key, result), best.get(key), result.config_id) for key, result in report.results.items()
+    )
     texts = {
         f"Scored: {r.token_count or 0:,} tokens of {r.dataset.name}, split {r.dataset.split}, sha256 {r.dataset.sha256[:12]}, "
         f"protocol {r.protocol_hash}."
@@ -37,7 +48,7 @@ def perplexity_comparison(report: Report[PerplexityResult], hardware: str | None
         hardware or hardware_of(report),
         columns,
         rows,
-        (*sorted(texts), "Degradation: of perplexity, against baseline, from paired windows.", *notes_of(report)),
+        (*sorted(texts), DEFINITIONS, *notes_of(report)),
     )
 
 
@@ -56,3 +67,25 @@ def perplexity_cells(key: str, result: PerplexityResult) -> tuple[Cell, ...]:
         verdict,
         result.effective_rank,
     )
+
+
+def pareto_front(results: Mapping[str, PerplexityResult]) -> dict[str, str]:
+    """yes or no for every trained model: is any other of its seed better in size of the table and in perplexity?
+
+    Ties in one of the two are decided by the other; a model is never beaten by its equal.
+    """
+    points = {
+        key: (result.parameters.embedding, result.perplexity)
+        for key, result in results.items()
+        if result.parameters and result.perplexity is not None and not result.untrained
+    }
+    beaten = {
+        key
+        for key, (size, perplexity) in points.items()
+        for other, (its_size, its_perplexity) in points.items()
+        if other.partition("_seed")[2] == key.partition("_seed")[2]
+        and its_size <= size
+        and its_perplexity <= perplexity
+        and (its_size, its_perplexity) != (size, perplexity)
+    }
+    return {key: "no" if key in beaten else "yes" for key in points}

@@ -1,0 +1,78 @@
+"""Which models a perplexity run trains or loads, and what each is called in its report."""
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from phase1.checkpoint import read_index
+from phase1.config import ROLES, ModelConfig, PerplexityRun, Variant, model_config, report_key
+from phase1.model import LanguageModel
+
+_NAME = re.compile(r"(baseline|phase1_htt\d+_ar\d+|ar_ssm_dense|attention_htt|no_gate|equal_parameters)(_seed\d+)?")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to evaluate: its key in the report, and where it is, or how to make it."""
+
+    key: str
+    config: ModelConfig
+    seed: int
+    checkpoint: Path | None = None
+
+
+def candidates(run: PerplexityRun) -> list[Candidate]:
+    """Baseline, every rank pair, the variants, all of it once per seed, and what --checkpoint names beside them.
+
+    Raises ValueError for a wrong name or path.
+    """
+    pairs = [(r, R) for r in run.test_htt_ranks for R in run.test_ar_ssm_ranks]
+    engines = [model_config("phase1", run, htt_rank=r, ar_ssm_max_rank=R) for r, R in pairs]
+    configs = {"baseline": replace(engines[0], **ROLES["baseline"])} if run.baseline else {}  # it uses no rank
+    configs |= {report_key(config): config for config in engines}
+    configs |= {name: variant(name, engines[0]) for name in run.variants}
+    wanted = {
+        seeded(key, seed, run.seed): Candidate(seeded(key, seed, run.seed), config, seed)
+        for seed in range(run.seed, run.seed + run.repeats)
+        for key, config in configs.items()
+    }
+    return list((wanted | {given.key: given for given in map(_given, run.checkpoint)}).values())
+
+
+def variant(name: Variant, engine: ModelConfig) -> ModelConfig:
+    """The engine with one thing changed; `equal_parameters` is the deepest engine that is no larger than its baseline."""
+    if name == "ar_ssm_dense":
+        return replace(engine, embedding="dense")
+    if name == "attention_htt":
+        return replace(engine, mixer="attention")
+    if name == "no_gate":
+        return replace(engine, ar_ssm_min_rank=engine.ar_ssm_max_rank)
+    shallow = parameter_count(replace(engine, n_layers=1))
+    layer = parameter_count(replace(engine, n_layers=2)) - shallow
+    return replace(engine, n_layers=1 + (parameter_count(replace(engine, **ROLES["baseline"])) - shallow) // layer)
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Of the whole model, without making it."""
+    with torch.device("meta"):
+        return LanguageModel(config).parameter_counts()["total"]
+
+
+def seeded(key: str, seed: int, first: int) -> str:
+    """The key of a repetition: the first has the plain one."""
+    return key if seed == first else f"{key}_seed{seed}"
+
+
+def _given(argument: str) -> Candidate:
+    name, separator, path = argument.partition("=")
+    if not separator or not _NAME.fullmatch(name):
+        expected = "NAME as in a report (baseline, phase1_htt{r}_ar{R}, a variant, each with or without _seed{n})"
+        raise ValueError(f"--checkpoint must be NAME=PATH with {expected}; got {argument!r}; correct it")
+    index = read_index(path)
+    config, plain = ModelConfig(**index["model_config"]), name.partition("_seed")[0]
+    found = report_key(config)
+    if plain != found and not (plain in ("no_gate", "equal_parameters") and found.startswith("phase1")):
+        raise ValueError(f"--checkpoint {name}={path}: the model there is {found}; use that name")
+    return Candidate(name, config, index["train_config"].get("seed", 0), Path(path))

@@ -1,0 +1,40 @@
+from dataclasses import replace
+
+import pytest
+
+from phase1.candidates import candidates, parameter_count, variant
+from phase1.config import PerplexityRun, Ranked, model_config
+from phase1.model import LanguageModel
+
+ENGINE = model_config("phase1", Ranked(vocab_size=300, d_model=16, n_heads=2, n_layers=2, htt_dense_rows=20, htt_groups=10, htt_rank=2, ar_ssm_max_rank=6))
+
+
+def test_parameters_are_counted_without_making_the_model():
+    for role in ("baseline", "phase1"):
+        config = replace(ENGINE, **{"mixer": "attention", "embedding": "dense"} if role == "baseline" else {})
+        assert parameter_count(config) == LanguageModel(config).parameter_counts()["total"]
+
+
+def test_every_variant_changes_one_thing_of_the_engine():
+    for name, field in (("ar_ssm_dense", "embedding"), ("attention_htt", "mixer"), ("no_gate", "ar_ssm_min_rank"), ("equal_parameters", "n_layers")):
+        changed = variant(name, ENGINE)
+        assert changed != ENGINE and replace(changed, **{field: getattr(ENGINE, field)}) == ENGINE
+
+
+def test_equal_parameters_is_the_deepest_engine_no_larger_than_the_baseline():
+    large = model_config("phase1", Ranked())
+    deep, limit = variant("equal_parameters", large), parameter_count(model_config("baseline", Ranked()))
+    assert parameter_count(deep) <= limit < parameter_count(replace(deep, n_layers=deep.n_layers + 1))
+
+
+def test_repetitions_have_the_seeds_that_follow_and_names_that_say_so():
+    run = PerplexityRun(seed=3, repeats=2, variants=("no_gate",), test_htt_ranks=(8, 16))
+    found = [(c.key, c.seed) for c in candidates(run)]
+    plain = ["baseline", "phase1_htt8_ar32", "phase1_htt16_ar32", "no_gate"]
+    assert found == [(key, 3) for key in plain] + [(f"{key}_seed4", 4) for key in plain]
+
+
+@pytest.mark.parametrize("value", ["baseline", "x=y", "phase1_htt16=z", "baseline_seed=z", "no_gate_2=z"])
+def test_a_wrong_checkpoint_argument_is_named(value):
+    with pytest.raises(ValueError, match="must be NAME=PATH"):
+        candidates(PerplexityRun(checkpoint=(value,)))
