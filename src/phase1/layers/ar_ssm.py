@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from phase1.layers.rotary import rotate
+from phase1.layers.norm import rms_norm
+from phase1.layers.rotary import rotary, rotate
 from phase1.ops.semiseparable import semiseparable
 from phase1.ops.window_attention import window_attention
 
@@ -37,20 +38,24 @@ class Operands(NamedTuple):
 
 
 class RankGate(nn.Module):
-    """g_t = 1 for the first `min_rank` ranks, sigmoid of a small network of h_t for the others: (B, T, D) -> (B, T, R)."""
+    """g_t = 1 for the first `min_rank` ranks, for the others sigmoid(W relu(hidden_t + b) + c): (B, T, hidden) -> (B, T, R).
+
+    The first layer of this small network is part of the mixer's projection; `hidden` is 0 where no rank can be switched off.
+    """
 
     def __init__(self, d_model: int, max_rank: int, min_rank: int) -> None:
         super().__init__()
         self.min_rank = min_rank
-        if max_rank > min_rank:
-            self.hidden = nn.Linear(d_model, max(8, d_model // 8))
-            self.out = nn.Linear(self.hidden.out_features, max_rank - min_rank)
+        self.hidden = max(8, d_model // 8) if max_rank > min_rank else 0
+        if self.hidden:
+            self.bias = nn.Parameter(torch.zeros(self.hidden))
+            self.out = nn.Linear(self.hidden, max_rank - min_rank)
             nn.init.constant_(self.out.bias, 2.0)  # gates start open: sigmoid(2) = 0.88
 
-    def forward(self, h: Tensor) -> Tensor:
-        if not hasattr(self, "out"):
-            return h.new_ones(*h.shape[:2], self.min_rank)
-        free = torch.sigmoid(self.out(F.relu(self.hidden(h))))
+    def forward(self, hidden: Tensor) -> Tensor:
+        if not self.hidden:
+            return hidden.new_ones(*hidden.shape[:2], self.min_rank)
+        free = torch.sigmoid(self.out(F.relu(hidden + self.bias.to(hidden.dtype))))
         return F.pad(free, (self.min_rank, 0), value=1.0)
 
 
@@ -69,63 +74,54 @@ class ARSSM(nn.Module):
         super().__init__()
         self.n_heads, self.max_rank, self.window = n_heads, max_rank, window
         self.channels = d_model + 2 * n_heads * max_rank
-        self.project = nn.Linear(d_model, self.channels + d_model, bias=False)  # x, u, v through the convolution; gate
-        self.step = nn.Linear(d_model, n_heads)
         self.rank_gate = RankGate(d_model, max_rank, min_rank)
-        self.conv_weight = nn.Parameter(torch.empty(CONV_WIDTH, self.channels))
+        self.parts = [self.channels, d_model, n_heads, self.rank_gate.hidden]  # x, u, v for the convolution; gate; step; ranks
+        self.project = nn.Linear(d_model, sum(self.parts), bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(CONV_WIDTH, self.channels).uniform_(-(CONV_WIDTH**-0.5), CONV_WIDTH**-0.5))
         self.conv_bias = nn.Parameter(torch.zeros(self.channels))
+        step = torch.logspace(-3, -1, n_heads)  # Δ at the start: memories of different lengths
+        self.step_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # inverse of softplus
         self.log_rate = nn.Parameter(torch.linspace(1, 16, n_heads).log())  # A
         self.skip = nn.Parameter(torch.ones(n_heads))
         if window:
             self.q_scale = nn.Parameter(torch.full((n_heads, max_rank), 2.0))  # γ
         self.state_scale = nn.Parameter(torch.full((n_heads, d_model // n_heads), 0.25))  # c
-        self.norm = nn.RMSNorm(d_model)
+        self.norm = nn.Parameter(torch.ones(d_model))
         self.out = nn.Linear(d_model, d_model, bias=False)
-        self._initialize()
-
-    def _initialize(self) -> None:
-        nn.init.uniform_(self.conv_weight, -(CONV_WIDTH**-0.5), CONV_WIDTH**-0.5)
-        step = torch.logspace(-3, -1, self.n_heads)  # Δ at the start: memories of different lengths
-        with torch.no_grad():
-            self.step.bias.copy_(step + torch.log(-torch.expm1(-step)))  # inverse of softplus
 
     def operands(self, h: Tensor, state: ARSSMState | None = None) -> tuple[Operands, Tensor, Tensor]:
         """The operator's operands for input (B, T, D); with them the output gate and the convolution's inputs."""
         start = 0 if state is None else state.position
-        mixed, gate = self.project(h).split([self.channels, h.shape[-1]], -1)
-        left = mixed.new_zeros(h.shape[0], CONV_WIDTH - 1, self.channels) if state is None else state.conv
-        mixed = torch.cat([left, mixed], 1)
-        kernel = self.conv_weight.to(mixed.dtype)
-        T = h.shape[1]
-        conv = sum(mixed[:, j : j + T] * kernel[j] for j in range(CONV_WIDTH)) + self.conv_bias.to(mixed.dtype)
-        x, u, v = conv.split([h.shape[-1]] + 2 * [self.n_heads * self.max_rank], -1)
+        mixed, gate, step, ranks = self.project(h).split(self.parts, -1)
+        T, past = h.shape[1], CONV_WIDTH - 1
+        mixed = F.pad(mixed, (0, 0, past, 0)) if state is None else torch.cat([state.conv, mixed], 1)
+        conv, kernel = self.conv_bias.to(mixed.dtype), self.conv_weight.to(mixed.dtype)
+        for j in range(CONV_WIDTH):
+            conv = torch.addcmul(conv, mixed[:, j : j + T], kernel[j])
+        x, uv = conv.split([h.shape[-1], 2 * self.n_heads * self.max_rank], -1)
         x = F.silu(x).unflatten(-1, (self.n_heads, -1))
-        u, v = (_unit(part.unflatten(-1, (self.n_heads, -1))) for part in (u, v))
-        rank_gate = self.rank_gate(h)
-        step = F.softplus(self.step(h).to(torch.promote_types(h.dtype, torch.float32)))
+        uv = rms_norm(uv.unflatten(-1, (2 * self.n_heads, -1)))
+        u, v = uv.chunk(2, 2)
+        rank_gate = self.rank_gate(ranks)
+        step = F.softplus(step + self.step_bias)  # at least float32, as the bias is
         q = k = u[..., :0]
         if self.window:
-            q = rotate(u * self.q_scale.to(u.dtype), start)
-            k = rotate(v, start)
-        g = rank_gate[:, :, None].to(u.dtype)
-        return Operands(u * g, v * g, q, k, x, step, -self.log_rate.exp() * step, rank_gate), gate, mixed[:, T:]
+            angles = rotary(u, start)
+            q, k = rotate(u * self.q_scale.to(u.dtype), *angles), rotate(v, *angles)
+        u, v = (uv * rank_gate[:, :, None].to(uv.dtype)).chunk(2, 2)
+        return Operands(u, v, q, k, x, step, -self.log_rate.exp() * step, rank_gate), gate, mixed[:, T:]
 
     def forward(self, h: Tensor, state: ARSSMState | None = None) -> tuple[Tensor, ARSSMState, Tensor]:
         """(B, T, D) -> (B, T, D), the state after the last position, and the effective rank (mean of Σ g)."""
         o, gate, conv = self.operands(h, state)
         S = None if state is None else state.S
         y, S = semiseparable(o.u, o.v, (o.x * o.step[..., None]).to(o.u.dtype), o.log_decay, S)
-        y = _unit(y) * self.state_scale.to(y.dtype) + o.x * self.skip[:, None].to(o.x.dtype)
+        y = torch.addcmul(rms_norm(y) * self.state_scale.to(y.dtype), o.x, self.skip[:, None].to(y.dtype))
         k, x = (o.k, o.x) if state is None else (torch.cat([state.k, o.k], 1), torch.cat([state.x, o.x], 1))
         if self.window:
             y = y + window_attention(o.q, k, x, window=self.window, past=k.shape[1] - h.shape[1])
-        y = self.norm((y.flatten(2) * F.silu(gate)).to(h.dtype))
+        y = rms_norm(y.flatten(2) * F.silu(gate), self.norm)
         keep = slice(max(0, k.shape[1] - self.window), None)
         position = h.shape[1] + (0 if state is None else state.position)
-        effective_rank = o.rank_gate.to(o.step.dtype).sum(-1).mean()
+        effective_rank = self.max_rank * o.rank_gate.mean(dtype=o.step.dtype)
         return self.out(y), ARSSMState(position, conv, S, k[:, keep], x[:, keep]), effective_rank
-
-
-def _unit(x: Tensor) -> Tensor:
-    """x divided by the root of its mean square over the last axis."""
-    return F.rms_norm(x, x.shape[-1:], eps=1e-5).to(x.dtype)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from phase1.layers.rotary import rotate
+from phase1.layers.rotary import rotary, rotate
 
 # Fastest first on the cards measured; PyTorch's own order prefers flash, which is slower than cuDNN's on Hopper.
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -33,7 +33,8 @@ class Attention(nn.Module):
         """(B, T, D) -> (B, T, D), the keys and values so far, and None for the effective rank, which it has not."""
         past = 0 if state is None else state.k.shape[1]
         q, k, v = self.qkv(h).unflatten(-1, (3, self.n_heads, -1)).unbind(2)  # [B, T, H, P] each
-        q, k = rotate(q, past), rotate(k, past)
+        angles = rotary(q, past)
+        q, k = rotate(q, *angles), rotate(k, *angles)
         if state is not None:
             k, v = torch.cat([state.k, k], 1), torch.cat([state.v, v], 1)
         mask = None

@@ -4,21 +4,22 @@ import torch
 from torch import Tensor
 
 
-def rotate(x: Tensor, start: int, base: float = 10000.0) -> Tensor:
-    """Rotate channels (j, j + R/2) of position t by (start + t) · base^(-2j/R) radians.
+def rotary(x: Tensor, start: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines that `rotate` needs for the positions of `x` (B, T, H, R), R even: (T, 1, R) each, dtype of `x`.
 
-    Args:
-        x: (B, T, H, R), R even.
-        start: position of the first row.
-    Returns:
-        The rotated tensor, shape and dtype of `x`.
+    The angle of channels j and j + R/2 at position t is (start + t) · base^(-2j/R) radians; the sines of the first half
+    have the sign of a rotation.
 
     Source: Su et al. 2021, "RoFormer", section 3.2.
     """
     half = x.shape[-1] // 2
     wide = torch.promote_types(x.dtype, torch.float32)
-    frequency = base ** (-torch.arange(half, device=x.device, dtype=wide) / half)
-    angle = torch.arange(start, start + x.shape[1], device=x.device, dtype=wide)[:, None] * frequency
-    cos, sin = angle.cos()[:, None].to(x.dtype), angle.sin()[:, None].to(x.dtype)  # [T, 1, R/2]
-    left, right = x.chunk(2, -1)
-    return torch.cat([left * cos - right * sin, left * sin + right * cos], -1)
+    frequency = base ** (torch.arange(half, device=x.device, dtype=wide) / -half)
+    position = torch.arange(start, start + x.shape[1], device=x.device, dtype=wide)
+    angle = position[:, None, None] * torch.cat([-frequency, frequency])
+    return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate channels (j, j + R/2) of every position of `x` (B, T, H, R) by the angles of `rotary`."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)

@@ -17,20 +17,19 @@ def window_attention(q: Tensor, k: Tensor, x: Tensor, *, window: int, past: int 
     fill = -T % block
     keep = min(past, window)  # older positions are out of every query's window
     k, x = (F.pad(tensor[:, past - keep :], (0, 0, 0, 0, window - keep, fill)) for tensor in (k, x))
-    q = F.pad(q, (0, 0, 0, 0, 0, fill)).unflatten(1, (-1, block)).permute(0, 3, 1, 2, 4)  # [B, H, N, C, R]
-    k, x = (_spans(tensor, window, block) for tensor in (k, x))  # [B, H, N, w + C, ·]
-    row = torch.arange(block, device=q.device)[:, None]
-    column = torch.arange(window + block, device=q.device)
-    first = torch.arange(q.shape[2], device=q.device)[:, None, None] * block  # [N, 1, 1] where each span begins
-    hidden = (column <= row) | (column > row + window) | (first + column < window - keep)
-    scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(x.dtype, torch.float32)) * q.shape[-1] ** -0.5
-    y = scores.masked_fill(hidden, -torch.inf).softmax(-1).to(x.dtype) @ x
-    return y.flatten(2, 3)[:, :, :T].transpose(1, 2)
+    q = (F.pad(q, (0, 0, 0, 0, 0, fill)) if fill else q).unflatten(1, (-1, block))  # [B, N, C, H, R]
+    k, x = (_spans(tensor, window, block) for tensor in (k, x))  # [B, N, w + C, H, ·]
+    seen = torch.ones(block, window + block, dtype=torch.bool, device=q.device).triu(1).tril(window)
+    seen = seen.repeat(*q.shape[:2], 1, 1, 1)  # [B, N, 1, C, w + C]
+    seen[:, 0, :, :, : window - keep] = False  # the filling on the left
+    batch = [tensor.flatten(0, 1).transpose(1, 2).to(x.dtype) for tensor in (q, k, x)]  # [B·N, H, ·, ·]
+    y = F.scaled_dot_product_attention(batch[0], batch[1], batch[2], attn_mask=seen.flatten(0, 1))
+    return y.transpose(1, 2).unflatten(0, q.shape[:2]).flatten(1, 2)[:, :T]
 
 
 def _spans(tensor: Tensor, window: int, block: int) -> Tensor:
-    """(B, w + N·C, H, ·) -> (B, H, N, w + C, ·): the positions each block of C queries can see."""
+    """(B, w + N·C, H, ·) -> (B, N, w + C, H, ·): the positions each block of C queries can see."""
     if block == window:  # two neighbouring blocks; a plain copy, whose backward is cheaper than that of unfold
-        blocks = tensor.unflatten(1, (-1, block)).permute(0, 3, 1, 2, 4)
-        return torch.cat([blocks[:, :, :-1], blocks[:, :, 1:]], 3)
-    return tensor.unfold(1, window + block, block).permute(0, 2, 1, 4, 3)
+        blocks = tensor.unflatten(1, (-1, block))
+        return torch.cat([blocks[:, :-1], blocks[:, 1:]], 2)
+    return tensor.unfold(1, window + block, block).movedim(-1, 2)
