@@ -38,3 +38,14 @@ def test_repetitions_have_the_seeds_that_follow_and_names_that_say_so():
 def test_a_wrong_checkpoint_argument_is_named(value):
     with pytest.raises(ValueError, match="must be NAME=PATH"):
         candidates(PerplexityRun(checkpoint=(value,)))
+
+
+def test_checkpoints_are_evaluated_alone_and_each_once(monkeypatch):
+    index = {"model_config": {f: getattr(ENGINE, f) for f in ENGINE.__dataclass_fields__}, "train_config": {"seed": 5}}
+    monkeypatch.setattr("phase1.candidates.read_index", lambda path: index)
+    found = candidates(PerplexityRun(checkpoint=("phase1_htt2_ar6=a", "no_gate=b", "phase1_htt2_ar6_seed5=c")))
+    assert [(c.key, str(c.checkpoint), c.seed) for c in found] == [("phase1_htt2_ar6", "a", 5), ("no_gate", "b", 5), ("phase1_htt2_ar6_seed5", "c", 5)]
+    with pytest.raises(ValueError, match="every model once"):
+        candidates(PerplexityRun(checkpoint=("no_gate=a", "no_gate=b")))
+    with pytest.raises(ValueError, match="the model there is phase1_htt2_ar6; use that name"):
+        candidates(PerplexityRun(checkpoint=("baseline=a",)))

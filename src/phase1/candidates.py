@@ -24,21 +24,22 @@ class Candidate:
 
 
 def candidates(run: PerplexityRun) -> list[Candidate]:
-    """Baseline, every rank pair, the variants, all of it once per seed, and what --checkpoint names beside them.
+    """What --checkpoint names, and nothing else; without it baseline, every rank pair and the variants, once per seed.
 
-    Raises ValueError for a wrong name or path.
+    Raises ValueError for a wrong name or path, or one that is there twice.
     """
+    if run.checkpoint:
+        given = {candidate.key: candidate for candidate in map(_given, run.checkpoint)}
+        if len(given) < len(run.checkpoint):
+            raise ValueError(f"--checkpoint must name every model once; got {' '.join(run.checkpoint)}; use _seed1 and so on")
+        return list(given.values())
     pairs = [(r, R) for r in run.test_htt_ranks for R in run.test_ar_ssm_ranks]
     engines = [model_config("phase1", run, htt_rank=r, ar_ssm_max_rank=R) for r, R in pairs]
     configs = {"baseline": replace(engines[0], **ROLES["baseline"])} if run.baseline else {}  # it uses no rank
     configs |= {report_key(config): config for config in engines}
     configs |= {name: variant(name, engines[0]) for name in run.variants}
-    wanted = {
-        seeded(key, seed, run.seed): Candidate(seeded(key, seed, run.seed), config, seed)
-        for seed in range(run.seed, run.seed + run.repeats)
-        for key, config in configs.items()
-    }
-    return list((wanted | {given.key: given for given in map(_given, run.checkpoint)}).values())
+    seeds = range(run.seed, run.seed + run.repeats)
+    return [Candidate(seeded(key, seed, run.seed), config, seed) for seed in seeds for key, config in configs.items()]
 
 
 def variant(name: Variant, engine: ModelConfig) -> ModelConfig:

@@ -269,7 +269,7 @@ class PerplexityRun(Shape, DataConfig, TrainConfig, Output):
     )
     repeats: int = option(1, "trainings of every model, with --seed, --seed + 1, ...: how much of a difference is chance")
     checkpoint: tuple[str, ...] = option(
-        (), "NAME=PATH of a trained model to evaluate instead of training; NAME as in the report, phase1_htt16_ar32 for example"
+        (), "NAME=PATH of trained models: these are evaluated, and none is trained; NAME as in a report, phase1_htt16_ar32 say"
     )
     checkpoint_dir: str = option("results/checkpoints", "trained models, by hash of config and data; reused by later runs")
 

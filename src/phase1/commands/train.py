@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from phase1.checkpoint import INDEX, check_configs, read_index, resume, save_checkpoint
-from phase1.config import ModelConfig, PerplexityRun, TrainConfig, TrainRun, flags, part_of, report_key
+from phase1.config import DataConfig, ModelConfig, PerplexityRun, TrainConfig, TrainRun, flags, part_of, report_key
 from phase1.data import Corpus, Windows, load_corpus, token_statistics
 from phase1.errors import Unavailable
 from phase1.layers.embedding import BAND_EDGES, BAND_RANKS
@@ -41,13 +41,11 @@ def main(run: TrainRun) -> int:
 
 
 def next_command(run: TrainRun, model: ModelConfig) -> str:
-    """What evaluates the model of `run`: same data, tokenizer and sizes."""
-    name = report_key(model)
-    shared: dict[str, Any] = {
-        f.name: getattr(run, f.name) for f in fields(PerplexityRun) if hasattr(run, f.name) and f.name != "out_dir"
-    }
-    shared |= {"test_htt_ranks": (run.htt_rank,), "test_ar_ssm_ranks": (run.ar_ssm_max_rank,)}
-    evaluation = PerplexityRun(**shared, baseline=not name.startswith("phase1"), checkpoint=(f"{name}={run.out_dir}",))
+    """What evaluates the model of `run`: same data and tokenizer, windows of the same length."""
+    data = {f.name: getattr(run, f.name) for f in fields(DataConfig)}
+    evaluation = PerplexityRun(
+        **data, vocab_size=run.vocab_size, seq_length=run.seq_length, checkpoint=(f"{report_key(model)}={run.out_dir}",)
+    )
     return f"next: phase1 perplexity {flags(evaluation)}"
 
 
