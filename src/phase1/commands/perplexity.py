@@ -9,16 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from phase1.checkpoint import load_model, read_index
+from phase1.checkpoint import load_model, load_token_order, read_index
 from phase1.commands.train import train_to_checkpoint
 from phase1.config import ROLES, ModelConfig, PerplexityRun, Shape, TrainConfig, content_id, model_config, part_of, report_key
 from phase1.data import Corpus, count_words, load_corpus
 from phase1.measure.environment import current_command, environment, settings, without_home
 from phase1.measure.isolate import is_out_of_memory, reason
+from phase1.measure.loss_parts import loss_by_band, loss_by_position, order_sha256
 from phase1.measure.perplexity import Evaluation, Protocol, evaluate, unigram_entropy
 from phase1.measure.stats import paired_ratio_interval
 from phase1.record import FILES, Check, Dataset, Parameters, PerplexityResult, Report, exit_code, write_report
-from phase1.report import checks_text, perplexity_text, plot_perplexity
+from phase1.report import checks_text, perplexity_text, plot_losses, plot_perplexity
 from phase1.train import compute_dtype
 
 LIMIT_PERCENT = 5.0
@@ -44,6 +45,7 @@ def main(run: PerplexityRun) -> int:
         tokenizer_sha256=corpus.tokenizer.fingerprint,
         split=scored.name,
         seq_length=run.seq_length,
+        stride=run.stride or run.seq_length,
         prefix=corpus.tokenizer.end_of_text,
         max_windows=run.max_samples,
     )
@@ -56,8 +58,8 @@ def main(run: PerplexityRun) -> int:
             if not is_out_of_memory(error):
                 raise
             results[model.key] = out_of_memory(run, model, error)
-    results = {key: compare(key, results, evaluations) for key in results}
-    checks = [quality_check(result, results.get("baseline")) for key, result in results.items() if key != "baseline"]
+    results = {key: compare(run, key, results, evaluations) for key in results}
+    checks = [quality_check(run, result, results.get("baseline")) for key, result in results.items() if key != "baseline"]
     report = Report[PerplexityResult](
         kind="perplexity",
         environment=environment(),
@@ -69,6 +71,8 @@ def main(run: PerplexityRun) -> int:
     path = Path(run.out_dir) / FILES["perplexity"]
     write_report(report, path)
     written = [path]
+    if evaluations:
+        written.append(plot_losses(report, path.with_name("phase1_perplexity_losses.png")))
     if len(results) > 1:
         written.append(plot_perplexity(report, path.with_name("phase1_perplexity_comparison.png")))
     print(perplexity_text(report), checks_text(checks), *(f"written: {p}" for p in written), sep="\n")
@@ -134,7 +138,7 @@ def evaluate_checkpoint(
     )
     if not math.isfinite(evaluation.loss):
         raise ValueError(f"{folder} gives a loss of {evaluation.loss}; expected a finite number; train again")
-    ids = scored.ids[: int(evaluation.tokens.sum())]
+    ids = scored.ids[: len(evaluation.losses)]
     byte_count = int(corpus.tokenizer.token_bytes()[ids].sum())
     word_count = count_words(corpus.tokenizer.decode(without(ids, corpus.tokenizer.end_of_text)))
     unigram = unigram_entropy(scored.ids)
@@ -153,6 +157,7 @@ def evaluate_checkpoint(
         byte_count=byte_count,
         word_count=word_count,
         trained_tokens=facts["trained_tokens"],
+        trained_seq_length=facts.get("seq_length"),
         train_seconds=facts["train_seconds"],
         trained_on=Dataset(**facts["data"]),
         training=read_index(folder)["train_config"],
@@ -163,7 +168,18 @@ def evaluate_checkpoint(
         effective_rank=evaluation.effective_rank,
         window_nll_nats=evaluation.nll_nats.tolist(),
         window_tokens=evaluation.tokens.tolist(),
+        loss_by_position=loss_by_position(evaluation),
+        **bands(folder, evaluation, ids),
     )
+
+
+def bands(folder: Path, evaluation: Evaluation, ids: np.ndarray) -> dict[str, Any]:
+    """The fields of the losses by frequency, by the order that the checkpoint brings, or why there are none."""
+    tensor = load_token_order(folder)
+    if tensor is None:
+        return {"loss_by_band_detail": "the checkpoint has no token order: unfinished, or of an earlier version; train again"}
+    order = tensor.numpy()
+    return {"loss_by_band": loss_by_band(evaluation, ids, order), "token_order_sha256": order_sha256(order)}
 
 
 def without(ids: np.ndarray, end_of_text: int) -> np.ndarray:
@@ -184,7 +200,9 @@ def out_of_memory(run: PerplexityRun, model: Candidate, error: BaseException) ->
     )
 
 
-def compare(key: str, results: dict[str, PerplexityResult], evaluations: dict[str, Evaluation]) -> PerplexityResult:
+def compare(
+    run: PerplexityRun, key: str, results: dict[str, PerplexityResult], evaluations: dict[str, Evaluation]
+) -> PerplexityResult:
     """The result with its degradation against the baseline, where the two may be compared."""
     result, baseline = results[key], results.get("baseline")
     if key == "baseline" or baseline is None or why_not_comparable(result, baseline):
@@ -196,7 +214,7 @@ def compare(key: str, results: dict[str, PerplexityResult], evaluations: dict[st
         update={
             "ppl_degradation_percent": percent,
             "degradation_ci95": interval,
-            "passes_5_percent_threshold": percent < LIMIT_PERCENT,
+            "passes_5_percent_threshold": None if why_no_verdict(run, baseline) else percent < LIMIT_PERCENT,
         }
     )
 
@@ -208,15 +226,25 @@ def why_not_comparable(result: PerplexityResult, baseline: PerplexityResult) -> 
             return f"{side.model_name}: {side.detail}"
         if side.untrained:
             return f"{side.model_name} has not beaten the unigram entropy: train it on more tokens"
-    for what in ("trained_tokens", "trained_on", "protocol_hash"):
+    for what in ("trained_tokens", "trained_on", "trained_seq_length", "protocol_hash"):
         if getattr(result, what) != getattr(baseline, what):
             return f"{what} differ: {getattr(result, what)} and {getattr(baseline, what)}"
     return ""
 
 
-def quality_check(result: PerplexityResult, baseline: PerplexityResult | None) -> Check:
+def why_no_verdict(run: PerplexityRun, baseline: PerplexityResult) -> str:
+    """Empty, or the reason why a ratio to `baseline` is no verdict: past its training length a Transformer breaks down."""
+    trained = baseline.trained_seq_length
+    if trained is None or run.seq_length <= trained:
+        return ""
+    return f"scored at T = {run.seq_length:,}, trained at T = {trained:,}: a verdict needs T of the training, or less"
+
+
+def quality_check(run: PerplexityRun, result: PerplexityResult, baseline: PerplexityResult | None) -> Check:
     """Pass below LIMIT_PERCENT; inconclusive where there is nothing to compare with."""
-    reason = "no baseline in this run" if baseline is None else why_not_comparable(result, baseline)
+    reason = "no baseline in this run"
+    if baseline is not None:
+        reason = why_not_comparable(result, baseline) or why_no_verdict(run, baseline)
     status, detail, value = "inconclusive", reason, result.ppl_degradation_percent
     if not reason:
         status = "pass" if result.passes_5_percent_threshold else "fail"
