@@ -110,6 +110,19 @@ def test_no_tensor_of_tokens_times_vocabulary_is_made_at_long_windows(monkeypatc
     assert max(sizes) == 20 and sum(sizes) == 2 * 300
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("role", ["baseline", "phase1"])
+def test_a_window_of_16384_tokens_is_scored_in_less_than_half_its_logits(role):
+    sizes = Ranked(d_model=64, n_layers=2, n_heads=2)  # V = 50257
+    net = LanguageModel(model_config(role, sizes)).cuda()
+    ids = np.random.default_rng(0).integers(0, sizes.vocab_size, 16384)
+    torch.cuda.reset_peak_memory_stats()
+    result = evaluate(net, ids, protocol(seq_length=16384), batch_size=1, dtype=torch.float16)
+    assert len(result.losses) == 16384 and np.isfinite(result.losses).all()
+    assert torch.cuda.max_memory_allocated() < 0.5 * 4 * 16384 * sizes.vocab_size
+
+
 @pytest.mark.parametrize("role", ["baseline", "phase1"])
 def test_a_uniform_model_has_the_perplexity_of_the_vocabulary(role):
     net = model(role)
@@ -149,6 +162,10 @@ def test_the_hash_of_windows_side_by_side_is_the_one_of_results_from_before_the_
         T = report.run["seq_length"]
         same = Protocol(result.dataset.sha256, GPT2_FINGERPRINT, result.dataset.split, T, T, prefix=50256, max_windows=None)
         assert same.protocol_hash == result.protocol_hash == "a80c91cd4e81"
+
+
+def test_every_stride_is_a_protocol_of_its_own():
+    assert len({protocol(8, stride=stride).protocol_hash for stride in range(1, 9)}) == 8
 
 
 def test_an_empty_text_is_refused():

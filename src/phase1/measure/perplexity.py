@@ -126,19 +126,18 @@ def evaluate(
     model.eval()
     losses, places, tokens = [], [], []
     inputs_seen, rank_sum = 0, None
-    progress = tqdm(total=target_count(ids, protocol), desc=f"evaluate {label}".rstrip(), unit="tok", disable=None)
-    for inputs, targets in windows(ids, protocol, batch_size):
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            nll, effective_rank = model.nll(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device))
-        scored = targets != IGNORE
-        losses.append(nll.cpu().numpy()[scored])
-        places.append(np.nonzero(scored)[1])
-        tokens.append(scored.sum(1))
-        progress.update(int(scored.sum()))
-        inputs_seen += inputs.size
-        if effective_rank is not None:
-            rank_sum = (rank_sum or 0.0) + effective_rank.item() * inputs.size
-    progress.close()
+    with tqdm(total=target_count(ids, protocol), desc=f"evaluate {label}".rstrip(), unit="tok", disable=None) as progress:
+        for inputs, targets in windows(ids, protocol, batch_size):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                nll, effective_rank = model.nll(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device))
+            scored = targets != IGNORE
+            losses.append(nll.cpu().numpy()[scored])
+            places.append(np.nonzero(scored)[1])
+            tokens.append(scored.sum(1))
+            progress.update(int(scored.sum()))
+            inputs_seen += inputs.size
+            if effective_rank is not None:
+                rank_sum = (rank_sum or 0.0) + effective_rank.item() * inputs.size
     model.train(was_training)
     rank = None if rank_sum is None else rank_sum / inputs_seen
     return Evaluation(np.concatenate(losses), np.concatenate(places), np.concatenate(tokens), rank)

@@ -19,7 +19,8 @@ def loss_comparison(report: Report[PerplexityResult], hardware: str | None = Non
             losses = (_loss(by_model.get(key, []), group) for key in shown)
             rows.append((title, *group, *losses))
     notes = [
-        "Context: tokens of the window before the target. Frequency rank: of the target in the tokens of the training, from 0.",
+        "Context: tokens of the window before the target; the one token before the window is not counted.",
+        "Frequency rank: of the target in the tokens of the training, from 0.",
         *(f"{key}: other targets, not shown" for key in report.results if _has_losses(report, key) and key not in shown),
         *(f"{key}: no losses by rank, {_why(shown[key])}" for key in shown if key not in ranks),
     ]

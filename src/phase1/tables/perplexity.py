@@ -47,8 +47,8 @@ def _windows_text(result: PerplexityResult, report: Report[PerplexityResult]) ->
     T, stride, trained = (report.run.get("seq_length"), report.run.get("stride"), result.trained_seq_length)
     if trained in (None, T) and stride in (None, T):
         return ""
-    known = "an unknown T" if trained is None else f"T = {trained:,}"
-    return f"Windows: scored at T = {T}, stride {stride or T}; trained at {known}."
+    windows = "side by side" if stride in (None, T) else f"stride {stride}"
+    return f"Windows: T = {T}, {windows}; in training T = {'unknown' if trained is None else trained}."
 
 
 def perplexity_cells(key: str, result: PerplexityResult) -> tuple[Cell, ...]:
