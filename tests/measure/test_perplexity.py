@@ -1,4 +1,6 @@
 import math
+import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -106,8 +108,23 @@ def test_no_tensor_of_tokens_times_vocabulary_is_made_at_long_windows(monkeypatc
     original = chunked._log_probabilities
     monkeypatch.setattr(chunked, "_log_probabilities", lambda *a: sizes.append(len(a[0])) or original(*a))
     for role in ("baseline", "phase1"):
-        evaluate(model(role), text(300), protocol(seq_length=256), batch_size=1, dtype=torch.float32)
-    assert max(sizes) == 20 and sum(sizes) == 2 * 300
+        evaluate(model(role), text(300), protocol(seq_length=256, stride=10), batch_size=3, dtype=torch.float32)
+    assert max(sizes) == 20 and sum(sizes) == 2 * 300  # and none for what is not scored
+
+
+@pytest.mark.parametrize("role", ["baseline", "phase1"])
+def test_no_state_of_a_block_is_alive_when_the_next_one_runs(role):
+    """States grow with T, or are views of what does; nobody reads them here."""
+    net = LanguageModel(model_config(role, replace(TINY, n_layers=2)))
+    states, alive = [], []
+
+    def after(module, args, output):
+        states.extend(weakref.ref(part) for part in output[1] if isinstance(part, torch.Tensor))
+
+    net.blocks[0].mixer.register_forward_hook(after)
+    net.blocks[1].register_forward_pre_hook(lambda module, args: alive.append(sum(state() is not None for state in states)))
+    evaluate(net, text(16), protocol(seq_length=16), batch_size=1, dtype=torch.float32)
+    assert states and alive == [0]
 
 
 @pytest.mark.gpu
