@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -17,8 +18,12 @@ from phase1.train import TrainState
 INDEX = "checkpoint.json"  # written last; names the tensor files that belong together
 
 
-def save_checkpoint(folder: Path | str, state: TrainState, facts: dict[str, Any], *, resumable: bool = True) -> None:
-    """Write model, token order and `facts` (JSON: data, protocol, seconds...), and what resuming needs if `resumable`.
+def save_checkpoint(
+    folder: Path | str, state: TrainState, facts: dict[str, Any], *, resumable: bool = True, token_order: Tensor | None = None
+) -> None:
+    """Write model and `facts` (JSON: data, protocol, seconds...), what resuming needs if `resumable`, and `token_order`.
+
+    `token_order` (V,) integers: all ids by falling frequency in the tokens of the training, for losses by frequency.
 
     The tensor files carry the step in their names and the index that names them is replaced last, so a crash
     leaves the previous checkpoint whole. Files of older steps are removed afterwards.
@@ -29,6 +34,9 @@ def save_checkpoint(folder: Path | str, state: TrainState, facts: dict[str, Any]
     if resumable:
         files["training"] = f"training-{state.step:08d}.safetensors"
         atomic_write(folder / files["training"], save(_on_cpu(_optimizer_tensors(state))))
+    if token_order is not None:
+        files["tokens"] = f"tokens-{state.step:08d}.safetensors"
+        atomic_write(folder / files["tokens"], save({"order": token_order}))
     index = {
         "format": 1,
         "step": state.step,
@@ -75,6 +83,18 @@ def load_model(folder: Path | str) -> tuple[LanguageModel, dict[str, Any]]:
         raise _misfit(folder, error) from error
     _load_weights(folder, index, model)
     return model, index["facts"]
+
+
+def load_token_order(folder: Path | str) -> Tensor | None:
+    """(V,) ids by falling frequency in training; None for an unfinished checkpoint or one of an earlier version."""
+    index = read_index(folder)
+    if "tokens" not in index["files"]:
+        return None
+    order = _tensors(folder, index, "tokens").get("order")
+    every_id = torch.arange(ModelConfig(**index["model_config"]).vocab_size)
+    if order is None or not torch.equal(order.long().sort().values, every_id):
+        raise _misfit(folder, ValueError(f"the token order must hold 0 to {len(every_id) - 1} once each"))
+    return order
 
 
 def resume(folder: Path | str, state: TrainState) -> dict[str, Any]:

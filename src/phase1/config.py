@@ -258,7 +258,8 @@ class PerplexityRun(Shape, DataConfig, TrainConfig, Output):
 
     baseline_learning_rate: float | None = option(None, "--learning-rate of the baseline, where its best is another")
     max_samples: int | None = option(None, "windows of --seq-length tokens to evaluate; all by default")
-    seq_length: int = option(512, "T, tokens per window in training and evaluation")
+    seq_length: int = option(512, "T, tokens per window in evaluation, and in the training of what is not trained yet")
+    stride: int | None = option(None, "S: every window but the first scores only its last S tokens; T by default, side by side")
     batch_size: int = option(8, "windows per forward pass of the evaluation; does not change the result")
     test_htt_ranks: tuple[int, ...] = option((16,), "HTT ranks to test, each with every AR-SSM rank")
     test_ar_ssm_ranks: tuple[int, ...] = option((32,), "AR-SSM ranks to test")
@@ -276,9 +277,11 @@ class PerplexityRun(Shape, DataConfig, TrainConfig, Output):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_positive(self, "seq_length", "batch_size", "test_htt_ranks", "test_ar_ssm_ranks", "repeats")
-        for name in ("max_samples", "baseline_learning_rate"):
+        for name in ("max_samples", "stride", "baseline_learning_rate"):
             if getattr(self, name) is not None:
                 _require_positive(self, name)
+        if self.stride is not None and self.stride > self.seq_length:
+            raise ValueError(f"--stride must be at most --seq-length={self.seq_length}; got {self.stride}; lower it")
         for htt_rank in self.test_htt_ranks:
             for ar_ssm_rank in self.test_ar_ssm_ranks:
                 check_ranks(self, ar_ssm_rank, htt_rank)

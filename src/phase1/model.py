@@ -83,7 +83,7 @@ class LanguageModel(nn.Module):
 
     def continue_from(self, ids: Tensor, states: list[Any] | None) -> tuple[Tensor, list[Any]]:
         """Logits (B, T, V) for `ids` that follow the text that left `states` (None: the beginning), and the new states."""
-        hidden, states, _ = self._hidden(ids, states)
+        hidden, states, _ = self._hidden(ids, states, keep_states=True)
         dtype = _compute_dtype(hidden)
         logits = hidden.to(dtype) @ self.embedding.table(dtype).to(dtype).T
         if self.embedding.output_bias is not None:
@@ -113,9 +113,9 @@ class LanguageModel(nn.Module):
         return hidden.flatten(0, 1).to(dtype), self.embedding.table(dtype), positions, self.embedding.output_bias
 
     def _hidden(
-        self, ids: Tensor, states: list[Any] | None = None, recompute: bool = False
+        self, ids: Tensor, states: list[Any] | None = None, recompute: bool = False, keep_states: bool = False
     ) -> tuple[Tensor, list[Any], Tensor | None]:
-        """Final states (B, T, D), the blocks' states (none when recomputing), and the effective rank over all layers."""
+        """Final states (B, T, D), the blocks' states if they are to be kept, and the effective rank over all layers."""
         self._check(ids)
         x = _run(self._embed, ids, recompute) * math.sqrt(self.config.d_model)
         new_states, ranks = [], []
@@ -124,7 +124,9 @@ class LanguageModel(nn.Module):
                 x, rank = _run(lambda x, block=block: block(x)[::2], x, recompute)
             else:
                 x, state, rank = block(x, None if states is None else states[i])
-                new_states.append(state)
+                if keep_states:  # they hold on to memory in proportion to T
+                    new_states.append(state)
+                del state
             ranks.append(rank)
         effective_rank = torch.stack(ranks).mean() if self.config.mixer == "ar_ssm" else None
         return self.norm(x), new_states, effective_rank

@@ -12,9 +12,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 from phase1.files import atomic_write, one_line, read_json
 
 __all__ = [
-    "FILES", "SCHEMA_VERSION", "Check", "ComplexityOrder", "Dataset", "Interval", "Kind", "Measurement", "MemoryResult",
-    "Parameters", "PerplexityResult", "Report", "Result", "Scaling", "Status", "ThroughputResult", "Verdict", "atomic_write",
-    "exit_code", "read_report", "write_report",
+    "FILES", "SCHEMA_VERSION", "Check", "ComplexityOrder", "Dataset", "Interval", "Kind", "LossPart", "Measurement",
+    "MemoryResult", "Parameters", "PerplexityResult", "Report", "Result", "Scaling", "Status", "ThroughputResult", "Verdict",
+    "atomic_write", "exit_code", "read_report", "write_report",
 ]  # fmt: skip
 
 SCHEMA_VERSION: Final = 1
@@ -165,6 +165,15 @@ class Dataset(_Record):
     sha256: str
 
 
+class LossPart(_Record):
+    """Mean loss of the targets whose context or frequency rank is from `first` to `last`, both included."""
+
+    first: int
+    last: int
+    tokens: int
+    avg_loss: float = Field(description="nats per target token")
+
+
 class PerplexityResult(Result):
     """Perplexity of one trained model; degradation against the `baseline` of the same report, in percent."""
 
@@ -177,18 +186,23 @@ class PerplexityResult(Result):
     word_count: int | None = None
     trained_tokens: int | None = None
     trained_on: Dataset | None = Field(default=None, description="the training text")
+    trained_seq_length: int | None = Field(default=None, description="T in training; run.seq_length is that of the scoring")
     train_seconds: float | None = None
     training: JsonObject | None = Field(default=None, description="settings of the training run: rates, seed, batch...")
     dataset: Dataset | None = None
     protocol_hash: str | None = None
     untrained: bool = Field(default=False, description="the model has not beaten the unigram entropy: no verdict")
-    unigram_loss: float | None = Field(default=None, description="nats per token of the unigram model on the same targets")
+    unigram_loss: float | None = Field(default=None, description="entropy in nats per token of the split's own token frequencies")
     effective_rank: float | None = Field(default=None, description="mean over tokens of the sum of rank gates")
     ppl_degradation_percent: float | None = None
     degradation_ci95: Interval | None = None
     passes_5_percent_threshold: bool | None = None
     window_nll_nats: list[float] | None = Field(default=None, description="summed loss of every window, in order")
     window_tokens: list[int] | None = Field(default=None, description="targets of every window, in order")
+    loss_by_position: list[LossPart] | None = Field(default=None, description="by tokens of the window before the target")
+    loss_by_band: list[LossPart] | None = Field(default=None, description="by frequency rank of the target in training, from 0")
+    loss_by_band_detail: str = Field(default="", description="why there is no loss_by_band")
+    token_order_sha256: str | None = Field(default=None, description="of the ranks in loss_by_band: equal ones are comparable")
 
     def _needed(self) -> dict[str, Any]:
         return super()._needed() | {name: getattr(self, name) for name in ("perplexity", "trained_tokens", "protocol_hash")}

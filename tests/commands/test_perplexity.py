@@ -1,16 +1,23 @@
 import json
+import math
 import random
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from phase1.checkpoint import INDEX, load_token_order
 from phase1.cli import parse
 from phase1.commands import perplexity, train
 from phase1.config import PerplexityRun, TrainRun
+from phase1.data import load_corpus
 from phase1.errors import Unavailable
+from phase1.measure.stats import paired_ratio_interval
 from phase1.record import read_report
 
 FILE = "phase1_perplexity_validation.json"
@@ -215,3 +222,129 @@ def test_out_of_memory_in_training_ends_with_sizes_to_try(run, monkeypatch, tmp_
     monkeypatch.setattr(train, "train", full)
     with pytest.raises(Unavailable, match="try --micro-batch-size 8"):
         train.main(settings_of(run, out_dir=str(tmp_path / "mine")))
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    """A run with its baseline and its engine already trained at T = 16: the settings that evaluate them, nothing else."""
+    path = tmp_path_factory.mktemp("trained")
+    run = PerplexityRun(
+        dataset_name=str(folder), tokenizer="bpe", cache_dir=str(path / "cache"), out_dir=str(path / "out"),
+        checkpoint_dir=str(path / "checkpoints"), vocab_size=300, d_model=16, n_layers=1, n_heads=2, ar_ssm_min_rank=2,
+        ar_ssm_window=4, htt_dense_rows=20, htt_groups=10, test_htt_ranks=(2,), test_ar_ssm_ranks=(4,), seq_length=16,
+        train_tokens=16 * 16 * 40, train_batch_size=16, micro_batch_size=16, learning_rate=1e-2,
+    )  # fmt: skip
+    perplexity.main(run)
+    folders = {name: next(Path(run.checkpoint_dir).glob(f"{name}-*")) for name in ("baseline", "phase1_htt2_ar4")}
+    return replace(run, checkpoint=tuple(f"{name}={path}" for name, path in folders.items()))
+
+
+def evaluated(run, tmp_path):
+    """Exit status and report of an evaluation that writes into `tmp_path`."""
+    status = perplexity.main(replace(run, out_dir=str(tmp_path)))
+    return status, read_report(tmp_path / FILE, "perplexity")
+
+
+def test_losses_by_context_and_frequency_add_up_to_the_loss_of_every_model(trained, tmp_path, capsys):
+    _, report = evaluated(trained, tmp_path)
+    for result in report.results.values():
+        assert [(p.first, p.last) for p in result.loss_by_position] == [(0, 0), (1, 1), (2, 3), (4, 7), (8, 15)]
+        assert [(p.first, p.last) for p in result.loss_by_band] == [(0, 299)]
+        for parts in (result.loss_by_position, result.loss_by_band):
+            assert sum(p.tokens for p in parts) == result.token_count
+            assert math.fsum(p.tokens * p.avg_loss for p in parts) == pytest.approx(math.fsum(result.window_nll_nats), rel=1e-9)
+    assert len({r.token_order_sha256 for r in report.results.values()}) == 1
+    assert "tokens of context" in capsys.readouterr().out
+    assert (tmp_path / "phase1_perplexity_losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_checkpoint_brings_the_order_of_the_tokens_it_was_trained_on(trained):
+    corpus = load_corpus(trained, vocab_size=300, need=("train",))
+    for item in trained.checkpoint:
+        order = load_token_order(item.partition("=")[2]).numpy()
+        seen = train.Windows(corpus.splits["train"].ids, 16, 0).seen(16 * 40)
+        counts = np.bincount(seen, minlength=300)
+        assert len(seen) < len(corpus.splits["train"].ids)
+        assert sorted(order) == list(range(300)) and (np.diff(counts[order]) <= 0).all()
+
+
+def test_every_target_is_scored_once_whatever_the_stride_and_more_context_is_another_protocol(trained, tmp_path):
+    reports = [evaluated(replace(trained, stride=stride), tmp_path / str(stride))[1] for stride in (None, 16, 5)]
+    baselines = [report.results["baseline"] for report in reports]
+    assert len({r.token_count for r in baselines}) == 1 and {r.tokens for r in baselines[2].loss_by_position[:1]} == {1}
+    assert baselines[0].protocol_hash == baselines[1].protocol_hash != baselines[2].protocol_hash
+    assert baselines[0].window_nll_nats == baselines[1].window_nll_nats
+    assert set(baselines[2].window_tokens[1:-1]) == {5} and baselines[2].window_tokens[0] == 16
+
+
+def test_models_are_scored_at_eight_times_the_length_of_their_training_without_a_verdict(trained, tmp_path, capsys):
+    status, report = evaluated(replace(trained, seq_length=128, stride=32), tmp_path)
+    assert status == 3 and "scored at T = 128, trained at T = 16" in report.checks[0].detail
+    for result in report.results.values():
+        assert result.trained_seq_length == 16 and result.passes_5_percent_threshold is None
+        assert (result.loss_by_position[-1].first, result.loss_by_position[-1].last) == (64, 127)
+    assert report.results["phase1_htt2_ar4"].ppl_degradation_percent is not None
+    assert "Windows: T = 128, stride 32; in training T = 16." in capsys.readouterr().out
+
+
+def test_two_lengths_of_context_are_compared_on_the_same_targets(trained, tmp_path):
+    """The recipe of the guide: equal strides, so that windows past the longer first one score the same targets."""
+    S, short, long = 16, 32, 128
+    reports = [evaluated(replace(trained, seq_length=T, stride=S), tmp_path / str(T))[1] for T in (short, long)]
+    less, more = (report.results["phase1_htt2_ar4"] for report in reports)
+    skip = 1 + (long - short) // S
+    assert less.window_tokens[skip:] == more.window_tokens[1:]
+    assert sum(less.window_tokens[:skip]) == more.window_tokens[0] == long
+    percent, (low, high) = paired_ratio_interval(more.window_nll_nats[1:], less.window_nll_nats[skip:], more.window_tokens[1:])
+    assert low < percent < high and abs(percent) < 50
+
+
+def copied(run, tmp_path, name, change):
+    """`run` with a copy of checkpoint `name` to which `change(folder, index)` was done."""
+    found = dict(item.split("=", 1) for item in run.checkpoint)
+    folder = tmp_path / name
+    shutil.copytree(found[name], folder)
+    index = json.loads((folder / INDEX).read_text())
+    change(folder, index)
+    (folder / INDEX).write_text(json.dumps(index))
+    return replace(run, checkpoint=tuple(f"{key}={path}" for key, path in (found | {name: str(folder)}).items()))
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_bands_and_says_why(trained, tmp_path):
+    old = copied(trained, tmp_path, "baseline", lambda folder, index: index["files"].pop("tokens"))
+    _, report = evaluated(old, tmp_path)
+    result = report.results["baseline"]
+    assert result.loss_by_band is None and result.token_order_sha256 is None and "train again" in result.loss_by_band_detail
+    assert result.loss_by_position and report.results["phase1_htt2_ar4"].loss_by_band
+
+
+@pytest.mark.parametrize("order", [torch.arange(299), torch.arange(300) // 2, torch.zeros(300, dtype=torch.int32)], ids=str)
+def test_a_token_order_that_is_none_is_refused_in_one_line(trained, tmp_path, order):
+    bad = copied(trained, tmp_path, "baseline", lambda at, index: save_file({"order": order}, at / index["files"]["tokens"]))
+    with pytest.raises(ValueError, match="the token order must hold 0 to 299 once each; train again") as caught:
+        perplexity.main(replace(bad, out_dir=str(tmp_path)))
+    assert "\n" not in str(caught.value)
+
+
+def test_bands_of_other_ranks_are_not_put_side_by_side(trained, tmp_path, capsys):
+    other = torch.arange(300, dtype=torch.int32).flip(0)
+    mixed = copied(
+        trained, tmp_path, "phase1_htt2_ar4", lambda at, index: save_file({"order": other}, at / index["files"]["tokens"])
+    )
+    _, report = evaluated(mixed, tmp_path)
+    assert len({r.token_order_sha256 for r in report.results.values()}) == 2
+    out = capsys.readouterr().out
+    assert "phase1_htt2_ar4: no losses by rank, trained on other tokens, so its ranks are others" in " ".join(out.split())
+
+
+def test_models_trained_at_different_lengths_are_not_compared(trained, tmp_path):
+    longer = copied(trained, tmp_path, "baseline", lambda folder, index: index["facts"].update(seq_length=32))
+    status, report = evaluated(longer, tmp_path)
+    assert status == 3 and "trained_seq_length differ: 16 and 32" in report.checks[0].detail
+    assert report.results["phase1_htt2_ar4"].ppl_degradation_percent is None
+
+
+@pytest.mark.parametrize("stride", [0, 513])
+def test_a_stride_that_leaves_targets_out_is_refused(stride):
+    with pytest.raises(ValueError, match="--stride must be"):
+        PerplexityRun(stride=stride)

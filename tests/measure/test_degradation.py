@@ -24,8 +24,8 @@ def result(key, ratio=1.0, **changes):
 
 
 def checks_of(*results):
-    found = compared({r.model_name: r for r in results})
-    return found, {check.name: check for check in quality_checks(found)}
+    found = compared({r.model_name: r for r in results}, 512)
+    return found, {check.name: check for check in quality_checks(found, 512)}
 
 
 def test_the_limit_belongs_to_the_claim():

@@ -9,16 +9,17 @@ import numpy as np
 import torch
 
 from phase1.candidates import Candidate, candidates
-from phase1.checkpoint import load_model, read_index
+from phase1.checkpoint import load_model, load_token_order, read_index
 from phase1.commands.train import train_to_checkpoint
 from phase1.config import PerplexityRun, Shape, TrainConfig, content_id, part_of
 from phase1.data import Corpus, count_words, load_corpus
 from phase1.measure.degradation import compared, quality_checks
 from phase1.measure.environment import current_command, environment, settings, without_home
 from phase1.measure.isolate import is_out_of_memory, reason
-from phase1.measure.perplexity import Protocol, evaluate, unigram_entropy
+from phase1.measure.loss_parts import loss_by_band, loss_by_position, order_sha256
+from phase1.measure.perplexity import Evaluation, Protocol, evaluate, unigram_entropy
 from phase1.record import FILES, Dataset, Parameters, PerplexityResult, Report, exit_code, write_report
-from phase1.report import checks_text, perplexity_text, plot_perplexity
+from phase1.report import checks_text, perplexity_text, plot_losses, plot_perplexity
 from phase1.train import compute_dtype
 
 
@@ -33,6 +34,7 @@ def main(run: PerplexityRun) -> int:
         tokenizer_sha256=corpus.tokenizer.fingerprint,
         split=scored.name,
         seq_length=run.seq_length,
+        stride=run.stride or run.seq_length,
         prefix=corpus.tokenizer.end_of_text,
         max_windows=run.max_samples,
     )
@@ -45,8 +47,8 @@ def main(run: PerplexityRun) -> int:
             if not is_out_of_memory(error):
                 raise
             results[model.key] = out_of_memory(run, model, error)
-    results = compared(results)
-    checks = quality_checks(results)
+    results = compared(results, run.seq_length)
+    checks = quality_checks(results, run.seq_length)
     report = Report[PerplexityResult](
         kind="perplexity",
         environment=environment(),
@@ -58,6 +60,8 @@ def main(run: PerplexityRun) -> int:
     path = Path(run.out_dir) / FILES["perplexity"]
     write_report(report, path)
     written = [path]
+    if any(result.status == "ok" for result in results.values()):
+        written.append(plot_losses(report, path.with_name("phase1_perplexity_losses.png")))
     if len(results) > 1:
         written.append(plot_perplexity(report, path.with_name("phase1_perplexity_comparison.png")))
     print(perplexity_text(report), checks_text(checks), *(f"written: {p}" for p in written), sep="\n")
@@ -101,7 +105,7 @@ def evaluate_checkpoint(
     )
     if not math.isfinite(evaluation.loss):
         raise ValueError(f"{folder} gives a loss of {evaluation.loss}; expected a finite number; train again")
-    ids = scored.ids[: int(evaluation.tokens.sum())]
+    ids = scored.ids[: len(evaluation.losses)]
     byte_count = int(corpus.tokenizer.token_bytes()[ids].sum())
     word_count = count_words(corpus.tokenizer.decode(without(ids, corpus.tokenizer.end_of_text)))
     unigram = unigram_entropy(scored.ids)
@@ -120,6 +124,7 @@ def evaluate_checkpoint(
         byte_count=byte_count,
         word_count=word_count,
         trained_tokens=facts["trained_tokens"],
+        trained_seq_length=facts.get("seq_length"),
         train_seconds=facts["train_seconds"],
         trained_on=Dataset(**facts["data"]),
         training=read_index(folder)["train_config"],
@@ -130,7 +135,18 @@ def evaluate_checkpoint(
         effective_rank=evaluation.effective_rank,
         window_nll_nats=evaluation.nll_nats.tolist(),
         window_tokens=evaluation.tokens.tolist(),
+        loss_by_position=loss_by_position(evaluation),
+        **bands(folder, evaluation, ids),
     )
+
+
+def bands(folder: Path, evaluation: Evaluation, ids: np.ndarray) -> dict[str, Any]:
+    """The fields of the losses by frequency, by the order that the checkpoint brings, or why there are none."""
+    tensor = load_token_order(folder)
+    if tensor is None:
+        return {"loss_by_band_detail": "the checkpoint has no token order: unfinished, or of an earlier version; train again"}
+    order = tensor.numpy()
+    return {"loss_by_band": loss_by_band(evaluation, ids, order), "token_order_sha256": order_sha256(order)}
 
 
 def without(ids: np.ndarray, end_of_text: int) -> np.ndarray:

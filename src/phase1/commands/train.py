@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from phase1.checkpoint import INDEX, check_configs, read_index, resume, save_checkpoint
 from phase1.config import DataConfig, ModelConfig, PerplexityRun, TrainConfig, TrainRun, flags, part_of, report_key
-from phase1.data import Corpus, Windows, load_corpus, token_statistics
+from phase1.data import Corpus, Windows, frequency_order, load_corpus, token_counts, token_statistics
 from phase1.errors import Unavailable
 from phase1.layers.embedding import BAND_EDGES, BAND_RANKS
 from phase1.measure.isolate import is_out_of_memory, reason
@@ -71,12 +71,14 @@ def train_to_checkpoint(
         if facts["finished"]:
             return facts
     windows = Windows(corpus.splits["train"].ids, seq_length, train_config.seed)
-    seen = None if begun else windows.seen(steps * train_config.train_batch_size)
-    state = make_state(model_config, train_config, seen)
+    seen = windows.seen(steps * train_config.train_batch_size)
+    state = make_state(model_config, train_config, None if begun else seen)
+    order = torch.from_numpy(frequency_order(token_counts(seen, model_config.vocab_size))).int()
+    del seen
     seconds = resume(folder, state)["train_seconds"] if begun else 0.0
     facts = {"data": data, "seq_length": seq_length, "tokenizer": corpus.tokenizer.fingerprint}
     facts |= run_schedule(state, windows, steps, folder, facts, seconds, label)
-    save_checkpoint(folder, state, facts, resumable=False)
+    save_checkpoint(folder, state, facts, resumable=False, token_order=order)
     return facts
 
 

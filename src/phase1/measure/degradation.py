@@ -15,9 +15,12 @@ LIMITS = {"ar_ssm_dense": 3.0, "equal_parameters": 0.0}  # percent, of variants 
 GATE_LIMIT_PERCENT = 1.0
 
 
-def compared(results: Mapping[str, PerplexityResult]) -> dict[str, PerplexityResult]:
-    """The results with their degradation against the baseline of the same repetition, where the two may be compared."""
-    return {key: _compared(key, result, results.get(baseline_of(key))) for key, result in results.items()}
+def compared(results: Mapping[str, PerplexityResult], seq_length: int) -> dict[str, PerplexityResult]:
+    """The results, scored at T = `seq_length`, with their degradation against the baseline of the same repetition.
+
+    Without it where the two may not be compared, and without a verdict where the ratio is none.
+    """
+    return {key: _compared(key, result, results.get(baseline_of(key)), seq_length) for key, result in results.items()}
 
 
 def baseline_of(key: str) -> str:
@@ -31,12 +34,13 @@ def repetition(key: str) -> tuple[str, str]:
     return plain, mark + seed
 
 
-def _compared(key: str, result: PerplexityResult, baseline: PerplexityResult | None) -> PerplexityResult:
+def _compared(key: str, result: PerplexityResult, baseline: PerplexityResult | None, seq_length: int) -> PerplexityResult:
     if key == baseline_of(key) or baseline is None or why_not_comparable(result, baseline):
         return result
     percent, interval = degradation(result, baseline)
-    update = {"ppl_degradation_percent": percent, "degradation_ci95": interval}
-    return result.model_copy(update=update | {"passes_5_percent_threshold": percent < LIMIT_PERCENT})
+    passes = None if why_no_verdict(baseline, seq_length) else percent < LIMIT_PERCENT
+    update = {"ppl_degradation_percent": percent, "degradation_ci95": interval, "passes_5_percent_threshold": passes}
+    return result.model_copy(update=update)
 
 
 def degradation(result: PerplexityResult, reference: PerplexityResult) -> tuple[float, Bounds | None]:
@@ -54,29 +58,39 @@ def why_not_comparable(result: PerplexityResult, baseline: PerplexityResult | No
             return f"{side.model_name}: {side.detail}"
         if side.untrained:
             return f"{side.model_name} has not beaten the unigram entropy: train it on more tokens"
-    for what in ("trained_tokens", "trained_on", "protocol_hash"):
+    for what in ("trained_tokens", "trained_on", "trained_seq_length", "protocol_hash"):
         if getattr(result, what) != getattr(baseline, what):
             return f"{what} differ: {getattr(result, what)} and {getattr(baseline, what)}"
     return ""
 
 
-def quality_checks(results: Mapping[str, PerplexityResult]) -> list[Check]:
+def why_no_verdict(baseline: PerplexityResult, seq_length: int) -> str:
+    """Empty, or the reason why a ratio to `baseline` is no verdict: past its training length a Transformer breaks down."""
+    trained = baseline.trained_seq_length
+    if trained is None or seq_length <= trained:
+        return ""
+    return f"scored at T = {seq_length:,}, trained at T = {trained:,}: a verdict needs T of the training, or less"
+
+
+def quality_checks(results: Mapping[str, PerplexityResult], seq_length: int) -> list[Check]:
     """Every model against its baseline, the means over seeds, and what the rank gate costs."""
     judged = [key for key in results if key != baseline_of(key) and repetition(key)[0] != "no_gate"]
-    single = [_within(key, results[key], results.get(baseline_of(key))) for key in judged]
-    plain = dict.fromkeys(repetition(key)[0] for key in judged)
-    groups = {name: [key for key in judged if repetition(key)[0] == name] for name in plain}
-    means = [_mean(name, [results[key] for key in keys]) for name, keys in groups.items() if len(keys) > 1]
-    return [*single, *means, *_gate(results)]
+    single = {key: _within(key, results[key], results.get(baseline_of(key)), seq_length) for key in judged}
+    means = []
+    for name in dict.fromkeys(repetition(key)[0] for key in judged):
+        seeds = [check for key, check in single.items() if repetition(key)[0] == name]
+        means += [_mean(name, seeds)] if len(seeds) > 1 else []
+    return [*single.values(), *means, *_gate(results)]
 
 
-def _within(key: str, result: PerplexityResult, baseline: PerplexityResult | None) -> Check:
+def _within(key: str, result: PerplexityResult, baseline: PerplexityResult | None, seq_length: int) -> Check:
     limit = LIMITS.get(repetition(key)[0], LIMIT_PERCENT)
     name = f"{key}_within_{limit:g}_percent"
-    if reason := why_not_comparable(result, baseline):
-        return Check(name=name, value=None, limit=limit, status="inconclusive", detail=reason)
-    value = result.ppl_degradation_percent
-    assert value is not None
+    reason, value = why_not_comparable(result, baseline), result.ppl_degradation_percent
+    if not reason and baseline is not None:
+        reason = why_no_verdict(baseline, seq_length)
+    if reason or value is None:
+        return Check(name=name, value=value, limit=limit, status="inconclusive", detail=reason)
     detail = f"percent above the baseline, {_interval(result.degradation_ci95)}, {result.trained_tokens:,} tokens each"
     return Check(name=name, value=value, limit=limit, status="pass" if value < limit else "fail", detail=detail)
 
@@ -85,20 +99,20 @@ def _interval(interval: Bounds | None) -> str:
     return "from one window: no interval" if interval is None else "95 % interval {:.2f} to {:.2f}".format(*interval)
 
 
-def _mean(name: str, results: list[PerplexityResult]) -> Check:
+def _mean(name: str, seeds: list[Check]) -> Check:
     """The geometric mean of the ratios over seeds, with Student's interval: what is left when chance is averaged out."""
-    limit = LIMITS.get(name, LIMIT_PERCENT)
-    check: dict[str, Any] = {"name": f"{name}_mean_of_seeds_within_{limit:g}_percent", "limit": limit}
-    percents = [r.ppl_degradation_percent for r in results if r.ppl_degradation_percent is not None]
-    if len(percents) < len(results):
-        detail = f"{len(results) - len(percents)} of {len(results)} seeds cannot be compared with their baseline"
-        return Check(**check, value=None, status="inconclusive", detail=detail)
-    logs = [math.log1p(percent / 100) for percent in percents]
+    limit = seeds[0].limit
+    mean: dict[str, Any] = {"name": f"{name}_mean_of_seeds_within_{limit:g}_percent", "limit": limit}
+    undecided = sum(check.status == "inconclusive" for check in seeds)
+    if undecided:
+        detail = f"{undecided} of {len(seeds)} seeds have no verdict"
+        return Check(**mean, value=None, status="inconclusive", detail=detail)
+    logs = [math.log1p(check.value / 100) for check in seeds if check.value is not None]
     half = float(stdtrit(len(logs) - 1, 0.975)) * stdev(logs) / math.sqrt(len(logs))
     value, low, high = (100 * math.expm1(fmean(logs) + shift) for shift in (0.0, -half, half))
     over = f"geometric mean of {len(logs)} seeds, 95 % interval over seeds {low:.2f} to {high:.2f}"
-    detail = f"percent above the baseline, {over}"
-    return Check(**check, value=value, status="pass" if value < limit else "fail", detail=detail)
+    mean |= {"value": value, "status": "pass" if limit is not None and value < limit else "fail"}
+    return Check(**mean, detail=f"percent above the baseline, {over}")
 
 
 def _gate(results: Mapping[str, PerplexityResult]) -> list[Check]:

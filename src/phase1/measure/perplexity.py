@@ -1,6 +1,7 @@
 """Perplexity of one model on one text: every token scored exactly once, sums in float64."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -16,30 +17,44 @@ from phase1.ops.cross_entropy import IGNORE
 class Protocol:
     """What is scored, and on what each target is conditioned; numbers of different protocols are not compared.
 
-    The text is cut into windows of `seq_length` targets, side by side. A target sees the earlier tokens of its window
-    and the one token before the window (`prefix` before the first), so no token is scored twice and none is left out.
+    A window holds T = `seq_length` targets in a row, the last one what is left; window k begins with target k S,
+    S = `stride`, 1 ≤ S ≤ T. The first window scores all its targets, every other one the last S, which no earlier window
+    holds: no token is scored twice and none is left out. The target at place i of its window sees the i tokens of the
+    window before it and the one token before the window (`prefix` before the first), so past the first window at least
+    T - S + 1 tokens. S = T is side by side. These are the windows of lm-eval 0.4 (`get_rolling_token_windows`, context_len =
+    T - S + 1) but for the last one, which lm-eval moves back until it is full: its few targets see more there.
     """
 
     dataset_sha256: str
     tokenizer_sha256: str
     split: str
     seq_length: int
+    stride: int
     prefix: int
     max_windows: int | None
-    windowing: str = "side by side, one token of context before the window"
 
     @property
     def protocol_hash(self) -> str:
-        return content_id(asdict(self))
+        facts = asdict(self) | {"windowing": "sliding, one token of context before the window"}
+        if self.stride == self.seq_length:
+            facts["windowing"] = "side by side, one token of context before the window"
+            del facts["stride"]  # as before there was one: equal protocols keep equal hashes
+        return content_id(facts)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Losses of every window, in order; the text's sums follow from them."""
+    """The loss of every target, in the order of the text; the text's numbers follow from them."""
 
-    nll_nats: np.ndarray  # (windows,) float64, summed over the window's targets
-    tokens: np.ndarray  # (windows,) int64
+    losses: np.ndarray  # (targets,) nats, at least float32
+    places: np.ndarray  # (targets,) int64, tokens of its window before each target
+    tokens: np.ndarray  # (windows,) int64, targets that each window scores
     effective_rank: float | None
+
+    @property
+    def nll_nats(self) -> np.ndarray:
+        """(windows,) float64, summed over the targets that each window scores."""
+        return np.add.reduceat(self.losses, np.cumsum(self.tokens) - self.tokens, dtype=np.float64)
 
     @property
     def loss(self) -> float:
@@ -51,11 +66,16 @@ class Evaluation:
         return _exp(self.loss)
 
     def bits_per_byte(self, byte_count: int) -> float:
-        """Σ nll / ln 2 / UTF-8 bytes of the scored text."""
+        """Σ nll / ln 2 / UTF-8 bytes of the scored text; perplexity per byte is 2 to this."""
         return float(self.nll_nats.sum() / math.log(2) / byte_count)
 
     def word_perplexity(self, word_count: int) -> float:
-        """exp(Σ nll / words of the scored text), with every newline a word, as WikiText is reported."""
+        """exp(Σ nll / words of the scored text), with every newline a word, as WikiText is reported.
+
+        lm-eval has the same formula and another count: it splits at white space, in which a newline is no word of its own
+        (and white space at an end adds an empty word). It also rejoins WikiText's punctuation before it scores the text,
+        and scores no end-of-text.
+        """
         return _exp(float(self.nll_nats.sum() / word_count))
 
 
@@ -63,20 +83,34 @@ def _exp(nats: float) -> float:
     return math.exp(min(nats, 700.0))  # e^700 is the end of float64; a text of one word must not overflow a report
 
 
-def windows(ids: np.ndarray, protocol: Protocol) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and targets, (windows, seq_length) int64 each; what is beyond the text is 0 and not scored.
+def target_count(ids: np.ndarray, protocol: Protocol) -> int:
+    """How many tokens at the beginning of `ids` are scored."""
+    if protocol.max_windows is None:
+        return len(ids)
+    return min(len(ids), protocol.seq_length + (protocol.max_windows - 1) * protocol.stride)
 
+
+def windows(ids: np.ndarray, protocol: Protocol, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Inputs and targets, (≤ batch_size, ≤ seq_length) int64 each, IGNORE where a target is not scored, in text order.
+
+    Nothing is padded: a last window that the end of the text cuts short is a batch of its own.
     Raises ValueError if the text is empty.
     """
     if len(ids) == 0:
         raise ValueError("the evaluation text is empty; expected at least one token; choose another split or data set")
-    count = math.ceil(len(ids) / protocol.seq_length)
-    count = count if protocol.max_windows is None else min(count, protocol.max_windows)
-    targets = np.asarray(ids[: count * protocol.seq_length], dtype=np.int64)
-    inputs = np.concatenate([[protocol.prefix], targets[:-1]])
-    fill = count * protocol.seq_length - len(targets)
-    shape = (count, protocol.seq_length)
-    return np.pad(inputs, (0, fill)).reshape(shape), np.pad(targets, (0, fill), constant_values=IGNORE).reshape(shape)
+    T, S = protocol.seq_length, protocol.stride
+    targets_end = target_count(ids, protocol)
+    count = 1 + math.ceil(max(0, targets_end - T) / S)
+    full = max(0, targets_end - T + S) // S
+    stream = np.append(np.asarray([protocol.prefix], ids.dtype), ids)  # target i is stream[i + 1] and follows stream[i]
+    batches = [range(first, min(first + batch_size, full)) for first in range(0, full, batch_size)]
+    for numbers in [*batches, range(full, count)]:
+        if numbers:
+            places = np.arange(min(T, targets_end - numbers[0] * S))
+            positions = S * np.asarray(numbers)[:, None] + places
+            scored = (places >= T - S) | (positions[:, :1] == 0)
+            inputs, targets = stream[positions].astype(np.int64), stream[positions + 1].astype(np.int64)
+            yield inputs, np.where(scored, targets, IGNORE)
 
 
 @torch.no_grad()
@@ -87,20 +121,26 @@ def evaluate(
 
     `batch_size` windows at once; it does not change the result beyond rounding.
     """
-    inputs, targets = windows(ids, protocol)
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    nll, ranks = [], []
-    for start in tqdm(range(0, len(inputs), batch_size), desc=f"evaluate {label}".rstrip(), unit="batch", disable=None):
-        batch = [torch.from_numpy(part[start : start + batch_size]).to(device) for part in (inputs, targets)]
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            losses, effective_rank = model.nll(*batch)
-        nll.append(losses.double().sum(1))
-        ranks += [] if effective_rank is None else [effective_rank * len(losses)]
+    losses, places, tokens = [], [], []
+    inputs_seen, rank_sum = 0, None
+    with tqdm(total=target_count(ids, protocol), desc=f"evaluate {label}".rstrip(), unit="tok", disable=None) as progress:
+        for inputs, targets in windows(ids, protocol, batch_size):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                nll, effective_rank = model.nll(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device))
+            scored = targets != IGNORE
+            losses.append(nll.cpu().numpy()[scored])
+            places.append(np.nonzero(scored)[1])
+            tokens.append(scored.sum(1))
+            progress.update(int(scored.sum()))
+            inputs_seen += inputs.size
+            if effective_rank is not None:
+                rank_sum = (rank_sum or 0.0) + effective_rank.item() * inputs.size
     model.train(was_training)
-    rank = float(torch.stack(ranks).sum() / len(inputs)) if ranks else None
-    return Evaluation(torch.cat(nll).cpu().numpy(), (targets != IGNORE).sum(1), rank)
+    rank = None if rank_sum is None else rank_sum / inputs_seen
+    return Evaluation(np.concatenate(losses), np.concatenate(places), np.concatenate(tokens), rank)
 
 
 def unigram_entropy(ids: np.ndarray) -> float:

@@ -1,5 +1,6 @@
 """Reports -> what a command prints, and its plots."""
 
+from phase1.report.losses import plot_losses
 from phase1.report.plots import plot_memory, plot_perplexity, plot_throughput
 from phase1.report.text import checks_text, memory_text, perplexity_text, throughput_text
 
@@ -7,6 +8,7 @@ __all__ = [
     "checks_text",
     "memory_text",
     "perplexity_text",
+    "plot_losses",
     "plot_memory",
     "plot_perplexity",
     "plot_throughput",

@@ -6,7 +6,15 @@ from dataclasses import replace
 
 from phase1.files import one_line
 from phase1.record import Check, MemoryResult, PerplexityResult, Report, ThroughputResult
-from phase1.tables import Table, console, memory_comparison, perplexity_comparison, scaling_comparison, throughput_comparison
+from phase1.tables import (
+    Table,
+    console,
+    loss_comparison,
+    memory_comparison,
+    perplexity_comparison,
+    scaling_comparison,
+    throughput_comparison,
+)
 
 
 def memory_text(report: Report[MemoryResult]) -> str:
@@ -25,8 +33,9 @@ def throughput_text(report: Report[ThroughputResult]) -> str:
 
 
 def perplexity_text(report: Report[PerplexityResult]) -> str:
-    """The quality of every model."""
-    return _console(perplexity_comparison(report), report)
+    """The quality of every model, then where it loses."""
+    losses = loss_comparison(report)
+    return _console(perplexity_comparison(report), report) + (f"\n\n{console(losses)}" if losses.rows else "")
 
 
 def _console(table: Table, report: Report) -> str:

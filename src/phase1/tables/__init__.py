@@ -6,6 +6,7 @@ from typing import Any
 from phase1.record import Report
 from phase1.tables.configuration import configuration_comparison
 from phase1.tables.join import require_one_size
+from phase1.tables.losses import loss_comparison
 from phase1.tables.memory import memory_comparison
 from phase1.tables.perplexity import perplexity_comparison
 from phase1.tables.table import SUFFIXES, Column, Table, console, render
@@ -18,6 +19,7 @@ __all__ = [
     "build_tables",
     "configuration_comparison",
     "console",
+    "loss_comparison",
     "memory_comparison",
     "perplexity_comparison",
     "render",
@@ -41,6 +43,8 @@ def build_tables(reports: Mapping[str, Report[Any]], hardware: str | None = None
         tables.append(scaling_comparison(reports["throughput"], hardware))
     if "perplexity" in reports:
         tables.append(perplexity_comparison(reports["perplexity"], hardware))
+        losses = loss_comparison(reports["perplexity"], hardware)
+        tables += [losses] if losses.rows else []  # none in reports of earlier versions
     if reports:
         tables.append(configuration_comparison(reports, hardware))
     return tables

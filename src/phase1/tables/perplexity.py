@@ -40,6 +40,7 @@ def perplexity_comparison(report: Report[PerplexityResult], hardware: str | None
         for r in report.results.values()
         if r.dataset
     }
+    texts |= {text for r in report.results.values() if (text := _windows_text(r, report))}
     if len({r.protocol_hash for r in report.results.values() if r.protocol_hash}) > 1:
         texts.add("Different protocols: perplexities of different protocols are not comparable.")
     return Table(
@@ -50,6 +51,15 @@ def perplexity_comparison(report: Report[PerplexityResult], hardware: str | None
         rows,
         (*sorted(texts), DEFINITIONS, *notes_of(report)),
     )
+
+
+def _windows_text(result: PerplexityResult, report: Report[PerplexityResult]) -> str:
+    """Where the windows of the scoring are not those of the training, both."""
+    T, stride, trained = (report.run.get("seq_length"), report.run.get("stride"), result.trained_seq_length)
+    if trained in (None, T) and stride in (None, T):
+        return ""
+    windows = "side by side" if stride in (None, T) else f"stride {stride}"
+    return f"Windows: T = {T}, {windows}; in training T = {'unknown' if trained is None else trained}."
 
 
 def perplexity_cells(key: str, result: PerplexityResult) -> tuple[Cell, ...]:

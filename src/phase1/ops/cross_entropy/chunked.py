@@ -23,9 +23,9 @@ def tied_nll(hidden: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None
     scored, column = _columns(targets)
     with torch.autocast(hidden.device.type, enabled=False):
         rows, size = table.to(hidden.dtype), _chunk_tokens(table)
-        parts = zip(hidden.split(size), column.split(size), strict=True)
+        parts = zip(hidden[scored].split(size), column[scored].split(size), strict=True)
         picked = torch.cat([_log_probabilities(h, rows, bias).gather(1, c) for h, c in parts])
-    return -picked.squeeze(1) * scored
+    return picked.new_zeros(len(scored)).masked_scatter(scored, -picked)
 
 
 class _TiedCrossEntropy(torch.autograd.Function):
