@@ -6,12 +6,21 @@ from dataclasses import replace
 
 from phase1.files import one_line
 from phase1.record import Check, MemoryResult, PerplexityResult, Report, ThroughputResult
-from phase1.tables import Table, console, memory_comparison, perplexity_comparison, scaling_comparison, throughput_comparison
+from phase1.tables import (
+    Table,
+    console,
+    fit_comparison,
+    memory_comparison,
+    perplexity_comparison,
+    scaling_comparison,
+    throughput_comparison,
+)
 
 
 def memory_text(report: Report[MemoryResult]) -> str:
-    """The peaks of every model, and whether they fit."""
-    return _console(memory_comparison(report), report)
+    """The peaks of every model, whether they fit, and the largest sizes that do where they were searched for."""
+    tables = (memory_comparison(report), fit_comparison(report))
+    return "\n\n".join(_console(table, report) for table in tables if table is not None)
 
 
 def throughput_text(report: Report[ThroughputResult]) -> str:
