@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from phase1.config import ROLES, MemoryRun, model_config
+from phase1.config import MemoryRun, model_config
 from phase1.measure import fit
 from phase1.measure.fit import LENGTH_STEP, fit_sizes, probe_size, train_briefly
 from phase1.measure.isolate import run_isolated
@@ -20,10 +20,15 @@ SHAPE = MemoryRun(
     vocab_size=500, d_model=16, n_layers=1, n_heads=2, ar_ssm_max_rank=4, ar_ssm_min_rank=2, ar_ssm_window=8,
     htt_rank=2, htt_dense_rows=16, htt_groups=16,
 )  # fmt: skip
-LIMIT = 512_000_000  # 12 MB beside the context that an estimate assumes
+LIMIT = 506_000_000  # 6 MB beside the context that an estimate assumes
 
 
-def case(role="phase1", batch_size=4, seq_length=128, limit=LIMIT) -> MemoryCase:
+@pytest.fixture(autouse=True)
+def as_users_run_it():
+    torch.use_deterministic_algorithms(False)
+
+
+def case(role="baseline", batch_size=4, seq_length=128, limit=LIMIT) -> MemoryCase:
     return MemoryCase(model_config(role, SHAPE), batch_size, seq_length, limit)
 
 
@@ -32,7 +37,9 @@ def needed(one: MemoryCase) -> int:
 
 
 @needs_no_gpu
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize(
+    "role", ["baseline", "baseline_optimized"]
+)  # the engine's estimates take longer: tests/commands/test_fit.py
 def test_what_is_found_fits_and_one_step_more_does_not(role):
     one, ticks = case(role), []
     batch, length = fit_sizes(one, memory_result(role, one), None, lambda: ticks.append(0))
@@ -53,7 +60,7 @@ def scripted(monkeypatch, probe) -> None:
 
 
 def search(one: MemoryCase, **known):
-    result = as_result("phase1", one, run_nothing(**known), basis(one.vram_limit_bytes))
+    result = as_result("baseline", one, run_nothing(**known), basis(one.vram_limit_bytes))
     return fit_sizes(one, result, None, lambda: None)
 
 

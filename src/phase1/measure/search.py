@@ -28,23 +28,25 @@ def largest_size(
     (see `edge`), at a bound, or at the first error. At most GUIDED_PROBES + 1 + 2 log2(bound) probes.
     """
     probes = dict(known or {})
-    blind = False  # the last guided probe ran out of memory and did not say by how much: the same line would miss again
+    missed = False
     for turn in range(2 * bound.bit_length() + GUIDED_PROBES + 2):
         low, high = edge(probes, bound)
         if high - low <= 1:
             return probes
-        guess = None if blind or turn >= GUIDED_PROBES else _crossing(probes, limit)
+        guess = None if missed or turn >= GUIDED_PROBES else _crossing(probes, limit)
         if guess is not None:
             size = min(guess, GROWTH * low) if low and high > bound else guess
-        elif low == 0 and high > bound:
-            size = start
+        elif high > bound:
+            size = 2 * low or start
         else:
-            size = 2 * low if high > bound else (low + high) // 2
+            size = (low + high) // 2
         size = min(max(size, low + 1), high - 1)
         probes[size] = probe(size)
-        blind = probes[size].status == "oom" and probes[size].needed_bytes is None
         if probes[size].status == "error":
             return probes
+        # the same line would miss again: it has crept along by 1, or has not been told by how much it was wrong
+        crept = high <= bound and size in (low + 1, high - 1)
+        missed = guess is not None and (crept or probes[size].needed_bytes is None)
     raise AssertionError("the interval did not shrink")
 
 
