@@ -9,9 +9,9 @@ import torch
 from phase1.config import MemoryRun, model_config
 from phase1.measure import fit
 from phase1.measure.fit import LENGTH_STEP, fit_sizes, probe_size, train_briefly
-from phase1.measure.isolate import run_isolated
-from phase1.measure.limit import outside_bytes
-from phase1.measure.memory import MemoryCase, as_result, basis, estimate_memory, memory_result
+from phase1.measure.isolate import Outcome, run_isolated
+from phase1.measure.limit import basis, outside_bytes
+from phase1.measure.memory import MemoryCase, as_result, estimate_memory, memory_result
 from phase1.measure.search import Probe
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -59,23 +59,17 @@ def scripted(monkeypatch, probe) -> None:
     monkeypatch.setattr(fit, "probe_size", probe)
 
 
-def search(one: MemoryCase, **known):
-    result = as_result("baseline", one, run_nothing(**known), basis(one.vram_limit_bytes))
+def search(one: MemoryCase, status="oom"):
+    result = as_result("baseline", one, Outcome(status, message="why"), basis(one.vram_limit_bytes))
     return fit_sizes(one, result, None, lambda: None)
-
-
-def run_nothing(status="oom", message="out of memory"):
-    from phase1.measure.isolate import Outcome
-
-    return Outcome(status, message=message)
 
 
 def test_a_card_that_holds_everything_gives_the_bounds(monkeypatch):
     scripted(monkeypatch, lambda one: Probe("ok", 1))
-    batch, length = search(case(batch_size=1, seq_length=1024), status="error", message="boom")
+    batch, length = search(case(batch_size=1, seq_length=1024), status="error")
     assert batch.batch_size == batch.bound == fit.TOKENS_BOUND // 1024
     assert length.seq_length == length.bound == fit.TOKENS_BOUND
-    batch, _ = search(case(batch_size=1, seq_length=64), status="error", message="boom")
+    batch, _ = search(case(batch_size=1, seq_length=64), status="error")
     assert batch.batch_size == batch.bound == fit.BATCH_BOUND
 
 

@@ -8,8 +8,8 @@ import torch
 from phase1.config import MemoryRun, model_config
 from phase1.measure import limit
 from phase1.measure.isolate import Outcome, run_isolated
-from phase1.measure.limit import cap_memory, check_limit, limit_bytes, outside_bytes, parse_bytes, within_limit
-from phase1.measure.memory import MemoryCase, basis, estimate_memory, memory_result
+from phase1.measure.limit import basis, cap_memory, check_limit, limit_bytes, outside_bytes, parse_bytes, within_limit
+from phase1.measure.memory import MemoryCase, estimate_memory, memory_result
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tests the estimate")
@@ -111,7 +111,10 @@ def test_what_needs_more_than_the_limit_is_out_of_memory_whatever_it_ended_with(
     assert within_limit(fits, 100, None) is within_limit(fits, 100, 100) is fits
     over = within_limit(fits, 7_300_000_000, 7_200_000_000)
     assert over.status == "oom" and over.value is None
-    assert over.message == "out of memory: a step needs 7.30 GB with what is outside the allocator, of a limit of 7.20 GB"
+    assert (
+        over.message
+        == f"out of memory: a step needs 7.30 GB ({basis(1)}) with what is outside the allocator, of a limit of 7.20 GB"
+    )
     failed = Outcome("error", message="boom")
     assert within_limit(failed, None, 1) is failed
 
@@ -122,7 +125,7 @@ def test_without_a_gpu_an_estimate_over_the_limit_is_out_of_memory_and_estimated
     fits, over = (memory_result("baseline", replace(CASE, vram_limit_bytes=limit)) for limit in (needed, needed - 1))
     assert (fits.status, fits.measured) == ("ok", "estimated")
     assert (over.status, over.measured, over.peak_allocated_bytes) == ("oom", "estimated", None)
-    assert "of a limit of 0.5" in over.detail and "try --batch-size 1" in over.detail
+    assert "(estimated)" in over.detail and "of a limit of 0.5" in over.detail and "try --batch-size 1" in over.detail
 
 
 def test_a_capped_gpu_is_emulated_and_a_whole_one_measured(monkeypatch):

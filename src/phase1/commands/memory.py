@@ -9,8 +9,8 @@ from phase1.config import MemoryRun, ModelConfig, model_config
 from phase1.measure.cards import card_for
 from phase1.measure.environment import current_command, environment, free_gpu_bytes, settings, total_gpu_bytes
 from phase1.measure.fit import fit_sizes
-from phase1.measure.limit import check_limit, limit_bytes
-from phase1.measure.memory import MemoryCase, basis, memory_result
+from phase1.measure.limit import basis, check_limit, limit_bytes
+from phase1.measure.memory import MemoryCase, memory_result
 from phase1.record import FILES, Check, MemoryResult, Report, exit_code, write_report
 from phase1.report import checks_text, memory_text, plot_memory
 

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 
 from phase1.measure.isolate import run_here, run_isolated
-from phase1.measure.limit import cap_memory, outside_bytes, within_limit
-from phase1.measure.memory import WARMUP_STEPS, MemoryCase, basis, estimate_memory
+from phase1.measure.limit import basis, cap_memory, outside_bytes, within_limit
+from phase1.measure.memory import WARMUP_STEPS, MemoryCase, estimate_memory
 from phase1.measure.search import Probe, edge, largest_size
 from phase1.measure.workload import make_workload, random_batch
 from phase1.record import Fit, FitProbe, MemoryResult

@@ -2,7 +2,7 @@
 
 import gc
 import re
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
@@ -13,10 +13,18 @@ from phase1.measure.workload import make_workload, random_batch
 from phase1.train import train_step
 
 T = TypeVar("T")
+Basis = Literal["measured", "emulated", "estimated"]
 
 _UNITS = {"": 1} | {f"{prefix}b": 1000**i for i, prefix in enumerate(("", "k", "m", "g", "t"))}
 _UNITS |= {f"{prefix}ib": 1024**i for i, prefix in enumerate(("k", "m", "g", "t"), 1)}
 SHORT_SEQUENCE = 64  # tokens of the step that loads the libraries
+
+
+def basis(vram_limit_bytes: int | None) -> Basis:
+    """What the numbers of this machine are: a capped GPU emulates a card, and without a GPU they are estimates."""
+    if not torch.cuda.is_available():
+        return "estimated"
+    return "measured" if vram_limit_bytes is None else "emulated"
 
 
 def parse_bytes(text: str) -> int:
@@ -80,5 +88,5 @@ def within_limit(outcome: Outcome[T], needed_bytes: int | None, limit: int | Non
     """
     if limit is None or needed_bytes is None or needed_bytes <= limit:
         return outcome
-    needs = f"a step needs {needed_bytes / 1e9:.2f} GB with what is outside the allocator"
+    needs = f"a step needs {needed_bytes / 1e9:.2f} GB ({basis(limit)}) with what is outside the allocator"
     return Outcome("oom", message=f"out of memory: {needs}, of a limit of {limit / 1e9:.2f} GB")

@@ -10,7 +10,7 @@ from torch import Tensor
 from phase1.config import ModelConfig
 from phase1.measure.imitate import imitated_cuda
 from phase1.measure.isolate import Outcome, run_here, run_isolated
-from phase1.measure.limit import cap_memory, within_limit
+from phase1.measure.limit import Basis, basis, cap_memory, within_limit
 from phase1.measure.tracker import PARTS, MemoryTracker, Part
 from phase1.measure.workload import make_workload, random_batch
 from phase1.model import LanguageModel
@@ -62,16 +62,7 @@ def memory_result(role: str, case: MemoryCase) -> MemoryResult:
     return as_result(role, case, within_limit(outcome, needed, case.vram_limit_bytes), basis(case.vram_limit_bytes))
 
 
-def basis(vram_limit_bytes: int | None) -> Literal["measured", "emulated", "estimated"]:
-    """What the numbers of this machine are: a capped GPU emulates a card, and without a GPU they are estimates."""
-    if not torch.cuda.is_available():
-        return "estimated"
-    return "measured" if vram_limit_bytes is None else "emulated"
-
-
-def as_result(
-    role: str, case: MemoryCase, outcome: Outcome[MemoryPeaks], measured: Literal["measured", "emulated", "estimated"]
-) -> MemoryResult:
+def as_result(role: str, case: MemoryCase, outcome: Outcome[MemoryPeaks], measured: Basis) -> MemoryResult:
     """The record of an outcome, whether it is a measurement, out of memory or a failure."""
     common: dict[str, Any] = {
         "model_name": role,
