@@ -7,9 +7,10 @@ import torch
 
 from phase1.config import MemoryRun, model_config
 from phase1.measure import limit
+from phase1.measure.fit import train_briefly
 from phase1.measure.isolate import Outcome, run_isolated
 from phase1.measure.limit import basis, cap_memory, check_limit, limit_bytes, outside_bytes, parse_bytes, within_limit
-from phase1.measure.memory import MemoryCase, estimate_memory, memory_result
+from phase1.measure.memory import MemoryCase, estimate_memory, measure_memory, memory_result
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tests the estimate")
@@ -89,7 +90,21 @@ def test_the_allocator_gets_what_the_limit_leaves_beside_context_and_libraries(m
     card = FakeCard().install(monkeypatch)
     cap_memory(CASE.model, 7_200_000_000)
     assert card.fraction == pytest.approx((7.2e9 - 0.4e9) / 10e9, rel=1e-12)
-    assert card.calls == ([(3000, 1, 64, "cuda")],)
+    assert card.calls == ([(3000, 1, 64, "cuda")],) and card.cached == 0
+
+
+@pytest.mark.parametrize("measure", [measure_memory, train_briefly])
+def test_what_runs_on_the_gpu_caps_itself_before_anything_else(measure, monkeypatch):
+    class Capped(Exception):
+        pass
+
+    def cap(model, size):
+        raise Capped(model, size)
+
+    monkeypatch.setitem(measure.__globals__, "cap_memory", cap)
+    with pytest.raises(Capped) as caught:
+        measure(replace(CASE, vram_limit_bytes=7))
+    assert caught.value.args == (CASE.model, 7)
 
 
 def test_without_a_limit_nothing_is_capped_and_no_step_is_spent(monkeypatch):

@@ -61,6 +61,11 @@ def test_memory_that_is_a_line_takes_five_probes(resident, each, start):
     assert len(tried) <= 5
 
 
+def test_memory_that_is_no_line_at_all_is_bounded_too():
+    probes, tried = run(lambda size: int(1e6 * 1.01**size), 10**9, known={0: Probe("ok", 10**6)})
+    assert edge(probes, 4096)[0] == 694 and len(tried) <= GUIDED_PROBES + 1 + 2 * 12
+
+
 def test_what_is_known_is_not_probed_again():
     def needed(size):
         return GB + size * GB // 10
