@@ -66,6 +66,18 @@ def test_memory_that_is_no_line_at_all_is_bounded_too():
     assert edge(probes, 4096)[0] == 694 and len(tried) <= GUIDED_PROBES + 1 + 2 * 12
 
 
+def test_a_probe_that_died_without_a_number_is_followed_by_a_halving_not_by_its_neighbour():
+    """On a GPU, where the first guess is too far because memory starts flat: at small batches the optimizer decides."""
+
+    def needed(size):
+        return max(1_300_000_000, 900_000_000 + 170_000_000 * size)
+
+    known = {0: Probe("ok", 10**9), 4: Probe("ok", needed(4))}
+    probes, tried = run(needed, 7_200_000_000, silent=True, known=known)
+    assert edge(probes, 4096)[0] == 37 and probes[tried[0]].needed_bytes is None
+    assert len(tried) <= 5
+
+
 def test_what_is_known_is_not_probed_again():
     def needed(size):
         return GB + size * GB // 10
