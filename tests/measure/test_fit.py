@@ -10,7 +10,7 @@ from phase1.config import MemoryRun, model_config
 from phase1.measure import fit
 from phase1.measure.fit import LENGTH_STEP, fit_sizes, probe_size, train_briefly
 from phase1.measure.isolate import Outcome, run_isolated
-from phase1.measure.limit import basis, outside_bytes
+from phase1.measure.limit import basis
 from phase1.measure.memory import MemoryCase, as_result, estimate_memory, memory_result
 from phase1.measure.search import Probe
 
@@ -113,19 +113,21 @@ def test_a_probe_that_needs_more_than_the_limit_tells_how_much():
 
 def in_use() -> int:
     """Bytes in use on the card when a fresh process has its context: what a probe starts from."""
-    torch.zeros(1, device="cuda")
-    return outside_bytes()
+    outcome = run_isolated(torch.cuda.mem_get_info)
+    assert outcome.status == "ok", outcome.message
+    free, total = outcome.value
+    return total - free
 
 
 @pytest.mark.gpu
 @needs_gpu
 def test_on_a_gpu_the_baseline_after_an_oom_probe_is_that_before_it():
     full = MemoryCase(model_config("baseline", MemoryRun()), 4, 2048, 3 * 10**9)
-    before = run_isolated(in_use).value
+    before = in_use()
     probe = probe_size(full)
     assert probe.status == "oom", probe.detail
     for _ in range(20):  # the driver may take a moment to clear a dead process's memory
-        after = run_isolated(in_use).value
+        after = in_use()
         if abs(after - before) <= 2**20:
             break
         time.sleep(0.1)

@@ -9,7 +9,7 @@ from phase1.config import MemoryRun, model_config
 from phase1.measure import limit
 from phase1.measure.fit import train_briefly
 from phase1.measure.isolate import Outcome, run_isolated
-from phase1.measure.limit import basis, cap_memory, check_limit, limit_bytes, outside_bytes, parse_bytes, within_limit
+from phase1.measure.limit import basis, cap_memory, check_limit, limit_bytes, parse_bytes, within_limit
 from phase1.measure.memory import MemoryCase, estimate_memory, measure_memory, memory_result
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -150,19 +150,14 @@ def test_a_capped_gpu_is_emulated_and_a_whole_one_measured(monkeypatch):
     assert (basis(None), basis(10**9)) == ("estimated", "estimated")
 
 
-def reserve_under_cap(size: int) -> tuple[int, int]:
-    cap_memory(CASE.model, 2 * 10**9)
-    held = torch.empty(size, dtype=torch.uint8, device="cuda")
-    return held.numel(), torch.cuda.memory_reserved() + outside_bytes()
-
-
 @pytest.mark.gpu
 @needs_gpu
 def test_on_a_gpu_the_allocator_fails_beyond_the_cap_and_serves_below_it():
-    below = run_isolated(reserve_under_cap, 500_000_000)
+    large = MemoryCase(model_config("baseline", MemoryRun()), 2, 1024)
+    below = run_isolated(train_briefly, replace(large, vram_limit_bytes=9 * 10**9))
     assert below.status == "ok", below.message
-    assert below.value[1] <= 2 * 10**9 + 2**21
-    assert run_isolated(reserve_under_cap, 2 * 10**9).status == "oom"
+    assert below.value <= 9 * 10**9
+    assert run_isolated(train_briefly, replace(large, vram_limit_bytes=2 * 10**9)).status == "oom"
 
 
 @pytest.mark.gpu
