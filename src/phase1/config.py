@@ -230,6 +230,11 @@ class MemoryRun(Ranked, Output):
     batch_size: int = option(4, "B, sequences per step")
     seq_length: int = option(2048, "T, tokens per sequence")
     gradient_checkpointing: bool = option(True, "recompute the engine's activations in the backward pass")
+    vram_limit: str | None = option(None, "let every model have so much of the card and no more: 8GB, 7.2GB, 8GiB or bytes")
+    card: str | None = option(
+        None, "hold every model to the usable bytes of that card, for example rtx4060, and check that it fits"
+    )
+    fit: bool = option(False, "find the largest batch at --seq-length and the longest sequence at a batch of 1 that train")
 
     def __post_init__(self) -> None:
         super().__post_init__()

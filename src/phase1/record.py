@@ -12,7 +12,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 from phase1.files import atomic_write, one_line, read_json
 
 __all__ = [
-    "FILES", "SCHEMA_VERSION", "Check", "ComplexityOrder", "Dataset", "Interval", "Kind", "LossPart", "Measurement",
+    "FILES", "SCHEMA_VERSION", "Check", "ComplexityOrder", "Dataset", "Fit", "FitProbe", "Interval", "Kind", "LossPart",
+    "Measurement",
     "MemoryResult", "Parameters", "PerplexityResult", "Report", "Result", "Scaling", "Status", "ThroughputResult", "Verdict",
     "atomic_write", "exit_code", "read_report", "write_report",
 ]  # fmt: skip
@@ -93,6 +94,35 @@ class Result(_Record):
         return self
 
 
+class FitProbe(_Record):
+    """Whether a training step of one size ran; `needed_bytes` is reserved memory and what is outside the allocator."""
+
+    batch_size: int
+    seq_length: int
+    status: Status
+    needed_bytes: int | None = None
+    detail: str = ""
+
+
+class Fit(_Record):
+    """The largest size that trains: of one of the two sizes, at a fixed value of the other.
+
+    status: ok where `batch_size` and `seq_length` are the answer; oom where not even the smallest size trains; error where a
+        probe failed for another reason (`detail`) and the search ended there.
+    """
+
+    searched: Literal["batch_size", "seq_length"]
+    status: Status
+    batch_size: int | None = None
+    seq_length: int | None = None
+    step: int = Field(description="the searched size is a multiple of it; one step more does not train, unless at the bound")
+    bound: int = Field(description="the search goes no further: an answer equal to it is a lower limit")
+    limit_bytes: int | None = Field(description="of the card, for allocator and all else; None where a whole card was used")
+    measured: Literal["measured", "estimated", "emulated"]
+    probes: list[FitProbe] = Field(description="every size that was tried, in order")
+    detail: str = ""
+
+
 class MemoryResult(Result):
     """Peaks of one training step, in bytes; reduction against the `baseline` of the same report, in percent."""
 
@@ -104,6 +134,7 @@ class MemoryResult(Result):
     peak_optimizer_bytes: int | None = None
     breakdown: dict[str, int] = Field(default_factory=dict, description="parts of peak_allocated_bytes; they sum to it")
     memory_reduction_percent: float | None = None
+    fit: list[Fit] = Field(default_factory=list, description="largest sizes that train, where --fit asked for them")
 
     def _needed(self) -> dict[str, Any]:
         return super()._needed() | {"peak_allocated_bytes": self.peak_allocated_bytes}

@@ -6,7 +6,10 @@ from typing import Final
 from tqdm import tqdm
 
 from phase1.config import MemoryRun, ModelConfig, model_config
-from phase1.measure.environment import current_command, environment, free_gpu_bytes, settings
+from phase1.measure.cards import card_for
+from phase1.measure.environment import current_command, environment, free_gpu_bytes, settings, total_gpu_bytes
+from phase1.measure.fit import fit_sizes
+from phase1.measure.limit import basis, check_limit, limit_bytes
 from phase1.measure.memory import MemoryCase, memory_result
 from phase1.record import FILES, Check, MemoryResult, Report, exit_code, write_report
 from phase1.report import checks_text, memory_text, plot_memory
@@ -18,18 +21,21 @@ PLOT: Final = "phase1_memory_breakdown.png"
 
 def main(run: MemoryRun) -> int:
     """Write the memory report and its plot, and print it; see `MemoryRun` for the flags."""
-    free_bytes = free_gpu_bytes()  # before this run takes some of it
+    free_bytes, limit = free_gpu_bytes(), limit_of(run)  # before this run takes some of it
+    cases = {role: MemoryCase(model, run.batch_size, run.seq_length, limit) for role, model in models(run).items()}
     results: dict[str, MemoryResult] = {}
-    for role, model in tqdm(models(run).items(), desc="memory", unit="model", disable=None):
-        results[role] = memory_result(role, MemoryCase(model, run.batch_size, run.seq_length))
+    for role, case in tqdm(cases.items(), desc="memory", unit="model", disable=None):
+        results[role] = memory_result(role, case)
     results = with_reductions(results)
+    if run.fit:
+        results = with_fits(results, cases)
     report = Report[MemoryResult](
         kind="memory",
         environment=environment(),
         command=current_command(),
-        run=settings(run) | {"free_gpu_bytes": free_bytes},
+        run=settings(run) | {"free_gpu_bytes": free_bytes, "vram_limit_bytes": limit},
         results=results,
-        checks=checks(results, free_bytes),
+        checks=checks(results, free_bytes, limit, run.card),
     )
     path = Path(run.out_dir) / FILES["memory"]
     write_report(report, path)
@@ -47,6 +53,26 @@ def models(run: MemoryRun) -> dict[str, ModelConfig]:
     return {role: model_config(role, run) for role in roles} | {"phase1": model_config("phase1", run, **engine)}
 
 
+def limit_of(run: MemoryRun) -> int | None:
+    """The bytes a model may have of the card; ValueError where the card has less, or --fit has no card at all."""
+    limit = limit_bytes(run.vram_limit, run.card)
+    if basis(limit) != "estimated":
+        check_limit(limit, total_gpu_bytes())
+    elif run.fit and limit is None:
+        raise ValueError("--fit needs a GPU or the size of one; got neither; give --card rtx4060 or --vram-limit 8GB")
+    return limit
+
+
+def with_fits(results: dict[str, MemoryResult], cases: dict[str, MemoryCase]) -> dict[str, MemoryResult]:
+    """The results with the largest sizes of their models that train on the card."""
+    fitted, total = {}, total_gpu_bytes()
+    with tqdm(desc="fit", unit="probe", disable=None) as bar:
+        for role, result in results.items():
+            bar.set_postfix_str(role)
+            fitted[role] = result.model_copy(update={"fit": fit_sizes(cases[role], result, total, bar.update)})
+    return fitted
+
+
 def with_reductions(results: dict[str, MemoryResult]) -> dict[str, MemoryResult]:
     """The results with their reduction of allocated memory against `baseline`, 100 (1 - peak / baseline's peak)."""
     base = results["baseline"].peak_allocated_bytes if "baseline" in results else None
@@ -59,16 +85,34 @@ def with_reductions(results: dict[str, MemoryResult]) -> dict[str, MemoryResult]
     return reduced
 
 
-def checks(results: dict[str, MemoryResult], free_bytes: int | None) -> list[Check]:
-    """The claims of the engine: it fits both cards, and takes less than half of the baseline's memory."""
+def checks(
+    results: dict[str, MemoryResult], free_bytes: int | None, limit: int | None = None, card: str | None = None
+) -> list[Check]:
+    """The claims of the engine: it fits both cards and the one asked for, and takes less than half of the baseline's memory."""
     engine = results["phase1"]
-    fits = [_fits(name, limit, engine, free_bytes) for name, limit in CARD_LIMITS.items()]
-    return [*fits, _reduction(engine, results.get("baseline"))]
+    limits: dict[str, float] = dict(CARD_LIMITS)
+    if limit is not None:
+        limits["fits_vram_limit" if card is None else "fits_" + card_for(card).key.replace("-", "_")] = limit
+        free_bytes = limit if free_bytes is None else min(free_bytes, limit)
+    fits = [_fits(name, limit, engine, free_bytes) for name, limit in limits.items()]
+    one = [_one_sequence(engine)] if engine.fit else []
+    return [*fits, *one, _reduction(engine, results.get("baseline"))]
+
+
+def _one_sequence(engine: MemoryResult) -> Check:
+    """Whether --fit found a batch at all."""
+    batch = engine.fit[0]
+    name, detail = "one_sequence_trains", f"{batch.measured}: largest batch at this sequence length"
+    if batch.status == "ok":
+        return Check(name=name, value=batch.batch_size, limit=1, status="pass", detail=detail)
+    if batch.status == "oom":
+        return Check(name=name, value=0, limit=1, status="fail", detail=f"{detail}; {batch.detail}")
+    return Check(name=name, value=None, limit=1, status="inconclusive", detail=f"{detail} is not known; {batch.detail}")
 
 
 def _fits(name: str, limit: float, engine: MemoryResult, free_bytes: int | None) -> Check:
     if engine.status == "oom" and free_bytes is not None and free_bytes >= limit:
-        detail = f"{engine.measured}: out of memory with {free_bytes / 1e9:.2f} GB free on the card"
+        detail = f"{engine.measured}: out of memory with {free_bytes / 1e9:.2f} GB of the card to use"
         return Check(name=name, value=None, limit=limit, status="fail", detail=detail)
     if engine.status != "ok" or engine.peak_reserved_bytes is None or engine.outside_allocator_bytes is None:
         detail = f"{engine.measured}: the engine's peak is not known ({engine.status}: {engine.detail})"

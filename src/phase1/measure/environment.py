@@ -90,6 +90,12 @@ def free_gpu_bytes() -> int | None:
     return None if answer is None else int(answer)
 
 
+def total_gpu_bytes() -> int | None:
+    """Memory of the first visible GPU, asked of the driver in the same way."""
+    answer = nvml(lambda library, handle: library.nvmlDeviceGetMemoryInfo(handle).total)
+    return None if answer is None else int(answer)
+
+
 def git_commit() -> str | None:
     """Commit of the checkout this package runs from, "-dirty" if its sources differ; None for an installed copy."""
     package = Path(phase1.__file__).resolve().parent

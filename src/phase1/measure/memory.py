@@ -10,6 +10,7 @@ from torch import Tensor
 from phase1.config import ModelConfig
 from phase1.measure.imitate import imitated_cuda
 from phase1.measure.isolate import Outcome, run_here, run_isolated
+from phase1.measure.limit import Basis, basis, cap_memory, within_limit
 from phase1.measure.tracker import PARTS, MemoryTracker, Part
 from phase1.measure.workload import make_workload, random_batch
 from phase1.model import LanguageModel
@@ -24,11 +25,12 @@ ASSUMED_CONTEXT_BYTES = 500_000_000  # of an estimate: CUDA context and librarie
 
 @dataclass(frozen=True)
 class MemoryCase:
-    """One model at one size."""
+    """One model at one size, on a card of which a process may have `vram_limit_bytes`, or all."""
 
     model: ModelConfig
     batch_size: int
     seq_length: int
+    vram_limit_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -46,17 +48,21 @@ class MemoryPeaks:
     def peak_allocated_bytes(self) -> int:
         return max(self.phase_bytes.values())
 
+    @property
+    def needed_bytes(self) -> int:
+        """Of the card: what decides whether a step fits."""
+        return self.peak_reserved_bytes + self.outside_allocator_bytes
+
 
 def memory_result(role: str, case: MemoryCase) -> MemoryResult:
     """The record of `case`: measured in a fresh process where there is a GPU, estimated otherwise."""
     on_gpu = torch.cuda.is_available()
     outcome = run_isolated(measure_memory, case) if on_gpu else run_here(estimate_memory, case)
-    return as_result(role, case, outcome, "measured" if on_gpu else "estimated")
+    needed = None if outcome.value is None else outcome.value.needed_bytes
+    return as_result(role, case, within_limit(outcome, needed, case.vram_limit_bytes), basis(case.vram_limit_bytes))
 
 
-def as_result(
-    role: str, case: MemoryCase, outcome: Outcome[MemoryPeaks], measured: Literal["measured", "estimated"]
-) -> MemoryResult:
+def as_result(role: str, case: MemoryCase, outcome: Outcome[MemoryPeaks], measured: Basis) -> MemoryResult:
     """The record of an outcome, whether it is a measurement, out of memory or a failure."""
     common: dict[str, Any] = {
         "model_name": role,
@@ -88,6 +94,7 @@ def measure_memory(case: MemoryCase) -> MemoryPeaks:
     Call it in a fresh process: the allocator's peaks and the driver's figures are of the process and of the card
     (other programs on the card count as outside the allocator).
     """
+    cap_memory(case.model, case.vram_limit_bytes)
     state, batch = make_workload(case.model, "cuda"), _batch(case, "cuda")
     for _ in range(WARMUP_STEPS):
         train_step(state, [batch])

@@ -9,6 +9,7 @@ from phase1.record import Check, MemoryResult, PerplexityResult, Report, Through
 from phase1.tables import (
     Table,
     console,
+    fit_comparison,
     loss_comparison,
     memory_comparison,
     perplexity_comparison,
@@ -18,8 +19,9 @@ from phase1.tables import (
 
 
 def memory_text(report: Report[MemoryResult]) -> str:
-    """The peaks of every model, and whether they fit."""
-    return _console(memory_comparison(report), report)
+    """The peaks of every model, whether they fit, and the largest sizes that do where they were searched for."""
+    tables = (memory_comparison(report), fit_comparison(report))
+    return "\n\n".join(_console(table, report) for table in tables if table is not None)
 
 
 def throughput_text(report: Report[ThroughputResult]) -> str:

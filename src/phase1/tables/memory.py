@@ -1,9 +1,21 @@
-"""The memory table."""
+"""The memory table, and that of the largest sizes that train."""
 
 import re
 
-from phase1.record import Check, MemoryResult, Report
-from phase1.tables.common import BASIS, CONFIG, MODEL, VERDICT, caption_of, gigabytes, hardware_of, headline, notes_of, setting
+from phase1.record import Check, Fit, MemoryResult, Report
+from phase1.tables.common import (
+    BASIS,
+    CONFIG,
+    FAILED,
+    MODEL,
+    VERDICT,
+    caption_of,
+    gigabytes,
+    hardware_of,
+    headline,
+    notes_of,
+    setting,
+)
 from phase1.tables.table import Cell, Column, Table
 
 
@@ -21,7 +33,7 @@ def memory_comparison(report: Report[MemoryResult], hardware: str | None = None)
         Column("Backward peak", "GB"),
         Column("Optimizer peak", "GB"),
         Column("Reduction", "%", 1),
-        *(Column(re.sub(r"fits_(\d+)gb", r"Fits \1 GB", check.name)) for check in cards),
+        *(Column(re.sub(r"fits_(\d+)gb", r"Fits \1 GB", check.name).replace("fits_", "Fits ")) for check in cards),
         CONFIG,
     )
     rows = tuple((key, *_memory_cells(key, result, cards), result.config_id) for key, result in report.results.items())
@@ -61,3 +73,42 @@ def _memory_cells(key: str, result: MemoryResult, cards: list[Check]) -> tuple[C
         result.memory_reduction_percent,
         *(fits(check) for check in cards),
     )
+
+
+def fit_comparison(report: Report[MemoryResult], hardware: str | None = None) -> Table | None:
+    """The largest batch and the longest sequence of every model that `--fit` searched; None where it was not asked for."""
+    searched = {key: result.fit for key, result in report.results.items() if result.fit}
+    if not searched:
+        return None
+    limit = next(iter(searched.values()))[0].limit_bytes
+    columns = (
+        MODEL,
+        BASIS,
+        Column(f"Largest batch at T = {report.run.get('seq_length')}"),
+        Column("Longest sequence at B = 1"),
+        Column("Probes"),
+        CONFIG,
+    )
+    rows = tuple(
+        (
+            key,
+            fits[0].measured,
+            *(_size(fit) for fit in fits),
+            sum(len(fit.probes) for fit in fits),
+            report.results[key].config_id,
+        )
+        for key, fits in searched.items()
+    )
+    notes = [f"{key}: {FAILED[fit.status]}, {fit.detail}" for key, fits in searched.items() for fit in fits if fit.detail]
+    steps = ", ".join(f"{fit.searched} by {fit.step}" for fit in next(iter(searched.values())))
+    notes.append(f"Sizes that train: {steps}; one step more does not. >= where the search ended at its bound.")
+    card = "whole card" if limit is None else f"{limit / 1e9:.2f} GB of the card"
+    caption = caption_of("Largest sizes that train", report, hardware, card)
+    return Table("fit_comparison", caption, hardware or hardware_of(report), columns, rows, tuple(notes))
+
+
+def _size(fit: Fit) -> Cell:
+    size = fit.batch_size if fit.searched == "batch_size" else fit.seq_length
+    if fit.status != "ok" or size is None:
+        return FAILED.get(fit.status)
+    return f">= {size:,}" if size == fit.bound else size
