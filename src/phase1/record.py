@@ -223,7 +223,7 @@ class PerplexityResult(Result):
     dataset: Dataset | None = None
     protocol_hash: str | None = None
     untrained: bool = Field(default=False, description="the model has not beaten the unigram entropy: no verdict")
-    unigram_loss: float | None = Field(default=None, description="entropy in nats per token of the split's own token frequencies")
+    unigram_loss: float | None = Field(default=None, description="nats per token: entropy of the split's token frequencies")
     effective_rank: float | None = Field(default=None, description="mean over tokens of the sum of rank gates")
     ppl_degradation_percent: float | None = None
     degradation_ci95: Interval | None = None
