@@ -11,7 +11,8 @@ from phase1.ops.anchored_rows import Users, anchored_rows, users_of
 from phase1.ops.htt import Cores, htt_lookup, htt_table
 from phase1.vocabulary import TokenStatistics
 
-TAIL_START = 4  # the tail begins at this multiple of the dense rows
+TAIL_START = 8  # the tail begins at this multiple of the dense rows
+BAND_RANK = 2.5  # rank of the band between dense rows and tail, as a multiple of r
 VECTOR_DIM = 192  # of the vectors that decide anchors and where rows start
 
 
@@ -33,6 +34,22 @@ class DenseTable(nn.Module):
     def table(self, dtype: torch.dtype) -> Tensor:
         """All rows; a parameter, so in its own dtype: the ops cast it."""
         return self.rows
+
+
+class LowRankBand(nn.Module):
+    """n rows coefficients @ basis, (n, k) @ (k, D), that start at 0: a tensor train with one slot in its second core."""
+
+    def __init__(self, n: int, d_model: int, rank: int) -> None:
+        super().__init__()
+        self.n = n
+        self.coefficients = nn.Parameter(torch.zeros(n, rank))
+        self.basis = nn.Parameter(torch.randn(rank, d_model) / math.sqrt(rank))
+
+    def lookup(self, positions: Tensor) -> Tensor:
+        return F.embedding(positions, self.coefficients) @ self.basis
+
+    def table(self, dtype: torch.dtype) -> Tensor:
+        return self.coefficients.to(dtype) @ self.basis.to(dtype)
 
 
 class TensorTrainTail(nn.Module):
@@ -66,10 +83,11 @@ class TensorTrainTail(nn.Module):
 
 
 class HTTTable(nn.Module):
-    """K dense rows for frequent tokens; the others are sums of a centroid, r/2 dense rows and, past 4K, a tensor train.
+    """K dense rows for frequent tokens; each other row is a sum of shared parts and of a few numbers of its own.
 
-    E_i = centroid of i's group + Σ_j w_ij rows[a_ij] + (tensor train of r terms), a_ij the anchors of i. Every token also has
-    an output bias.
+    E_i = centroid of i's group + Σ_j w_ij rows[a_ij] + (K ≤ i < 8K: row of a band of rank 5r/2; above: tensor train of r terms)
+
+    with r/2 anchors a_ij, dense rows that are used like i. Every token also has an output bias.
 
     Args:
         vocab_size, d_model: V and D.
@@ -98,9 +116,10 @@ class HTTTable(nn.Module):
         self.centroids = nn.Parameter(torch.zeros(groups, d_model))
         self.weights = nn.Parameter(torch.randn(past, k) / math.sqrt(max(1, k)))
         self.output_bias = nn.Parameter(torch.zeros(vocab_size))
-        if self.tail_start < vocab_size:
-            std = (0.1 if k else 1.0) / math.sqrt(d_model)  # next to anchors it is a correction
-            self.tail = TensorTrainTail(vocab_size - self.tail_start, d_model, rank, groups, std)
+        band, tail = self.tail_start - dense_rows, vocab_size - self.tail_start
+        self.band = LowRankBand(band, d_model, min(int(BAND_RANK * rank), d_model)) if band else None
+        std = (0.1 if k else 1.0) / math.sqrt(d_model)  # next to anchors the tensor train is a correction
+        self.tail = TensorTrainTail(tail, d_model, rank, groups, std) if tail else None
         if statistics is not None:
             self._use(statistics)
         self._turn_anchors()
@@ -137,11 +156,14 @@ class HTTTable(nn.Module):
         """Rows (*, D) of the positions asked for; no other row is made."""
         past = (positions - self.dense_rows).clamp(min=0)
         rows = F.embedding(self.group_of[past], self.centroids)
-        if self.tail_start < len(self.positions_of):
+        if self.tail is not None:
             inside = positions >= self.tail_start
             rows = rows + self.tail.lookup(torch.where(inside, positions - self.tail_start, 0)) * inside[..., None]
         if not self.dense_rows:
             return rows
+        if self.band is not None:
+            inside = positions < self.tail_start
+            rows = rows + self.band.lookup(torch.where(inside, past, 0)) * inside[..., None]
         weights = F.embedding(past, self.weights).flatten(0, -2)
         bags = F.embedding_bag(self.anchors[past].flatten(0, -2), self.rows, mode="sum", per_sample_weights=weights)
         dense = F.embedding(positions.clamp(max=self.dense_rows - 1), self.rows)
@@ -152,10 +174,8 @@ class HTTTable(nn.Module):
         dense, rows = self.rows.to(dtype), self.centroids.to(dtype)[self.group_of]
         if self.dense_rows:
             rows = rows + anchored_rows(dense, self.weights, self.anchors, Users(self.places, self.starts))
-        if self.tail_start < len(self.positions_of):
-            middle = self.tail_start - self.dense_rows
-            rows = torch.cat([rows[:middle], rows[middle:] + self.tail.table(dtype)])
-        return torch.cat([dense, rows])
+        own = [part.table(dtype) for part in (self.band, self.tail) if part is not None]
+        return torch.cat([dense, rows + torch.cat(own)]) if own else dense
 
 
 def anchor_count(rank: int, dense_rows: int) -> int:
