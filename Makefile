@@ -16,7 +16,7 @@ test: .venv/installed-test
 
 # Results that survive: 1,000 SIGKILLs at random moments, where `make test` does 60.
 torture: .venv/installed-test
-	PHASE1_TORTURE=1000 $(BIN)/pytest -q tests/test_torture.py
+	PHASE1_TORTURE=1000 $(BIN)/pytest -q tests/test_killed.py
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

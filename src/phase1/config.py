@@ -181,6 +181,7 @@ class DataConfig(Config):
         "auto is bpe for builtin and gpt2 otherwise",
     )
     cache_dir: str = option("~/.cache/phase1", "where trained tokenizers and tokenised text are kept")
+    offline: bool = option(False, "open no network connection: a hub data set must be in the local cache")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +220,7 @@ class Output(Config):
 
     out_dir: str = option("results/benchmarks", "folder of the result files")
     baseline: bool = option(True, "measure the Transformer baselines too")
+    resume: bool = option(False, "go on with what an interrupted run of the same config, code and data has finished")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,6 +320,7 @@ class PipelineRun(Output):
     preset: Literal["rtx3080-10g", "rtx3080m-8g", "rtx4090-24g", "smoke"] = option("rtx3080-10g", "sizes of every step")
     dataset_name: str = option("wikitext", "data set of the perplexity step (see phase1 perplexity --help)")
     dataset_config: str = option("wikitext-103-raw-v1", "configuration of a hub data set")
+    offline: bool = option(False, "open no network connection: a hub data set must be in the local cache")
 
 
 @dataclass(frozen=True, kw_only=True)

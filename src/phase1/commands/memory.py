@@ -1,12 +1,14 @@
 """`phase1 memory`: does a training step fit an 8 GB and a 10 GB card, and how much less does the engine take?"""
 
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from tqdm import tqdm
 
 from phase1.config import MemoryRun, ModelConfig, model_config
-from phase1.measure.environment import current_command, environment, free_gpu_bytes, settings
+from phase1.journal import open_journal
+from phase1.measure.environment import current_command, environment, free_gpu_bytes, machine, settings
 from phase1.measure.memory import MemoryCase, memory_result
 from phase1.record import FILES, Check, MemoryResult, Report, exit_code, write_report
 from phase1.report import checks_text, memory_text, plot_memory
@@ -19,9 +21,12 @@ PLOT: Final = "phase1_memory_breakdown.png"
 def main(run: MemoryRun) -> int:
     """Write the memory report and its plot, and print it; see `MemoryRun` for the flags."""
     free_bytes = free_gpu_bytes()  # before this run takes some of it
+    path = Path(run.out_dir) / FILES["memory"]
+    journal = open_journal(path, settings(run), machine=machine(), resume=run.resume)
     results: dict[str, MemoryResult] = {}
     for role, model in tqdm(models(run).items(), desc="memory", unit="model", disable=None):
-        results[role] = memory_result(role, MemoryCase(model, run.batch_size, run.seq_length))
+        case = MemoryCase(model, run.batch_size, run.seq_length)
+        results[role] = journal.case(role, MemoryResult, partial(memory_result, role, case))
     results = with_reductions(results)
     report = Report[MemoryResult](
         kind="memory",
@@ -31,12 +36,12 @@ def main(run: MemoryRun) -> int:
         results=results,
         checks=checks(results, free_bytes),
     )
-    path = Path(run.out_dir) / FILES["memory"]
     write_report(report, path)
     written = [path]
     if any(result.status == "ok" for result in results.values()):
         written.append(plot_memory(report, path.with_name(PLOT)))
     print(memory_text(report), checks_text(report.checks), *(f"written: {p}" for p in written), sep="\n")
+    journal.close()  # last: until here --resume finds every case
     return exit_code(report.checks)
 
 

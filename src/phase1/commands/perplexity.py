@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from phase1.checkpoint import load_model, read_index
 from phase1.commands.train import train_to_checkpoint
 from phase1.config import ROLES, ModelConfig, PerplexityRun, Shape, TrainConfig, content_id, model_config, part_of, report_key
 from phase1.data import Corpus, count_words, load_corpus
-from phase1.measure.environment import current_command, environment, settings, without_home
+from phase1.journal import open_journal
+from phase1.measure.environment import current_command, environment, machine, settings, without_private
 from phase1.measure.isolate import is_out_of_memory, reason
-from phase1.measure.perplexity import Evaluation, Protocol, evaluate, unigram_entropy
+from phase1.measure.perplexity import Protocol, evaluate, unigram_entropy
 from phase1.measure.stats import paired_ratio_interval
 from phase1.record import FILES, Check, Dataset, Parameters, PerplexityResult, Report, exit_code, write_report
 from phase1.report import checks_text, perplexity_text, plot_perplexity
@@ -47,31 +49,27 @@ def main(run: PerplexityRun) -> int:
         prefix=corpus.tokenizer.end_of_text,
         max_windows=run.max_samples,
     )
-    evaluations, results = {}, {}
-    for model in models:
-        try:
-            folder = model.checkpoint or train_candidate(run, model, corpus)
-            evaluations[model.key], results[model.key] = evaluate_checkpoint(run, model.key, folder, corpus, protocol)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            results[model.key] = out_of_memory(run, model, error)
-    results = {key: compare(key, results, evaluations) for key in results}
+    path = Path(run.out_dir) / FILES["perplexity"]
+    journal = open_journal(path, settings(run), machine=machine(), resume=run.resume, data=data_identity(models, corpus))
+    results = {
+        model.key: journal.case(model.key, PerplexityResult, partial(measure, run, model, corpus, protocol)) for model in models
+    }
+    results = {key: compare(key, results) for key in results}
     checks = [quality_check(result, results.get("baseline")) for key, result in results.items() if key != "baseline"]
     report = Report[PerplexityResult](
         kind="perplexity",
         environment=environment(),
         command=current_command(),
-        run=conditions(run) | {"dataset_source": without_home(corpus.source), "dataset_revision": corpus.revision},
+        run=conditions(run) | {"dataset_source": without_private(corpus.source), "dataset_revision": corpus.revision},
         results=results,
         checks=checks,
     )
-    path = Path(run.out_dir) / FILES["perplexity"]
     write_report(report, path)
     written = [path]
     if len(results) > 1:
         written.append(plot_perplexity(report, path.with_name("phase1_perplexity_comparison.png")))
     print(perplexity_text(report), checks_text(checks), *(f"written: {p}" for p in written), sep="\n")
+    journal.close()  # last: until here --resume finds every case
     return exit_code(checks)
 
 
@@ -103,6 +101,23 @@ def candidates(run: PerplexityRun) -> list[Candidate]:
     return [Candidate(name, given.get(name), config) for name, config in wanted.items()]
 
 
+def data_identity(models: list[Candidate], corpus: Corpus) -> dict[str, str]:
+    """What the cases of a run depend on besides its settings: tokens, tokenizer and given checkpoints, by their hashes."""
+    identity = {name: split.sha256 for name, split in corpus.splits.items()} | {"tokenizer": corpus.tokenizer.fingerprint}
+    return identity | {model.key: content_id(read_index(model.checkpoint)) for model in models if model.checkpoint}
+
+
+def measure(run: PerplexityRun, model: Candidate, corpus: Corpus, protocol: Protocol) -> PerplexityResult:
+    """One case: train `model` where needed, and score it; running out of memory is a result too."""
+    try:
+        folder = model.checkpoint or train_candidate(run, model, corpus)
+        return evaluate_checkpoint(run, model.key, folder, corpus, protocol)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return out_of_memory(run, model, error)
+
+
 def train_candidate(run: PerplexityRun, model: Candidate, corpus: Corpus) -> Path:
     """Train `model`, or find it trained by an earlier run on the same config and data; its checkpoint folder."""
     train_config = part_of(TrainConfig, run)
@@ -122,7 +137,7 @@ def train_candidate(run: PerplexityRun, model: Candidate, corpus: Corpus) -> Pat
 
 def evaluate_checkpoint(
     run: PerplexityRun, key: str, folder: Path, corpus: Corpus, protocol: Protocol
-) -> tuple[Evaluation, PerplexityResult]:
+) -> PerplexityResult:
     """Score the model in `folder`; perplexities of a model below the unigram entropy are marked untrained."""
     model, facts = load_model(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -138,7 +153,7 @@ def evaluate_checkpoint(
     byte_count = int(corpus.tokenizer.token_bytes()[ids].sum())
     word_count = count_words(corpus.tokenizer.decode(without(ids, corpus.tokenizer.end_of_text)))
     unigram = unigram_entropy(scored.ids)
-    return evaluation, PerplexityResult(
+    return PerplexityResult(
         model_name=key,
         config=asdict(model.config),
         config_id=model.config.config_id,
@@ -184,14 +199,13 @@ def out_of_memory(run: PerplexityRun, model: Candidate, error: BaseException) ->
     )
 
 
-def compare(key: str, results: dict[str, PerplexityResult], evaluations: dict[str, Evaluation]) -> PerplexityResult:
+def compare(key: str, results: dict[str, PerplexityResult]) -> PerplexityResult:
     """The result with its degradation against the baseline, where the two may be compared."""
     result, baseline = results[key], results.get("baseline")
     if key == "baseline" or baseline is None or why_not_comparable(result, baseline):
         return result
-    percent, interval = paired_ratio_interval(
-        evaluations[key].nll_nats, evaluations["baseline"].nll_nats, evaluations["baseline"].tokens
-    )
+    assert result.window_nll_nats and baseline.window_nll_nats and baseline.window_tokens  # status is ok
+    percent, interval = paired_ratio_interval(result.window_nll_nats, baseline.window_nll_nats, baseline.window_tokens)
     return result.model_copy(
         update={
             "ppl_degradation_percent": percent,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Generic, Literal, TypeVar
 
-from phase1.measure.environment import without_home
+from phase1.measure.environment import without_private
 
 T = TypeVar("T")
 
@@ -89,5 +89,5 @@ def _death(exitcode: int | None) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What `error` says, on one line without home folders; its type where it says nothing."""
-    return without_home(" ".join(str(error).split()))[:600] or type(error).__name__
+    """What `error` says, on one line without what is private; its type where it says nothing."""
+    return without_private(" ".join(str(error).split()))[:600] or type(error).__name__
