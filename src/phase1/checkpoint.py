@@ -1,6 +1,7 @@
 """Checkpoints: safetensors for tensors, JSON for the rest, complete or absent at any moment."""
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from phase1.model import LanguageModel
 from phase1.train import TrainState
 
 INDEX = "checkpoint.json"  # written last; names the tensor files that belong together
+_TENSOR_FILE = re.compile(r"(model|training)-\d{8,20}\.safetensors")  # of the checkpoint's own folder, no other
 
 
 def save_checkpoint(folder: Path | str, state: TrainState, facts: dict[str, Any], *, resumable: bool = True) -> None:
@@ -57,6 +59,7 @@ def read_index(folder: Path | str) -> dict[str, Any]:
         or index.get("format") != 1
         or type(index.get("step")) is not int
         or not all(isinstance(index.get(name), dict) for name in objects)
+        or not all(isinstance(name, str) and _TENSOR_FILE.fullmatch(name) for name in index["files"].values())
     ):
         raise ValueError(f"{path} is not a checkpoint of format 1; train again, or use the version that wrote it")
     try:
