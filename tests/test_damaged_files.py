@@ -7,15 +7,20 @@ import random
 import time
 
 import pytest
+from safetensors.torch import load_file
 
-from phase1.checkpoint import INDEX, load_model, resume, save_checkpoint
-from phase1.record import FILES, read_report
+from phase1 import checkpoint
+from phase1.checkpoint import INDEX, load_model, read_index, resume, save_checkpoint
+from phase1.journal import open_journal
+from phase1.record import FILES, MemoryResult, read_report
 from phase1.train import train_step
 from tests.damage import at, cut, damaged, flipped, places, real_reports, renamed, replaced, spliced
-from tests.reports import all_reports, assert_one_line, contents, make_tables, write_all
+from tests.reports import all_reports, assert_one_line, contents, make_tables, memory_result, write_all
 from tests.test_train import as_tensors, batch_at, state
 
 CASES = 5400  # damaged result files
+INDEX_CASES = 200  # damaged indexes of checkpoints
+JOURNAL_CASES = 600
 SECONDS = 1.0  # of processor time that a refusal may take
 
 
@@ -119,3 +124,71 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path):
         path.write_bytes(good)
     load_model(tmp_path)
     resume(tmp_path, state())
+
+
+SIZES = {
+    "vocab_size": [51, 10**6, 10**9, 10**12, 10**15], "d_model": [8, 20, 2**30, 2**40], "n_layers": [0, 2, 10**6, 10**9, 10**15],
+    "n_heads": [1, 4, 8], "ar_ssm_max_rank": [2, 6, 16], "ar_ssm_min_rank": [1, 4], "htt_rank": [2, 16], "htt_groups": [1, 40],
+    "htt_dense_rows": [0, 10], "mixer": ["attention"], "embedding": ["dense"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_checkpoint_that_declares_other_sizes_than_its_tensors_have_is_refused_before_they_are_made(
+    tmp_path, monkeypatch, name
+):
+    save_checkpoint(tmp_path, state(), {}, resumable=False)
+    index, made, build = read_index(tmp_path), [], checkpoint.LanguageModel
+    monkeypatch.setattr(checkpoint, "LanguageModel", lambda config: made.append(build(config)) or made[-1])
+    for value in SIZES[name]:
+        (tmp_path / INDEX).write_text(json.dumps(index | {"model_config": index["model_config"] | {name: value}}))
+        start = time.process_time()
+        with pytest.raises(ValueError) as error:
+            load_model(tmp_path)
+        assert str(error.value).isprintable() and time.process_time() - start < SECONDS, (name, value)
+    assert all(parameter.is_meta for model in made for parameter in model.parameters())
+
+
+def test_the_index_of_a_checkpoint_damaged_in_any_way_is_refused_in_one_line_or_fits_its_tensors(tmp_path):
+    rng = random.Random(5)
+    save_checkpoint(tmp_path, state(), {"finished": True}, resumable=False)
+    good = (tmp_path / INDEX).read_bytes()
+    content, refused = json.loads(good), 0
+    reports = [("memory", good, content)]
+    for case in range(INDEX_CASES):
+        how, data, _ = damaged(rng, reports)
+        (tmp_path / INDEX).write_bytes(data)
+        start = time.process_time()
+        try:
+            model, _ = load_model(tmp_path)
+        except ValueError as error:
+            refused += 1
+            assert str(error).isprintable() and len(str(error)) < 1000, (case, how)
+        else:
+            assert model.state_dict().keys() == load_file(tmp_path / content["files"]["model"]).keys()
+        assert time.process_time() - start < SECONDS, (case, how)
+    assert INDEX_CASES / 2 < refused < INDEX_CASES
+
+
+def test_a_journal_damaged_in_any_way_is_used_as_a_valid_one_or_refused_at_once_in_one_line(tmp_path):
+    rng, report = random.Random(6), tmp_path / "a.json"
+    machine, settings = {"cpu": "x", "threads": 2}, {"batch_size": 4, "seq_lengths": [1, 2]}
+    results = {"baseline": memory_result("baseline", 1), "phase1": memory_result("phase1", 2)}
+    journal = open_journal(report, settings, machine=machine, resume=True, data={"train": "ab"})
+    for case, result in results.items():
+        journal.case(case, MemoryResult, lambda result=result: result)
+    good, refused = journal.path.read_bytes(), 0
+    reports = [("memory", good, json.loads(good))]
+    for number in range(JOURNAL_CASES):
+        how, data, _ = damaged(rng, reports)
+        journal.path.write_bytes(data)
+        start = time.process_time()
+        try:
+            again = open_journal(report, settings, machine=machine, resume=True, data={"train": "ab"})
+            for case, result in results.items():
+                assert isinstance(again.case(case, MemoryResult, lambda result=result: result), MemoryResult)
+        except ValueError as error:
+            refused += 1
+            assert str(error).isprintable() and "leave out --resume" in str(error) and len(str(error)) < 1000, (number, how)
+        assert time.process_time() - start < SECONDS, (number, how)
+    assert JOURNAL_CASES / 2 < refused < JOURNAL_CASES

@@ -1,6 +1,7 @@
 """Results that survive: a disk that fails at any call of a write."""
 
 import errno
+import json
 import os
 import sys
 from contextlib import contextmanager
@@ -8,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from phase1.errors import error_line, exit_status
 from phase1.files import atomic_write
+from phase1.record import FILES
+from tests.fake_runs import CASES, fake, journal_of, result_of, run
 from tests.reports import assert_one_line, contents, make_tables, write_all
 
 CALLS = ["mkdir", "open", "write", "flush", "fsync", "close", "replace", "open folder", "fsync", "close folder"]
@@ -111,3 +115,38 @@ def test_a_command_whose_disk_fails_exits_4_with_one_line_and_every_table_is_the
         assert now.keys() == old.keys()
         assert all(data in (old[name], new[name]) for name, data in now.items())
         assert fail_at > CALLS.index("replace") or now == old
+
+
+@pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
+@pytest.mark.parametrize("command", CASES)
+def test_a_run_whose_disk_fails_at_any_call_exits_4_with_one_line_and_resumes_with_at_most_one_case_redone(
+    tmp_path, monkeypatch, capsys, command, code
+):
+    log = tmp_path / "begun"
+    fake(monkeypatch, log)
+    run(command, tmp_path / "whole")
+    writes = len(CASES[command]) + 1  # a journal for every case, and the report
+    for fail_at in range(0, len(CALLS) * writes, 1 if (command, code) == ("memory", errno.ENOSPC) else 7):
+        out = tmp_path / f"{fail_at}"
+        log.write_text("")
+        capsys.readouterr()
+        with failing_disk(fail_at, code):
+            assert exit_of(command, out) == 4, fail_at
+        assert_one_line(capsys.readouterr().err)
+        finished = fail_at // len(CALLS)  # cases whose write had succeeded
+        kept = list(json.loads(journal_of(command, out).read_text())["cases"]) if journal_of(command, out).exists() else []
+        renamed = fail_at % len(CALLS) > CALLS.index("replace") and finished < len(CASES[command])
+        assert kept == CASES[command][: finished + renamed]
+        run(command, out, resume=True)
+        assert len(log.read_text().split()) <= len(CASES[command]) + 1
+        assert result_of(command, out) == result_of(command, tmp_path / "whole")
+        assert [path.name for path in out.iterdir()] == [FILES[command]]
+
+
+def exit_of(command, out):
+    """What the command line would exit with."""
+    try:
+        return run(command, out)
+    except OSError as error:
+        print(error_line(command, error), file=sys.stderr)
+        return exit_status(error)

@@ -122,6 +122,6 @@ def _difference(part: str, old: Any, new: Any) -> str:
     """The first thing that differs: the flags of a config, the facts of a machine; a digest says nothing more."""
     if not isinstance(old, dict) or not isinstance(new, dict):
         return f"{part} that has changed since"
-    name = next(key for key in {**new, **old} if old.get(key) != new.get(key))
+    name = next(key for key in {**new, **old} if key not in old or key not in new or old[key] != new[key])
     spelling = f"--{name.replace('_', '-')}" if part == "config" else name
     return f"{spelling} {old.get(name)} then and {new.get(name)} now"
