@@ -20,10 +20,14 @@ def pair(engine=None, baseline=None):
     return compare("phase1", results), results["baseline"]
 
 
+def checked(engine, baseline):
+    return quality_check(engine, baseline)
+
+
 @pytest.mark.parametrize("extra, status", [(0.0, "pass"), (0.7, "pass"), (0.8, "fail"), (-1.0, "pass")])
 def test_the_estimate_decides_against_5_percent(extra, status):
     engine, baseline = pair({"window_nll_nats": [10.0, 12.0, 11.0 + extra]})  # 15 targets: exp(extra / 15) - 1
-    check = quality_check(engine, baseline)
+    check = checked(engine, baseline)
     assert (check.name, check.status, check.limit) == ("phase1_within_5_percent", status, 5.0)
     assert check.value == engine.ppl_degradation_percent and "95 % interval" in check.detail
 
@@ -31,7 +35,7 @@ def test_the_estimate_decides_against_5_percent(extra, status):
 def test_one_window_has_a_verdict_and_no_interval():
     one = {"window_nll_nats": [10.0], "window_tokens": [5]}
     engine, baseline = pair(one, one)
-    assert engine.degradation_ci95 is None and "from one window: no interval" in quality_check(engine, baseline).detail
+    assert engine.degradation_ci95 is None and "from one window: no interval" in checked(engine, baseline).detail
 
 
 @pytest.mark.parametrize(
@@ -41,7 +45,7 @@ def test_one_window_has_a_verdict_and_no_interval():
 )
 def test_other_tokens_training_data_or_protocol_leave_it_undecided_and_named(change):
     engine, baseline = pair(change)
-    check = quality_check(engine, baseline)
+    check = checked(engine, baseline)
     assert (check.status, check.value, engine.passes_5_percent_threshold) == ("inconclusive", None, None)
     assert check.detail.startswith(f"{next(iter(change))} differ: ")
 
@@ -52,14 +56,14 @@ def test_a_model_that_failed_or_learned_nothing_leaves_it_undecided(side):
         ({"status": "oom", "detail": "out of memory"}, "out of memory"),
         ({"untrained": True}, "train it on"),
     ):
-        check = quality_check(*pair(**{side: change}))
+        check = checked(*pair(**{side: change}))
         assert check.status == "inconclusive" and words in check.detail
 
 
 def test_without_a_baseline_there_is_nothing_to_compare():
     engine = perplexity_result("phase1", 30.0)
     assert compare("phase1", {"phase1": engine}) == engine
-    assert quality_check(engine, None).detail == "no baseline in this run"
+    assert checked(engine, None).detail == "no baseline in this run"
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), RuntimeError("an illegal memory access"), KeyboardInterrupt()], ids=repr)
