@@ -82,6 +82,7 @@ def last_confirmed(program, path, number, seconds, moment=0):
         [sys.executable, "-c", program, str(path), str(number), str(moment), str(MEASURED)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        bufsize=0,  # a line that readline had buffered would be lost to communicate
         env=os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"},
     )
     with child:
