@@ -10,7 +10,9 @@ import pytest
 from safetensors.torch import load_file
 
 from phase1 import checkpoint
-from phase1.checkpoint import INDEX, load_model, read_index, resume, save_checkpoint
+from phase1.checkpoint import INDEX, load_model, read_index, resume, save_checkpoint, training_facts
+from phase1.commands import perplexity
+from phase1.config import PerplexityRun
 from phase1.journal import open_journal
 from phase1.record import FILES, MemoryResult, read_report
 from phase1.train import train_step
@@ -192,3 +194,22 @@ def test_a_journal_damaged_in_any_way_is_used_as_a_valid_one_or_refused_at_once_
             assert str(error).isprintable() and "leave out --resume" in str(error) and len(str(error)) < 1000, (number, how)
         assert time.process_time() - start < SECONDS, (number, how)
     assert JOURNAL_CASES / 2 < refused < JOURNAL_CASES
+
+
+FACTS = {
+    "data": {"name": "a", "split": "train", "sha256": "0"}, "tokenizer": "0", "seq_length": 8, "trained_tokens": 64,
+    "train_seconds": 1.5, "loss": 2.5, "finished": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_a_checkpoint_with_damaged_facts_is_refused_in_one_line(tmp_path, name):
+    assert training_facts(tmp_path, FACTS) == FACTS
+    for wrong in (None, "\x1b[2J" if name != "tokenizer" else 3, [], {}, {"name": 1, "split": "x", "sha256": "x"}):
+        save_checkpoint(tmp_path, state(), FACTS | {name: wrong}, resumable=False)
+        with pytest.raises(ValueError, match=f"{INDEX} must say .* no such value for {name}") as error:
+            perplexity.evaluate_checkpoint(PerplexityRun(), "baseline", tmp_path, None, None)
+        assert str(error.value).isprintable()
+    save_checkpoint(tmp_path, state(), {key: value for key, value in FACTS.items() if key != name}, resumable=False)
+    with pytest.raises(ValueError, match=f"value for {name}; train again"):
+        perplexity.evaluate_checkpoint(PerplexityRun(), "baseline", tmp_path, None, None)

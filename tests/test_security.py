@@ -159,6 +159,7 @@ def test_hostile_text_in_results_is_neutral_in_every_table_and_on_the_console(tm
     for kind, report in all_reports().items():
         (results / FILES[kind]).write_text(json.dumps(hostile(report).model_dump()))
     assert make_tables(results) == 0
+    assert main(["compare", str(results), str(write_all(tmp_path / "other")), "--fail-on", "peak:+1%"]) == 3  # other hardware
     printed = capsys.readouterr()
     for name, data in contents(tmp_path / "out").items():
         text = data.decode()

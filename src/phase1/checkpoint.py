@@ -18,6 +18,11 @@ from phase1.model import LanguageModel
 from phase1.train import TrainState
 
 INDEX = "checkpoint.json"  # written last; names the tensor files that belong together
+_FACTS: dict[str, tuple[type, ...]] = {
+    "data": (dict,), "tokenizer": (str,), "seq_length": (int,), "trained_tokens": (int,), "train_seconds": (int, float),
+    "loss": (int, float), "finished": (bool,),
+}  # fmt: skip
+_DATA = {"name", "split", "sha256"}
 _TENSOR_FILE = re.compile(r"(model|training)-\d{8,20}\.safetensors")  # of the checkpoint's own folder, no other
 
 
@@ -69,6 +74,18 @@ def read_index(folder: Path | str) -> dict[str, Any]:
     except TypeError as error:
         raise _misfit(folder, error) from error
     return index
+
+
+def training_facts(folder: Path | str, facts: dict[str, Any]) -> dict[str, Any]:
+    """`facts` of a checkpoint that `phase1 train` or `phase1 perplexity` wrote; ValueError, one line, where they are not."""
+    data = facts.get("data")
+    wrong = [name for name, kind in _FACTS.items() if type(facts.get(name)) not in kind]
+    if isinstance(data, dict) and (data.keys() != _DATA or not all(isinstance(value, str) for value in data.values())):
+        wrong.append("data")
+    if wrong:
+        expected = f"{INDEX} must say {', '.join(_FACTS)} of the training"
+        raise ValueError(f"{one_line(folder)}: {expected}; got none or no such value for {', '.join(wrong)}; train again")
+    return facts
 
 
 def load_model(folder: Path | str) -> tuple[LanguageModel, dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from phase1.checkpoint import load_model, read_index
+from phase1.checkpoint import load_model, read_index, training_facts
 from phase1.commands.train import train_to_checkpoint
 from phase1.config import ROLES, ModelConfig, PerplexityRun, Shape, TrainConfig, content_id, model_config, part_of, report_key
 from phase1.data import Corpus, count_words, load_corpus
@@ -140,6 +140,7 @@ def evaluate_checkpoint(
 ) -> PerplexityResult:
     """Score the model in `folder`; perplexities of a model below the unigram entropy are marked untrained."""
     model, facts = load_model(folder)
+    facts = training_facts(folder, facts)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     scored = corpus.splits["valid"]
     if facts["tokenizer"] != corpus.tokenizer.fingerprint:
