@@ -183,3 +183,20 @@ def test_the_tensors_of_a_failed_call_are_freed():
 
     assert run_here(fails).status == "oom"
     assert alive[0]() is None
+
+
+HOLD = "import time, torch; x = torch.ones(2**28, device='cuda'); torch.cuda.synchronize(); open({path!r}, 'w').close(); time.sleep(99)"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_what_a_hanging_child_held_is_free_after_its_time(tmp_path):
+    path = tmp_path / "held"
+    torch.cuda.synchronize()
+    before = torch.cuda.mem_get_info()[0]
+    outcome = run_isolated(exec, HOLD.format(path=str(path)), timeout_s=40)
+    assert outcome.message.startswith("timeout") and path.exists()
+    deadline = time.monotonic() + KILL_SECONDS
+    while (missing := before - torch.cuda.mem_get_info()[0]) > 2**20 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert missing <= 2**20, "the next probe's baseline is within 1 MiB"
