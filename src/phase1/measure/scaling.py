@@ -27,6 +27,7 @@ MISFIT = 0.05  # a candidate that misses by more than this, root mean square, do
 WIDE_INTERVAL = 0.5  # width of the 95 % interval of the exponent
 FLAT_EXPONENT = 0.5  # between the two shortest lengths: below it the device waits for the host
 STEEP_EXPONENT = 1.25  # T log T stays below: its exponent is 1 + 1 / ln T
+STEEP_ERRORS = 3.3  # standard errors that the exponent of the last two lengths must lie above that; p = 0.0005
 ALPHA = 0.005  # of each test that finds another candidate better
 CLOSE, AHEAD = 0.007, 0.003  # of the two tests that refute a candidate; together the 1 % of the specification
 
@@ -49,9 +50,10 @@ def fit_scaling(lengths: Sequence[int], seconds: Sequence[float], samples: Seque
 
     linear: T is the best candidate, the share is at most 15 %, and T log T and T^2 are refuted: if one of them were true, times
     as linear as these would come up once in a hundred measurements. not linear: another candidate is significantly better, or
-    the share is significantly above the limit, or the exponent is above 1.25 for certain. Else inconclusive; `detail` says
-    why and what to do. Where the device waits for the host, times are flat and follow no candidate: such
-    lengths are left out of candidates, share and verdict while nothing fits to 5 % and enough lengths remain; `detail` says so.
+    the share is significantly above the limit, or the exponent, of the top octaves or of the last two lengths, is above 1.25
+    for certain. Else inconclusive; `detail` says why and what to do. Where the device waits for the host, times are flat and
+    follow no candidate: such lengths are left out of candidates, share and verdict while nothing fits to 5 % and enough
+    lengths remain; `detail` says so. Where they stay in, another candidate has to be better than max(h, a + b T) too.
 
     Args:
         lengths: T, tokens, (n,), distinct, in any order.
@@ -72,8 +74,9 @@ def fit_scaling(lengths: Sequence[int], seconds: Sequence[float], samples: Seque
     slope, r_squared = _line(T, t)
     exponent, interval = _exponent(T, t)
     fits = _saturated(T, t)
-    verdict, detail = _judge(fits, noise, interval)
-    if skipped := T.size - fits.T.size:
+    skipped = T.size - fits.T.size
+    verdict, detail = _judge(fits, noise, interval, skipped)
+    if skipped:
         detail += f"; the {skipped} shortest left out of the verdict: with them the times follow no candidate"
     return Scaling(
         complexity_order=fits.order,
@@ -175,32 +178,81 @@ def _saturated(T: Array, t: Array) -> _Fits:
     return fits
 
 
-def _judge(fits: _Fits, noise: float | None, exponent: tuple[float, float]) -> tuple[Verdict, str]:
+def _judge(fits: _Fits, noise: float | None, exponent: tuple[float, float], skipped: int) -> tuple[Verdict, str]:
     """The verdict and its reason; see `fit_scaling`."""
-    n, line_rss = fits.T.size, fits.rss["O(N)"]
+    n, line_rss, linear_rss = fits.T.size, fits.rss["O(N)"], _linear_rss(fits, skipped)
     if short := _too_short(fits.T):
         return "inconclusive", short
     if exponent[0] > STEEP_EXPONENT:
         return "not linear", f"the exponent is at least {exponent[0]:.2f}"
+    if (steep := _steep_end(fits, noise)) > STEEP_EXPONENT:
+        return "not linear", f"the exponent between the two longest is at least {steep:.2f}"
+    remedy = _remedy(fits.T, fits.t)
+    if _flat_lengths(fits.T, fits.t) == n - 1:
+        return "inconclusive", f"the times hardly grow with T; {remedy}"
     if fits.misfit > MISFIT:
-        return "inconclusive", f"no candidate describes the times to {MISFIT:.0%}; {_REMEDY}"
-    if _better(fits.rss[fits.order], n - 2, line_rss, noise):
+        return "inconclusive", f"no candidate describes the times to {MISFIT:.0%}; {remedy}"
+    if _better(fits.rss[fits.order], n - 2, linear_rss, noise):
         return "not linear", f"{fits.order} describes the times significantly better than O(N)"
-    if fits.share > QUADRATIC_SHARE_LIMIT and _better(fits.mixture_rss, n - 3, line_rss, noise):
+    if fits.share > QUADRATIC_SHARE_LIMIT and _better(fits.mixture_rss, n - 3, linear_rss, noise):
         return "not linear", f"a quadratic term of {fits.share:.0%} of the longest step, limit {QUADRATIC_SHARE_LIMIT:.0%}"
     if fits.share > QUADRATIC_SHARE_LIMIT:
-        return "inconclusive", f"a quadratic term of {fits.share:.0%} cannot be excluded; {_REMEDY}"
+        return "inconclusive", f"a quadratic term of {fits.share:.0%} cannot be excluded; {remedy}"
     if fits.order != "O(N)":
-        return "inconclusive", f"{fits.order} describes the times better than O(N), but not significantly; {_REMEDY}"
+        return "inconclusive", f"{fits.order} describes the times better than O(N), but not significantly; {remedy}"
     if exponent[1] - exponent[0] > WIDE_INTERVAL:
-        return "inconclusive", f"the interval of the exponent is wide ({exponent[0]:.2f} to {exponent[1]:.2f}); {_REMEDY}"
+        return "inconclusive", f"the interval of the exponent is wide ({exponent[0]:.2f} to {exponent[1]:.2f}); {remedy}"
     spread = NOISE if noise is None else max(noise, float(np.sqrt(line_rss / (n - 2))))
     if line_rss > chdtri(n - 2, 0.001) * spread**2:
-        return "inconclusive", f"the times scatter by more than {spread:.0%} around the line; {_REMEDY}"
+        return "inconclusive", f"the times scatter by more than {spread:.0%} around the line; {remedy}"
     for order in ("O(N log N)", "O(N^2)"):
         if not _refuted(fits, order, spread):
-            return "inconclusive", f"{order} cannot be told from O(N) with these lengths and noise; {_REMEDY}"
+            return "inconclusive", f"{order} cannot be told from O(N) with these lengths and noise; {remedy}"
     return "linear", f"O(N log N) and O(N^2) refuted; quadratic term {fits.share:.1%} of the longest step"
+
+
+def _steep_end(fits: _Fits, noise: float | None) -> float:
+    """Lower end of the exponent between the two longest lengths; 0 where the noise is not known.
+
+    No host-bound and then linear time max(h, a + b T), a >= 0, grows faster than T anywhere, however many lengths are flat.
+    """
+    if noise is None:
+        return 0.0
+    growth = float(np.log(fits.t[-1] / fits.t[-2])) - STEEP_ERRORS * np.sqrt(2) * max(noise, NOISE)
+    return growth / float(np.log(fits.T[-1] / fits.T[-2]))
+
+
+def _flat_lengths(T: Array, t: Array) -> int:
+    """How many of the shortest lengths are followed by one that takes hardly longer."""
+    flat = np.log(t[1:] / t[:-1]) < FLAT_EXPONENT * np.log(T[1:] / T[:-1])
+    return T.size - 1 if flat.all() else int(np.argmin(flat))
+
+
+def _linear_rss(fits: _Fits, skipped: int) -> float:
+    """RSS of the best linear description: the line, or max(h, a + b T) where the times began flat, the host taking h.
+
+    A parabola follows the bend between the two better than a line does, and is not to be believed for that.
+    """
+    T, t, best = fits.T, fits.t, fits.rss["O(N)"]
+    for k in range(1, T.size if skipped or _flat_lengths(T, t) else 1):
+        h = np.sum(1 / t[:k]) / np.sum(1 / t[:k] ** 2)
+        parts = np.stack([np.ones_like(T), T / T[-1]], axis=1)
+        coefficients, _ = nnls(parts[k:] / t[k:, None], np.ones(T.size - k))
+        best = min(best, float(np.sum((np.maximum(h, parts @ coefficients) / t - 1) ** 2)))
+    return best
+
+
+def _remedy(T: Array, t: Array) -> str:
+    """What would decide; where the times are flat at first, from which length on to measure."""
+    hidden = _flat_lengths(T, t)
+    if not hidden:
+        return _REMEDY
+    start = int(T[hidden])
+    lengths = " ".join(str(start * 2**i) for i in range(MIN_LENGTHS))
+    return (
+        f"up to T = {start:,} a cost that does not depend on T hides the rest, on a GPU mostly the host launching operators: "
+        f"use --compile, or --seq-lengths {lengths}"
+    )
 
 
 def _better(rss: float, freedom: int, line_rss: float, noise: float | None) -> bool:
