@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from phase1.config import ModelConfig
+from phase1.measure.environment import free_ram_bytes
+from phase1.measure.intervals import median_interval, speed_ratio
 from phase1.measure.isolate import Outcome, run_here
 from phase1.measure.memory import optimizer_tensors
 from phase1.measure.scaling import fit_scaling
+from phase1.measure.stats import median
 from phase1.measure.timing import StepTime, Stopwatch, median_step
 from phase1.measure.tracker import BLOCK_BYTES
-from phase1.measure.workload import make_workload, random_batch
+from phase1.measure.workload import make_workload, random_batch, scores_bytes
 from phase1.record import Measurement, Parameters, Scaling, ThroughputResult
 from phase1.train import Batch, TrainState, train_step
 
@@ -29,6 +32,7 @@ class ThroughputPlan:
     warmup_steps: int
     measure_steps: int
     compile: bool = False
+    batch_sizes: Mapping[str, int] = field(default_factory=dict)  # of models that run with another than `batch_size`
 
 
 @dataclass
@@ -36,6 +40,7 @@ class Contender:
     """One model of the comparison, with what has been measured of it."""
 
     config: ModelConfig
+    batch_size: int
     state: TrainState | None = None  # None before it is made, and after a failure
     parameters: dict[str, int] | None = None
     failure: Outcome[Any] | None = None
@@ -53,26 +58,43 @@ class Contender:
 
 
 def measure_throughput(
-    models: Mapping[str, ModelConfig], plan: ThroughputPlan, device: str, progress: Callable[[], object] = lambda: None
+    models: Mapping[str, ModelConfig],
+    plan: ThroughputPlan,
+    device: str,
+    progress: Callable[[], object] = lambda: None,
+    in_flight: Callable[[], object] = lambda: None,
 ) -> dict[str, Contender]:
     """Measure every model at every length, shortest first; a model that fails leaves, the others go on.
 
-    All models stay on the device, and take their steps in turn (A, B, C, A, B, C …), so that a clock that slows down
-    or a noisy neighbour meets them all. `progress` is called after every step, taken or skipped.
+    All models stay on the device, and take one step each per round, so that a clock that slows down or a noisy neighbour meets
+    them all; `round_order` says who follows whom. `progress` is called after every step, taken or skipped, `in_flight` after
+    every launch of a measured step, while the device works on it.
     """
-    contenders = {name: Contender(config) for name, config in models.items()}
+    contenders = {name: Contender(config, plan.batch_sizes.get(name, plan.batch_size)) for name, config in models.items()}
     for contender in contenders.values():
         _attempt(contender, _make, contender, device, plan.compile)
     for seq_length in sorted(set(plan.seq_lengths)):
-        for warmup, steps in ((True, plan.warmup_steps), (False, plan.measure_steps)):
-            for _ in range(steps):
-                for contender in contenders.values():
-                    _attempt(contender, _step, contender, plan.batch_size, seq_length, warmup)
-                    progress()
+        for number in range(-plan.warmup_steps, plan.measure_steps):
+            for name in round_order(list(contenders), number):
+                contender, extra = contenders[name], (None if number < 0 else in_flight)
+                _attempt(contender, _step, contender, seq_length, extra)
+                progress()
         for contender in contenders.values():
-            contender.measurements.append(_measurement(contender, plan.batch_size, seq_length))
+            contender.measurements.append(_measurement(contender, seq_length))
             contender.steps, contender.peak_bytes = [], 0
     return contenders
+
+
+def round_order(names: Sequence[str], number: int) -> list[str]:
+    """Who goes when in round `number`: in n rounds (2n for odd n) each has every place, and follows every other, equally often.
+
+    A step after a heavy one may meet a lower clock or a colder cache. In one fixed order that would always be the same model's
+    loss, and it looks like a difference. Source: Williams 1949, "Experimental designs balanced for residual effects".
+    """
+    n = len(names)
+    zigzag = [(i + 1) // 2 if i % 2 else (n - i // 2) % n for i in range(n)]  # 0, 1, n - 1, 2, n - 2, ...
+    order = [names[(place + number) % n] for place in zigzag]
+    return order[::-1] if n % 2 and number // n % 2 else order
 
 
 def _attempt(contender: Contender, function: Callable[..., None], *args: Any) -> None:
@@ -89,19 +111,31 @@ def _make(contender: Contender, device: str, compile: bool) -> None:
     contender.excluded_seconds += time.perf_counter() - began
 
 
-def _step(contender: Contender, batch_size: int, seq_length: int, warmup: bool) -> None:
+def _step(contender: Contender, seq_length: int, in_flight: Callable[[], object] | None) -> None:
+    """One step, measured if there is an `in_flight` to call."""
     state = contender.state
     assert state is not None
     device = state.device.type
-    batch = random_batch(contender.config.vocab_size, batch_size, seq_length, device)
+    if device == "cpu" and contender.config.attention == "math":
+        _require_room(contender, seq_length)
+    batch = random_batch(contender.config.vocab_size, contender.batch_size, seq_length, device)
     watch, memory = Stopwatch(device), _StepPeak(state, batch)
     train_step(state, [batch], watch.mark)
+    if in_flight is not None:
+        in_flight()
     step = watch.step_time()
-    if warmup:
+    if in_flight is None:
         contender.excluded_seconds += step.total_ms / 1e3
     else:
         contender.steps.append(step)
         contender.peak_bytes = max(contender.peak_bytes, memory.bytes())
+
+
+def _require_room(contender: Contender, seq_length: int) -> None:
+    """Raise MemoryError before the system ends this process for taking too much, which would lose the other models' results."""
+    needed, free = scores_bytes(contender.config, contender.batch_size, seq_length), free_ram_bytes()
+    if free is not None and needed > free:
+        raise MemoryError(f"the attention scores take about {needed / 1e9:.1f} GB; {free / 1e9:.1f} GB are free")
 
 
 class _StepPeak:
@@ -132,14 +166,18 @@ def resident_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(-(-size // BLOCK_BYTES) * BLOCK_BYTES for size in sizes.values())
 
 
-def _measurement(contender: Contender, batch_size: int, seq_length: int) -> Measurement:
-    failure = contender.failure
+def _measurement(contender: Contender, seq_length: int) -> Measurement:
+    batch_size, failure = contender.batch_size, contender.failure
     if failure is not None:
         advice = f"; {_sizes_to_try(batch_size, seq_length)}" if failure.status == "oom" else ""
         failed_before = any(m.status != "ok" for m in contender.measurements)
         detail = "skipped: a shorter length failed" if failed_before else failure.message + advice
         return Measurement(seq_length=seq_length, batch_size=batch_size, status=failure.status, detail=detail)
     step = median_step(contender.steps)
+    total_ms = [step.total_ms for step in contender.steps]
+    launch_ms = [step.launch_ms for step in contender.steps if step.launch_ms is not None]
+    interval = median_interval(total_ms)
+    tokens = batch_size * seq_length
     return Measurement(
         seq_length=seq_length,
         batch_size=batch_size,
@@ -147,10 +185,12 @@ def _measurement(contender: Contender, batch_size: int, seq_length: int) -> Meas
         backward_time_ms=step.backward_ms,
         optimizer_time_ms=step.optimizer_ms,
         total_time_ms=step.total_ms,
-        tokens_per_second=batch_size * seq_length / (step.total_ms / 1e3),
+        tokens_per_second=tokens / (step.total_ms / 1e3),
+        tokens_per_second_ci95=None if interval is None else (tokens / (interval[1] / 1e3), tokens / (interval[0] / 1e3)),
         samples_per_second=batch_size / (step.total_ms / 1e3),
+        launch_time_ms=median(launch_ms) if launch_ms else None,
         peak_allocated_bytes=contender.peak_bytes or None,
-        step_times_ms=[step.total_ms for step in contender.steps],
+        step_times_ms=total_ms,
         status="ok",
     )
 
@@ -158,6 +198,36 @@ def _measurement(contender: Contender, batch_size: int, seq_length: int) -> Meas
 def _sizes_to_try(batch_size: int, seq_length: int) -> str:
     steps = [f"--batch-size {batch_size // 2}"] if batch_size > 1 else []
     return "try " + ", then ".join([*steps, f"--seq-lengths below {seq_length}"])
+
+
+def throughput_results(contenders: Mapping[str, Contender]) -> dict[str, ThroughputResult]:
+    """The records of all models, with their ratios to `baseline`."""
+    results = {role: throughput_result(role, contender) for role, contender in contenders.items()}
+    baseline = results["baseline"].measurements if "baseline" in results else []
+    return {
+        role: result.model_copy(update={"measurements": with_ratios(result.measurements, baseline)})
+        for role, result in results.items()
+    }
+
+
+def with_ratios(measurements: Sequence[Measurement], baseline: Sequence[Measurement]) -> list[Measurement]:
+    """`measurements` with ratio and interval wherever the baseline took its steps in the same rounds."""
+    found = []
+    for m in measurements:
+        if pair := rounds_of(m, baseline):
+            ratio, interval = speed_ratio(*pair)
+            m = m.model_copy(update={"ratio_to_baseline": ratio, "ratio_ci95": None if m in baseline else interval})
+        found.append(m)
+    return found
+
+
+def rounds_of(m: Measurement, others: Sequence[Measurement]) -> tuple[list[float], list[float]] | None:
+    """Step times of `m`, and those of the same rounds in `others`; None where there are none."""
+    for other in others:
+        if (other.seq_length, other.batch_size) == (m.seq_length, m.batch_size):
+            same = m.step_times_ms and len(m.step_times_ms) == len(other.step_times_ms)
+            return (m.step_times_ms, other.step_times_ms) if same else None
+    return None
 
 
 def throughput_result(role: str, contender: Contender) -> ThroughputResult:
