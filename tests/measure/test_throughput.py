@@ -7,6 +7,7 @@ import torch
 from phase1.config import ROLES, ThroughputRun, model_config
 from phase1.measure import throughput
 from phase1.measure.intervals import speed_ratio
+from phase1.measure.monitor import Monitor
 from phase1.measure.throughput import (
     ThroughputPlan,
     measure_throughput,
@@ -210,3 +211,16 @@ def test_on_a_gpu_the_peak_of_a_model_does_not_count_the_models_beside_it():
         assert beside.total_time_ms == pytest.approx(
             beside.forward_time_ms + beside.backward_time_ms + beside.optimizer_time_ms, rel=1e-9
         )
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_on_a_gpu_launches_clocks_and_a_quadratic_control_are_seen():
+    models = {role: model_config(role, ThroughputRun()) for role in ("phase1", "quadratic_control")}
+    watch = Monitor("cuda")
+    plan = ThroughputPlan((1024, 2048, 4096, 8192), 1, 3, 10)
+    results = throughput_results(measure_throughput(models, plan, "cuda", in_flight=watch.sample))
+    for result in results.values():
+        assert all(0 < m.launch_time_ms < 1.1 * m.total_time_ms for m in result.measurements)
+    assert results["quadratic_control"].scaling.verdict == "not linear"
+    assert len(watch.samples) >= 2 and any(sample.sm_clock_mhz for sample in watch.samples)

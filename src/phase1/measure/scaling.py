@@ -245,9 +245,9 @@ def _linear_rss(fits: _Fits, skipped: int) -> float:
 def _remedy(T: Array, t: Array) -> str:
     """What would decide; where the times are flat at first, from which length on to measure."""
     hidden = _flat_lengths(T, t)
-    if not hidden:
-        return _REMEDY
     start = int(T[hidden])
+    if not hidden or start * MIN_SPAN <= T[-1]:  # enough lengths past the bend: they scatter
+        return _REMEDY
     lengths = " ".join(str(start * 2**i) for i in range(MIN_LENGTHS))
     return (
         f"up to T = {start:,} a cost that does not depend on T hides the rest, on a GPU mostly the host launching operators: "
