@@ -10,7 +10,7 @@ from phase1.config import ROLES, ModelConfig, ThroughputRun, model_config
 from phase1.measure.conditions import model_warnings, run_warnings
 from phase1.measure.controls import COPIES, a_a_check, control_batch_size, control_check
 from phase1.measure.efficiency import card_of, with_efficiency
-from phase1.measure.environment import current_command, environment, free_gpu_bytes, free_ram_bytes, settings
+from phase1.measure.environment import Fact, current_command, environment, settings
 from phase1.measure.monitor import Monitor
 from phase1.measure.scaling import MIN_LENGTHS
 from phase1.measure.throughput import Contender, ThroughputPlan, measure_throughput, throughput_results
@@ -27,7 +27,7 @@ def main(run: ThroughputRun) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     wanted, facts, precision = models(run), environment(), str(compute_dtype("auto", device)).removeprefix("torch.")
     monitor = Monitor(device)
-    contenders = _measured(run, wanted, device, monitor)
+    contenders = _measured(run, wanted, device, facts, monitor)
     disturbed = run_warnings(monitor.samples, monitor.cpu_use())
     card, basis = card_of(facts)
     results = {
@@ -63,10 +63,12 @@ def models(run: ThroughputRun) -> dict[str, ModelConfig]:
     return {role: model_config(role, run) for role in roles}
 
 
-def _measured(run: ThroughputRun, wanted: dict[str, ModelConfig], device: str, monitor: Monitor) -> dict[str, Contender]:
-    free = free_gpu_bytes() if device == "cuda" else free_ram_bytes()
+def _measured(
+    run: ThroughputRun, wanted: dict[str, ModelConfig], device: str, facts: dict[str, Fact], monitor: Monitor
+) -> dict[str, Contender]:
+    memory = facts["gpu_memory_bytes" if device == "cuda" else "ram_bytes"]
     batch_sizes = {
-        role: control_batch_size(config, run.batch_size, max(run.seq_lengths), free)
+        role: control_batch_size(config, run.batch_size, max(run.seq_lengths), int(memory) if memory else None)
         for role, config in wanted.items()
         if role == "quadratic_control"
     }

@@ -42,9 +42,9 @@ def a_a_check(copy: ThroughputResult, original: ThroughputResult) -> Check:
     return _check(A_A, value, "pass", detail)
 
 
-def control_batch_size(config: ModelConfig, batch_size: int, longest: int, free_bytes: int | None) -> int:
-    """`batch_size`, halved until the scores of the longest length take at most half of the free memory; 1 at least."""
-    while batch_size > 1 and free_bytes is not None and 2 * scores_bytes(config, batch_size, longest) > free_bytes:
+def control_batch_size(config: ModelConfig, batch_size: int, longest: int, memory_bytes: int | None) -> int:
+    """`batch_size`, halved until the scores of the longest length take at most half of the device's memory; 1 at least."""
+    while batch_size > 1 and memory_bytes is not None and 2 * scores_bytes(config, batch_size, longest) > memory_bytes:
         batch_size //= 2
     return batch_size
 
