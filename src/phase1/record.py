@@ -226,10 +226,10 @@ class Report(_Record, Generic[R]):
     created_utc: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     environment: dict[str, str | int | float | bool | None]
     command: str
+    warnings: list[str] = Field(default_factory=list, description="what disturbed the whole run, and what to do")
     run: JsonObject = Field(default_factory=dict, description="the settings of the run, such as batch_size")
     results: dict[str, SerializeAsAny[R]]
     checks: list[Check] = Field(default_factory=list)
-    warnings: list[str] = Field(default_factory=list, description="what disturbed the whole run, and what to do")
 
     @model_validator(mode="after")
     def _results_of_this_kind(self) -> Self:

@@ -3,8 +3,8 @@ import pytest
 
 from phase1.config import ThroughputRun, model_config
 from phase1.measure.controls import a_a_check, control_batch_size, control_check
+from phase1.measure.rounds import round_order
 from phase1.measure.scaling import fit_scaling
-from phase1.measure.throughput import round_order
 from phase1.measure.workload import scores_bytes
 from phase1.record import Measurement, ThroughputResult, read_report
 from tests.measure.noise import H100, NOISE

@@ -36,7 +36,7 @@ def test_faster_growth_with_2_percent_noise_is_rejected_in_99_of_100_draws_over_
     assert verdicts(term, SIX, 0.02, 200)["not linear"] >= 198
 
 
-def test_ten_thousand_curves_with_2_percent_noise_hold_the_error_rates():
+def test_ten_thousand_curves_with_2_percent_noise_hold_the_error_rates(record_property):
     """At most 1 % of N log N and N^2 called linear, at most 2 % of linear called not linear; overheads up to a half."""
     overheads = (0.0, 0.1, 0.25, 0.4, 0.5)
     counts = {term: Counter() for term in TERMS}
@@ -47,6 +47,7 @@ def test_ten_thousand_curves_with_2_percent_noise_hold_the_error_rates():
     assert counts["N log N"]["linear"] <= 0.01 * 4000
     assert counts["N^2"]["linear"] == 0
     assert counts["N"]["not linear"] <= 0.02 * 3400
+    record_property("share of linear curves found inconclusive", counts["N"]["inconclusive"] / 3400)  # no limit
 
 
 def test_the_documented_lengths_never_accept_faster_growth_and_accept_quiet_linear_times():

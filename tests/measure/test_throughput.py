@@ -8,14 +8,13 @@ from phase1.config import ROLES, ThroughputRun, model_config
 from phase1.measure import throughput
 from phase1.measure.intervals import speed_ratio
 from phase1.measure.monitor import Monitor
+from phase1.measure.rounds import round_order, with_ratios
 from phase1.measure.throughput import (
     ThroughputPlan,
     measure_throughput,
     resident_bytes,
-    round_order,
     throughput_result,
     throughput_results,
-    with_ratios,
 )
 from phase1.measure.workload import scores_bytes
 from phase1.record import Measurement

@@ -7,6 +7,7 @@ from typing import Final
 
 import numpy as np
 
+from phase1.measure.curves import FLAT_EXPONENT
 from phase1.measure.intervals import MIN_ROUNDS, drifts
 from phase1.record import Measurement
 
@@ -20,7 +21,6 @@ FOREIGN_CPU = 0.10  # of all cores
 UNSTABLE = 0.10  # relative interquartile range of the steps of one length
 DRIFT = 0.05  # of the median, first to second half of the steps of one length
 LAUNCH_SHARE = 0.90  # of the step; above it the device has nothing left to do when the host is done
-FLAT_EXPONENT = 0.5  # of step time in T, between neighbouring lengths
 
 
 @dataclass(frozen=True)

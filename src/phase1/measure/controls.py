@@ -2,7 +2,7 @@
 
 from phase1.config import ModelConfig
 from phase1.measure.intervals import MIN_ROUNDS, reaches, speed_ratio
-from phase1.measure.throughput import rounds_of
+from phase1.measure.rounds import rounds_of
 from phase1.measure.workload import scores_bytes
 from phase1.record import Check, ThroughputResult
 

@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from phase1.config import ModelConfig
 from phase1.measure.environment import free_ram_bytes
-from phase1.measure.intervals import median_interval, speed_ratio
+from phase1.measure.intervals import median_interval
 from phase1.measure.isolate import Outcome, run_here
 from phase1.measure.memory import optimizer_tensors
+from phase1.measure.rounds import round_order, with_ratios
 from phase1.measure.scaling import fit_scaling
 from phase1.measure.stats import median
 from phase1.measure.timing import StepTime, Stopwatch, median_step
@@ -74,27 +75,25 @@ def measure_throughput(
     for contender in contenders.values():
         _attempt(contender, _make, contender, device, plan.compile)
     for seq_length in sorted(set(plan.seq_lengths)):
-        for number in range(-plan.warmup_steps, plan.measure_steps):
-            for name in round_order(list(contenders), number):
-                contender, extra = contenders[name], (None if number < 0 else in_flight)
-                _attempt(contender, _step, contender, seq_length, extra)
-                progress()
+        _measure_length(contenders, plan, seq_length, progress, in_flight)
         for contender in contenders.values():
             contender.measurements.append(_measurement(contender, seq_length))
             contender.steps, contender.peak_bytes = [], 0
     return contenders
 
 
-def round_order(names: Sequence[str], number: int) -> list[str]:
-    """Who goes when in round `number`: in n rounds (2n for odd n) each has every place, and follows every other, equally often.
-
-    A step after a heavy one may meet a lower clock or a colder cache. In one fixed order that would always be the same model's
-    loss, and it looks like a difference. Source: Williams 1949, "Experimental designs balanced for residual effects".
-    """
-    n = len(names)
-    zigzag = [(i + 1) // 2 if i % 2 else (n - i // 2) % n for i in range(n)]  # 0, 1, n - 1, 2, n - 2, ...
-    order = [names[(place + number) % n] for place in zigzag]
-    return order[::-1] if n % 2 and number // n % 2 else order
+def _measure_length(
+    contenders: dict[str, Contender],
+    plan: ThroughputPlan,
+    seq_length: int,
+    progress: Callable[[], object],
+    in_flight: Callable[[], object],
+) -> None:
+    for number in range(-plan.warmup_steps, plan.measure_steps):
+        for name in round_order(list(contenders), number):
+            contender = contenders[name]
+            _attempt(contender, _step, contender, seq_length, None if number < 0 else in_flight)
+            progress()
 
 
 def _attempt(contender: Contender, function: Callable[..., None], *args: Any) -> None:
@@ -208,26 +207,6 @@ def throughput_results(contenders: Mapping[str, Contender]) -> dict[str, Through
         role: result.model_copy(update={"measurements": with_ratios(result.measurements, baseline)})
         for role, result in results.items()
     }
-
-
-def with_ratios(measurements: Sequence[Measurement], baseline: Sequence[Measurement]) -> list[Measurement]:
-    """`measurements` with ratio and interval wherever the baseline took its steps in the same rounds."""
-    found = []
-    for m in measurements:
-        if pair := rounds_of(m, baseline):
-            ratio, interval = speed_ratio(*pair)
-            m = m.model_copy(update={"ratio_to_baseline": ratio, "ratio_ci95": None if m in baseline else interval})
-        found.append(m)
-    return found
-
-
-def rounds_of(m: Measurement, others: Sequence[Measurement]) -> tuple[list[float], list[float]] | None:
-    """Step times of `m`, and those of the same rounds in `others`; None where there are none."""
-    for other in others:
-        if (other.seq_length, other.batch_size) == (m.seq_length, m.batch_size):
-            same = m.step_times_ms and len(m.step_times_ms) == len(other.step_times_ms)
-            return (m.step_times_ms, other.step_times_ms) if same else None
-    return None
 
 
 def throughput_result(role: str, contender: Contender) -> ThroughputResult:
