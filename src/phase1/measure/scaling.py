@@ -185,9 +185,7 @@ def _refuted(fits: Fits, alternative: ComplexityOrder, noise: float) -> bool:
     """
     line_rss = fits.rss["O(N)"]
     _, distance = fit(fits.T, fits.curves[alternative], CANDIDATES["O(N)"])
-    lam = distance / noise**2
-    if lam < 1e-6:  # the fitted alternative is itself a constant
-        return False
+    lam = distance / noise**2  # above 0: times that hardly grow, which a constant fits, are judged before
     lead = (fits.rss[alternative] - line_rss) / noise**2
     close = chndtr(line_rss / noise**2, fits.T.size - 2, lam)
     ahead = ndtr(-(lead + lam) / (2 * np.sqrt(lam)))
