@@ -228,10 +228,14 @@ class MemoryRun(Ranked, Output):
     batch_size: int = option(4, "B, sequences per step")
     seq_length: int = option(2048, "T, tokens per sequence")
     gradient_checkpointing: bool = option(True, "recompute the engine's activations in the backward pass")
+    dry_run: bool = option(False, "estimate without running anything, also where there is a GPU; without one it always does")
+    ablate: bool = option(False, "also change one component at a time in baseline and engine: who saves what")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_positive(self, "batch_size", "seq_length")
+        if self.ablate and not self.baseline:
+            raise ValueError("--ablate compares engine and baseline; got --no-baseline; leave one of them out")
 
 
 @dataclass(frozen=True, kw_only=True)

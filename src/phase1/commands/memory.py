@@ -6,22 +6,25 @@ from typing import Final
 from tqdm import tqdm
 
 from phase1.config import MemoryRun, ModelConfig, model_config
+from phase1.measure.ablate import ROWS, ablation
 from phase1.measure.environment import current_command, environment, free_gpu_bytes, settings
 from phase1.measure.memory import MemoryCase, memory_result
-from phase1.record import FILES, Check, MemoryResult, Report, exit_code, write_report
-from phase1.report import checks_text, memory_text, plot_memory
+from phase1.record import FILES, Ablation, Check, MemoryResult, Report, exit_code, write_report
+from phase1.report import checks_text, memory_text, plot_memory, plot_memory_timeline
 
 CARD_LIMITS: Final = {"fits_8gb": 7.2e9, "fits_10gb": 9.0e9}  # bytes, 90 % of the card (docs/design.md, "Definitions")
 REDUCTION_LIMIT: Final = 50.0  # percent
 PLOT: Final = "phase1_memory_breakdown.png"
+TIMELINE_PLOT: Final = "phase1_memory_timeline.png"
 
 
 def main(run: MemoryRun) -> int:
     """Write the memory report and its plot, and print it; see `MemoryRun` for the flags."""
     free_bytes = free_gpu_bytes()  # before this run takes some of it
     results: dict[str, MemoryResult] = {}
-    for role, model in tqdm(models(run).items(), desc="memory", unit="model", disable=None):
-        results[role] = memory_result(role, MemoryCase(model, run.batch_size, run.seq_length))
+    cases = {role: MemoryCase(model, run.batch_size, run.seq_length) for role, model in models(run).items()}
+    for role, case in tqdm(cases.items(), desc="memory", unit="model", disable=None):
+        results[role] = memory_result(role, case, run.dry_run)
     results = with_reductions(results)
     report = Report[MemoryResult](
         kind="memory",
@@ -30,14 +33,21 @@ def main(run: MemoryRun) -> int:
         run=settings(run) | {"free_gpu_bytes": free_bytes},
         results=results,
         checks=checks(results, free_bytes),
+        ablation=_ablation(run, cases, results) if run.ablate else [],
     )
     path = Path(run.out_dir) / FILES["memory"]
     write_report(report, path)
     written = [path]
     if any(result.status == "ok" for result in results.values()):
         written.append(plot_memory(report, path.with_name(PLOT)))
+        written.append(plot_memory_timeline(report, path.with_name(TIMELINE_PLOT)))
     print(memory_text(report), checks_text(report.checks), *(f"written: {p}" for p in written), sep="\n")
     return exit_code(report.checks)
+
+
+def _ablation(run: MemoryRun, cases: dict[str, MemoryCase], results: dict[str, MemoryResult]) -> list[Ablation]:
+    rows = ablation(cases, results, lambda role, case: memory_result(role, case, run.dry_run))
+    return list(tqdm(rows, desc="ablation", unit="row", total=ROWS, disable=None))
 
 
 def models(run: MemoryRun) -> dict[str, ModelConfig]:

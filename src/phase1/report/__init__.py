@@ -2,12 +2,14 @@
 
 from phase1.report.plots import plot_memory, plot_perplexity, plot_throughput
 from phase1.report.text import checks_text, memory_text, perplexity_text, throughput_text
+from phase1.report.timeline import plot_memory_timeline
 
 __all__ = [
     "checks_text",
     "memory_text",
     "perplexity_text",
     "plot_memory",
+    "plot_memory_timeline",
     "plot_perplexity",
     "plot_throughput",
     "throughput_text",

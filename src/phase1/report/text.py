@@ -6,12 +6,12 @@ from dataclasses import replace
 
 from phase1.files import one_line
 from phase1.record import Check, MemoryResult, PerplexityResult, Report, ThroughputResult
-from phase1.tables import Table, console, memory_comparison, perplexity_comparison, scaling_comparison, throughput_comparison
+from phase1.tables import Table, console, memory_tables, perplexity_comparison, scaling_comparison, throughput_comparison
 
 
 def memory_text(report: Report[MemoryResult]) -> str:
-    """The peaks of every model, and whether they fit."""
-    return _console(memory_comparison(report), report)
+    """The peaks of every model and whether they fit, what they are made of, and what each component saves."""
+    return "\n\n".join(_console(table, report) for table in memory_tables(report))
 
 
 def throughput_text(report: Report[ThroughputResult]) -> str:

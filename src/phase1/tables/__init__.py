@@ -6,7 +6,7 @@ from typing import Any
 from phase1.record import Report
 from phase1.tables.configuration import configuration_comparison
 from phase1.tables.join import require_one_size
-from phase1.tables.memory import memory_comparison
+from phase1.tables.memory import memory_comparison, memory_tables
 from phase1.tables.perplexity import perplexity_comparison
 from phase1.tables.table import SUFFIXES, Column, Table, console, render
 from phase1.tables.throughput import scaling_comparison, throughput_comparison
@@ -19,6 +19,7 @@ __all__ = [
     "configuration_comparison",
     "console",
     "memory_comparison",
+    "memory_tables",
     "perplexity_comparison",
     "render",
     "scaling_comparison",
@@ -35,7 +36,7 @@ def build_tables(reports: Mapping[str, Report[Any]], hardware: str | None = None
         require_one_size(report)
     tables = []
     if "memory" in reports:
-        tables.append(memory_comparison(reports["memory"], hardware))
+        tables += memory_tables(reports["memory"], hardware)
     if "throughput" in reports:
         tables.append(throughput_comparison(reports["throughput"], hardware))
         tables.append(scaling_comparison(reports["throughput"], hardware))
