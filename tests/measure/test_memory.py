@@ -235,6 +235,18 @@ def test_no_part_of_a_measured_breakdown_is_derived_from_the_peak(monkeypatch):
     assert result.unattributed_bytes == peaks.unattributed_bytes
 
 
+def test_a_watched_step_that_does_not_fit_leaves_the_peaks_without_a_breakdown(monkeypatch):
+    def no_memory(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(MemoryTracker, "watch", no_memory)
+    peaks, _ = measured_by_script(monkeypatch, "phase1")
+    assert peaks.peak_allocated_bytes == 30_000_000
+    assert peaks.breakdown == {} and peaks.timeline is None and peaks.unattributed_bytes is None
+    result = as_result("phase1", case("phase1", 1, 16), Outcome("ok", peaks), "measured")
+    assert (result.status, result.breakdown, result.unattributed_bytes) == ("ok", {}, None)
+
+
 def test_where_workspaces_cannot_be_dropped_they_stay_unattributed(monkeypatch):
     monkeypatch.delattr(torch._C, "_cuda_clearCublasWorkspaces", raising=False)
     assert memory._workspace_bytes() == 0

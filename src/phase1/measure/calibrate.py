@@ -104,7 +104,7 @@ def calibrate(cases: dict[str, MemoryCase], workers: int) -> Iterator[Calibratio
                 estimated_bytes=estimated.peak_allocated_bytes,
                 error_percent=100 * (estimated.peak_allocated_bytes / peak - 1),
                 reserved_error_percent=100 * (estimated.peak_reserved_bytes / measured.peak_reserved_bytes - 1),
-                unattributed_percent=100 * measured.unattributed_bytes / peak,
+                unattributed_percent=None if measured.unattributed_bytes is None else 100 * measured.unattributed_bytes / peak,
             )
 
 

@@ -96,9 +96,9 @@ def measure_memory(case: MemoryCase) -> MemoryPeaks:
         phase_bytes=phase_bytes,
         peak_reserved_bytes=reserved,
         outside_allocator_bytes=outside,
-        breakdown=timeline.parts_at_peak,
-        top_modules=timeline.top_modules,
-        timeline=timeline_record(timeline),
+        breakdown={} if timeline is None else timeline.parts_at_peak,
+        top_modules={} if timeline is None else timeline.top_modules,
+        timeline=None if timeline is None else timeline_record(timeline),
     )
 
 
@@ -115,13 +115,19 @@ class _CountedCuda:
         return allocated["peak"] - allocated["current"], allocated["current"] - requested["current"]
 
 
-def _timeline(case: MemoryCase, state: TrainState, batch: tuple[Tensor, Tensor]) -> Timeline:
-    """One more step, watched operator by operator. No part of it is derived from the peaks of the steps before."""
-    with MemoryTracker(case.model.vocab_size, "cuda", _CountedCuda()) as tracker:
-        tracker.watch(state.model)
-        tracker.label(optimizer_tensors(state), "optimizer_state", "(optimizer)")
-        tracker.label(batch, "activations", "(batch)")
-        train_step(state, [batch], tracker.mark)
+def _timeline(case: MemoryCase, state: TrainState, batch: tuple[Tensor, Tensor]) -> Timeline | None:
+    """One more step, watched operator by operator. No part of it is derived from the peaks of the steps before.
+
+    None where that step runs out of memory, though those before it did not: they are the result, this is its anatomy.
+    """
+    try:
+        with MemoryTracker(case.model.vocab_size, "cuda", _CountedCuda()) as tracker:
+            tracker.watch(state.model)
+            tracker.label(optimizer_tensors(state), "optimizer_state", "(optimizer)")
+            tracker.label(batch, "activations", "(batch)")
+            train_step(state, [batch], tracker.mark)
+    except torch.OutOfMemoryError:
+        return None
     return measured_timeline(tracker.trace, _workspace_bytes())
 
 

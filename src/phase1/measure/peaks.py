@@ -28,7 +28,7 @@ class MemoryPeaks:
     phase_bytes: dict[str, int]
     peak_reserved_bytes: int
     outside_allocator_bytes: int
-    breakdown: dict[str, int]
+    breakdown: dict[str, int] = field(default_factory=dict)
     top_modules: dict[str, int] = field(default_factory=dict)
     timeline: MemoryTimeline | None = None
     assumptions: str | None = None
@@ -38,9 +38,9 @@ class MemoryPeaks:
         return max(self.phase_bytes.values())
 
     @property
-    def unattributed_bytes(self) -> int:
-        """What the parts, none of them derived from the peak, leave of it; negative where they are more."""
-        return self.peak_allocated_bytes - sum(self.breakdown.values())
+    def unattributed_bytes(self) -> int | None:
+        """What the parts, none of them derived from the peak, leave of it; negative where they are more, None without parts."""
+        return self.peak_allocated_bytes - sum(self.breakdown.values()) if self.breakdown else None
 
 
 def timeline_record(timeline: Timeline) -> MemoryTimeline:

@@ -55,7 +55,7 @@ class MemoryTracker(TorchDispatchMode):
         self._alive: dict[int, _Alive] = {}  # by the address of the C++ storage, one for all its views
         self._modules: list[str] = []  # whose forward is running, outermost first
         self._hooks: list[Any] = []
-        self._sole_owner = _sole_owner_counts()
+        self._sole_owner = _sole_owner_counts(device_type if device_type != "cuda" or torch.cuda.is_available() else "cpu")
 
     def __exit__(self, *args: Any) -> None:
         for hook in self._hooks:
@@ -137,7 +137,7 @@ class MemoryTracker(TorchDispatchMode):
         It does where nothing else owns the first, unless a mode such as this one is on (accumulate in
         torch/csrc/autograd/input_buffer.cpp); out of place the tracked step would take more memory than the real one.
         """
-        if self.phase != "backward" or torch.is_grad_enabled() or self._sole_owner is None:
+        if self.phase != "backward" or torch.is_grad_enabled():
             return False
         first, second = args[0], args[1]
         if not isinstance(second, Tensor) or (first.shape, first.dtype) != (second.shape, second.dtype):
@@ -191,10 +191,8 @@ def _owners(tensor: Tensor) -> tuple[int, int]:
     return tensor._use_count(), torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # type: ignore[attr-defined]
 
 
-def _sole_owner_counts() -> tuple[int, int] | None:
-    """What `_owners` says, inside a mode, of a sum of gradients that nothing else owns; None where PyTorch does not tell."""
-    if not hasattr(Tensor, "_use_count") or not hasattr(torch._C, "_storage_Use_Count"):
-        return None
+def _sole_owner_counts(device: str) -> tuple[int, int] | None:
+    """What `_owners` says, inside a mode, of a gradient that is summed with another and that nothing else owns."""
     counts: list[tuple[int, int]] = []
 
     class Look(TorchDispatchMode):
@@ -204,8 +202,8 @@ def _sole_owner_counts() -> tuple[int, int] | None:
             return func(*args, **(kwargs or {}))
 
     with torch.enable_grad():
-        x = torch.ones(2, requires_grad=True) * 1.0
+        x = torch.ones(2, requires_grad=True, device=device) * 1.0
         losses = (x * 2).sum(), (x * 3).sum()
     with Look():
         torch.autograd.backward(losses)
-    return counts[0]
+    return counts[0] if counts else None
