@@ -174,6 +174,17 @@ def test_the_estimate_of_the_baselines_is_what_the_h100_measured(documented, rol
     assert peaks.phase_bytes == pytest.approx(H100[role], rel=0.005)
 
 
+# what the throughput run on the same card counted for `baseline`, B 4: without the workspaces, which models share there
+H100_WITHOUT_WORKSPACES = {512: 2_340_029_440, 1024: 3_963_953_152, 4096: 13_687_054_336}
+
+
+@pytest.mark.parametrize("seq_length", H100_WITHOUT_WORKSPACES)
+def test_the_estimate_follows_the_h100_over_sequence_lengths(seq_length):
+    peaks = estimate_memory(MemoryCase(model_config("baseline", MemoryRun()), 4, seq_length), (9, 0))
+    estimated = peaks.peak_allocated_bytes - peaks.breakdown["workspace"]
+    assert estimated == pytest.approx(H100_WITHOUT_WORKSPACES[seq_length], rel=0.005)
+
+
 class FakeAllocator:
     """Stands in for torch.cuda: every phase of a step has a scripted peak, every operator 40 bytes of scratch."""
 

@@ -36,5 +36,14 @@ def test_accumulating_by_index_sorts_and_copies_values_that_are_not_contiguous()
     assert scratch_bytes(aten.index_put.default, (None, indices, values)) == 0
 
 
+def test_a_logsumexp_copies_its_input():
+    assert scratch_bytes(aten.logsumexp.default, (torch.empty(10, 30, dtype=torch.float16), [1])) == 600
+
+
+def test_the_backward_pass_of_attention_sums_the_gradient_of_its_queries_in_float32():
+    query = torch.empty(2, 4, 8, 16, dtype=torch.float16)
+    assert scratch_bytes(aten._scaled_dot_product_flash_attention_backward.default, (query, query)) == 4 * 2 * 4 * 8 * 16
+
+
 def test_other_operators_have_none():
     assert scratch_bytes(aten.mm.default, (torch.empty(2, 2), torch.empty(2, 2))) == 0

@@ -49,6 +49,7 @@ def scratch_bytes(func: Any, args: Any) -> int:
     - embedding_dense_backward (cuda/Embedding.cu, EmbeddingBackwardKernel.cu): N int64 indices, in order and sorted, twice;
       and partial sums in float32, of N/10 + min(N, V) rows.
     - index_put with accumulation (cuda/Indexing.cu): the linear index, its sorted copy, both orders and a sort's buffer.
+    - logsumexp (ReduceOps.cpp): its input less the maximum.
     - the backward pass of attention (flash, memory-efficient and cuDNN alike): dQ summed in float32.
     """
     name = func.__name__.split(".")[0]
@@ -62,6 +63,8 @@ def scratch_bytes(func: Any, args: Any) -> int:
         n = math.prod(torch.broadcast_shapes(*(index.shape for index in args[1] if index is not None)))
         values = args[2]
         return 5 * 8 * n + (0 if values.is_contiguous() else values.numel() * values.element_size())
+    if name == "logsumexp":
+        return int(args[0].numel() * args[0].element_size())
     if name.startswith("_scaled_dot_product") and name.endswith("backward"):
         return 4 * int(args[1].numel())
     return 0
