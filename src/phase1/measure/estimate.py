@@ -17,7 +17,7 @@ from phase1.train import TrainState, train_step
 
 CONTEXT_BYTES = 500_000_000  # of an estimate: CUDA context and libraries take 0.3 to 0.6 GB on most cards
 CAPABILITY = (8, 6)  # of an estimate without a GPU: the RTX 30 series, for which the limits of 8 and 10 GB are
-WARMUP_STEPS = 2
+WARMUP_STEPS = 2  # optimizer state exists after the first, the allocator has its blocks after the second
 
 
 def estimate_memory(case: MemoryCase, capability: tuple[int, int] = CAPABILITY) -> MemoryPeaks:
