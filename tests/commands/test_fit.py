@@ -56,7 +56,7 @@ def test_fit_writes_and_prints_the_largest_sizes_of_every_model(tmp_path, capsys
     assert checks["one_sequence_trains"].value == written.results["phase1"].fit[0].batch_size
     assert checks["fits_vram_limit"].limit == 540_000_000 and checks["fits_vram_limit"].status == "pass"
     out = capsys.readouterr().out
-    assert "Largest sizes that train: 0.51 GB of the card" in out and "(estimated)" in out
+    assert "Largest sizes that train: 0.54 GB of the card" in out and "(estimated)" in out
     assert f"{sizes['baseline'][0] // 64:,}" in out
 
 

@@ -154,24 +154,25 @@ class HTTTable(nn.Module):
 
     def lookup(self, positions: Tensor) -> Tensor:
         """Rows (*, D) of the positions asked for; no other row is made."""
-        past = (positions - self.dense_rows).clamp(min=0)
+        # a place outside a part is wrapped into it and masked: if all went to one row, its gradient would be a queue
+        past = (positions - self.dense_rows) % len(self.group_of)
         rows = F.embedding(self.group_of[past], self.centroids)
         if self.tail is not None:
             inside = positions >= self.tail_start
-            rows = rows + self.tail.lookup(torch.where(inside, positions - self.tail_start, 0)) * inside[..., None]
+            rows = rows + self.tail.lookup((positions - self.tail_start) % self.tail.n) * inside[..., None]
         if not self.dense_rows:
             return rows
         if self.band is not None:
             inside = positions < self.tail_start
-            rows = rows + self.band.lookup(torch.where(inside, past, 0)) * inside[..., None]
+            rows = rows + self.band.lookup(past % self.band.n) * inside[..., None]
         weights = F.embedding(past, self.weights).flatten(0, -2)
         bags = F.embedding_bag(self.anchors[past].flatten(0, -2), self.rows, mode="sum", per_sample_weights=weights)
-        dense = F.embedding(positions.clamp(max=self.dense_rows - 1), self.rows)
+        dense = F.embedding(positions % self.dense_rows, self.rows)
         return torch.where((positions < self.dense_rows)[..., None], dense, rows + bags.view_as(rows))
 
     def table(self, dtype: torch.dtype) -> Tensor:
         """All V rows in the order of their positions."""
-        dense, rows = self.rows.to(dtype), self.centroids.to(dtype)[self.group_of]
+        dense, rows = self.rows.to(dtype), F.embedding(self.group_of, self.centroids.to(dtype))
         if self.dense_rows:
             rows = rows + anchored_rows(dense, self.weights, self.anchors, Users(self.places, self.starts))
         own = [part.table(dtype) for part in (self.band, self.tail) if part is not None]

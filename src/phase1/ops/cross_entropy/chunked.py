@@ -8,6 +8,7 @@ from torch import Tensor
 from phase1.ops.cross_entropy.reference import IGNORE, check_arguments
 
 CHUNK_BYTES = 128 * 2**20  # of float32 logits held at once: 667 tokens of 50257
+ALIGNMENT = 8  # rows of logits begin at multiples of it: tensor cores are several times slower on rows of odd length
 
 
 def tied_cross_entropy(hidden: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -23,8 +24,8 @@ def tied_nll(hidden: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None
     scored, column = _columns(targets)
     with torch.autocast(hidden.device.type, enabled=False):
         rows, size = table.to(hidden.dtype), _chunk_tokens(table)
-        parts = zip(hidden[scored].split(size), column[scored].split(size), strict=True)
-        picked = torch.cat([_log_probabilities(h, rows, bias).gather(1, c) for h, c in parts])
+        parts, logits = zip(hidden[scored].split(size), column[scored].split(size), strict=True), _aligned(hidden, rows, size)
+        picked = torch.cat([_log_probabilities(h, rows, bias, logits[: len(h)]).gather(1, c) for h, c in parts])
     return picked.new_zeros(len(scored)).masked_scatter(scored, -picked)
 
 
@@ -43,12 +44,14 @@ class _TiedCrossEntropy(torch.autograd.Function):
             d_table = torch.zeros_like(table, dtype=wide) if need_table else None
             d_bias = None if bias is None or not need_bias else torch.zeros_like(bias, dtype=wide)
             picked, minus_one = (torch.full_like(column, -1, dtype=wide) for _ in range(2))
+            logits = _aligned(hidden, rows, size)
             for start in range(0, hidden.shape[0], size):
                 part = slice(start, start + size)
-                log_p = _log_probabilities(hidden[part], rows, bias)
+                d_logits = logits[: len(hidden[part])]  # the same memory: logits are no longer needed when it is written
+                log_p = _log_probabilities(hidden[part], rows, bias, d_logits)
                 torch.gather(log_p, 1, column[part], out=picked[part])
-                d_logits = log_p.exp_().scatter_add_(1, column[part], minus_one[part])  # softmax - one-hot
-                d_logits = torch.mul(d_logits, scored[part, None], out=torch.empty_like(log_p, dtype=hidden.dtype))
+                log_p.exp_().scatter_add_(1, column[part], minus_one[part])  # softmax - one-hot
+                torch.mul(log_p, scored[part, None], out=d_logits)
                 del log_p
                 if d_bias is not None:
                     d_bias += d_logits.sum(0, dtype=wide)
@@ -56,7 +59,7 @@ class _TiedCrossEntropy(torch.autograd.Function):
                     torch.mm(d_logits, rows, out=d_hidden[part])
                 if d_table is not None:
                     d_table += d_logits.T @ hidden[part]
-                del d_logits
+            del logits
         ctx.table_dtype = table.dtype
         count = scored.sum()
         ctx.save_for_backward(d_hidden, d_table, d_bias, count)
@@ -82,8 +85,14 @@ def _columns(targets: Tensor) -> tuple[Tensor, Tensor]:
     return scored, targets.where(scored, 0)[:, None]
 
 
-def _log_probabilities(hidden: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
-    """Log-probability of every token, (n, V), at least float32."""
-    logits = hidden @ rows.T
-    logits = logits if bias is None else logits + bias  # to the bias's float32 in the same pass
-    return torch.log_softmax(logits, 1, dtype=torch.promote_types(hidden.dtype, torch.float32))
+def _aligned(hidden: Tensor, rows: Tensor, size: int) -> Tensor:
+    """Room for the logits of `size` tokens, (size, V), in the dtype of `hidden`."""
+    V = rows.shape[0]
+    return hidden.new_empty(min(size, hidden.shape[0]), V + -V % ALIGNMENT)[:, :V]
+
+
+def _log_probabilities(hidden: Tensor, rows: Tensor, bias: Tensor | None, logits: Tensor) -> Tensor:
+    """Log-probability of every token, (n, V), at least float32; `logits` (n, V) is overwritten on the way."""
+    torch.mm(hidden, rows.T, out=logits)
+    wide = logits if bias is None else logits + bias  # to the bias's float32 in the same pass
+    return torch.log_softmax(wide, 1, dtype=torch.promote_types(hidden.dtype, torch.float32))

@@ -1,6 +1,7 @@
 """The holographic tensor train as batched matmuls, after the cosine is expanded into an ordinary train of rank 2r."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from phase1.ops.htt.reference import Cores
@@ -20,10 +21,15 @@ def htt_lookup(positions: Tensor, cores: Cores) -> Tensor:
     """
     a, b = _expand(cores)
     i1, i2 = positions // cores.b.shape[0], positions % cores.b.shape[0]
-    rows = torch.einsum("...ra,...rb->...ab", a[i1], b[i2]).flatten(-2)
+    rows = torch.einsum("...ra,...rb->...ab", _pick(a, i1), _pick(b, i2)).flatten(-2)
     for bias, index in ((cores.bias_a, i1), (cores.bias_b, i2)):
-        rows = rows if bias is None else rows + bias[index]
+        rows = rows if bias is None else rows + F.embedding(index, bias)
     return rows
+
+
+def _pick(core: Tensor, index: Tensor) -> Tensor:
+    """core[index], by `embedding`: the gradient of plain indexing is many times slower where an index repeats."""
+    return F.embedding(index, core.flatten(1)).unflatten(-1, core.shape[1:])
 
 
 def htt_table(cores: Cores, dtype: torch.dtype) -> Tensor:
