@@ -62,3 +62,29 @@ def test_half_precision_training_learns(role, compiled):
     state = make_train_state(model, TrainConfig(compile=compiled), "cuda")
     losses = [train_step(state, [(ids, targets)]).item() for _ in range(30)]
     assert losses[0] == pytest.approx(first, rel=1e-2) and losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("role", ["baseline", "phase1"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_replayed_steps_are_the_steps_of_eager_training(role, compiled):
+    """Two micro batches a step, and a change of length: each its own capture."""
+    trained, losses = [], []
+    for graphs in (False, True):
+        model, ids, targets = pair(role, T=256)
+        state = make_train_state(model, TrainConfig(compile=compiled, cuda_graphs=graphs), "cuda")
+        batches = [[(ids[:1], targets[:1]), (ids[1:], targets[1:])]] * 4 + [[(ids[:, :64], targets[:, :64])]] * 4
+        losses.append([train_step(state, batch).item() for batch in batches])
+        trained.append(state.model.state_dict())
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+    for name, value in trained[0].items():
+        assert torch.allclose(trained[1][name].float(), value.float(), rtol=2e-2, atol=2e-3), name
+
+
+def test_a_replayed_overflow_skips_the_step_and_lowers_the_loss_scale():
+    model, ids, targets = pair("phase1", T=64)
+    state = make_train_state(model, TrainConfig(cuda_graphs=True), "cuda")
+    train_step(state, [(ids, targets)])
+    state.scaler.update(2.0**40)
+    before, scale = {k: v.clone() for k, v in model.state_dict().items()}, state.scaler.get_scale()
+    train_step(state, [(ids, targets)])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and state.scaler.get_scale() < scale

@@ -174,3 +174,8 @@ def test_a_folder_without_a_checkpoint_is_named(tmp_path):
     (tmp_path / "checkpoint.json").write_text("{}")
     with pytest.raises(ValueError, match="not a checkpoint of format 1"):
         load_model(tmp_path)
+
+
+def test_cuda_graphs_without_a_gpu_are_refused():
+    with pytest.raises(ValueError, match="--cuda-graphs needs a GPU"):
+        state(replace(CONFIG, cuda_graphs=True))

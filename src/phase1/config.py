@@ -199,6 +199,7 @@ class TrainConfig(Config):
     grad_clip: float = option(1.0, "largest norm of the gradient of all parameters")
     seed: int = option(0, "seed of initial weights and of the order of windows")
     compile: bool = option(False, "torch.compile every block (needs a working Triton; a minute of compilation)")
+    cuda_graphs: bool = option(False, "launch each micro batch as two CUDA graphs: faster where the host limits the GPU")
     precision: Literal["auto", "fp16", "bf16", "fp32"] = option("auto", "autocast type; auto is fp16 on CUDA, fp32 on the CPU")
 
     def __post_init__(self) -> None:
@@ -250,6 +251,7 @@ class ThroughputRun(Ranked, Output):
     warmup_steps: int = option(5, "steps before the measurement, per model and length")
     measure_steps: int = option(20, "measured steps, per model and length")
     compile: bool = option(False, "torch.compile every block of every model; compilation is not in the times")
+    cuda_graphs: bool = option(False, "launch every step's passes as two CUDA graphs: times of the GPU, not of the host")
     save_plots: bool = option(False, "write phase1_throughput_comparison.png")
 
     def __post_init__(self) -> None:

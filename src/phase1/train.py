@@ -12,6 +12,7 @@ from torch import Tensor
 from phase1.config import TrainConfig
 from phase1.errors import Unavailable
 from phase1.model import LanguageModel
+from phase1.passes import Passes, Replay
 
 CHECK_EVERY = 100  # steps between looks at the loss: each look waits for the GPU
 Batch = tuple[Tensor, Tensor]
@@ -29,6 +30,7 @@ class TrainState:
     device: torch.device
     grad_clip: float
     config: TrainConfig
+    passes: Passes
     step: int = 0  # optimizer steps taken
 
 
@@ -51,7 +53,12 @@ def make_train_state(model: LanguageModel, config: TrainConfig, device: torch.de
     )
     dtype = compute_dtype(config.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    return TrainState(model, optimizer, scaler, dtype, device, config.grad_clip, config)
+    passes = Passes(model, scaler, dtype)
+    if config.cuda_graphs:
+        if device.type != "cuda":
+            raise ValueError("--cuda-graphs needs a GPU; got a run on the CPU; leave it out")
+        passes = Replay(passes)
+    return TrainState(model, optimizer, scaler, dtype, device, config.grad_clip, config, passes)
 
 
 def parameter_groups(model: LanguageModel, config: TrainConfig) -> list[dict[str, Any]]:
@@ -88,11 +95,10 @@ def train_step(state: TrainState, micro_batches: list[Batch], mark: Callable[[st
     mean = torch.zeros((), device=state.device)
     state.model.train()
     for inputs, targets in micro_batches:
-        inputs, targets = inputs.to(state.device), targets.to(state.device)
-        with torch.autocast(state.device.type, state.dtype, enabled=state.dtype != torch.float32):
-            loss = state.model.loss(inputs, targets) * (targets.numel() / total)
+        share = torch.full((), targets.numel() / total, device=state.device)
+        loss = state.passes.forward(inputs.to(state.device), targets.to(state.device), share)
         mark("forward")
-        state.scaler.scale(loss).backward()
+        state.passes.backward(loss)
         mean += loss.detach()
         del loss
         mark("backward")
@@ -100,7 +106,7 @@ def train_step(state: TrainState, micro_batches: list[Batch], mark: Callable[[st
     torch.nn.utils.clip_grad_norm_(state.model.parameters(), state.grad_clip)
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
+    state.optimizer.zero_grad(set_to_none=not state.config.cuda_graphs)  # graphs add to the tensors they were made with
     state.step += 1
     mark("optimizer")
     return mean

@@ -92,7 +92,7 @@ def test_a_model_that_fails_at_once_is_an_error_and_the_others_are_measured(call
 
 
 def test_a_model_that_cannot_be_made_is_recorded(monkeypatch):
-    def fails(config, device, compile):
+    def fails(config, device, **options):
         raise MemoryError("no room")
 
     monkeypatch.setattr(throughput, "make_workload", fails)

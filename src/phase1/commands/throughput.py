@@ -21,7 +21,7 @@ PLOT: Final = "phase1_throughput_comparison.png"
 def main(run: ThroughputRun) -> int:
     """Write the throughput report, its plot if asked, and print it; see `ThroughputRun` for the flags."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    plan = ThroughputPlan(run.seq_lengths, run.batch_size, run.warmup_steps, run.measure_steps, run.compile)
+    plan = ThroughputPlan(run.seq_lengths, run.batch_size, run.warmup_steps, run.measure_steps, run.compile, run.cuda_graphs)
     wanted = models(run)
     steps = len(wanted) * len(set(run.seq_lengths)) * (run.warmup_steps + run.measure_steps)
     with tqdm(total=steps, desc=f"throughput on {device}", unit="step", disable=None) as bar:

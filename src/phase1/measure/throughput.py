@@ -29,6 +29,7 @@ class ThroughputPlan:
     warmup_steps: int
     measure_steps: int
     compile: bool = False
+    cuda_graphs: bool = False
 
 
 @dataclass
@@ -62,7 +63,7 @@ def measure_throughput(
     """
     contenders = {name: Contender(config) for name, config in models.items()}
     for contender in contenders.values():
-        _attempt(contender, _make, contender, device, plan.compile)
+        _attempt(contender, _make, contender, device, plan)
     for seq_length in sorted(set(plan.seq_lengths)):
         for warmup, steps in ((True, plan.warmup_steps), (False, plan.measure_steps)):
             for _ in range(steps):
@@ -82,9 +83,9 @@ def _attempt(contender: Contender, function: Callable[..., None], *args: Any) ->
             contender.fail(outcome)
 
 
-def _make(contender: Contender, device: str, compile: bool) -> None:
+def _make(contender: Contender, device: str, plan: ThroughputPlan) -> None:
     began = time.perf_counter()
-    contender.state = make_workload(contender.config, device, compile=compile)
+    contender.state = make_workload(contender.config, device, compile=plan.compile, cuda_graphs=plan.cuda_graphs)
     contender.parameters = contender.state.model.parameter_counts()
     contender.excluded_seconds += time.perf_counter() - began
 
@@ -115,15 +116,15 @@ class _StepPeak:
     def __init__(self, state: TrainState, batch: Batch) -> None:
         self.own = resident_bytes([*state.model.parameters(), *state.model.buffers(), *optimizer_tensors(state), *batch])
         self.before = 0
-        self.cuda = state.device.type == "cuda"
-        if self.cuda:
+        self.counted = state.device.type == "cuda" and not state.config.cuda_graphs
+        if state.device.type == "cuda":
             torch.cuda.synchronize()  # so that the step's first event follows no other model's work
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
 
     def bytes(self) -> int:
-        """The peak since this was made; 0 on the CPU, whose allocator keeps no count."""
-        return torch.cuda.max_memory_allocated() - self.before + self.own if self.cuda else 0
+        """The peak since this was made; 0 where the allocator keeps no count: on the CPU, and in a replay."""
+        return torch.cuda.max_memory_allocated() - self.before + self.own if self.counted else 0
 
 
 def resident_bytes(tensors: Iterable[Tensor]) -> int:

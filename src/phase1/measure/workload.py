@@ -18,11 +18,13 @@ def make_workload(
     device: str,
     precision: Precision = "auto",
     compile: bool = False,
+    cuda_graphs: bool = False,
     model_class: type[LanguageModel] = LanguageModel,
 ) -> TrainState:
     """The training state of a new model, the very one that `phase1 train` makes."""
     torch.manual_seed(SEED)
-    return make_train_state(model_class(model), TrainConfig(precision=precision, compile=compile), device)
+    config = TrainConfig(precision=precision, compile=compile, cuda_graphs=cuda_graphs)
+    return make_train_state(model_class(model), config, device)
 
 
 def random_batch(vocab_size: int, batch_size: int, seq_length: int, device: str) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,69 @@
+"""Forward and backward pass of one micro batch: as they are, or replayed as CUDA graphs."""
+
+import torch
+from torch import Tensor
+
+from phase1.model import LanguageModel
+
+WARMUP_RUNS = 3  # before a capture: libraries make their handles, compiled blocks their kernels
+
+
+class Passes:
+    """Loss and gradients of a micro batch, in autocast, the loss scaled for the backward pass."""
+
+    def __init__(self, model: LanguageModel, scaler: torch.amp.GradScaler, dtype: torch.dtype) -> None:
+        self.model, self.scaler, self.dtype = model, scaler, dtype
+
+    def forward(self, inputs: Tensor, targets: Tensor, share: Tensor) -> Tensor:
+        """`share` of the mean loss over `targets`, both scalars: what the micro batch adds to the loss of its step."""
+        with torch.autocast(inputs.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.model.loss(inputs, targets) * share
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`, times the loss scale, to those of the parameters."""
+        self.scaler.scale(loss).backward()
+
+
+class Replay(Passes):
+    """The same work, launched at once: a micro batch waits for the GPU and no longer for the host.
+
+    The first batch of a shape runs a few times and is then captured, so gradients must be None or zero before it. From
+    then on they stay the same tensors: zero them, never free them. Memory of the activations stays reserved.
+    """
+
+    def __init__(self, passes: Passes) -> None:
+        super().__init__(passes.model, passes.scaler, passes.dtype)
+        self._inputs: tuple[Tensor, ...] = ()  # what the graphs read
+        self._loss: Tensor | None = None  # what they write
+
+    def forward(self, inputs: Tensor, targets: Tensor, share: Tensor) -> Tensor:
+        """As in Passes; the loss holds until the next call."""
+        given = inputs, targets, share
+        if [tensor.shape for tensor in self._inputs] != [tensor.shape for tensor in given]:
+            self._inputs, self._loss = (), None
+            self._capture(*(tensor.clone() for tensor in given))
+        for mine, new in zip(self._inputs, given):
+            mine.copy_(new)
+        self._forward.replay()
+        assert self._loss is not None
+        return self._loss
+
+    def backward(self, loss: Tensor) -> None:
+        """As in Passes, of the last `forward`."""
+        assert loss is self._loss
+        self._backward.replay()
+
+    def _capture(self, *inputs: Tensor) -> None:
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(WARMUP_RUNS):
+                super().backward(super().forward(*inputs))
+        torch.cuda.current_stream().wait_stream(aside)
+        self.model.zero_grad(set_to_none=False)
+        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._forward):
+            loss = super().forward(*inputs)
+        with torch.cuda.graph(self._backward, pool=self._forward.pool()):
+            super().backward(loss)
+        self._inputs, self._loss = inputs, loss.detach()
