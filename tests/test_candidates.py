@@ -6,7 +6,7 @@ from phase1.candidates import candidates, parameter_count, variant
 from phase1.config import PerplexityRun, Ranked, model_config
 from phase1.model import LanguageModel
 
-ENGINE = model_config("phase1", Ranked(vocab_size=300, d_model=16, n_heads=2, n_layers=2, htt_dense_rows=20, htt_groups=10, htt_rank=2, ar_ssm_max_rank=6))
+ENGINE = model_config("phase1", Ranked(vocab_size=2000, d_model=16, n_heads=2, n_layers=2, htt_dense_rows=20, htt_groups=10, htt_rank=2, ar_ssm_max_rank=6))
 
 
 def test_parameters_are_counted_without_making_the_model():

@@ -14,5 +14,11 @@ class TokenStatistics(NamedTuple):
     """(V,) float32: log((count + 1) / (N + V))."""
     groups: np.ndarray
     """(V,) int64 in [0, groups): tokens of similar use share a group."""
-    vectors: np.ndarray
-    """(V, k) float32, rows of mean square 1: similar use, similar direction; random where a token never occurs."""
+    rows: np.ndarray
+    """(K, m) float32 of mean square 1: where the dense rows start. Similar use, similar direction; random where never used."""
+    centroids: np.ndarray
+    """(groups, m) float32: where the centroids start."""
+    anchors: np.ndarray
+    """(V - K, k) int64 in [0, K): the dense rows that each further row is a sum of."""
+    weights: np.ndarray
+    """(V - K, k) float32: the weights of that sum at the start."""

@@ -11,7 +11,7 @@ V = 200
 def token_order(ids, vocab_size, frequent, seed, device="cpu"):
     """The positions alone, every id past the frequent ones in the tree."""
     dense_rows = min(frequent, vocab_size)
-    sizes = {"vocab_size": vocab_size, "dense_rows": dense_rows, "frequent": frequent, "groups": 4, "dim": 8}
+    sizes = {"vocab_size": vocab_size, "dense_rows": dense_rows, "frequent": frequent, "groups": 4, "dim": 8, "anchors": min(2, dense_rows)}
     return token_statistics(ids, **sizes, seed=seed, device=device).positions
 
 
@@ -86,20 +86,35 @@ def test_vectors_are_the_leading_part_of_the_information_matrix():
 
 def test_groups_frequencies_and_vectors_stand_in_the_order_of_positions():
     ids = text_of_two_kinds()
-    found = token_statistics(ids, vocab_size=V, dense_rows=10, frequent=40, groups=8, dim=12, seed=0)
+    found = token_statistics(ids, vocab_size=V, dense_rows=10, frequent=40, groups=8, dim=12, anchors=3, seed=0)
     id_at = np.argsort(found.positions)
     counts = np.bincount(ids, minlength=V)[id_at]
     np.testing.assert_allclose(found.log_frequency, np.log((counts + 1) / (len(ids) + V)), rtol=1e-6)
-    np.testing.assert_allclose((found.vectors[:170] ** 2).mean(1), 1, rtol=1e-5)
+    np.testing.assert_allclose((found.rows**2).mean(1), 1, rtol=1e-5)
     kind = np.where(id_at < 90, 0, 1)[10:170]
     for group in range(8):  # of the 190 ids past the dense rows; 160 are of two kinds, 30 never occur
         kinds = kind[found.groups[10:170] == group]
         assert len(kinds) == 0 or 24 * min(kinds.mean(), 1 - kinds.mean()) <= 10
     assert np.bincount(found.groups[10:], minlength=8).tolist() == [24, 24, 24, 23, 24, 24, 24, 23]
-    same = found.vectors[:170] @ found.vectors[:170].T / 12
-    kind = np.where(id_at < 90, 0, 1)[:170]
-    inner, outer = same[10:, 10:][kind[10:, None] == kind[None, 10:]], same[10:, 10:][kind[10:, None] != kind[None, 10:]]
-    assert inner.mean() > outer.mean() + 0.1
+    rest = found.centroids[found.groups[10:]] + np.einsum("nk,nkm->nm", found.weights, found.rows[found.anchors])
+    kind, same = np.where(id_at < 90, 0, 1)[10:170], rest[:160] @ rest[:160].T / 12
+    assert same[kind[:, None] == kind].mean() > same[kind[:, None] != kind].mean() + 0.1
+
+
+def test_a_sparse_code_of_rows_that_are_sums_of_two_is_exact_and_more_anchors_come_nearer(monkeypatch):
+    monkeypatch.setattr(order, "RIDGE", 1e-12)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(20, 64, generator=generator)
+    pairs = torch.stack([torch.randperm(20, generator=generator)[:2] for _ in range(30)])
+    vectors = torch.cat([rows, 2 * rows[pairs[:, 0]] - rows[pairs[:, 1]]])
+    group = torch.cat([torch.zeros(20, dtype=torch.int64), torch.arange(30) % 30])
+    errors = []
+    for count in (1, 2):
+        centroids, anchors, weights = order.sparse_code(vectors - 0, group * 0 + 1, 20, 2, count)
+        made = centroids[1] + (weights[..., None] * rows[anchors]).sum(1)
+        errors.append(float((made - vectors[20:]).norm()))
+        assert not centroids[0].any() and all(len(set(a)) == count for a in anchors.tolist())
+    assert errors[1] < 0.7 * errors[0]
 
 
 def test_tree_keeps_the_order_of_points_on_a_line():

@@ -1,17 +1,19 @@
-"""Token tables, tied to the output: a dense one, and HTT, whose rows cost less the rarer the token."""
+"""Token tables, tied to the output: a dense one, and HTT, whose rows past the frequent ones cost a few numbers each."""
 
 import math
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from phase1.ops.anchored_rows import Users, anchored_rows, users_of
 from phase1.ops.htt import Cores, htt_lookup, htt_table
 from phase1.vocabulary import TokenStatistics
 
-BAND_EDGES = (4, 16)  # bands of low rank end at these multiples of the dense rows
-BAND_RANKS = (12, 4)  # their ranks, in multiples of the tail's rank r
+TAIL_START = 8  # the tail begins at this multiple of the dense rows
+BAND_RANK = 2.5  # rank of the band between dense rows and tail, as a multiple of r
+VECTOR_DIM = 192  # of the vectors that decide anchors and where rows start
 
 
 class DenseTable(nn.Module):
@@ -35,16 +37,12 @@ class DenseTable(nn.Module):
 
 
 class LowRankBand(nn.Module):
-    """Rows coefficients @ basis, (n, k) @ (k, D): a tensor train whose second vocabulary core has one slot.
+    """n rows coefficients @ basis, (n, k) @ (k, D), that start at 0: a tensor train with one slot in its second core."""
 
-    `start` (n, ≥ k), rows of mean square 1, gives the coefficients; either way rows start with std 1/sqrt(D).
-    """
-
-    def __init__(self, n: int, d_model: int, rank: int, start: Tensor | None) -> None:
+    def __init__(self, n: int, d_model: int, rank: int) -> None:
         super().__init__()
         self.n = n
-        coefficients = torch.randn(n, rank) if start is None else F.rms_norm(start[:, :rank], (rank,), eps=1e-12)
-        self.coefficients = nn.Parameter(coefficients / math.sqrt(d_model))
+        self.coefficients = nn.Parameter(torch.zeros(n, rank))
         self.basis = nn.Parameter(torch.randn(rank, d_model) / math.sqrt(rank))
 
     def lookup(self, positions: Tensor) -> Tensor:
@@ -55,17 +53,20 @@ class LowRankBand(nn.Module):
 
 
 class TensorTrainTail(nn.Module):
-    """n rows as a holographic tensor train of r terms on a grid of `groups` x ceil(n / groups) (ops/htt/reference.py)."""
+    """n rows as a holographic tensor train of r terms on a grid of `groups` x ceil(n / groups) (ops/htt/reference.py).
 
-    def __init__(self, n: int, d_model: int, rank: int, groups: int) -> None:
+    Rows start with standard deviation `std`.
+    """
+
+    def __init__(self, n: int, d_model: int, rank: int, groups: int, std: float) -> None:
         super().__init__()
         self.n = n
         v1 = min(groups, n)
         v2 = math.ceil(n / v1)
         d1 = max(d for d in range(1, math.isqrt(d_model) + 1) if d_model % d == 0)
-        std = (d_model * rank / 2) ** -0.25  # a cosine has mean square 1/2: rows start with std 1/sqrt(D)
-        self.core_a = nn.Parameter(torch.randn(v1, rank, d1) * std)
-        self.core_b = nn.Parameter(torch.randn(v2, rank, d_model // d1) * std)
+        start = (std**2 * 2 / rank) ** 0.25  # a cosine has mean square 1/2
+        self.core_a = nn.Parameter(torch.randn(v1, rank, d1) * start)
+        self.core_b = nn.Parameter(torch.randn(v2, rank, d_model // d1) * start)
         self.phase_a = nn.Parameter(torch.rand(v1, rank) * 2 * math.pi)
         self.phase_b = nn.Parameter(torch.rand(v2, rank) * 2 * math.pi)
         self.bias_b = nn.Parameter(torch.zeros(v2, d_model))  # b1 is the group's centroid, which the whole table shares
@@ -82,44 +83,46 @@ class TensorTrainTail(nn.Module):
 
 
 class HTTTable(nn.Module):
-    """Rows by frequency: K dense ones, bands of rank 12r up to 4K and 4r up to 16K, the tail a tensor train of r terms.
+    """K dense rows for frequent tokens; each other row is a sum of shared parts and of a few numbers of its own.
 
-    Every row past K also has the centroid of its group, every token an output bias.
+    E_i = centroid of i's group + Σ_j w_ij rows[a_ij] + (K ≤ i < 8K: row of a band of rank 5r/2; above: tensor train of r terms)
+
+    with r/2 anchors a_ij, dense rows that are used like i. Every token also has an output bias.
 
     Args:
         vocab_size, d_model: V and D.
-        rank: r, of the tail; bands have multiples of it, at most D.
+        rank: r.
         dense_rows: K.
         groups: centroids, and v1 of the tail's grid.
-        statistics: order, frequencies, groups and starting vectors from the training text; ids in order and random if None.
+        statistics: of the training text: order, frequencies, groups, anchors, where rows start; None: ids in order, all random.
     """
 
     positions_of: Tensor
     group_of: Tensor
+    anchors: Tensor
+    places: Tensor
+    starts: Tensor
 
     def __init__(
         self, vocab_size: int, d_model: int, rank: int, dense_rows: int, groups: int, statistics: TokenStatistics | None = None
     ) -> None:
         super().__init__()
-        self.dense_rows = dense_rows
+        past, k = vocab_size - dense_rows, anchor_count(rank, dense_rows)
+        self.dense_rows, self.tail_start = dense_rows, min(TAIL_START * dense_rows, vocab_size)
         self.register_buffer("positions_of", torch.arange(vocab_size))
-        self.register_buffer("group_of", torch.arange(vocab_size - dense_rows) * groups // max(1, vocab_size - dense_rows))
+        self.register_buffer("group_of", torch.arange(past) * groups // max(1, past))
+        self.register_buffer("anchors", torch.randint(max(1, dense_rows), (past, k)))
         self.rows = nn.Parameter(torch.randn(dense_rows, d_model) / math.sqrt(d_model))
         self.centroids = nn.Parameter(torch.zeros(groups, d_model))
+        self.weights = nn.Parameter(torch.randn(past, k) / math.sqrt(max(1, k)))
         self.output_bias = nn.Parameter(torch.zeros(vocab_size))
-        vectors = None if statistics is None else torch.from_numpy(statistics.vectors)
-        self.parts, start = nn.ModuleList(), dense_rows
-        for edge, multiple in zip(BAND_EDGES, BAND_RANKS, strict=True):
-            end = min(edge * dense_rows, vocab_size)
-            if end > start:
-                width = min(multiple * rank, d_model)
-                band = LowRankBand(end - start, d_model, width, None if vectors is None else vectors[start:end])
-                self.parts.append(band)
-                start = end
-        if vocab_size > start:
-            self.parts.append(TensorTrainTail(vocab_size - start, d_model, rank, groups))
+        band, tail = self.tail_start - dense_rows, vocab_size - self.tail_start
+        self.band = LowRankBand(band, d_model, min(int(BAND_RANK * rank), d_model)) if band else None
+        std = (0.1 if k else 1.0) / math.sqrt(d_model)  # next to anchors the tensor train is a correction
+        self.tail = TensorTrainTail(tail, d_model, rank, groups, std) if tail else None
         if statistics is not None:
             self._use(statistics)
+        self._turn_anchors()
 
     def _use(self, statistics: TokenStatistics) -> None:
         positions = torch.from_numpy(statistics.positions)
@@ -127,8 +130,23 @@ class HTTTable(nn.Module):
             raise ValueError(f"positions must hold 0 to {len(self.positions_of) - 1} once each; they do not")
         self.positions_of.copy_(positions)
         self.group_of.copy_(torch.from_numpy(statistics.groups)[self.dense_rows :])
+        self.anchors.copy_(torch.from_numpy(statistics.anchors))
+        dim, d_model = statistics.rows.shape[1], self.rows.shape[1]
+        basis = torch.randn(dim, d_model) / math.sqrt(dim * d_model)  # rows of mean square 1 get std 1/sqrt(D)
         with torch.no_grad():
             self.output_bias.copy_(torch.from_numpy(statistics.log_frequency))
+            self.rows.copy_(torch.from_numpy(statistics.rows) @ basis)
+            self.centroids.copy_(torch.from_numpy(statistics.centroids) @ basis)
+            self.weights.copy_(torch.from_numpy(statistics.weights))
+
+    def _turn_anchors(self) -> None:
+        users = users_of(self.anchors, self.dense_rows)
+        self.register_buffer("places", users.places, persistent=False)
+        self.register_buffer("starts", users.starts, persistent=False)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._turn_anchors()
 
     def positions(self, ids: Tensor) -> Tensor:
         """Where ids stand in the table; ids below 0 (not scored) stay as they are."""
@@ -138,23 +156,28 @@ class HTTTable(nn.Module):
         """Rows (*, D) of the positions asked for; no other row is made."""
         past = (positions - self.dense_rows).clamp(min=0)
         rows = F.embedding(self.group_of[past], self.centroids)
-        for start, end, part in self._spans():
-            inside = (positions >= start) & (positions < end)
-            rows = rows + part.lookup(torch.where(inside, positions - start, 0)) * inside[..., None]
+        if self.tail is not None:
+            inside = positions >= self.tail_start
+            rows = rows + self.tail.lookup(torch.where(inside, positions - self.tail_start, 0)) * inside[..., None]
         if not self.dense_rows:
             return rows
+        if self.band is not None:
+            inside = positions < self.tail_start
+            rows = rows + self.band.lookup(torch.where(inside, past, 0)) * inside[..., None]
+        weights = F.embedding(past, self.weights).flatten(0, -2)
+        bags = F.embedding_bag(self.anchors[past].flatten(0, -2), self.rows, mode="sum", per_sample_weights=weights)
         dense = F.embedding(positions.clamp(max=self.dense_rows - 1), self.rows)
-        return torch.where((positions < self.dense_rows)[..., None], dense, rows)
+        return torch.where((positions < self.dense_rows)[..., None], dense, rows + bags.view_as(rows))
 
     def table(self, dtype: torch.dtype) -> Tensor:
         """All V rows in the order of their positions."""
-        rows = torch.cat([part.table(dtype) for _, _, part in self._spans()]) + self.centroids.to(dtype)[self.group_of]
-        return torch.cat([self.rows.to(dtype), rows])
+        dense, rows = self.rows.to(dtype), self.centroids.to(dtype)[self.group_of]
+        if self.dense_rows:
+            rows = rows + anchored_rows(dense, self.weights, self.anchors, Users(self.places, self.starts))
+        own = [part.table(dtype) for part in (self.band, self.tail) if part is not None]
+        return torch.cat([dense, rows + torch.cat(own)]) if own else dense
 
-    def _spans(self) -> Iterator[tuple[int, int, LowRankBand | TensorTrainTail]]:
-        """First position, end and part of each stretch past the dense rows."""
-        start = self.dense_rows
-        for part in self.parts:
-            assert isinstance(part, LowRankBand | TensorTrainTail)
-            yield start, start + part.n, part
-            start += part.n
+
+def anchor_count(rank: int, dense_rows: int) -> int:
+    """Dense rows that each further row is a sum of, of an HTT table of rank r."""
+    return min(max(1, rank // 2), dense_rows)
