@@ -12,11 +12,11 @@ validate: .venv/installed
 test: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q --cov --cov-report=term
 
 # Results that survive: 1,000 SIGKILLs at random moments, where `make test` does 60.
 torture: .venv/installed-test
-	PHASE1_TORTURE=1000 $(BIN)/pytest -q tests/test_torture.py
+	PHASE1_TORTURE=1000 $(BIN)/pytest -q tests/test_killed.py
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -1,9 +1,12 @@
-"""Reports as the commands write them, small: three models, four lengths."""
+"""Reports as the commands write them, small: three models, four lengths; and what tests do with them."""
 
+from pathlib import Path
 from typing import Any
 
+from phase1.cli import main
 from phase1.measure.scaling import fit_scaling
 from phase1.record import (
+    FILES,
     Check,
     Dataset,
     Measurement,
@@ -12,6 +15,7 @@ from phase1.record import (
     PerplexityResult,
     Report,
     ThroughputResult,
+    write_report,
 )
 
 ENVIRONMENT = {"device": "cuda", "gpu": "NVIDIA Test 10GB", "gpu_memory_bytes": 10 * 10**9, "cpu": "Test CPU", "cpu_cores": 2}
@@ -160,3 +164,25 @@ def perplexity_report(**changes: Any) -> Report[PerplexityResult]:
 
 def all_reports() -> dict[str, Report[Any]]:
     return {"memory": memory_report(), "throughput": throughput_report(), "perplexity": perplexity_report()}
+
+
+def write_all(folder: Path) -> Path:
+    """A result file of every kind in `folder`."""
+    for kind, report in all_reports().items():
+        write_report(report, folder / FILES[kind])
+    return folder
+
+
+def make_tables(results: Path, *flags: str) -> int:
+    """Exit code of `phase1 tables`; the tables go to the folder `out` beside the results."""
+    return main(["tables", "--results-dir", str(results), "--out-dir", str(results.parent / "out"), *flags])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What every file of `folder` holds."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def assert_one_line(text: str) -> None:
+    """A message: one line of printable characters."""
+    assert text.endswith("\n") and text[:-1].isprintable(), text

@@ -1,9 +1,13 @@
+import ast
 import errno
 import json
 import os
+import re
+from pathlib import Path
 
 import pytest
 
+from phase1 import files
 from phase1.files import MAX_JSON_BYTES, atomic_write, one_line, read_json
 
 
@@ -90,3 +94,19 @@ def test_strict_json_is_read_as_it_is(tmp_path):
 def test_one_line_has_neither_line_breaks_nor_terminal_escapes():
     assert one_line("a\nb\x1b[31mc\u2028d\u202e") == "a?b?[31mc?d?"
     assert len(one_line("x" * 1000)) == 300
+
+
+def test_nothing_else_in_the_package_opens_a_file_for_writing():
+    package = Path(files.__file__).parent
+    writers = {"write_text", "write_bytes", "savefig", "save_file", "to_csv", "dump", "savetxt", "touch"}
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func).rpartition(".")[2]
+                modes = [a.value for a in (*node.args, *(k.value for k in node.keywords)) if isinstance(a, ast.Constant)]
+                writes = name == "open" and any(
+                    isinstance(mode, str) and re.fullmatch(r"[rwxabt+]*[wxa+][bt+]*", mode) for mode in modes
+                )
+                found += [path.name] if writes or name in writers else []
+    assert found == ["files.py"]

@@ -38,7 +38,7 @@ def test_a_report_reads_back_as_it_was_written(tmp_path, kind):
 def test_the_file_has_the_keys_of_the_schema(tmp_path):
     write_report(memory_report(), tmp_path / "a.json")
     content = json.loads((tmp_path / "a.json").read_text())
-    assert content["schema_version"] == 1
+    assert content["schema_version"] == 2
     assert {"kind", "environment", "command", "results", "checks"} <= set(content)
     assert set(content["checks"][0]) == {"name", "value", "limit", "status", "detail"}
     phase1 = content["results"]["phase1"]
@@ -117,7 +117,8 @@ def test_a_result_of_another_kind_is_refused():
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"schema_version": 2}, ["schema_version up to 1", "got 2", "update phase1"]),
+        ({"schema_version": 3}, ["schema_version up to 2", "got 3", "update phase1"]),
+        ({"schema_version": 0}, ["schema_version 0"]),
         ({"schema_version": True}, ["schema_version True"]),
         ({"schema_version": 1.0}, ["schema_version 1.0"]),
         ({"kind": "perplexity"}, ["memory report", "kind 'perplexity'"]),

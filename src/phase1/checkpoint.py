@@ -1,12 +1,14 @@
 """Checkpoints: safetensors for tensors, JSON for the rest, complete or absent at any moment."""
 
 import json
+import math
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -16,6 +18,12 @@ from phase1.model import LanguageModel
 from phase1.train import TrainState
 
 INDEX = "checkpoint.json"  # written last; names the tensor files that belong together
+_FACTS: dict[str, tuple[type, ...]] = {
+    "data": (dict,), "tokenizer": (str,), "seq_length": (int,), "trained_tokens": (int,), "train_seconds": (int, float),
+    "loss": (int, float), "finished": (bool,),
+}  # fmt: skip
+_DATA = {"name", "split", "sha256"}
+_TENSOR_FILE = re.compile(r"(model|training|tokens)-\d{8,20}\.safetensors")  # of the checkpoint's own folder, no other
 
 
 def save_checkpoint(
@@ -65,6 +73,7 @@ def read_index(folder: Path | str) -> dict[str, Any]:
         or index.get("format") != 1
         or type(index.get("step")) is not int
         or not all(isinstance(index.get(name), dict) for name in objects)
+        or not all(isinstance(name, str) and _TENSOR_FILE.fullmatch(name) for name in index["files"].values())
     ):
         raise ValueError(f"{path} is not a checkpoint of format 1; train again, or use the version that wrote it")
     try:
@@ -74,11 +83,25 @@ def read_index(folder: Path | str) -> dict[str, Any]:
     return index
 
 
+def training_facts(folder: Path | str, facts: dict[str, Any]) -> dict[str, Any]:
+    """`facts` of a checkpoint that `phase1 train` or `phase1 perplexity` wrote; ValueError, one line, where they are not."""
+    data = facts.get("data")
+    wrong = [name for name, kind in _FACTS.items() if type(facts.get(name)) not in kind]
+    if isinstance(data, dict) and (data.keys() != _DATA or not all(isinstance(value, str) for value in data.values())):
+        wrong.append("data")
+    if wrong:
+        expected = f"{INDEX} must say {', '.join(_FACTS)} of the training"
+        raise ValueError(f"{one_line(folder)}: {expected}; got none or no such value for {', '.join(wrong)}; train again")
+    return facts
+
+
 def load_model(folder: Path | str) -> tuple[LanguageModel, dict[str, Any]]:
     """The model of a checkpoint, on the CPU, and its facts. Raises ValueError for a missing or foreign one."""
     index = read_index(folder)
+    config = ModelConfig(**index["model_config"])
     try:
-        model = LanguageModel(ModelConfig(**index["model_config"]))
+        _require_shapes(config, _shapes(folder, index))
+        model = LanguageModel(config)
     except (TypeError, ArithmeticError, MemoryError, RuntimeError) as error:
         raise _misfit(folder, error) from error
     _load_weights(folder, index, model)
@@ -111,6 +134,29 @@ def resume(folder: Path | str, state: TrainState) -> dict[str, Any]:
     state.scaler.load_state_dict(index["scaler"])
     state.step = index["step"]
     return index["facts"]
+
+
+def _shapes(folder: Path | str, index: dict[str, Any]) -> dict[str, list[int]]:
+    """The shape of every tensor of the model, from the header of its file; no tensor is read."""
+    try:
+        with safe_open(Path(folder) / index["files"]["model"], framework="pt") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, it is no dict
+    except (KeyError, OSError, SafetensorError) as error:
+        raise _misfit(folder, error) from error
+
+
+def _require_shapes(config: ModelConfig, shapes: dict[str, list[int]]) -> None:
+    """Raise RuntimeError where a model of `config` has other tensors than `shapes`, before any memory is taken for it."""
+    elements = sum(math.prod(shape) for shape in shapes.values())
+    limits = {"n_layers": len(shapes), "vocab_size": elements, "d_model": elements}
+    for name, limit in limits.items():
+        if getattr(config, name) > limit:
+            raise RuntimeError(f"{INDEX} says {name} = {getattr(config, name)}, more than the tensor file holds")
+    with torch.device("meta"):
+        wanted = {name: list(tensor.shape) for name, tensor in LanguageModel(config).state_dict().items()}
+    for name in (*wanted, *shapes):
+        if wanted.get(name) != shapes.get(name):
+            raise RuntimeError(f"{name} must be {wanted.get(name)} by {INDEX}; got {shapes.get(name)} in the tensor file")
 
 
 def _load_weights(folder: Path | str, index: dict[str, Any], model: LanguageModel) -> None:

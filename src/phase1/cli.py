@@ -10,7 +10,8 @@ from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from phase1 import __version__, config
-from phase1.errors import FAILURES, exit_status
+from phase1.errors import FAILURES, error_line, exit_status
+from phase1.files import one_line
 
 COMMANDS: dict[str, type[config.Config]] = {
     "memory": config.MemoryRun,
@@ -32,7 +33,7 @@ class _Parser(argparse.ArgumentParser):
     """Errors are one line that ends with where to look, without the usage block in front."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+        self.exit(2, one_line(f"{self.prog}: error: {message}; see {self.prog} --help", 2000) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,14 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = parse(name, argv[1:])
         return int(importlib.import_module(f"phase1.commands.{name}").main(run))
     except KeyboardInterrupt:
-        print(f"phase1 {name}: interrupted; older results are untouched", file=sys.stderr)
+        resume = "; --resume goes on with what is finished" if hasattr(COMMANDS[name], "resume") else ""
+        print(f"phase1 {name}: interrupted; older results are untouched{resume}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, `head` for example, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except tuple(FAILURES) as error:
-        remedy = "; check that path and the free space there" if isinstance(error, OSError) else ""
-        print(f"phase1 {name}: error: {error}{remedy}", file=sys.stderr)
+        print(error_line(name, error), file=sys.stderr)
         return exit_status(error)
 
 

@@ -81,7 +81,7 @@ class Ranked(Shape):
     """A shape with one rank of each kind."""
 
     ar_ssm_max_rank: int = option(32, "R, columns of U and V per head: the rank that is stored and computed")
-    htt_rank: int = option(16, "r, terms of the tail's tensor train; also r/2 anchors per row past the dense ones, band of rank 5r/2")
+    htt_rank: int = option(16, "r, terms of the tail's tensor train; rows past the dense ones have r/2 anchors, the band rank 5r/2")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -183,6 +183,7 @@ class DataConfig(Config):
         "auto is bpe for builtin and gpt2 otherwise",
     )
     cache_dir: str = option("~/.cache/phase1", "where trained tokenizers and tokenised text are kept")
+    offline: bool = option(False, "open no network connection: a hub data set must be in the local cache")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +223,7 @@ class Output(Config):
 
     out_dir: str = option("results/benchmarks", "folder of the result files")
     baseline: bool = option(True, "measure the Transformer baselines too")
+    resume: bool = option(False, "go on with what an interrupted run of the same config, code and data has finished")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,6 +338,7 @@ class PipelineRun(Output):
     preset: Literal["rtx3080-10g", "rtx3080m-8g", "rtx4090-24g", "smoke"] = option("rtx3080-10g", "sizes of every step")
     dataset_name: str = option("wikitext", "data set of the perplexity step (see phase1 perplexity --help)")
     dataset_config: str = option("wikitext-103-raw-v1", "configuration of a hub data set")
+    offline: bool = option(False, "open no network connection: a hub data set must be in the local cache")
 
 
 @dataclass(frozen=True, kw_only=True)

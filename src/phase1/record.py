@@ -5,11 +5,12 @@ import re
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Final, Generic, Literal, Self, TypeVar, overload
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar, overload
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
 from phase1.files import atomic_write, one_line, read_json
+from phase1.migrate import SCHEMA_VERSION, migrated
 
 __all__ = [
     "FILES", "SCHEMA_VERSION", "Check", "ComplexityOrder", "Dataset", "Fit", "FitProbe", "Interval", "Kind", "LossPart",
@@ -18,7 +19,6 @@ __all__ = [
     "atomic_write", "exit_code", "read_report", "write_report",
 ]  # fmt: skip
 
-SCHEMA_VERSION: Final = 1
 FILES = {
     "memory": "phase1_memory_validation.json",
     "throughput": "phase1_throughput_benchmark.json",
@@ -251,7 +251,7 @@ R = TypeVar("R", bound=Result)
 class Report(_Record, Generic[R]):
     """One result file: the models of one run, its conditions, and the checks it made."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     kind: Kind
     created_utc: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     environment: dict[str, str | int | float | bool | None]
@@ -309,7 +309,7 @@ def read_report(path: Path | str, kind: Literal["throughput"]) -> Report[Through
 @overload
 def read_report(path: Path | str, kind: Literal["perplexity"]) -> Report[PerplexityResult]: ...
 def read_report(path: Path | str, kind: Kind) -> Report[Any]:
-    """The report of `kind` at `path`.
+    """The report of `kind` at `path`, migrated where it is of an older schema version.
 
     Raises:
         ValueError: one line that names the file, what was expected, what it holds and the remedy, where the file is
@@ -340,7 +340,7 @@ def _parse(content: Any, kind: Kind) -> Report[Any]:
     if content["kind"] != kind:
         raise ValueError(f"a report of kind {content['kind']!r:.40}")
     try:
-        return _REPORTS[kind].model_validate(content)
+        return _REPORTS[kind].model_validate(migrated(content, version))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "report"

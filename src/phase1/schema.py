@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from phase1.files import atomic_write
-from phase1.record import SCHEMA_VERSION, MemoryResult, PerplexityResult, Report, ThroughputResult
+from phase1.migrate import SCHEMA_VERSION
+from phase1.record import MemoryResult, PerplexityResult, Report, ThroughputResult
 
 FOLDER = "schemas"
 _MODELS: dict[str, type[Report[Any]]] = {
@@ -22,8 +23,9 @@ def schema(kind: str) -> dict[str, Any]:
     """
     generated = _MODELS[kind].model_json_schema()
     generated["properties"]["kind"] = {"const": kind, "title": "Kind"}
-    title = {"title": f"phase1 {kind} report, schema_version {SCHEMA_VERSION}"}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | generated | title
+    names = {"$id": f"urn:phase1:{kind}-report:{SCHEMA_VERSION}"}
+    names |= {"title": f"phase1 {kind} report, schema_version {SCHEMA_VERSION}"}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | generated | names
 
 
 def text(kind: str) -> str:

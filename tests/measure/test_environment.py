@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from phase1.measure import environment as module
-from phase1.measure.environment import current_command, environment, free_gpu_bytes, git_commit, without_home
+from phase1.measure.environment import current_command, environment, free_gpu_bytes, git_commit, machine, without_home
 
 ALLOWED = {
     "phase1", "git_commit", "python", "torch", "triton", "os", "cpu", "cpu_cores", "cpu_threads", "ram_bytes", "cuda", "device",
@@ -82,3 +83,16 @@ def test_without_git_there_is_no_commit(monkeypatch):
 def test_without_a_driver_free_gpu_memory_is_unknown(monkeypatch):
     monkeypatch.setattr(module, "nvml", lambda question: None)
     assert free_gpu_bytes() is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_facts_of_the_machine_are_asked_without_a_cuda_context():
+    code = "import torch; from phase1.measure.environment import machine; print(machine()['gpu']); print(torch.cuda.is_initialized())"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split("\n")
+    assert out[0] not in ("", "None") and out[1] == "False"
+
+
+def test_the_facts_of_the_machine_are_plain_and_the_same_every_time():
+    facts = machine()
+    assert facts == machine() == json.loads(json.dumps(facts)) and facts["torch"] == torch.__version__

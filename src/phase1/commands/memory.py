@@ -1,17 +1,19 @@
 """`phase1 memory`: does a training step fit an 8 GB and a 10 GB card, and how much less does the engine take?"""
 
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from tqdm import tqdm
 
 from phase1.config import MemoryRun, ModelConfig, model_config
+from phase1.journal import Journal, open_journal
 from phase1.measure.cards import card_for
-from phase1.measure.environment import current_command, environment, free_gpu_bytes, settings, total_gpu_bytes
+from phase1.measure.environment import current_command, environment, free_gpu_bytes, machine, settings, total_gpu_bytes
 from phase1.measure.fit import fit_sizes
 from phase1.measure.limit import basis, check_limit, limit_bytes
 from phase1.measure.memory import MemoryCase, memory_result
-from phase1.record import FILES, Check, MemoryResult, Report, exit_code, write_report
+from phase1.record import FILES, Check, Fit, MemoryResult, Report, exit_code, write_report
 from phase1.report import checks_text, memory_text, plot_memory
 
 CARD_LIMITS: Final = {"fits_8gb": 7.2e9, "fits_10gb": 9.0e9}  # bytes, 90 % of the card (docs/design.md, "Definitions")
@@ -23,12 +25,14 @@ def main(run: MemoryRun) -> int:
     """Write the memory report and its plot, and print it; see `MemoryRun` for the flags."""
     free_bytes, limit = free_gpu_bytes(), limit_of(run)  # before this run takes some of it
     cases = {role: MemoryCase(model, run.batch_size, run.seq_length, limit) for role, model in models(run).items()}
+    path = Path(run.out_dir) / FILES["memory"]
+    journal = open_journal(path, settings(run), machine=machine(), resume=run.resume)
     results: dict[str, MemoryResult] = {}
     for role, case in tqdm(cases.items(), desc="memory", unit="model", disable=None):
-        results[role] = memory_result(role, case)
+        results[role] = journal.case(role, MemoryResult, partial(memory_result, role, case))
     results = with_reductions(results)
     if run.fit:
-        results = with_fits(results, cases)
+        results = with_fits(results, cases, journal)
     report = Report[MemoryResult](
         kind="memory",
         environment=environment(),
@@ -37,12 +41,12 @@ def main(run: MemoryRun) -> int:
         results=results,
         checks=checks(results, free_bytes, limit, run.card),
     )
-    path = Path(run.out_dir) / FILES["memory"]
     write_report(report, path)
     written = [path]
     if any(result.status == "ok" for result in results.values()):
         written.append(plot_memory(report, path.with_name(PLOT)))
     print(memory_text(report), checks_text(report.checks), *(f"written: {p}" for p in written), sep="\n")
+    journal.close()  # last: until here --resume finds every case
     return exit_code(report.checks)
 
 
@@ -63,13 +67,16 @@ def limit_of(run: MemoryRun) -> int | None:
     return limit
 
 
-def with_fits(results: dict[str, MemoryResult], cases: dict[str, MemoryCase]) -> dict[str, MemoryResult]:
+def with_fits(
+    results: dict[str, MemoryResult], cases: dict[str, MemoryCase], journal: Journal
+) -> dict[str, MemoryResult]:
     """The results with the largest sizes of their models that train on the card."""
     fitted, total = {}, total_gpu_bytes()
     with tqdm(desc="fit", unit="probe", disable=None) as bar:
         for role, result in results.items():
             bar.set_postfix_str(role)
-            fitted[role] = result.model_copy(update={"fit": fit_sizes(cases[role], result, total, bar.update)})
+            search = partial(fit_sizes, cases[role], result, total, bar.update)
+            fitted[role] = result.model_copy(update={"fit": journal.case(f"fit {role}", list[Fit], search)})
     return fitted
 
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ import numpy as np
 import torch
 
 from phase1.candidates import Candidate, candidates
-from phase1.checkpoint import load_model, load_token_order, read_index
+from phase1.checkpoint import load_model, load_token_order, read_index, training_facts
 from phase1.commands.train import train_to_checkpoint
 from phase1.config import PerplexityRun, Shape, TrainConfig, content_id, part_of
 from phase1.data import Corpus, count_words, load_corpus
+from phase1.journal import open_journal
 from phase1.measure.degradation import compared, quality_checks
-from phase1.measure.environment import current_command, environment, settings, without_home
+from phase1.measure.environment import current_command, environment, machine, settings, without_private
 from phase1.measure.isolate import is_out_of_memory, reason
 from phase1.measure.loss_parts import loss_by_band, loss_by_position, order_sha256
 from phase1.measure.perplexity import Evaluation, Protocol, evaluate, unigram_entropy
@@ -38,26 +40,21 @@ def main(run: PerplexityRun) -> int:
         prefix=corpus.tokenizer.end_of_text,
         max_windows=run.max_samples,
     )
-    results: dict[str, PerplexityResult] = {}
-    for model in models:
-        try:
-            folder = model.checkpoint or train_candidate(run, model, corpus)
-            results[model.key] = evaluate_checkpoint(run, model.key, folder, corpus, protocol)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            results[model.key] = out_of_memory(run, model, error)
+    path = Path(run.out_dir) / FILES["perplexity"]
+    journal = open_journal(path, settings(run), machine=machine(), resume=run.resume, data=data_identity(models, corpus))
+    results = {
+        model.key: journal.case(model.key, PerplexityResult, partial(measure, run, model, corpus, protocol)) for model in models
+    }
     results = compared(results, run.seq_length)
     checks = quality_checks(results, run.seq_length)
     report = Report[PerplexityResult](
         kind="perplexity",
         environment=environment(),
         command=current_command(),
-        run=conditions(run) | {"dataset_source": without_home(corpus.source), "dataset_revision": corpus.revision},
+        run=conditions(run) | {"dataset_source": without_private(corpus.source), "dataset_revision": corpus.revision},
         results=results,
         checks=checks,
     )
-    path = Path(run.out_dir) / FILES["perplexity"]
     write_report(report, path)
     written = [path]
     if any(result.status == "ok" for result in results.values()):
@@ -65,6 +62,7 @@ def main(run: PerplexityRun) -> int:
     if len(results) > 1:
         written.append(plot_perplexity(report, path.with_name("phase1_perplexity_comparison.png")))
     print(perplexity_text(report), checks_text(checks), *(f"written: {p}" for p in written), sep="\n")
+    journal.close()  # last: until here --resume finds every case
     return exit_code(checks)
 
 
@@ -72,6 +70,23 @@ def conditions(run: PerplexityRun) -> dict[str, Any]:
     """The settings of the evaluation. Those of training and model are in the results: a checkpoint has its own."""
     elsewhere = {f.name for cls in (Shape, TrainConfig) for f in fields(cls)} - {"precision"}
     return {name: value for name, value in settings(run).items() if name not in elsewhere}
+
+
+def data_identity(models: list[Candidate], corpus: Corpus) -> dict[str, str]:
+    """What the cases of a run depend on besides its settings: tokens, tokenizer and given checkpoints, by their hashes."""
+    identity = {name: split.sha256 for name, split in corpus.splits.items()} | {"tokenizer": corpus.tokenizer.fingerprint}
+    return identity | {model.key: content_id(read_index(model.checkpoint)) for model in models if model.checkpoint}
+
+
+def measure(run: PerplexityRun, model: Candidate, corpus: Corpus, protocol: Protocol) -> PerplexityResult:
+    """One case: train `model` where needed, and score it; running out of memory is a result too."""
+    try:
+        folder = model.checkpoint or train_candidate(run, model, corpus)
+        return evaluate_checkpoint(run, model.key, folder, corpus, protocol)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return out_of_memory(run, model, error)
 
 
 def train_candidate(run: PerplexityRun, model: Candidate, corpus: Corpus) -> Path:
@@ -96,6 +111,7 @@ def evaluate_checkpoint(
 ) -> PerplexityResult:
     """Score the model in `folder`; perplexities of a model below the unigram entropy are marked untrained."""
     model, facts = load_model(folder)
+    facts = training_facts(folder, facts)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     scored = corpus.splits["valid"]
     if facts["tokenizer"] != corpus.tokenizer.fingerprint:

@@ -2,32 +2,48 @@
 
 import importlib
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from phase1.config import PRESETS, Config, MemoryRun, PerplexityRun, PipelineRun, TablesRun, ThroughputRun, flags
-from phase1.errors import FAILURES, exit_status
+from phase1.errors import FAILURES, error_line, exit_status
+from phase1.journal import open_journal
+from phase1.measure.environment import machine, settings
 
 
 def main(run: PipelineRun) -> int:
-    """Run every step with the sizes of the preset; the exit status is that of the worst step (1, 2, 4, 3, then 0)."""
-    codes = []
+    """Run every step with the sizes of the preset; the exit status is that of the worst step (1, 2, 4, 3, then 0).
+
+    With --resume, steps that ended are not run again, and the one that was interrupted goes on with its finished cases; a
+    step that ended with an error is tried again.
+    """
+    journal = open_journal(Path(run.out_dir) / "phase1_pipeline.json", settings(run), machine=machine(), resume=run.resume)
+    codes, failed = [], False
     for name, config in steps(run):
         print(f"\n== phase1 {name} {flags(config)}".rstrip(), flush=True)
+        step = partial(_run_step, name, config)
         try:
-            codes.append(importlib.import_module(f"phase1.commands.{name}").main(config))
+            codes.append(step() if name == "tables" else journal.case(name, int, step))  # tables: of what the others left
         except tuple(FAILURES) as error:
-            print(f"phase1 {name}: error: {error}", file=sys.stderr)
+            print(error_line(name, error), file=sys.stderr)
             codes.append(exit_status(error))
+            failed = True
+    if not failed:
+        journal.close()
     print("\nplots:", *sorted(Path(run.out_dir).glob("*.png")), sep="\n  ")
     return next((code for code in (1, 2, 4, 3) if code in codes), 0)
+
+
+def _run_step(name: str, config: Config) -> int:
+    return int(importlib.import_module(f"phase1.commands.{name}").main(config))
 
 
 def steps(run: PipelineRun) -> list[tuple[str, Config]]:
     """The commands and their configs, in order."""
     sizes = PRESETS[run.preset]
-    common: dict[str, Any] = {"out_dir": run.out_dir, "baseline": run.baseline}
-    data: dict[str, Any] = {"dataset_name": run.dataset_name, "dataset_config": run.dataset_config}
+    common: dict[str, Any] = {"out_dir": run.out_dir, "baseline": run.baseline, "resume": run.resume}
+    data: dict[str, Any] = {name: getattr(run, name) for name in ("dataset_name", "dataset_config", "offline")}
     checkpoints = str(Path(run.out_dir) / "checkpoints")
     return [
         ("memory", MemoryRun(**(common | sizes["memory"]))),

@@ -6,6 +6,7 @@ from typing import Any
 
 from phase1.config import TablesRun
 from phase1.errors import Unavailable
+from phase1.files import one_line
 from phase1.record import FILES, Kind, Report, atomic_write, read_report
 from phase1.tables import SUFFIXES, build_tables, render
 
@@ -39,7 +40,7 @@ def read_reports(folder: Path) -> dict[str, Report[Any]]:
         if path.exists():
             reports[kind] = read_report(path, kind)
         else:
-            print(f"missing, skipped: {path} (make it with phase1 {kind})", file=sys.stderr)
+            print(one_line(f"missing, skipped: {path} (make it with phase1 {kind})", 2000), file=sys.stderr)
     if not reports:
         raise Unavailable(
             f"no result file in {folder}; run phase1 memory, throughput or perplexity first, or give --results-dir"

@@ -7,7 +7,8 @@ import torch
 from tqdm import tqdm
 
 from phase1.config import ROLES, ModelConfig, ThroughputRun, model_config
-from phase1.measure.environment import current_command, environment, settings
+from phase1.journal import open_journal
+from phase1.measure.environment import current_command, environment, machine, settings
 from phase1.measure.scaling import MIN_LENGTHS
 from phase1.measure.throughput import ThroughputPlan, measure_throughput, throughput_result
 from phase1.record import FILES, Check, Report, ThroughputResult, exit_code, write_report
@@ -23,9 +24,11 @@ def main(run: ThroughputRun) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     plan = ThroughputPlan(run.seq_lengths, run.batch_size, run.warmup_steps, run.measure_steps, run.compile, run.cuda_graphs)
     wanted = models(run)
+    path = Path(run.out_dir) / FILES["throughput"]
+    journal = open_journal(path, settings(run), machine=machine(), resume=run.resume)
     steps = len(wanted) * len(set(run.seq_lengths)) * (run.warmup_steps + run.measure_steps)
     with tqdm(total=steps, desc=f"throughput on {device}", unit="step", disable=None) as bar:
-        contenders = measure_throughput(wanted, plan, device, bar.update)
+        contenders = measure_throughput(wanted, plan, device, bar.update, journal)
     results = {role: throughput_result(role, contender) for role, contender in contenders.items()}
     report = Report[ThroughputResult](
         kind="throughput",
@@ -35,12 +38,12 @@ def main(run: ThroughputRun) -> int:
         results=results,
         checks=checks(results["phase1"]),
     )
-    path = Path(run.out_dir) / FILES["throughput"]
     write_report(report, path)
     written = [path]
     if run.save_plots and any(result.status == "ok" for result in results.values()):
         written.append(plot_throughput(report, path.with_name(PLOT)))
     print(throughput_text(report), checks_text(report.checks), *(f"written: {p}" for p in written), sep="\n")
+    journal.close()  # last: until here --resume finds every case
     return exit_code(report.checks)
 
 

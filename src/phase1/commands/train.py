@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from phase1.checkpoint import INDEX, check_configs, read_index, resume, save_checkpoint
+from phase1.checkpoint import INDEX, check_configs, read_index, resume, save_checkpoint, training_facts
 from phase1.config import DataConfig, ModelConfig, PerplexityRun, TrainConfig, TrainRun, flags, part_of, report_key
 from phase1.data import Corpus, Windows, frequency_order, load_corpus, token_counts, token_statistics
 from phase1.errors import Unavailable
@@ -65,9 +65,9 @@ def train_to_checkpoint(
     if begun:
         index = read_index(folder)
         check_configs(folder, index, model_config, train_config)
-        facts = index["facts"]
-        if facts.get("data") != data or facts.get("seq_length") != seq_length:
-            raise ValueError(f"the checkpoint in {folder} was trained on {facts.get('data')}; use that data, or another folder")
+        facts = training_facts(folder, index["facts"])
+        if facts["data"] != data or facts["seq_length"] != seq_length:
+            raise ValueError(f"the checkpoint in {folder} was trained on {facts['data']}; use that data, or another folder")
         if facts["finished"]:
             return facts
     windows = Windows(corpus.splits["train"].ids, seq_length, train_config.seed)

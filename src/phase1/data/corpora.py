@@ -10,7 +10,7 @@ import numpy as np
 from phase1.config import DataConfig
 from phase1.data.builtin import builtin_texts
 from phase1.data.cache import cached_ids, ids_sha256
-from phase1.data.hub import hub_set, hub_texts, quiet
+from phase1.data.hub import go_offline, hub_set, hub_texts, quiet
 from phase1.data.local import file_text, local_files, read_token_file, split_file
 from phase1.data.text import Text
 from phase1.data.tokenizers import Tokenizer
@@ -75,6 +75,8 @@ def load_corpus(
     unknown = set(need) - {"train", "valid", "test"}
     if unknown:
         raise ValueError(f"a split must be train, valid or test; got {', '.join(sorted(unknown))}; use one of these")
+    if config.offline:
+        go_offline()
     # a bpe is trained on the training text, also where only another split is evaluated
     wanted = tuple(dict.fromkeys((*need, "train"))) if tokenizer_kind(config) == "bpe" else need
     with quiet() if _is_on_hub(config.dataset_name) else contextlib.nullcontext():
@@ -98,7 +100,7 @@ def _open(config: DataConfig, wanted: tuple[str, ...]) -> _Origin:
     if not _is_on_hub(name):
         return _open_local(name, wanted, tokenised=tokenizer_kind(config) == "gpt2")
     found = hub_set(name, config.dataset_config)
-    revision, texts = hub_texts(found, wanted)
+    revision, texts = hub_texts(found, wanted, offline=config.offline)
     return _Origin(name, f"{found.repository} ({found.config})", revision, texts, streamed=not found.lines)
 
 

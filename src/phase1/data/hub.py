@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import re
 import sys
 import warnings
@@ -56,17 +57,26 @@ def hub_set(name: str, config: str) -> HubSet:
     return HubSet(name, config)
 
 
-def hub_texts(wanted: HubSet, need: tuple[str, ...]) -> tuple[str, dict[str, Text]]:
+def go_offline() -> None:
+    """Keep the libraries of the hub off the network for the rest of this process, loaded already or not."""
+    os.environ.update(dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"), "1"))
+    for loaded in ("huggingface_hub.constants", "datasets.config"):
+        if loaded in sys.modules:
+            sys.modules[loaded].HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
+
+
+def hub_texts(wanted: HubSet, need: tuple[str, ...], *, offline: bool = False) -> tuple[str, dict[str, Text]]:
     """(commit hash, text of each needed split). Documents are read when they are asked for, inside `quiet()`.
 
-    A set that is read by lines (WikiText) is downloaded and checked as a whole; any other is streamed.
+    A set that is read by lines (WikiText) is downloaded and checked as a whole; any other is streamed. With `offline` only
+    the local cache is looked at (call `go_offline` first).
     Raises Unavailable where hub and local cache fail, ValueError for an unknown repository, configuration or split.
     """
     try:
         import datasets
     except ImportError as error:
         raise Unavailable(_unreachable(wanted, "the package datasets is not installed (pip install datasets)")) from error
-    place, revision = _locate(wanted)
+    place, revision = _in_cache(wanted, "--offline, and it is not in the local cache") if offline else _locate(wanted)
     remote = {"revision": revision} if place == wanted.repository else {}
     with _one_line_errors(wanted):
         loaded = datasets.load_dataset(place, wanted.config, streaming=not wanted.lines, **remote)
@@ -88,11 +98,18 @@ def _locate(wanted: HubSet) -> tuple[str, str]:
             f"--dataset-name must be a data set of the hub; got {wanted.repository}, unknown there; check the spelling"
         ) from error
     except _transport_errors() as error:
-        card = huggingface_hub.try_to_load_from_cache(wanted.repository, "README.md", repo_type="dataset")
-        if not isinstance(card, str):
-            raise Unavailable(_unreachable(wanted, _cause(error))) from error
-        return str(Path(card).parent), Path(card).parent.name
+        return _in_cache(wanted, _cause(error))
     return wanted.repository, str(info.sha)
+
+
+def _in_cache(wanted: HubSet, cause: str) -> tuple[str, str]:
+    """(folder, commit hash) of the copy in the local cache; Unavailable, with the `cause` of looking there, without one."""
+    import huggingface_hub
+
+    card = huggingface_hub.try_to_load_from_cache(wanted.repository, "README.md", repo_type="dataset")
+    if not isinstance(card, str):
+        raise Unavailable(_unreachable(wanted, cause))
+    return str(Path(card).parent), Path(card).parent.name
 
 
 def _text(wanted: HubSet, revision: str, loaded: Any, split: str) -> Text:

@@ -45,6 +45,21 @@ def environment() -> dict[str, Fact]:
     return facts | (_gpu_facts() if torch.cuda.is_available() else {})
 
 
+def machine() -> dict[str, Fact]:
+    """Facts that must be equal for numbers to share one report. Makes no CUDA context, which a measurement would count."""
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": package_version("triton"),
+        "cpu": cpu_model(),
+        "cpu_threads": torch.get_num_threads(),
+        "gpu": nvml(lambda library, handle: library.nvmlDeviceGetName(handle)),
+        "driver": nvml(lambda library, _: library.nvmlSystemGetDriverVersion()),
+    }
+
+
 def _gpu_facts() -> dict[str, Fact]:
     import torch
 
@@ -151,18 +166,33 @@ def free_ram_bytes() -> int | None:
 
 
 def current_command() -> str:
-    """The command line of this process, fit to be typed again: base name of the program, no home folder in it."""
+    """The command line of this process, fit to be typed again: base name of the program, nothing private in it."""
     program = Path(sys.argv[0]).name
     if program == "__main__.py":
         program = "phase1"
     elif program.endswith(".py"):
         program = f"python scripts/{program}"
-    return " ".join([program, *(shlex.quote(without_home(argument)) for argument in sys.argv[1:])])
+    return " ".join([program, *(shlex.quote(without_private(argument)) for argument in sys.argv[1:])])
 
 
 def settings(run: Config) -> dict[str, Any]:
-    """Every field of a run, as it goes into a report: no home folder in a path."""
-    return {name: without_home(value) if isinstance(value, str) else value for name, value in asdict(run).items()}
+    """Every setting of a run, as it goes into a report: nothing private in a text, and not whether it was resumed."""
+    return {name: _public(value) for name, value in asdict(run).items() if name != "resume"}
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_public, value))
+    return without_private(value) if isinstance(value, str) else value
+
+
+def without_private(text: str) -> str:
+    """`text` without home folders and without what gives access to something: tokens, passwords, signatures."""
+    text = re.sub(r"(?<=://)[^/\s@]+@", "***@", text)
+    text = re.sub(r"\b(?:hf|gh[a-z]|github_pat|glpat|sk|xox[a-z])[_-][\w-]{16,}|\bAKIA[0-9A-Z]{16}\b", "***", text)
+    keys = r"(?:access_?|auth_?|api_?)?(?:token|key)|secret|password|passwd|credential|sig|signature|x-amz-[a-z-]+"
+    text = re.sub(rf"(?i)(?<![a-z])({keys})=[^&\s'\";,]+", r"\1=***", text)
+    return without_home(text)
 
 
 def without_home(text: str) -> str:

@@ -8,7 +8,7 @@ import torch
 
 from phase1.measure.isolate import run_here, run_isolated
 from phase1.measure.limit import basis, cap_memory, outside_bytes, within_limit
-from phase1.measure.memory import WARMUP_STEPS, MemoryCase, estimate_memory
+from phase1.measure.memory import PROBE_SECONDS, WARMUP_STEPS, MemoryCase, estimate_memory
 from phase1.measure.search import Probe, edge, largest_size
 from phase1.measure.workload import make_workload, random_batch
 from phase1.record import Fit, FitProbe, MemoryResult
@@ -59,7 +59,8 @@ def probe_size(case: MemoryCase) -> Probe:
 
     Nothing but `case` goes in and nothing but the answer comes out, so a probe cannot depend on the one before.
     """
-    outcome = run_isolated(train_briefly, case) if torch.cuda.is_available() else run_here(_estimated_bytes, case)
+    on_gpu = torch.cuda.is_available()
+    outcome = run_isolated(train_briefly, case, timeout_s=PROBE_SECONDS) if on_gpu else run_here(_estimated_bytes, case)
     needed = outcome.value
     outcome = within_limit(outcome, needed, case.vram_limit_bytes)
     return Probe(outcome.status, needed, outcome.message)

@@ -1,18 +1,24 @@
 """Run a function so that however it ends is an answer: a value, out of memory, an exception or a signal."""
 
+import contextlib
 import multiprocessing
+import os
 import signal
-import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any, Generic, Literal, TypeVar
 
-from phase1.measure.environment import without_home
+from phase1.measure.environment import without_private
 
 T = TypeVar("T")
 
+KILL_SECONDS = 5.0  # within which a killed process is gone
+POLL_SECONDS = 0.1  # between looks at a silent process
 # what PyTorch says, other than torch.OutOfMemoryError, when memory runs out
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
@@ -40,30 +46,63 @@ def run_here(function: Callable[..., T], *args: Any) -> Outcome[T]:
         return Outcome("error", message=f"{type(error).__name__}: {reason(error)}")
 
 
-def run_isolated(function: Callable[..., T], *args: Any) -> Outcome[T]:
+def run_isolated(function: Callable[..., T], *args: Any, timeout_s: float | None = None) -> Outcome[T]:
     """Call `function(*args)` in a fresh process, so that memory peaks are its own and a crash harms nobody.
 
-    `function`, its arguments and its value are pickled; the caller's main module must be importable (a guard
-    `if __name__ == "__main__"` in scripts). The process is killed when this is interrupted.
+    The process leads a group of its own, and however this ends, by a value, a crash, after `timeout_s` seconds or by an
+    interrupt, every process of that group is gone within KILL_SECONDS; it is too when this process is killed.
+
+    `function`, its arguments and its value are pickled, over a pipe between the two; the caller's main module must be
+    importable (a guard `if __name__ == "__main__"` in scripts).
     """
     context = multiprocessing.get_context("spawn")  # a fork would inherit a CUDA context, and could not use it
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(sender, function, args))
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_child, args=(theirs, function, args))
     process.start()
-    sender.close()  # the child holds the only other end: its death is an end of file here
+    theirs.close()  # the child holds the only other end: its death is an end of file here
     try:
-        outcome: Outcome[T] = receiver.recv()
-        process.join()
-        return outcome
-    except EOFError:
-        process.join()
-        return Outcome("error", message=_death(process.exitcode))
-    except BaseException:
-        process.kill()
-        process.join()
-        raise
+        outcome: Outcome[T] | None = _answer(ours, process, timeout_s)
+        _wait(process)  # what a process does at its end is its own business, but not for ever
+        return Outcome("error", message=_death(process.exitcode)) if outcome is None else outcome
+    except TimeoutError:
+        message = f"timeout: the measuring process gave no result within {timeout_s:g} s and was killed; try smaller sizes"
+        return Outcome("error", message=message)
     finally:
-        receiver.close()
+        _end(process)
+        ours.close()
+
+
+def _answer(pipe: Connection, process: BaseProcess, timeout_s: float | None) -> Outcome[Any] | None:
+    """What the child sends; None where it ends without. Raises TimeoutError where it is silent for `timeout_s`."""
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    while True:
+        alive = process.is_alive()  # before the look at the pipe: what a dead child has sent is all there
+        try:
+            # a grandchild may hold the pipe open, so that the child's death is no end of file: look at both
+            if pipe.poll(POLL_SECONDS if alive else 0):
+                return pipe.recv()
+        except (EOFError, ConnectionError):
+            return None
+        if not alive:
+            return None
+        if deadline is not None and time.monotonic() > deadline:
+            raise TimeoutError
+
+
+def _wait(process: BaseProcess) -> None:
+    """Like `process.join(KILL_SECONDS)`, which waits for grandchildren too: they hold the pipe that it looks at."""
+    deadline = time.monotonic() + KILL_SECONDS
+    while process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def _end(process: BaseProcess) -> None:
+    """Kill what is left of the child's group: the child where it lives, and any process it has started."""
+    if process.pid is not None and hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody left; the child has not got its group yet
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    _wait(process)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -73,11 +112,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
-def _child(sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    try:
-        sender.send(run_here(function, *args))
-    except KeyboardInterrupt:  # Ctrl-C reaches the whole process group; the parent reports it
-        sys.exit(128 + signal.SIGINT)
+def _child(pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which kills this whole group
+        threading.Thread(target=_die_with_parent, args=(pipe,), daemon=True).start()
+    pipe.send(run_here(function, *args))
+
+
+def _die_with_parent(pipe: Connection) -> None:
+    """The parent sends nothing: what can be read is the end of file that its death leaves."""
+    with contextlib.suppress(OSError):
+        pipe.poll(None)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _death(exitcode: int | None) -> str:
@@ -89,5 +135,5 @@ def _death(exitcode: int | None) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What `error` says, on one line without home folders; its type where it says nothing."""
-    return without_home(" ".join(str(error).split()))[:600] or type(error).__name__
+    """What `error` says, on one line without what is private; its type where it says nothing."""
+    return without_private(" ".join(str(error).split()))[:600] or type(error).__name__

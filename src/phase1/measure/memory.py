@@ -19,6 +19,7 @@ from phase1.train import TrainState, train_step
 
 WARMUP_STEPS = 2  # optimizer state exists after the first, the allocator has its blocks after the second
 MEASURED_STEPS = 3
+PROBE_SECONDS = 900.0  # for a process of six steps: where they take longer the card swaps or hangs, and the other cases wait
 PHASES = ("forward", "backward", "optimizer")
 ASSUMED_CONTEXT_BYTES = 500_000_000  # of an estimate: CUDA context and libraries take 0.3 to 0.6 GB
 
@@ -57,7 +58,7 @@ class MemoryPeaks:
 def memory_result(role: str, case: MemoryCase) -> MemoryResult:
     """The record of `case`: measured in a fresh process where there is a GPU, estimated otherwise."""
     on_gpu = torch.cuda.is_available()
-    outcome = run_isolated(measure_memory, case) if on_gpu else run_here(estimate_memory, case)
+    outcome = run_isolated(measure_memory, case, timeout_s=PROBE_SECONDS) if on_gpu else run_here(estimate_memory, case)
     needed = None if outcome.value is None else outcome.value.needed_bytes
     return as_result(role, case, within_limit(outcome, needed, case.vram_limit_bytes), basis(case.vram_limit_bytes))
 

@@ -6,6 +6,8 @@ from typing import Any
 from phase1.measure.environment import package_version
 from phase1.measure.isolate import run_isolated
 
+SECONDS = 120.0  # to load libraries, make a context and compile one kernel: a driver that takes longer hangs
+
 
 def cuda_status() -> str:
     """Works, or why not: a small product is computed on the GPU and checked."""
@@ -15,7 +17,7 @@ def cuda_status() -> str:
         return "no: this PyTorch is built without CUDA"
     if not torch.cuda.is_available():
         return "no: PyTorch sees no GPU (no driver, too old a driver, or CUDA_VISIBLE_DEVICES hides it)"
-    outcome = run_isolated(_multiply)
+    outcome = run_isolated(_multiply, timeout_s=SECONDS)
     return "works" if outcome.value else f"no: {outcome.message or 'wrong result of a matrix product'}"
 
 
@@ -27,7 +29,7 @@ def triton_status() -> str:
         return "no: not installed"
     if not torch.cuda.is_available():
         return "not tried: needs a GPU"
-    outcome = run_isolated(_run_kernel)
+    outcome = run_isolated(_run_kernel, timeout_s=SECONDS)
     return "works" if outcome.value else f"no: {outcome.message or 'wrong result of a kernel'}"
 
 

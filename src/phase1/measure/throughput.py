@@ -4,12 +4,14 @@ import gc
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from phase1.config import ModelConfig
+from phase1.journal import Journal
 from phase1.measure.isolate import Outcome, run_here
 from phase1.measure.memory import optimizer_tensors
 from phase1.measure.scaling import fit_scaling
@@ -32,6 +34,15 @@ class ThroughputPlan:
     cuda_graphs: bool = False
 
 
+@dataclass(frozen=True)
+class Length:
+    """What one model did at one length, as a journal keeps it."""
+
+    measurement: Measurement
+    warmup_seconds: float
+    failure: Outcome[Any] | None
+
+
 @dataclass
 class Contender:
     """One model of the comparison, with what has been measured of it."""
@@ -44,6 +55,7 @@ class Contender:
     measurements: list[Measurement] = field(default_factory=list)
     steps: list[StepTime] = field(default_factory=list)  # of the current length
     peak_bytes: int = 0  # of the current length
+    warmup_seconds: float = 0.0  # of the current length
 
     def fail(self, outcome: Outcome[Any]) -> None:
         """Leave the comparison; the memory of the model becomes free."""
@@ -52,28 +64,52 @@ class Contender:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
+    def finish_length(self, batch_size: int, seq_length: int) -> Length:
+        """What the current length came to; the next one starts at nothing."""
+        length = Length(_measurement(self, batch_size, seq_length), self.warmup_seconds, self.failure)
+        self.steps, self.peak_bytes, self.warmup_seconds = [], 0, 0.0
+        return length
+
+    def take(self, length: Length) -> None:
+        """Add what was measured at a length, now or by the run that this one resumes."""
+        self.measurements.append(length.measurement)
+        self.excluded_seconds += length.warmup_seconds
+        if length.failure is not None and self.failure is None:
+            self.fail(length.failure)
+
 
 def measure_throughput(
-    models: Mapping[str, ModelConfig], plan: ThroughputPlan, device: str, progress: Callable[[], object] = lambda: None
+    models: Mapping[str, ModelConfig],
+    plan: ThroughputPlan,
+    device: str,
+    progress: Callable[[], object] = lambda: None,
+    journal: Journal | None = None,
 ) -> dict[str, Contender]:
     """Measure every model at every length, shortest first; a model that fails leaves, the others go on.
 
     All models stay on the device, and take their steps in turn (A, B, C, A, B, C …), so that a clock that slows down
-    or a noisy neighbour meets them all. `progress` is called after every step, taken or skipped.
+    or a noisy neighbour meets them all. `progress` is called after every step, taken or skipped. A length that `journal`
+    holds is not measured again.
     """
     contenders = {name: Contender(config) for name, config in models.items()}
     for contender in contenders.values():
         _attempt(contender, _make, contender, device, plan)
     for seq_length in sorted(set(plan.seq_lengths)):
-        for warmup, steps in ((True, plan.warmup_steps), (False, plan.measure_steps)):
-            for _ in range(steps):
-                for contender in contenders.values():
-                    _attempt(contender, _step, contender, plan.batch_size, seq_length, warmup)
-                    progress()
-        for contender in contenders.values():
-            contender.measurements.append(_measurement(contender, plan.batch_size, seq_length))
-            contender.steps, contender.peak_bytes = [], 0
+        measure = partial(_measure_length, contenders, plan, seq_length, progress)
+        for name, length in (journal.case(f"T={seq_length}", dict[str, Length], measure) if journal else measure()).items():
+            contenders[name].take(length)
     return contenders
+
+
+def _measure_length(
+    contenders: dict[str, Contender], plan: ThroughputPlan, seq_length: int, progress: Callable[[], object]
+) -> dict[str, Length]:
+    for warmup, steps in ((True, plan.warmup_steps), (False, plan.measure_steps)):
+        for _ in range(steps):
+            for contender in contenders.values():
+                _attempt(contender, _step, contender, plan.batch_size, seq_length, warmup)
+                progress()
+    return {name: contender.finish_length(plan.batch_size, seq_length) for name, contender in contenders.items()}
 
 
 def _attempt(contender: Contender, function: Callable[..., None], *args: Any) -> None:
@@ -99,7 +135,7 @@ def _step(contender: Contender, batch_size: int, seq_length: int, warmup: bool) 
     train_step(state, [batch], watch.mark)
     step = watch.step_time()
     if warmup:
-        contender.excluded_seconds += step.total_ms / 1e3
+        contender.warmup_seconds += step.total_ms / 1e3
     else:
         contender.steps.append(step)
         contender.peak_bytes = max(contender.peak_bytes, memory.bytes())

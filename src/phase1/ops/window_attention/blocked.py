@@ -13,6 +13,7 @@ def window_attention(q: Tensor, k: Tensor, x: Tensor, *, window: int, past: int 
     T = q.shape[1]
     if T == 0:
         return x[:, :0]
+    window = min(window, past + T)  # there is nothing older, and no memory is taken for it
     block = min(window, T)
     fill = -T % block
     keep = min(past, window)  # older positions are out of every query's window
