@@ -48,6 +48,31 @@ def test_a_changed_token_changes_no_earlier_logit_by_one_bit(role, dtype):
     assert not torch.equal(after[:, 101], before[:, 101])
 
 
+def test_attention_of_matrix_products_is_the_fused_one():
+    fused, products = model("baseline"), model("quadratic_control", checkpointing=False)
+    ids, targets = batch()
+    products.load_state_dict(fused.state_dict())
+    torch.testing.assert_close(products(ids), fused(ids), rtol=1e-9, atol=1e-9)
+    gradients = [torch.autograd.grad(net.loss(ids, targets), net.blocks[0].mixer.qkv.weight) for net in (fused, products)]
+    torch.testing.assert_close(*gradients, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "role, config_id",
+    [("baseline", "69bfcfd1a50e"), ("baseline_optimized", "425c3320abf4"), ("phase1", "377752c09b13")],
+)
+def test_the_ids_of_published_results_never_change(role, config_id):
+    assert model_config(role, Ranked()).config_id == config_id
+    assert (
+        model_config({"baseline": "baseline_again", "phase1": "engine_again"}.get(role, role), Ranked()).config_id == config_id
+    )
+
+
+def test_the_kind_of_attention_is_in_the_id_of_a_model_that_has_attention():
+    ids = {role: [model_config(role, TINY, attention=kind).config_id for kind in ("fused", "math")] for role in ROLES}
+    assert ids["baseline"][0] != ids["baseline"][1] and ids["phase1"][0] == ids["phase1"][1]
+
+
 @pytest.mark.parametrize("role", ["baseline", "phase1"])
 def test_pieces_continued_from_their_state_are_the_whole(role):
     net, (ids, _) = model(role), batch(T=37)

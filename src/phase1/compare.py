@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal
 
+from phase1.config import CONTROLS
 from phase1.record import MemoryResult, PerplexityResult, Report, Status, ThroughputResult
 
 Outcome = Literal["PASS", "FAIL", "n/a"]
@@ -143,6 +144,8 @@ def _numbers(reports: Mapping[str, Report[Any]]) -> dict[Key, Number]:
     for report in reports.values():
         run = report.run
         for model, result in report.results.items():
+            if model in CONTROLS:  # they test the measurement, and nobody's change makes them better or worse
+                continue
             conditions = {"config_id": result.config_id, "hardware": _hardware(report), "measured": result.measured}
             if isinstance(result, MemoryResult):
                 conditions |= {"batch_size": run.get("batch_size"), "seq_length": run.get("seq_length")}

@@ -81,7 +81,7 @@ class Ranked(Shape):
     """A shape with one rank of each kind."""
 
     ar_ssm_max_rank: int = option(32, "R, columns of U and V per head: the rank that is stored and computed")
-    htt_rank: int = option(16, "r, terms of the tail's tensor train; rows past the dense ones have r/2 anchors, the band rank 5r/2")
+    htt_rank: int = option(16, "r, terms of the tail's tensor train; past the dense rows r/2 anchors each, and a band of rank 5r/2")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,6 +96,7 @@ class ModelConfig(Ranked):
     embedding: Literal["htt", "dense"] = option("htt", "token table, tied to the output")
     loss: Literal["chunked", "materialized"] = option("chunked", "cross-entropy without, or with, all logits in memory")
     checkpointing: bool = option(True, "recompute the activations of each block in the backward pass")
+    attention: Literal["fused", "math"] = option("fused", "of attention: the fastest kernel, or all T x T scores in memory")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,6 +111,7 @@ class ModelConfig(Ranked):
         """Twelve hex digits of the SHA-256 of every field this model uses: equal ids mean equal models."""
         unused: tuple[str, ...] = ("ar_ssm_", "rank_penalty") if self.mixer == "attention" else ()
         unused += ("htt_",) if self.embedding == "dense" else ()
+        unused += () if (self.mixer, self.attention) == ("attention", "math") else ("attention",)
         return content_id({name: value for name, value in asdict(self).items() if not name.startswith(unused)})
 
 
@@ -120,11 +122,18 @@ ROLES: dict[str, dict[str, Any]] = {
 }
 """The models a run compares, by the key they have in a result file (docs/design.md, "Definitions")."""
 
+CONTROLS: dict[str, dict[str, Any]] = {
+    "quadratic_control": ROLES["baseline_optimized"] | {"attention": "math"},
+    "baseline_again": ROLES["baseline"],
+    "engine_again": ROLES["phase1"],
+}
+"""Models that test the measurement, not the engine: one that is quadratic beyond doubt, and second copies."""
+
 
 def model_config(role: str, shape: Shape, **overrides: Any) -> ModelConfig:
     """The model of `role` with the sizes of `shape` (ranks too, where `shape` has them)."""
     sizes = {f.name: getattr(shape, f.name) for f in fields(Ranked) if hasattr(shape, f.name)}
-    return ModelConfig(**(sizes | ROLES[role] | overrides))
+    return ModelConfig(**(sizes | (ROLES | CONTROLS)[role] | overrides))
 
 
 Variant = Literal["ar_ssm_dense", "attention_htt", "no_gate", "equal_parameters"]
@@ -255,6 +264,10 @@ class ThroughputRun(Ranked, Output):
     compile: bool = option(False, "torch.compile every block of every model; compilation is not in the times")
     cuda_graphs: bool = option(False, "launch every step's passes as two CUDA graphs: times of the GPU, not of the host")
     save_plots: bool = option(False, "write phase1_throughput_comparison.png")
+    a_a: bool = option(False, "measure a second copy of the baseline (of the engine with --no-baseline): they must not differ")
+    quadratic_control: bool = option(
+        False, "measure attention that holds all T x T scores: it must be found not linear; slow, and memory grows with T x T"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -358,17 +371,18 @@ SMOKE_SHAPE: dict[str, Any] = {
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "rtx3080-10g": {
         "memory": {"batch_size": 4, "seq_length": 2048},
-        "throughput": {"batch_size": 4, "seq_lengths": (512, 1024, 2048, 4096)},
+        "throughput": {"batch_size": 4, "seq_lengths": (512, 1024, 2048, 4096), "quadratic_control": True},
         "perplexity": {"batch_size": 8, "seq_length": 512},
     },
     "rtx3080m-8g": {
         "memory": {"batch_size": 2, "seq_length": 2048},
-        "throughput": {"batch_size": 2, "seq_lengths": (256, 512, 1024, 2048)},  # 256: four lengths over 8x decide
+        # 256: four lengths over 8x decide
+        "throughput": {"batch_size": 2, "seq_lengths": (256, 512, 1024, 2048), "quadratic_control": True},
         "perplexity": {"batch_size": 4, "micro_batch_size": 4, "seq_length": 512},
     },
     "rtx4090-24g": {
         "memory": {"batch_size": 8, "seq_length": 4096},
-        "throughput": {"batch_size": 8, "seq_lengths": (512, 1024, 2048, 4096, 8192)},
+        "throughput": {"batch_size": 8, "seq_lengths": (512, 1024, 2048, 4096, 8192), "quadratic_control": True},
         "perplexity": {"batch_size": 16, "micro_batch_size": 16, "seq_length": 1024},
     },
     "smoke": {  # ten minutes on two CPU cores; memory is an estimate there, so it can afford the documented sizes

@@ -23,7 +23,7 @@ class Block(nn.Module):
         super().__init__()
         self.mixer_norm, self.mlp_norm = nn.RMSNorm(config.d_model), nn.RMSNorm(config.d_model)
         self.mixer: nn.Module = (
-            Attention(config.d_model, config.n_heads)
+            Attention(config.d_model, config.n_heads, fused=config.attention == "fused")
             if config.mixer == "attention"
             else ARSSM(
                 config.d_model,

@@ -151,8 +151,21 @@ class Measurement(_Record):
     total_time_ms: float | None = None
     tokens_per_second: float | None = None
     samples_per_second: float | None = None
+    tokens_per_second_ci95: Interval | None = Field(default=None, description="of the median; none under 5 steps")
+    ratio_to_baseline: float | None = Field(default=None, description="tokens/s over the baseline's, from pairs of one round")
+    ratio_ci95: Interval | None = Field(default=None, description="of ratio_to_baseline; none under 5 rounds")
+    launch_time_ms: float | None = Field(default=None, description="median; until the host had launched the step, CUDA only")
+    model_flops: int | None = Field(default=None, description="matrix products of one step, nothing computed twice")
+    achieved_flops_per_second: float | None = Field(default=None, description="model_flops over the median step")
+    mfu: float | None = Field(default=None, description="achieved_flops_per_second over the card's peak, a share")
+    optimizer_bytes_per_second: float | None = Field(
+        default=None, description="28 bytes per parameter, the least that AdamW moves, over optimizer_time_ms"
+    )
+    bandwidth_utilization: float | None = Field(
+        default=None, description="optimizer_bytes_per_second over the card's bandwidth, a share"
+    )
     peak_allocated_bytes: int | None = None
-    step_times_ms: list[float] = Field(default_factory=list)
+    step_times_ms: list[float] = Field(default_factory=list, description="in the order of the rounds, which models share")
     status: Status
     detail: str = ""
 
@@ -182,6 +195,8 @@ class ThroughputResult(Result):
     measurements: list[Measurement] = Field(default_factory=list)
     scaling: Scaling | None = None
     excluded_seconds: float | None = Field(default=None, description="compilation, autotuning and warm-up, in no number above")
+    peak_basis: str = Field(default="", description="the card's peaks behind mfu, or why there are none")
+    warnings: list[str] = Field(default_factory=list, description="what makes the times doubtful, and what to do")
 
     def _needed(self) -> dict[str, Any]:
         measured = [m for m in self.measurements if m.status == "ok"]
@@ -256,6 +271,7 @@ class Report(_Record, Generic[R]):
     created_utc: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     environment: dict[str, str | int | float | bool | None]
     command: str
+    warnings: list[str] = Field(default_factory=list, description="what disturbed the whole run, and what to do")
     run: JsonObject = Field(default_factory=dict, description="the settings of the run, such as batch_size")
     results: dict[str, SerializeAsAny[R]]
     checks: list[Check] = Field(default_factory=list)

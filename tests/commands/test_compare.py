@@ -87,6 +87,14 @@ def test_without_a_rule_the_differences_are_printed_and_the_status_is_0(gate):
     assert status == 0 and "+800.00" in out and "FAIL" not in out and "PASS" not in out
 
 
+def test_controls_are_not_compared(gate):
+    old, new = throughput_report(checks=[]), throughput_report(checks=[])
+    for report, seconds in ((old, 0.1), (new, 0.2)):
+        report.results["baseline_again"] = throughput_result("baseline", [seconds] * 4)
+    code, out, _ = gate(old, new, "tokens_per_second:-5%")
+    assert code == 0 and "baseline_again" not in out
+
+
 def test_two_folders_are_compared_kind_by_kind(gate, tmp_path):
     for folder in ("a", "b"):
         for kind, report in all_reports().items():

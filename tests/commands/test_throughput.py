@@ -3,7 +3,8 @@ import torch
 
 from phase1.commands import throughput
 from phase1.config import ThroughputRun
-from phase1.record import Scaling, ThroughputResult, read_report
+from phase1.record import Scaling, ThroughputResult, exit_code, read_report
+from phase1.tables import throughput_comparison
 
 SIZES = {
     "vocab_size": 300, "d_model": 32, "n_layers": 1, "n_heads": 2, "htt_dense_rows": 64, "htt_groups": 16, "htt_rank": 4,
@@ -42,6 +43,43 @@ def test_it_writes_every_model_and_length_with_plot_and_checks(tmp_path, capsys)
     out = capsys.readouterr().out
     assert "written: " in out and "tokens" in out
     assert (tmp_path / throughput.PLOT).stat().st_size > 1000
+
+
+def test_controls_are_measured_beside_the_models_and_checked(tmp_path, capsys):
+    code = throughput.main(run(tmp_path, a_a=True, quadratic_control=True, measure_steps=9))
+    report = read_report(tmp_path / "phase1_throughput_benchmark.json", "throughput")
+    assert list(report.results) == ["baseline", "baseline_optimized", "phase1", "quadratic_control", "baseline_again"]
+    checks = {check.name: check for check in report.checks}
+    assert list(checks) == ["scaling_linear", "r_squared", "a_a_no_difference", "control_rejected"]
+    assert checks["a_a_no_difference"].status in ("pass", "fail") and checks["control_rejected"].detail
+    assert report.results["baseline_again"].config_id == report.results["baseline"].config_id
+    control = report.results["quadratic_control"]
+    assert control.config == report.results["baseline_optimized"].config | {"attention": "math"}
+    for m, same in zip(control.measurements, report.results["baseline_optimized"].measurements):
+        assert m.model_flops == same.model_flops
+        assert m.tokens_per_second_ci95 and m.ratio_ci95 and m.achieved_flops_per_second > 0
+    assert code == exit_code(report.checks)
+    out = capsys.readouterr().out
+    assert "quadratic_control" in out and "control_rejected" in out and " to " in out
+
+
+def test_without_baselines_the_engine_is_measured_twice(tmp_path):
+    throughput.main(run(tmp_path, baseline=False, a_a=True, seq_lengths=(8, 16)))
+    report = read_report(tmp_path / "phase1_throughput_benchmark.json", "throughput")
+    assert list(report.results) == ["phase1", "engine_again"]
+    assert report.checks[-1].name == "a_a_no_difference" and report.checks[-1].status == "inconclusive"
+
+
+def test_warnings_of_the_run_and_of_models_are_written_printed_and_in_the_tables(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(throughput, "run_warnings", lambda samples, cpu: ["the room is on fire: leave"])
+    monkeypatch.setattr(throughput, "model_warnings", lambda measurements, device: ["slow: hurry"])
+    throughput.main(run(tmp_path, baseline=False, seq_lengths=(8, 16)))
+    report = read_report(tmp_path / "phase1_throughput_benchmark.json", "throughput")
+    assert report.warnings == ["the room is on fire: leave"] and report.results["phase1"].warnings == ["slow: hurry"]
+    out = capsys.readouterr().out
+    assert out.count("WARNING the room is on fire: leave") == 1 and out.count("WARNING phase1: slow: hurry") == 1
+    notes = throughput_comparison(report).notes
+    assert {"WARNING the room is on fire: leave", "WARNING phase1: slow: hurry"} <= set(notes)
 
 
 def test_no_baseline_leaves_both_out_and_without_the_flag_there_is_no_plot(tmp_path):

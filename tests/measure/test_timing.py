@@ -35,6 +35,31 @@ def test_the_median_step_is_one_that_was_measured_the_slower_of_the_middle_two(t
     assert median_step(steps) in steps
 
 
+class Event:
+    """A CUDA event whose step takes the device 5 ms between marks."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        pass
+
+    def elapsed_time(self, end):
+        return 5.0
+
+
+def test_on_cuda_the_launch_is_the_hosts_time_and_the_phases_are_the_devices(monkeypatch):
+    clock = iter([1.0, 1.001, 1.002, 1.004])
+    monkeypatch.setattr(timing.torch.cuda, "Event", Event)
+    monkeypatch.setattr(timing.torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    watch = Stopwatch("cuda")
+    for name in ("start", "forward", "backward", "optimizer"):
+        watch.mark(name)
+    step = watch.step_time()
+    assert (step.total_ms, step.launch_ms) == (15.0, pytest.approx(4.0))
+
+
 @pytest.mark.gpu
 @needs_gpu
 def test_on_a_gpu_the_phase_that_does_the_work_takes_the_time():

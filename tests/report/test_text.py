@@ -22,6 +22,21 @@ def test_throughput_is_printed_with_its_scaling():
         assert expected in text
 
 
+def test_throughput_is_printed_with_its_intervals_and_one_copy_of_each_warning():
+    report = throughput_report(warnings=["the room is on fire: leave"])
+    engine = report.results["phase1"]
+    first = engine.measurements[0].model_copy(
+        update={"tokens_per_second_ci95": (90_000.0, 99_000.0), "ratio_ci95": (0.9, 0.99)}
+    )
+    report.results["phase1"] = engine.model_copy(
+        update={"measurements": [first, *engine.measurements[1:]], "warnings": ["slow"]}
+    )
+    text = throughput_text(report)
+    for expected in ("90,000 to 99,000", "0.900 to 0.990"):
+        assert expected in text
+    assert text.count("WARNING the room is on fire: leave") == text.count("WARNING phase1: slow") == 1
+
+
 def test_perplexity_is_printed_with_its_interval_and_what_was_scored():
     text = perplexity_text(perplexity_report())
     for expected in ("37.06", "6.20", "5.40", "7.00", "FAIL", "250,000 tokens of wikipedia", "sha256 abababababab"):

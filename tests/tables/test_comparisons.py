@@ -95,6 +95,34 @@ def test_throughput_has_a_row_per_length_and_model_and_its_ratio():
     assert rows[0]["Ratio to baseline (x)"] == 1
 
 
+def test_the_ratio_of_the_record_its_intervals_and_the_efficiency_are_in_the_table():
+    report = throughput_report()
+    update = {
+        "tokens_per_second_ci95": (90_000.0, 99_000.0), "ratio_to_baseline": 0.951, "ratio_ci95": (0.94, 0.962), "mfu": 0.314,
+        "achieved_flops_per_second": 3e14, "optimizer_bytes_per_second": 1.2e12,
+    }  # fmt: skip
+    engine = report.results["phase1"]
+    measurements = [engine.measurements[0].model_copy(update=update), *engine.measurements[1:]]
+    changes = {"measurements": measurements, "peak_basis": "1e15 FP16 FLOP/s"}
+    report.results["phase1"] = engine.model_copy(update=changes)
+    table = throughput_comparison(report)
+    row, older = records(table)[1], records(table)[3]
+    assert (row["95 % from (tokens/s)"], row["95 % to (tokens/s)"]) == (90_000.0, 99_000.0)
+    assert (row["Ratio to baseline (x)"], row["95 % from (x)"], row["95 % to (x)"]) == (0.951, 0.94, 0.962)
+    assert (row["Model FLOPs (GFLOP/s)"], row["MFU (%)"], row["Optimizer traffic (GB/s)"]) == (3e5, pytest.approx(31.4), 1200.0)
+    assert older["Ratio to baseline (x)"] == pytest.approx(46 / 41) and older["95 % from (x)"] is None
+    assert "Peak: 1e15 FP16 FLOP/s." in table.notes
+
+
+def test_controls_are_in_the_throughput_tables_and_not_among_the_configurations():
+    report = throughput_report()
+    for control in ("quadratic_control", "baseline_again"):
+        report.results[control] = report.results["baseline"]
+    for table in (throughput_comparison(report), scaling_comparison(report)):
+        assert {"quadratic_control", "baseline_again"} <= {row["Model"] for row in records(table)}
+    assert {row["Model"] for row in records(configuration_comparison({"throughput": report}))} == {"baseline", "phase1"}
+
+
 def test_a_length_that_ran_out_of_memory_is_oom_and_gives_no_ratio():
     table = throughput_comparison(throughput_report())
     baseline, engine = [row for row in records(table) if row["T (tokens)"] == 4096]

@@ -7,10 +7,14 @@ import torch
 from tqdm import tqdm
 
 from phase1.config import ROLES, ModelConfig, ThroughputRun, model_config
-from phase1.journal import open_journal
-from phase1.measure.environment import current_command, environment, machine, settings
+from phase1.journal import Journal, open_journal
+from phase1.measure.conditions import model_warnings, run_warnings
+from phase1.measure.controls import COPIES, a_a_check, control_batch_size, control_check
+from phase1.measure.efficiency import card_of, with_efficiency
+from phase1.measure.environment import Fact, current_command, environment, machine, settings
+from phase1.measure.monitor import Monitor
 from phase1.measure.scaling import MIN_LENGTHS
-from phase1.measure.throughput import ThroughputPlan, measure_throughput, throughput_result
+from phase1.measure.throughput import Contender, ThroughputPlan, measure_throughput, throughput_results
 from phase1.record import FILES, Check, Report, ThroughputResult, exit_code, write_report
 from phase1.report import checks_text, plot_throughput, throughput_text
 from phase1.train import compute_dtype
@@ -22,21 +26,28 @@ PLOT: Final = "phase1_throughput_comparison.png"
 def main(run: ThroughputRun) -> int:
     """Write the throughput report, its plot if asked, and print it; see `ThroughputRun` for the flags."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    plan = ThroughputPlan(run.seq_lengths, run.batch_size, run.warmup_steps, run.measure_steps, run.compile, run.cuda_graphs)
-    wanted = models(run)
+    wanted, facts, precision = models(run), environment(), str(compute_dtype("auto", device)).removeprefix("torch.")
     path = Path(run.out_dir) / FILES["throughput"]
     journal = open_journal(path, settings(run), machine=machine(), resume=run.resume)
-    steps = len(wanted) * len(set(run.seq_lengths)) * (run.warmup_steps + run.measure_steps)
-    with tqdm(total=steps, desc=f"throughput on {device}", unit="step", disable=None) as bar:
-        contenders = measure_throughput(wanted, plan, device, bar.update, journal)
-    results = {role: throughput_result(role, contender) for role, contender in contenders.items()}
+    monitor = Monitor(device)
+    contenders = _measured(run, wanted, device, facts, monitor, journal)
+    disturbed = run_warnings(monitor.samples, monitor.cpu_use())
+    card, basis = card_of(facts)
+    results = {
+        role: with_efficiency(
+            result.model_copy(update={"warnings": model_warnings(result.measurements, device)}),
+            wanted[role], card, basis, precision,
+        )
+        for role, result in throughput_results(contenders).items()
+    }  # fmt: skip
     report = Report[ThroughputResult](
         kind="throughput",
-        environment=environment(),
+        environment=facts,
         command=current_command(),
-        run=settings(run) | {"precision": str(compute_dtype("auto", device)).removeprefix("torch.")},
+        run=settings(run) | {"precision": precision},
         results=results,
-        checks=checks(results["phase1"]),
+        checks=checks(results["phase1"]) + control_checks(results),
+        warnings=disturbed,
     )
     write_report(report, path)
     written = [path]
@@ -49,7 +60,33 @@ def main(run: ThroughputRun) -> int:
 
 def models(run: ThroughputRun) -> dict[str, ModelConfig]:
     """The models to measure, by role."""
-    return {role: model_config(role, run) for role in ROLES if run.baseline or role == "phase1"}
+    roles = [role for role in ROLES if run.baseline or role == "phase1"]
+    roles += ["quadratic_control"] * run.quadratic_control
+    roles += ["baseline_again" if run.baseline else "engine_again"] * run.a_a
+    return {role: model_config(role, run) for role in roles}
+
+
+def _measured(
+    run: ThroughputRun, wanted: dict[str, ModelConfig], device: str, facts: dict[str, Fact], monitor: Monitor, journal: Journal
+) -> dict[str, Contender]:
+    memory = facts["gpu_memory_bytes" if device == "cuda" else "ram_bytes"]
+    batch_sizes = {
+        role: control_batch_size(config, run.batch_size, max(run.seq_lengths), int(memory) if memory else None)
+        for role, config in wanted.items()
+        if role == "quadratic_control"
+    }
+    sizes = (run.seq_lengths, run.batch_size, run.warmup_steps, run.measure_steps)
+    plan = ThroughputPlan(*sizes, run.compile, run.cuda_graphs, batch_sizes)
+    steps = len(wanted) * len(set(run.seq_lengths)) * (run.warmup_steps + run.measure_steps)
+    with tqdm(total=steps, desc=f"throughput on {device}", unit="step", disable=None) as bar:
+        return measure_throughput(wanted, plan, device, bar.update, monitor.sample, journal)
+
+
+def control_checks(results: dict[str, ThroughputResult]) -> list[Check]:
+    """The checks of the measurement itself, of the controls that were measured."""
+    copies = [(results[copy], results[original]) for copy, original in COPIES.items() if copy in results]
+    found = [a_a_check(*pair) for pair in copies]
+    return found + [control_check(results[role]) for role in ("quadratic_control",) if role in results]
 
 
 def checks(engine: ThroughputResult) -> list[Check]:

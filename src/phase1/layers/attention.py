@@ -21,11 +21,16 @@ class AttentionState(NamedTuple):
 
 
 class Attention(nn.Module):
-    """softmax(Q Kᵀ / sqrt(P)) V over earlier positions, rotary positions, O(T²) work."""
+    """softmax(Q Kᵀ / sqrt(P)) V over earlier positions, rotary positions, O(T²) work.
 
-    def __init__(self, d_model: int, n_heads: int) -> None:
+    Args:
+        fused: by the fastest kernel, which keeps no scores; without, by matrix products that hold all T² of them.
+    """
+
+    def __init__(self, d_model: int, n_heads: int, fused: bool = True) -> None:
         super().__init__()
         self.n_heads = n_heads
+        self.backends = BACKENDS if fused else [SDPBackend.MATH]
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
 
@@ -40,7 +45,7 @@ class Attention(nn.Module):
         mask = None
         if past:
             mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=h.device).tril(past)
-        with sdpa_kernel(BACKENDS, set_priority=True):
+        with sdpa_kernel(self.backends, set_priority=True):
             y = F.scaled_dot_product_attention(
                 q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=mask is None
             )

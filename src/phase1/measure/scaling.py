@@ -1,21 +1,14 @@
-"""Is step time linear in the sequence length? A verdict that admits when the data cannot tell.
+"""Is step time linear in the sequence length? A verdict that admits when the data cannot tell."""
 
-Noise is relative (a step that takes twice as long varies twice as much), so every fit but the plain line of `r_squared`
-minimises RSS, the sum of squared relative residuals ((t - fit) / t)^2.
-"""
-
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import nnls
-from scipy.special import chdtri, chndtr, fdtrc, ndtr, stdtrit
+from numpy.typing import ArrayLike
+from scipy.special import chdtri, chndtr, fdtrc, ndtr
 
+from phase1.measure.curves import CANDIDATES, FLAT_EXPONENT, Array, Fits, exponent, fit, fit_all, flat_lengths, line, linear_rss
 from phase1.measure.stats import relative_median_error
 from phase1.record import ComplexityOrder, Scaling, Verdict
-
-Array = NDArray[np.float64]
 
 MIN_LENGTHS, MIN_SPAN = 4, 8  # below these there is no verdict
 QUADRATIC_SHARE_LIMIT = 0.15
@@ -25,18 +18,12 @@ MIN_SAMPLES = 5  # of a length, to tell the noise of its median
 NOISE_WEIGHT = 4  # residuals that the assumed noise is worth when residuals are few
 MISFIT = 0.05  # a candidate that misses by more than this, root mean square, does not describe the times
 WIDE_INTERVAL = 0.5  # width of the 95 % interval of the exponent
-FLAT_EXPONENT = 0.5  # between the two shortest lengths: below it the device waits for the host
 STEEP_EXPONENT = 1.25  # T log T stays below: its exponent is 1 + 1 / ln T
+STEEP_ERRORS = 3.3  # standard errors that the exponent of the last two lengths must lie above that; p = 0.0005
 ALPHA = 0.005  # of each test that finds another candidate better
 CLOSE, AHEAD = 0.007, 0.003  # of the two tests that refute a candidate; together the 1 % of the specification
 
 _REMEDY = "add longer lengths, or measure more steps on an idle machine"
-
-CANDIDATES: dict[ComplexityOrder, Callable[[Array], Array]] = {
-    "O(N)": lambda T: T,
-    "O(N log N)": lambda T: T * np.log(T),
-    "O(N^2)": lambda T: T**2,
-}
 
 
 def fit_scaling(lengths: Sequence[int], seconds: Sequence[float], samples: Sequence[Sequence[float]] | None = None) -> Scaling:
@@ -49,9 +36,10 @@ def fit_scaling(lengths: Sequence[int], seconds: Sequence[float], samples: Seque
 
     linear: T is the best candidate, the share is at most 15 %, and T log T and T^2 are refuted: if one of them were true, times
     as linear as these would come up once in a hundred measurements. not linear: another candidate is significantly better, or
-    the share is significantly above the limit, or the exponent is above 1.25 for certain. Else inconclusive; `detail` says
-    why and what to do. Where the device waits for the host, times are flat and follow no candidate: such
-    lengths are left out of candidates, share and verdict while nothing fits to 5 % and enough lengths remain; `detail` says so.
+    the share is significantly above the limit, or the exponent, of the top octaves or of the last two lengths, is above 1.25
+    for certain. Else inconclusive; `detail` says why and what to do. Where the device waits for the host, times are flat and
+    follow no candidate: such lengths are left out of candidates, share and verdict while nothing fits to 5 % and enough
+    lengths remain; `detail` says so. Where they stay in, another candidate has to be better than max(h, a + b T) too.
 
     Args:
         lengths: T, tokens, (n,), distinct, in any order.
@@ -69,17 +57,18 @@ def fit_scaling(lengths: Sequence[int], seconds: Sequence[float], samples: Seque
     noise = None
     if samples is not None and min(len(s) for s in samples) >= MIN_SAMPLES:
         noise = max(NOISE_FLOOR, float(np.sqrt(np.mean([relative_median_error(s) ** 2 for s in samples]))))
-    slope, r_squared = _line(T, t)
-    exponent, interval = _exponent(T, t)
+    slope, r_squared = line(T, t)
+    slope_of_logs, interval = exponent(T, t)
     fits = _saturated(T, t)
-    verdict, detail = _judge(fits, noise, interval)
-    if skipped := T.size - fits.T.size:
+    skipped = T.size - fits.T.size
+    verdict, detail = _judge(fits, noise, interval, skipped)
+    if skipped:
         detail += f"; the {skipped} shortest left out of the verdict: with them the times follow no candidate"
     return Scaling(
         complexity_order=fits.order,
         r_squared=r_squared,
         scaling_coefficient=slope,
-        exponent=exponent,
+        exponent=slope_of_logs,
         exponent_ci95=interval,
         quadratic_share=fits.share,
         verdict=verdict,
@@ -107,100 +96,73 @@ def _too_short(T: Array) -> str:
     return ""
 
 
-def _line(T: Array, t: Array) -> tuple[float, float]:
-    """b and R^2 of the least-squares line t = a + b T; R^2 of constant times is 1, the line is exact."""
-    x, y = T - T.mean(), t - t.mean()
-    slope = float(x @ y / (x @ x))
-    total = float(y @ y)
-    return slope, 1 - float(np.sum((y - slope * x) ** 2)) / total if total > 0 else 1.0
-
-
-def _exponent(T: Array, t: Array) -> tuple[float, tuple[float, float]]:
-    """Slope of log t against log T and its 95 % interval: the top three octaves, or the top three lengths."""
-    top = max(3, int(np.sum(T[-1] / 8 <= T)))
-    x, y = np.log(T[-top:]), np.log(t[-top:])
-    x, y = x - x.mean(), y - y.mean()
-    slope = float(x @ y / (x @ x))
-    error = float(np.sqrt(np.sum((y - slope * x) ** 2) / (top - 2) / (x @ x)) * stdtrit(top - 2, 0.975))
-    return slope, (slope - error, slope + error)
-
-
-def _fit(T: Array, t: Array, *terms: Callable[[Array], Array]) -> tuple[Array, float]:
-    """The curve a + sum_k b_k terms_k(T), all coefficients >= 0, that minimises RSS; and its RSS."""
-    parts = np.stack([np.ones_like(T), *(term(T) / term(T[-1:]) for term in terms)], axis=1)
-    coefficients, norm = nnls(parts / t[:, None], np.ones_like(t))
-    return parts * coefficients, norm**2  # (n, 1 + terms): what each part adds to the fitted time
-
-
-@dataclass(frozen=True)
-class _Fits:
-    """Every candidate, and the mixture t = a + b T + c T^2, fitted to the same times."""
-
-    T: Array
-    t: Array
-    rss: dict[ComplexityOrder, float]
-    curves: dict[ComplexityOrder, Array]
-    mixture_rss: float
-    share: float
-
-    @property
-    def order(self) -> ComplexityOrder:
-        return min(self.rss, key=lambda order: self.rss[order])  # the first of equals, O(N): constant times fit all
-
-    @property
-    def misfit(self) -> float:
-        """Root mean square residual of the best description, per degree of freedom."""
-        n = self.T.size
-        return float(np.sqrt(min(min(self.rss.values()) / (n - 2), self.mixture_rss / max(n - 3, 1))))
-
-
-def _fits(T: Array, t: Array) -> _Fits:
-    rss, curves = {}, {}
-    for order, term in CANDIDATES.items():
-        parts, rss[order] = _fit(T, t, term)
-        curves[order] = parts.sum(axis=1)
-    parts, mixture_rss = _fit(T, t, CANDIDATES["O(N)"], CANDIDATES["O(N^2)"])
-    return _Fits(T, t, rss, curves, mixture_rss, float(parts[-1, 2] / parts[-1].sum()))
-
-
-def _saturated(T: Array, t: Array) -> _Fits:
+def _saturated(T: Array, t: Array) -> Fits:
     """Fits to all lengths, or to all but the shortest flat ones where only then something fits; to all where nothing does."""
-    everything = fits = _fits(T, t)
+    everything = fits = fit_all(T, t)
     while fits.misfit > MISFIT:
         flat = np.log(t[1] / t[0]) < FLAT_EXPONENT * np.log(T[1] / T[0])
         T, t = T[1:], t[1:]
         if not flat or _too_short(T):
             return everything
-        fits = _fits(T, t)
+        fits = fit_all(T, t)
     return fits
 
 
-def _judge(fits: _Fits, noise: float | None, exponent: tuple[float, float]) -> tuple[Verdict, str]:
+def _judge(fits: Fits, noise: float | None, exponent: tuple[float, float], skipped: int) -> tuple[Verdict, str]:
     """The verdict and its reason; see `fit_scaling`."""
-    n, line_rss = fits.T.size, fits.rss["O(N)"]
+    n, line_rss, rival_rss = fits.T.size, fits.rss["O(N)"], linear_rss(fits, skipped)
     if short := _too_short(fits.T):
         return "inconclusive", short
     if exponent[0] > STEEP_EXPONENT:
         return "not linear", f"the exponent is at least {exponent[0]:.2f}"
+    if (steep := _steep_end(fits, noise)) > STEEP_EXPONENT:
+        return "not linear", f"the exponent between the two longest is at least {steep:.2f}"
+    remedy = _remedy(fits.T, fits.t)
+    if flat_lengths(fits.T, fits.t) == n - 1:
+        return "inconclusive", f"the times hardly grow with T; {remedy}"
     if fits.misfit > MISFIT:
-        return "inconclusive", f"no candidate describes the times to {MISFIT:.0%}; {_REMEDY}"
-    if _better(fits.rss[fits.order], n - 2, line_rss, noise):
+        return "inconclusive", f"no candidate describes the times to {MISFIT:.0%}; {remedy}"
+    if _better(fits.rss[fits.order], n - 2, rival_rss, noise):
         return "not linear", f"{fits.order} describes the times significantly better than O(N)"
-    if fits.share > QUADRATIC_SHARE_LIMIT and _better(fits.mixture_rss, n - 3, line_rss, noise):
+    if fits.share > QUADRATIC_SHARE_LIMIT and _better(fits.mixture_rss, n - 3, rival_rss, noise):
         return "not linear", f"a quadratic term of {fits.share:.0%} of the longest step, limit {QUADRATIC_SHARE_LIMIT:.0%}"
     if fits.share > QUADRATIC_SHARE_LIMIT:
-        return "inconclusive", f"a quadratic term of {fits.share:.0%} cannot be excluded; {_REMEDY}"
+        return "inconclusive", f"a quadratic term of {fits.share:.0%} cannot be excluded; {remedy}"
     if fits.order != "O(N)":
-        return "inconclusive", f"{fits.order} describes the times better than O(N), but not significantly; {_REMEDY}"
+        return "inconclusive", f"{fits.order} describes the times better than O(N), but not significantly; {remedy}"
     if exponent[1] - exponent[0] > WIDE_INTERVAL:
-        return "inconclusive", f"the interval of the exponent is wide ({exponent[0]:.2f} to {exponent[1]:.2f}); {_REMEDY}"
+        return "inconclusive", f"the interval of the exponent is wide ({exponent[0]:.2f} to {exponent[1]:.2f}); {remedy}"
     spread = NOISE if noise is None else max(noise, float(np.sqrt(line_rss / (n - 2))))
     if line_rss > chdtri(n - 2, 0.001) * spread**2:
-        return "inconclusive", f"the times scatter by more than {spread:.0%} around the line; {_REMEDY}"
+        return "inconclusive", f"the times scatter by more than {spread:.0%} around the line; {remedy}"
     for order in ("O(N log N)", "O(N^2)"):
         if not _refuted(fits, order, spread):
-            return "inconclusive", f"{order} cannot be told from O(N) with these lengths and noise; {_REMEDY}"
+            return "inconclusive", f"{order} cannot be told from O(N) with these lengths and noise; {remedy}"
     return "linear", f"O(N log N) and O(N^2) refuted; quadratic term {fits.share:.1%} of the longest step"
+
+
+def _steep_end(fits: Fits, noise: float | None) -> float:
+    """Lower end of the exponent between the two longest lengths; 0 where the noise is not known.
+
+    No host-bound and then linear time max(h, a + b T), a >= 0, grows faster than T anywhere, however many lengths are flat.
+    """
+    if noise is None:
+        return 0.0
+    growth = float(np.log(fits.t[-1] / fits.t[-2])) - STEEP_ERRORS * np.sqrt(2) * max(noise, NOISE)
+    return growth / float(np.log(fits.T[-1] / fits.T[-2]))
+
+
+def _remedy(T: Array, t: Array) -> str:
+    """What would decide; where the times are flat at first, from which length on to measure."""
+    hidden = flat_lengths(T, t)
+    start = int(T[hidden])
+    if not hidden or start * MIN_SPAN <= T[-1]:  # enough lengths past the bend: they scatter
+        return _REMEDY
+    lengths = " ".join(str(start * 2**i) for i in range(MIN_LENGTHS))
+    return (
+        f"up to T = {start:,} a cost that does not depend on T hides the rest, on a GPU mostly the host launching operators: "
+        f"use --compile, or --seq-lengths {lengths}"
+    )
 
 
 def _better(rss: float, freedom: int, line_rss: float, noise: float | None) -> bool:
@@ -215,17 +177,15 @@ def _better(rss: float, freedom: int, line_rss: float, noise: float | None) -> b
     return any(fdtrc(1, df, max(line_rss - rss, 0) / variance) <= ALPHA for variance, df in tests)
 
 
-def _refuted(fits: _Fits, alternative: ComplexityOrder, noise: float) -> bool:
+def _refuted(fits: Fits, alternative: ComplexityOrder, noise: float) -> bool:
     """Would the alternative, were it true with this noise, give times as linear as these once in a hundred times at most?
 
     With lam the squared distance of the alternative's curve to the nearest line over noise^2: the line's RSS / noise^2 is
     noncentral chi-square(n - 2, lam), the lead of the line over the alternative is normal(-lam, 4 lam).
     """
     line_rss = fits.rss["O(N)"]
-    _, distance = _fit(fits.T, fits.curves[alternative], CANDIDATES["O(N)"])
-    lam = distance / noise**2
-    if lam < 1e-6:  # the fitted alternative is itself a constant
-        return False
+    _, distance = fit(fits.T, fits.curves[alternative], CANDIDATES["O(N)"])
+    lam = distance / noise**2  # above 0: times that hardly grow, which a constant fits, are judged before
     lead = (fits.rss[alternative] - line_rss) / noise**2
     close = chndtr(line_rss / noise**2, fits.T.size - 2, lam)
     ahead = ndtr(-(lead + lam) / (2 * np.sqrt(lam)))

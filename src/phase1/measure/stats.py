@@ -1,4 +1,4 @@
-"""Intervals: of a median, of a ratio of medians, and of a paired perplexity ratio."""
+"""The median, how certain it is, and the interval of a paired perplexity ratio."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,6 @@ from scipy.fft import dct
 from scipy.special import stdtrit
 
 Bounds = tuple[float, float]
-RESAMPLES = 2000
 
 
 def _positive(name: str, values: ArrayLike) -> NDArray[np.float64]:
@@ -31,23 +30,6 @@ def relative_median_error(samples: Sequence[float]) -> float:
     array = _positive("samples", samples)
     low, mid, high = np.quantile(array, [0.25, 0.5, 0.75])
     return float(1.2533 * (high - low) / 1.349 / np.sqrt(array.size) / mid)
-
-
-def median_ratio_interval(
-    numerator: Sequence[float], denominator: Sequence[float], seed: int = 0
-) -> tuple[float, Bounds | None]:
-    """median(numerator) / median(denominator) and its 95 % interval: percentile bootstrap of both, fixed seed.
-
-    None in place of the interval with fewer than 5 samples on a side, which say nothing of their spread.
-    """
-    a, b = _positive("numerator", numerator), _positive("denominator", denominator)
-    ratio = float(np.median(a) / np.median(b))
-    if min(a.size, b.size) < 5:
-        return ratio, None
-    rng = np.random.default_rng(seed)
-    medians = [np.median(x[rng.integers(x.size, size=(RESAMPLES, x.size))], axis=1) for x in (a, b)]
-    low, high = np.quantile(medians[0] / medians[1], [0.025, 0.975])
-    return ratio, (float(low), float(high))
 
 
 def paired_ratio_interval(nll_a: ArrayLike, nll_b: ArrayLike, tokens: ArrayLike) -> tuple[float, Bounds | None]:

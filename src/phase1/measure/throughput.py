@@ -12,12 +12,16 @@ from torch import Tensor
 
 from phase1.config import ModelConfig
 from phase1.journal import Journal
+from phase1.measure.environment import free_ram_bytes
+from phase1.measure.intervals import median_interval
 from phase1.measure.isolate import Outcome, run_here
 from phase1.measure.memory import optimizer_tensors
+from phase1.measure.rounds import round_order, with_ratios
 from phase1.measure.scaling import fit_scaling
+from phase1.measure.stats import median
 from phase1.measure.timing import StepTime, Stopwatch, median_step
 from phase1.measure.tracker import BLOCK_BYTES
-from phase1.measure.workload import make_workload, random_batch
+from phase1.measure.workload import make_workload, random_batch, scores_bytes
 from phase1.record import Measurement, Parameters, Scaling, ThroughputResult
 from phase1.train import Batch, TrainState, train_step
 
@@ -32,6 +36,7 @@ class ThroughputPlan:
     measure_steps: int
     compile: bool = False
     cuda_graphs: bool = False
+    batch_sizes: Mapping[str, int] = field(default_factory=dict)  # of models that run with another than `batch_size`
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Contender:
     """One model of the comparison, with what has been measured of it."""
 
     config: ModelConfig
+    batch_size: int
     state: TrainState | None = None  # None before it is made, and after a failure
     parameters: dict[str, int] | None = None
     failure: Outcome[Any] | None = None
@@ -64,9 +70,9 @@ class Contender:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def finish_length(self, batch_size: int, seq_length: int) -> Length:
+    def finish_length(self, seq_length: int) -> Length:
         """What the current length came to; the next one starts at nothing."""
-        length = Length(_measurement(self, batch_size, seq_length), self.warmup_seconds, self.failure)
+        length = Length(_measurement(self, seq_length), self.warmup_seconds, self.failure)
         self.steps, self.peak_bytes, self.warmup_seconds = [], 0, 0.0
         return length
 
@@ -83,33 +89,38 @@ def measure_throughput(
     plan: ThroughputPlan,
     device: str,
     progress: Callable[[], object] = lambda: None,
+    in_flight: Callable[[], object] = lambda: None,
     journal: Journal | None = None,
 ) -> dict[str, Contender]:
     """Measure every model at every length, shortest first; a model that fails leaves, the others go on.
 
-    All models stay on the device, and take their steps in turn (A, B, C, A, B, C …), so that a clock that slows down
-    or a noisy neighbour meets them all. `progress` is called after every step, taken or skipped. A length that `journal`
-    holds is not measured again.
+    All models stay on the device, and take one step each per round, so that a clock that slows down or a noisy neighbour meets
+    them all; `round_order` says who follows whom. `progress` is called after every step, taken or skipped, `in_flight` after
+    every launch of a measured step, while the device works on it. A length that `journal` holds is not measured again.
     """
-    contenders = {name: Contender(config) for name, config in models.items()}
+    contenders = {name: Contender(config, plan.batch_sizes.get(name, plan.batch_size)) for name, config in models.items()}
     for contender in contenders.values():
         _attempt(contender, _make, contender, device, plan)
     for seq_length in sorted(set(plan.seq_lengths)):
-        measure = partial(_measure_length, contenders, plan, seq_length, progress)
+        measure = partial(_measure_length, contenders, plan, seq_length, progress, in_flight)
         for name, length in (journal.case(f"T={seq_length}", dict[str, Length], measure) if journal else measure()).items():
             contenders[name].take(length)
     return contenders
 
 
 def _measure_length(
-    contenders: dict[str, Contender], plan: ThroughputPlan, seq_length: int, progress: Callable[[], object]
+    contenders: dict[str, Contender],
+    plan: ThroughputPlan,
+    seq_length: int,
+    progress: Callable[[], object],
+    in_flight: Callable[[], object],
 ) -> dict[str, Length]:
-    for warmup, steps in ((True, plan.warmup_steps), (False, plan.measure_steps)):
-        for _ in range(steps):
-            for contender in contenders.values():
-                _attempt(contender, _step, contender, plan.batch_size, seq_length, warmup)
-                progress()
-    return {name: contender.finish_length(plan.batch_size, seq_length) for name, contender in contenders.items()}
+    for number in range(-plan.warmup_steps, plan.measure_steps):
+        for name in round_order(list(contenders), number):
+            contender = contenders[name]
+            _attempt(contender, _step, contender, seq_length, None if number < 0 else in_flight)
+            progress()
+    return {name: contender.finish_length(seq_length) for name, contender in contenders.items()}
 
 
 def _attempt(contender: Contender, function: Callable[..., None], *args: Any) -> None:
@@ -126,19 +137,31 @@ def _make(contender: Contender, device: str, plan: ThroughputPlan) -> None:
     contender.excluded_seconds += time.perf_counter() - began
 
 
-def _step(contender: Contender, batch_size: int, seq_length: int, warmup: bool) -> None:
+def _step(contender: Contender, seq_length: int, in_flight: Callable[[], object] | None) -> None:
+    """One step, measured if there is an `in_flight` to call."""
     state = contender.state
     assert state is not None
     device = state.device.type
-    batch = random_batch(contender.config.vocab_size, batch_size, seq_length, device)
+    if device == "cpu" and contender.config.attention == "math":
+        _require_room(contender, seq_length)
+    batch = random_batch(contender.config.vocab_size, contender.batch_size, seq_length, device)
     watch, memory = Stopwatch(device), _StepPeak(state, batch)
     train_step(state, [batch], watch.mark)
+    if in_flight is not None:
+        in_flight()
     step = watch.step_time()
-    if warmup:
+    if in_flight is None:
         contender.warmup_seconds += step.total_ms / 1e3
     else:
         contender.steps.append(step)
         contender.peak_bytes = max(contender.peak_bytes, memory.bytes())
+
+
+def _require_room(contender: Contender, seq_length: int) -> None:
+    """Raise MemoryError before the system ends this process for taking too much, which would lose the other models' results."""
+    needed, free = scores_bytes(contender.config, contender.batch_size, seq_length), free_ram_bytes()
+    if free is not None and needed > free:
+        raise MemoryError(f"the attention scores take about {needed / 1e9:.1f} GB; {free / 1e9:.1f} GB are free")
 
 
 class _StepPeak:
@@ -169,14 +192,18 @@ def resident_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(-(-size // BLOCK_BYTES) * BLOCK_BYTES for size in sizes.values())
 
 
-def _measurement(contender: Contender, batch_size: int, seq_length: int) -> Measurement:
-    failure = contender.failure
+def _measurement(contender: Contender, seq_length: int) -> Measurement:
+    batch_size, failure = contender.batch_size, contender.failure
     if failure is not None:
         advice = f"; {_sizes_to_try(batch_size, seq_length)}" if failure.status == "oom" else ""
         failed_before = any(m.status != "ok" for m in contender.measurements)
         detail = "skipped: a shorter length failed" if failed_before else failure.message + advice
         return Measurement(seq_length=seq_length, batch_size=batch_size, status=failure.status, detail=detail)
     step = median_step(contender.steps)
+    total_ms = [step.total_ms for step in contender.steps]
+    launch_ms = [step.launch_ms for step in contender.steps if step.launch_ms is not None]
+    interval = median_interval(total_ms)
+    tokens = batch_size * seq_length
     return Measurement(
         seq_length=seq_length,
         batch_size=batch_size,
@@ -184,10 +211,12 @@ def _measurement(contender: Contender, batch_size: int, seq_length: int) -> Meas
         backward_time_ms=step.backward_ms,
         optimizer_time_ms=step.optimizer_ms,
         total_time_ms=step.total_ms,
-        tokens_per_second=batch_size * seq_length / (step.total_ms / 1e3),
+        tokens_per_second=tokens / (step.total_ms / 1e3),
+        tokens_per_second_ci95=None if interval is None else (tokens / (interval[1] / 1e3), tokens / (interval[0] / 1e3)),
         samples_per_second=batch_size / (step.total_ms / 1e3),
+        launch_time_ms=median(launch_ms) if launch_ms else None,
         peak_allocated_bytes=contender.peak_bytes or None,
-        step_times_ms=[step.total_ms for step in contender.steps],
+        step_times_ms=total_ms,
         status="ok",
     )
 
@@ -195,6 +224,16 @@ def _measurement(contender: Contender, batch_size: int, seq_length: int) -> Meas
 def _sizes_to_try(batch_size: int, seq_length: int) -> str:
     steps = [f"--batch-size {batch_size // 2}"] if batch_size > 1 else []
     return "try " + ", then ".join([*steps, f"--seq-lengths below {seq_length}"])
+
+
+def throughput_results(contenders: Mapping[str, Contender]) -> dict[str, ThroughputResult]:
+    """The records of all models, with their ratios to `baseline`."""
+    results = {role: throughput_result(role, contender) for role, contender in contenders.items()}
+    baseline = results["baseline"].measurements if "baseline" in results else []
+    return {
+        role: result.model_copy(update={"measurements": with_ratios(result.measurements, baseline)})
+        for role, result in results.items()
+    }
 
 
 def throughput_result(role: str, contender: Contender) -> ThroughputResult:

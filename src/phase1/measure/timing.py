@@ -14,6 +14,7 @@ class StepTime:
     forward_ms: float
     backward_ms: float
     optimizer_ms: float
+    launch_ms: float | None = None  # until the host had launched all of it; None on the CPU, which launches nothing
 
     @property
     def total_ms(self) -> float:
@@ -27,6 +28,7 @@ class Stopwatch:
     def __init__(self, device_type: str) -> None:
         self._cuda = device_type == "cuda"
         self._moments: list[tuple[str, Any]] = []
+        self._launched: list[float] = []  # seconds, the host's clock at each moment of a CUDA step
 
     def mark(self, name: str) -> None:
         """Note the moment at which the phase `name` ended ("start": the step began)."""
@@ -37,6 +39,7 @@ class Stopwatch:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
+        self._launched.append(time.perf_counter())
         return event
 
     def step_time(self) -> StepTime:
@@ -46,7 +49,8 @@ class Stopwatch:
         spent = {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
         for (_, begin), (name, end) in zip(self._moments, self._moments[1:], strict=False):
             spent[name] += begin.elapsed_time(end) if self._cuda else (end - begin) * 1e3
-        return StepTime(**{f"{name}_ms": value for name, value in spent.items()})
+        launch_ms = (self._launched[-1] - self._launched[0]) * 1e3 if self._cuda else None
+        return StepTime(**{f"{name}_ms": value for name, value in spent.items()}, launch_ms=launch_ms)
 
 
 def median_step(steps: list[StepTime]) -> StepTime:

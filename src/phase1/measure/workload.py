@@ -27,6 +27,11 @@ def make_workload(
     return make_train_state(model_class(model), config, device)
 
 
+def scores_bytes(config: ModelConfig, batch_size: int, seq_length: int) -> int:
+    """About what attention that is not fused takes for its scores: six float32 tensors (B, H, T, T) at the peak."""
+    return 6 * 4 * batch_size * config.n_heads * seq_length**2
+
+
 def random_batch(vocab_size: int, batch_size: int, seq_length: int, device: str) -> tuple[Tensor, Tensor]:
     """Uniform token ids and their targets, (B, T) int64 each, the same for every model: costs do not depend on the text."""
     ids = torch.randint(vocab_size, (batch_size, seq_length + 1), generator=torch.Generator().manual_seed(SEED))

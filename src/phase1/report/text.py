@@ -16,6 +16,10 @@ from phase1.tables import (
     scaling_comparison,
     throughput_comparison,
 )
+from phase1.tables.common import WARNING
+
+# the table files have them
+_NOT_PRINTED = ("Basis", "Forward", "Backward", "Optimizer", "Model FLOPs", "Optimizer traffic", "Config id", "95 % to")
 
 
 def memory_text(report: Report[MemoryResult]) -> str:
@@ -25,13 +29,27 @@ def memory_text(report: Report[MemoryResult]) -> str:
 
 
 def throughput_text(report: Report[ThroughputResult]) -> str:
-    """The speeds at every length, then how the times scale."""
-    speeds = throughput_comparison(report)
-    keep = [i for i, column in enumerate(speeds.columns) if column.title not in ("Basis", "Config id")]
+    """The speeds at every length without the parts of a step, how the times scale, and what makes them doubtful."""
+    speeds = _with_joined_intervals(throughput_comparison(report))
+    keep = [i for i, column in enumerate(speeds.columns) if column.title not in _NOT_PRINTED]
     speeds = replace(
         speeds, columns=tuple(speeds.columns[i] for i in keep), rows=tuple(tuple(row[i] for i in keep) for row in speeds.rows)
     )
-    return f"{_console(speeds, report)}\n\n{_console(scaling_comparison(report), report)}"
+    warnings = [note for note in speeds.notes if note.startswith(WARNING)]
+    return "\n".join([_console(speeds, report), "", _console(scaling_comparison(report), report), *map(_paragraph, warnings)])
+
+
+def _with_joined_intervals(table: Table) -> Table:
+    """Each pair of columns "95 % from" and "95 % to" in the first of them, as text."""
+    columns, rows = list(table.columns), [list(row) for row in table.rows]
+    for i, column in enumerate(columns):
+        if column.title == "95 % from":
+            columns[i] = replace(column, title="95 %")
+            for row in rows:
+                low, high = row[i : i + 2]
+                if isinstance(low, float) and isinstance(high, float):
+                    row[i] = f"{low:,.{column.digits}f} to {high:,.{column.digits}f}"
+    return replace(table, columns=tuple(columns), rows=tuple(tuple(row) for row in rows))
 
 
 def perplexity_text(report: Report[PerplexityResult]) -> str:
@@ -41,8 +59,8 @@ def perplexity_text(report: Report[PerplexityResult]) -> str:
 
 
 def _console(table: Table, report: Report) -> str:
-    """Without the checks, which `checks_text` prints, and the command, which the user has typed."""
-    printed_elsewhere = tuple(f"{check.status.upper()} {check.name}: " for check in report.checks) + ("Command: ",)
+    """Without the checks, which `checks_text` prints, warnings, and the command, which the user has typed."""
+    printed_elsewhere = tuple(f"{check.status.upper()} {check.name}: " for check in report.checks) + ("Command: ", WARNING)
     notes = tuple(note for note in table.notes if not note.startswith(printed_elsewhere))
     return console(replace(table, notes=notes))
 
@@ -56,6 +74,10 @@ def checks_text(checks: Iterable[Check]) -> str:
         for check in checks
     ]
     return "\n" + tabulate(rows, headers=("", "check", "value", "limit", ""), tablefmt="simple", disable_numparse=True) + "\n"
+
+
+def _paragraph(text: str) -> str:
+    return "\n" + textwrap.fill(one_line(text, 1000), 120, subsequent_indent="  ")
 
 
 def _number(value: float | None) -> str:

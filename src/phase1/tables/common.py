@@ -7,6 +7,7 @@ from phase1.record import Check, Report, Result
 from phase1.tables.table import Cell, Column
 
 FAILED = {"oom": "OOM", "error": "FAIL"}
+WARNING = "WARNING "  # how a note of what makes numbers doubtful begins
 VERDICT = {True: "PASS", False: "FAIL", None: "INCONCLUSIVE"}
 MODEL = Column("Model")
 CONFIG = Column("Config id")
@@ -52,9 +53,10 @@ def _number(number: float) -> str:
 
 
 def notes_of(report: Report[Any]) -> tuple[str, ...]:
-    """Failures with their reasons, checks with their numbers, and the command."""
+    """Failures with their reasons, what disturbed the run, checks with their numbers, and the command."""
     failures = [f"{key}: {FAILED[r.status]}, {r.detail}" for key, r in report.results.items() if r.status != "ok"]
-    return (*failures, *_check_notes(report.checks), f"Command: {report.command} ({report.created_utc})")
+    warnings = [f"{WARNING}{text}" for text in report.warnings]
+    return (*failures, *warnings, *_check_notes(report.checks), f"Command: {report.command} ({report.created_utc})")
 
 
 def caption_of(title: str, report: Report[Any], hardware: str | None, *conditions: str) -> str:

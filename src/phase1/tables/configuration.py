@@ -3,16 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
+from phase1.config import CONTROLS
 from phase1.record import MemoryResult, PerplexityResult, Report, Result, ThroughputResult
 from phase1.tables.common import CONFIG, MODEL, gigabytes, hardware_of, headline
 from phase1.tables.join import Row, joined_rows
 from phase1.tables.perplexity import perplexity_cells
 from phase1.tables.table import Cell, Column, Table
-from phase1.tables.throughput import baseline_speeds
+from phase1.tables.throughput import ratio_to_baseline
 
 
 def configuration_comparison(reports: Mapping[str, Report[Any]], hardware: str | None = None) -> Table:
-    """One row per model with its memory, speed and quality, each only from a report of that very model."""
+    """One row per model with its memory, speed and quality, each only from a report of that very model; no controls."""
     columns = (
         MODEL,
         CONFIG,
@@ -40,7 +41,7 @@ def configuration_comparison(reports: Mapping[str, Report[Any]], hardware: str |
         *([f"Not measured: {', '.join(missing)}."] if missing else []),
         *(f"Command, {kind}: {report.command} ({report.created_utc})" for kind, report in reports.items()),
     ]
-    rows = tuple(_configuration_cells(row, reports) for row in joined_rows(reports))
+    rows = tuple(_configuration_cells(row, reports) for row in joined_rows(reports) if row.label not in CONTROLS)
     return Table("configuration_comparison", f"Configurations: {label}", label, columns, rows, tuple(notes))
 
 
@@ -71,10 +72,7 @@ def _speed_summary(result: Result | None, report: Report[ThroughputResult] | Non
     if not measured:
         return (headline(result, "FAIL"), None, result.measured, None, verdict)
     longest = max(measured, key=lambda m: m.seq_length)
-    base = baseline_speeds(report).get((longest.seq_length, longest.batch_size))
-    assert longest.tokens_per_second
-    ratio = longest.tokens_per_second / base if base else None
-    return (longest.tokens_per_second, longest.seq_length, result.measured, ratio, verdict)
+    return (longest.tokens_per_second, longest.seq_length, result.measured, ratio_to_baseline(report, longest), verdict)
 
 
 def _quality_summary(result: Result | None, label: str) -> tuple[Cell, ...]:

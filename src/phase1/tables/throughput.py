@@ -2,9 +2,28 @@
 
 from typing import cast
 
-from phase1.record import Report, ThroughputResult
-from phase1.tables.common import BASIS, CONFIG, FAILED, MODEL, caption_of, gigabytes, hardware_of, headline, notes_of, setting
+from phase1.record import Measurement, Report, ThroughputResult
+from phase1.tables.common import (
+    BASIS,
+    CONFIG,
+    FAILED,
+    MODEL,
+    WARNING,
+    caption_of,
+    gigabytes,
+    hardware_of,
+    headline,
+    notes_of,
+    setting,
+)
 from phase1.tables.table import Cell, Column, Table
+
+DEFINITIONS = (
+    "Throughput: B T / median step, with its 95 % interval; a step is forward, loss, backward, clipping and optimizer.",
+    "Ratio: from the pairs of steps of one round, with its 95 % interval; it may differ a little from that of the medians.",
+    "MFU: FLOPs of the matrix products of a step, nothing computed twice, attention over all T x T pairs, over step seconds x "
+    "the card's peak. Optimizer traffic: 28 bytes per parameter, the least that AdamW moves, over optimizer seconds.",
+)
 
 
 def throughput_comparison(report: Report[ThroughputResult], hardware: str | None = None) -> Table:
@@ -15,39 +34,67 @@ def throughput_comparison(report: Report[ThroughputResult], hardware: str | None
         Column("Batch"),
         BASIS,
         Column("Throughput", "tokens/s", 0),
-        Column("Ratio to baseline", "x"),
+        Column("95 % from", "tokens/s", 0),
+        Column("95 % to", "tokens/s", 0),
+        Column("Ratio to baseline", "x", 3),
+        Column("95 % from", "x", 3),
+        Column("95 % to", "x", 3),
         Column("Step", "ms"),
         Column("Forward", "ms"),
         Column("Backward", "ms"),
         Column("Optimizer", "ms"),
+        Column("Model FLOPs", "GFLOP/s", 0),
+        Column("MFU", "%", 1),
+        Column("Optimizer traffic", "GB/s", 0),
         Column("Peak allocated", "GB"),
         CONFIG,
     )
-    speeds = baseline_speeds(report)
     rows = []
     for key, result in report.results.items():
         for m in result.measurements:
-            base = speeds.get((m.seq_length, m.batch_size))
-            ratio = m.tokens_per_second / base if base and m.tokens_per_second else None
             head: tuple[Cell, ...] = (m.seq_length, key, m.batch_size, result.measured)
-            speed = FAILED.get(m.status, m.tokens_per_second)
+            speed = (FAILED.get(m.status, m.tokens_per_second), *(m.tokens_per_second_ci95 or (None, None)))
+            ratio = (ratio_to_baseline(report, m), *(m.ratio_ci95 or (None, None)))
             times = (m.total_time_ms, m.forward_time_ms, m.backward_time_ms, m.optimizer_time_ms)
-            rows.append((*head, speed, ratio, *times, gigabytes(m.peak_allocated_bytes), result.config_id))
-    failures = [
-        f"{key} at T = {m.seq_length}: {FAILED[m.status]}, {m.detail}"
-        for key, result in report.results.items()
-        for m in result.measurements
-        if m.status != "ok"
-    ]
+            rows.append((*head, *speed, *ratio, *times, *_efficiency(m), gigabytes(m.peak_allocated_bytes), result.config_id))
     return Table(
         "throughput_comparison",
         caption_of("Training throughput", report, hardware, setting(report, "precision", "precision")),
         hardware or hardware_of(report),
         columns,
         tuple(sorted(rows, key=lambda row: cast(int, row[0]))),  # stable: models keep their order within a length
-        ("Throughput: B T / median step; a step is forward, loss, backward, clipping and optimizer.", *failures)
-        + notes_of(report),
+        (*DEFINITIONS, *_remarks(report), *notes_of(report)),
     )
+
+
+def _efficiency(m: Measurement) -> tuple[Cell, ...]:
+    flops, traffic = m.achieved_flops_per_second, m.optimizer_bytes_per_second
+    return (
+        None if flops is None else flops / 1e9,
+        None if m.mfu is None else 100 * m.mfu,
+        None if traffic is None else traffic / 1e9,
+    )
+
+
+def _remarks(report: Report[ThroughputResult]) -> list[str]:
+    """The peaks behind MFU, failed lengths, and warnings of single models."""
+    results = report.results
+    peaks = sorted({f"Peak: {result.peak_basis}." for result in results.values() if result.peak_basis})
+    failures = [
+        f"{key} at T = {m.seq_length}: {FAILED[m.status]}, {m.detail}"
+        for key, result in results.items()
+        for m in result.measurements
+        if m.status != "ok"
+    ]
+    return peaks + failures + [f"{WARNING}{key}: {text}" for key, result in results.items() for text in result.warnings]
+
+
+def ratio_to_baseline(report: Report[ThroughputResult], m: Measurement) -> float | None:
+    """The ratio in the record; of records before it had one, that of tokens per second at the same length and batch size."""
+    if m.ratio_to_baseline is not None:
+        return m.ratio_to_baseline
+    base = baseline_speeds(report).get((m.seq_length, m.batch_size))
+    return m.tokens_per_second / base if base and m.tokens_per_second else None
 
 
 def baseline_speeds(report: Report[ThroughputResult]) -> dict[tuple[int, int], float | None]:
