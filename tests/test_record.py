@@ -6,7 +6,7 @@ import random
 import pytest
 from pydantic import ValidationError
 
-from phase1.record import FILES, Check, MemoryResult, Report, Scaling, exit_code, read_report, write_report
+from phase1.record import FILES, Check, MemoryResult, MemoryTimeline, Report, Scaling, exit_code, read_report, write_report
 from tests.reports import (
     all_reports,
     common,
@@ -197,3 +197,8 @@ def test_the_exit_code_is_that_of_the_worst_check(statuses, code):
 
 def test_a_memory_result_keeps_its_breakdown():
     assert sum(memory_result("phase1", 1000).breakdown.values()) == 1000
+
+
+def test_every_part_of_a_timeline_has_a_value_per_instant():
+    with pytest.raises(ValidationError, match="2 values"):
+        MemoryTimeline(events=9, phase_begins={"forward": 0}, at=[0, 5], parts={"activations": [1, 2], "rounding": [1]})

@@ -247,10 +247,14 @@ class MemoryRun(Ranked, Output):
         None, "hold every model to the usable bytes of that card, for example rtx4060, and check that it fits"
     )
     fit: bool = option(False, "find the largest batch at --seq-length and the longest sequence at a batch of 1 that train")
+    dry_run: bool = option(False, "estimate without running anything, also where there is a GPU; without one it always does")
+    ablate: bool = option(False, "also change one component at a time in baseline and engine: who saves what")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_positive(self, "batch_size", "seq_length")
+        if self.ablate and not self.baseline:
+            raise ValueError("--ablate compares engine and baseline; got --no-baseline; leave one of them out")
 
 
 @dataclass(frozen=True, kw_only=True)

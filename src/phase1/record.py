@@ -13,10 +13,9 @@ from phase1.files import atomic_write, one_line, read_json
 from phase1.migrate import SCHEMA_VERSION, migrated
 
 __all__ = [
-    "FILES", "SCHEMA_VERSION", "Check", "ComplexityOrder", "Dataset", "Fit", "FitProbe", "Interval", "Kind", "LossPart",
-    "Measurement",
-    "MemoryResult", "Parameters", "PerplexityResult", "Report", "Result", "Scaling", "Status", "ThroughputResult", "Verdict",
-    "atomic_write", "exit_code", "read_report", "write_report",
+    "FILES", "SCHEMA_VERSION", "Ablation", "Check", "ComplexityOrder", "Dataset", "Fit", "FitProbe", "Interval", "Kind",
+    "LossPart", "Measurement", "MemoryResult", "MemoryTimeline", "Parameters", "PerplexityResult", "Report", "Result", "Scaling",
+    "Status", "ThroughputResult", "Verdict", "atomic_write", "exit_code", "read_report", "write_report",
 ]  # fmt: skip
 
 FILES = {
@@ -123,6 +122,21 @@ class Fit(_Record):
     detail: str = ""
 
 
+class MemoryTimeline(_Record):
+    """Live bytes by part at some instants of a step, counted in allocations and frees; the peak is one of the instants."""
+
+    events: int = Field(description="allocations and frees of the whole step")
+    phase_begins: dict[str, int] = Field(description="events before the forward, backward and optimizer phase")
+    at: list[int] = Field(description="events before each instant")
+    parts: dict[str, list[int]] = Field(description="bytes of each part at each instant")
+
+    @model_validator(mode="after")
+    def _one_value_per_instant(self) -> Self:
+        if wrong := [name for name, values in self.parts.items() if len(values) != len(self.at)]:
+            raise ValueError(f"every part of a timeline has {len(self.at)} values, one per instant; {wrong[0]!r:.80} has not")
+        return self
+
+
 class MemoryResult(Result):
     """Peaks of one training step, in bytes; reduction against the `baseline` of the same report, in percent."""
 
@@ -132,7 +146,14 @@ class MemoryResult(Result):
     peak_forward_bytes: int | None = None
     peak_backward_bytes: int | None = None
     peak_optimizer_bytes: int | None = None
-    breakdown: dict[str, int] = Field(default_factory=dict, description="parts of peak_allocated_bytes; they sum to it")
+    breakdown: dict[str, int] = Field(
+        default_factory=dict, description="parts of peak_allocated_bytes; with unattributed_bytes they sum to it"
+    )
+    unattributed_bytes: int | None = Field(default=None, description="what the parts leave of the peak; may be negative")
+    fragmentation_bytes: int | None = Field(default=None, description="peak_reserved_bytes - peak_allocated_bytes")
+    top_modules: dict[str, int] = Field(default_factory=dict, description="bytes alive at the peak by module, largest first")
+    timeline: MemoryTimeline | None = None
+    assumptions: str | None = Field(default=None, description="of an estimate: the card it is for")
     memory_reduction_percent: float | None = None
     fit: list[Fit] = Field(default_factory=list, description="largest sizes that train, where --fit asked for them")
 
@@ -263,6 +284,16 @@ class PerplexityResult(Result):
 R = TypeVar("R", bound=Result)
 
 
+class Ablation(_Record):
+    """A model that differs from that of `from_role` in one component, and what that changes of the peak."""
+
+    name: str
+    from_role: str
+    peak_allocated_bytes: int | None = None
+    change_bytes: int | None = Field(default=None, description="against the peak of from_role; negative is a saving")
+    detail: str = ""
+
+
 class Report(_Record, Generic[R]):
     """One result file: the models of one run, its conditions, and the checks it made."""
 
@@ -275,6 +306,7 @@ class Report(_Record, Generic[R]):
     run: JsonObject = Field(default_factory=dict, description="the settings of the run, such as batch_size")
     results: dict[str, SerializeAsAny[R]]
     checks: list[Check] = Field(default_factory=list)
+    ablation: list[Ablation] = Field(default_factory=list, description="memory: one component changed at a time")
 
     @model_validator(mode="after")
     def _results_of_this_kind(self) -> Self:

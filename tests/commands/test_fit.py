@@ -12,7 +12,8 @@ from phase1.measure.isolate import Outcome
 from phase1.measure.memory import as_result
 from phase1.record import Fit, MemoryResult, read_report
 from phase1.report import memory_text
-from phase1.tables import build_tables, fit_comparison
+from phase1.tables import build_tables
+from phase1.tables.memory import fit_comparison
 from tests.reports import memory_report
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tests the estimate")

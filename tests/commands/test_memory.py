@@ -53,7 +53,8 @@ def test_without_a_gpu_it_writes_estimates_for_engine_and_both_baselines(tmp_pat
     assert code == (0 if all(check.status == "pass" for check in report.checks) else 1)
     out = capsys.readouterr().out
     assert "estimated" in out and "written: " in out
-    assert (tmp_path / memory.PLOT).stat().st_size > 1000
+    assert (tmp_path / memory.PLOT).stat().st_size > 1000 and (tmp_path / memory.TIMELINE_PLOT).stat().st_size > 1000
+    assert report.ablation == []
 
 
 @needs_no_gpu
@@ -64,6 +65,38 @@ def test_no_baseline_leaves_both_out_and_the_reduction_undecided(tmp_path):
     assert report.checks[2].status == "inconclusive" and "--no-baseline" in report.checks[2].detail
 
 
+def test_a_dry_run_measures_nothing_where_there_is_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(memory, "environment", lambda: {"gpu": "a card"})
+    memory.main(run(tmp_path, dry_run=True, baseline=False))
+    assert read_report(tmp_path / "phase1_memory_validation.json", "memory").results["phase1"].measured == "estimated"
+
+
+@needs_no_gpu
+def test_ablate_writes_and_prints_one_component_at_a_time(tmp_path, capsys):
+    memory.main(run(tmp_path, ablate=True))
+    rows = read_report(tmp_path / "phase1_memory_validation.json", "memory").ablation
+    assert [(row.from_role, row.name) for row in rows] == [
+        ("baseline", "with the engine's loss"),
+        ("baseline", "with the engine's checkpointing"),
+        ("baseline", "with the engine's mixer"),
+        ("baseline", "with the engine's table"),
+        ("baseline", "without optimizer state"),
+        ("phase1", "without the engine's loss"),
+        ("phase1", "without the engine's checkpointing"),
+        ("phase1", "without the engine's mixer"),
+        ("phase1", "without the engine's table"),
+        ("phase1", "without optimizer state"),
+    ]
+    assert "with the engine's mixer" in capsys.readouterr().out
+
+
+def test_ablate_needs_the_baseline(tmp_path):
+    with pytest.raises(ValueError, match="--no-baseline"):
+        run(tmp_path, ablate=True, baseline=False)
+
+
 def test_no_gradient_checkpointing_turns_off_the_engines_and_only_that(tmp_path):
     on, off = memory.models(run(tmp_path)), memory.models(run(tmp_path, gradient_checkpointing=False))
     assert on["phase1"].checkpointing and not off["phase1"].checkpointing
@@ -72,7 +105,7 @@ def test_no_gradient_checkpointing_turns_off_the_engines_and_only_that(tmp_path)
 
 @needs_no_gpu
 def test_a_model_that_fails_is_recorded_and_the_others_are_kept(tmp_path, monkeypatch):
-    def one_fails(role, case):
+    def one_fails(role, case, dry_run):
         outcome = Outcome("error", message="boom") if role == "phase1" else Outcome("ok", estimate_memory(case))
         return as_result(role, case, outcome, "estimated")
 

@@ -12,6 +12,7 @@ from tests.reports import all_reports, memory_result
 
 NAMES = (
     "memory_comparison",
+    "memory_breakdown",
     "throughput_comparison",
     "scaling_comparison",
     "perplexity_comparison",
@@ -34,7 +35,7 @@ def test_every_table_is_written_in_every_format_and_printed(run, capsys):
     assert main(run) == 0
     assert sorted(os.listdir(run.out_dir)) == sorted(f"{name}{suffix}" for name in NAMES for suffix in (".md", ".csv", ".tex"))
     printed = capsys.readouterr().out
-    assert printed.count("### ") == 5
+    assert printed.count("### ") == len(NAMES)
     assert all(f"{run.out_dir}/{name}" in printed for name in os.listdir(run.out_dir))
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from phase1.record import MemoryResult, Parameters, ThroughputResult
-from phase1.report import plot_memory, plot_perplexity, plot_throughput
+from phase1.record import Check, MemoryResult, MemoryTimeline, Parameters, ThroughputResult
+from phase1.report import plot_memory, plot_memory_timeline, plot_perplexity, plot_throughput
 from tests.reports import failed, memory_report, memory_result, perplexity_report, perplexity_result, throughput_report
 
 PLOTS = {"memory": (plot_memory, memory_report), "throughput": (plot_throughput, throughput_report)}
@@ -71,6 +71,34 @@ def test_memory_bars_are_as_high_as_what_the_card_must_hold(tmp_path, drawn):
         tops[x] = max(tops.get(x, 0.0), bar.get_y() + bar.get_height())
     assert tops == pytest.approx({0: 9.76, 1: 3.9, 2: 2.81})
     assert "7.2 GB" in words(drawn[0]) and "9.0 GB" in words(drawn[0])
+
+
+def test_the_limits_drawn_are_those_of_the_checks(tmp_path, drawn):
+    check = Check(name="fits_16gb", value=1.0, limit=14.4e9, status="pass")
+    plot_memory(memory_report(checks=[check, check.model_copy(update={"name": "reduction", "limit": 50.0})]), tmp_path / "plot.png")
+    (axes,) = drawn[0].axes
+    assert [line.get_ydata()[0] for line in axes.lines] == [14.4]
+    assert "14.4 GB: limit of the 16 GB card" in words(drawn[0]) and "7.2 GB" not in words(drawn[0])
+
+
+def timeline(**changes):
+    parts = {"parameters": [10**9] * 4, "activations": [0, 2 * 10**9, 10**9, 0], "rounding": [0] * 4}
+    begins = {"forward": 0, "backward": 40, "optimizer": 80}
+    return MemoryTimeline(**({"events": 100, "phase_begins": begins, "at": [0, 39, 60, 99], "parts": parts} | changes))
+
+
+def test_the_timeline_has_a_panel_per_model_with_its_parts_stacked_and_its_phases_named(tmp_path, drawn):
+    results = {key: result.model_copy(update={"timeline": timeline()}) for key, result in memory_report().results.items()}
+    path = plot_memory_timeline(memory_report(results=results), tmp_path / "plot.png")
+    assert size_of(path)[1] > 700 and len(drawn[0].axes) == 3
+    assert all(word in words(drawn[0]) for word in ("forward", "backward", "optimizer", "activations", "phase1: peak 3.00 GB"))
+    assert "rounding" not in words(drawn[0])  # nothing to see
+    tops = [collection.get_paths()[0].vertices[:, 1].max() for collection in drawn[0].axes[0].collections]
+    assert tops == [1, 3]
+
+
+def test_a_report_without_a_timeline_makes_an_empty_plot(tmp_path):
+    assert size_of(plot_memory_timeline(memory_report(), tmp_path / "plot.png"))
 
 
 def test_a_model_that_ran_out_of_memory_is_marked_in_the_memory_plot(tmp_path, drawn):

@@ -1,10 +1,11 @@
 import pytest
 
-from phase1.record import Check, MemoryResult, PerplexityResult, ThroughputResult
+from phase1.record import Ablation, Check, MemoryResult, PerplexityResult, ThroughputResult
 from phase1.tables import (
     build_tables,
     configuration_comparison,
     memory_comparison,
+    memory_tables,
     perplexity_comparison,
     scaling_comparison,
     throughput_comparison,
@@ -282,14 +283,17 @@ def test_hardware_that_the_record_does_not_name_is_unknown():
 
 
 def test_tables_need_only_the_reports_they_are_made_of():
-    assert [t.name for t in build_tables({"memory": memory_report()})] == ["memory_comparison", "configuration_comparison"]
+    names = [t.name for t in build_tables({"memory": memory_report()})]
+    assert names == ["memory_comparison", "memory_breakdown", "configuration_comparison"]
     names = [t.name for t in build_tables({"throughput": throughput_report()})]
     assert names == ["throughput_comparison", "scaling_comparison", "configuration_comparison"]
     assert build_tables({}) == []
 
 
 def test_every_check_stands_in_the_notes_with_its_verdict():
-    for table in build_tables(all_reports())[:4]:
+    tables = [t for t in build_tables(all_reports()) if t.name not in ("memory_breakdown", "configuration_comparison")]
+    assert len(tables) == 4
+    for table in tables:
         assert any(note.startswith(("PASS", "FAIL")) for note in table.notes)
     notes = memory_comparison(memory_report()).notes
     assert "PASS fits_8gb: value 2,810,000,000, limit 7,200,000,000; measured: reserved bytes" in notes
@@ -314,3 +318,37 @@ def test_the_pareto_column_marks_what_nothing_else_beats():
         "small_seed1": model(12, 30.0), "guess": model(1, 1.0, untrained=True),
     }  # fmt: skip
     assert pareto_front(points) == {"baseline": "yes", "small": "yes", "worse": "no", "equal": "yes", "small_seed1": "yes"}
+
+
+def test_the_breakdown_adds_up_to_what_the_card_must_hold():
+    changes = {"unattributed_bytes": 0, "fragmentation_bytes": 100_000_000, "top_modules": {"blocks.0.mlp": 2 * 10**8}}
+    results = {key: result.model_copy(update=changes) for key, result in memory_report().results.items()}
+    _, table = memory_tables(memory_report(results=results))
+    column = [row[-1] for row in table.rows]
+    names = [row[0] for row in table.rows]
+    peak = names.index("= peak allocated")
+    assert sum(column[:peak]) == pytest.approx(column[peak]) == pytest.approx(2.31)
+    assert sum(column[peak:]) == pytest.approx(2.81)
+    assert "phase1, largest modules at the peak: blocks.0.mlp 0.20 GB" in table.notes
+
+
+@pytest.mark.parametrize("rest, warned", [(20_000_000, False), (30_000_000, True), (-30_000_000, True), (None, False)])
+def test_a_breakdown_that_leaves_more_than_a_hundredth_of_the_peak_is_warned_of(rest, warned):
+    results = {"phase1": memory_result("phase1", 2_310_000_000, unattributed_bytes=rest)}
+    notes = memory_comparison(memory_report(results=results)).notes
+    assert any(note.startswith("Warning: phase1: ") and "1.3 %" in note for note in notes) == warned
+
+
+def test_an_estimate_says_once_what_it_assumes():
+    results = {key: r.model_copy(update={"assumptions": "a card"}) for key, r in memory_report().results.items()}
+    assert memory_comparison(memory_report(results=results)).notes.count("Estimated for a card.") == 1
+
+
+def test_the_ablation_has_every_change_in_bytes_and_percent():
+    rows = [
+        Ablation(name="with the engine's loss", from_role="baseline", peak_allocated_bytes=4_630_000_000, change_bytes=-4_630_000_000),
+        Ablation(name="without the engine's loss", from_role="phase1", detail="out of memory"),
+    ]
+    table = memory_tables(memory_report(ablation=rows))[-1]
+    assert [row[3:5] for row in table.rows] == [(-4.63, pytest.approx(-50)), (None, None)]
+    assert table.rows[1][-1] == "out of memory" and table.name == "memory_ablation"

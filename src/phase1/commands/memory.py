@@ -8,17 +8,19 @@ from tqdm import tqdm
 
 from phase1.config import MemoryRun, ModelConfig, model_config
 from phase1.journal import Journal, open_journal
+from phase1.measure.ablate import ROWS, ablation
 from phase1.measure.cards import card_for
 from phase1.measure.environment import current_command, environment, free_gpu_bytes, machine, settings, total_gpu_bytes
 from phase1.measure.fit import fit_sizes
 from phase1.measure.limit import basis, check_limit, limit_bytes
 from phase1.measure.memory import MemoryCase, memory_result
-from phase1.record import FILES, Check, Fit, MemoryResult, Report, exit_code, write_report
-from phase1.report import checks_text, memory_text, plot_memory
+from phase1.record import FILES, Ablation, Check, Fit, MemoryResult, Report, exit_code, write_report
+from phase1.report import checks_text, memory_text, plot_memory, plot_memory_timeline
 
 CARD_LIMITS: Final = {"fits_8gb": 7.2e9, "fits_10gb": 9.0e9}  # bytes, 90 % of the card (docs/design.md, "Definitions")
 REDUCTION_LIMIT: Final = 50.0  # percent
 PLOT: Final = "phase1_memory_breakdown.png"
+TIMELINE_PLOT: Final = "phase1_memory_timeline.png"
 
 
 def main(run: MemoryRun) -> int:
@@ -29,7 +31,7 @@ def main(run: MemoryRun) -> int:
     journal = open_journal(path, settings(run), machine=machine(), resume=run.resume)
     results: dict[str, MemoryResult] = {}
     for role, case in tqdm(cases.items(), desc="memory", unit="model", disable=None):
-        results[role] = journal.case(role, MemoryResult, partial(memory_result, role, case))
+        results[role] = journal.case(role, MemoryResult, partial(memory_result, role, case, run.dry_run))
     results = with_reductions(results)
     if run.fit:
         results = with_fits(results, cases, journal)
@@ -40,14 +42,21 @@ def main(run: MemoryRun) -> int:
         run=settings(run) | {"free_gpu_bytes": free_bytes, "vram_limit_bytes": limit},
         results=results,
         checks=checks(results, free_bytes, limit, run.card),
+        ablation=journal.case("ablation", list[Ablation], partial(_ablation, run, cases, results)) if run.ablate else [],
     )
     write_report(report, path)
     written = [path]
     if any(result.status == "ok" for result in results.values()):
         written.append(plot_memory(report, path.with_name(PLOT)))
+        written.append(plot_memory_timeline(report, path.with_name(TIMELINE_PLOT)))
     print(memory_text(report), checks_text(report.checks), *(f"written: {p}" for p in written), sep="\n")
     journal.close()  # last: until here --resume finds every case
     return exit_code(report.checks)
+
+
+def _ablation(run: MemoryRun, cases: dict[str, MemoryCase], results: dict[str, MemoryResult]) -> list[Ablation]:
+    rows = ablation(cases, results, lambda role, case: memory_result(role, case, run.dry_run))
+    return list(tqdm(rows, desc="ablation", unit="row", total=ROWS, disable=None))
 
 
 def models(run: MemoryRun) -> dict[str, ModelConfig]:

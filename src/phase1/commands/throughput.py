@@ -69,7 +69,7 @@ def models(run: ThroughputRun) -> dict[str, ModelConfig]:
 def _measured(
     run: ThroughputRun, wanted: dict[str, ModelConfig], device: str, facts: dict[str, Fact], monitor: Monitor, journal: Journal
 ) -> dict[str, Contender]:
-    memory = facts["gpu_memory_bytes" if device == "cuda" else "ram_bytes"]
+    memory = facts.get("gpu_memory_bytes" if device == "cuda" else "ram_bytes")
     batch_sizes = {
         role: control_batch_size(config, run.batch_size, max(run.seq_lengths), int(memory) if memory else None)
         for role, config in wanted.items()

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,10 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _CUDA_FLOAT32 = frozenset(
     [
         "acos", "asin", "cosh", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt", "sinh", "tan", "pow",
-        "softplus", "layer_norm", "rms_norm", "group_norm", "logsumexp", "prod", "softmax", "log_softmax", "cumprod",
-        "cumsum", "norm", "sum", "renorm", "cosine_similarity", "dist", "cdist",
+        "softplus", "layer_norm", "group_norm", "logsumexp", "norm", "renorm", "cosine_similarity", "dist", "cdist",
     ]
 )  # fmt: skip
+# Functions that it runs with dtype=float32 instead: they read half precision and cast inside (AT_FORALL_FP32_SET_OPT_DTYPE).
+_CUDA_FLOAT32_DTYPE = frozenset(["prod", "softmax", "log_softmax", "cumprod", "cumsum", "sum"])
+_RMS_NORM_IN_FLOAT32 = tuple(int(number) for number in torch.__version__.split(".")[:2]) >= (2, 12)  # left alone before
+_HALF = (torch.float16, torch.bfloat16)
 
 
 @contextmanager
@@ -35,7 +38,13 @@ def imitated_cuda() -> Iterator[None]:
 class _Contents(TorchDispatchMode):
     """Answers the few questions a step asks about contents, as for a healthy one: tensors are equal, numbers are 0."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled in it; the guard against that costs more than the operators
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # what FakeTensorMode would say after a longer way; most questions are this one
         if func is torch.ops.aten.equal.default:
             return True
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -51,11 +60,18 @@ class _CudaAutocast(TorchFunctionMode):
         if func is Tensor.backward:
             return self._backward(args[0])
         name = getattr(func, "__name__", "")
-        if name in _CUDA_FLOAT32 and args and isinstance(args[0], Tensor):
-            if torch.is_autocast_enabled("cpu") and args[0].dtype in (torch.float16, torch.bfloat16):
+        if not args or not isinstance(args[0], Tensor):
+            return func(*args, **kwargs)
+        if torch.is_autocast_enabled("cpu") and args[0].dtype in _HALF:
+            if name in _CUDA_FLOAT32 or (name == "rms_norm" and _RMS_NORM_IN_FLOAT32):
                 args = (args[0].float(), *args[1:])
-            if name == "rms_norm":
-                return _fused_rms_norm(*args, **kwargs)
+            elif name in _CUDA_FLOAT32_DTYPE:
+                kwargs = {"dtype": torch.float32} | kwargs
+        if name == "rms_norm":
+            return _fused_rms_norm(*args, **kwargs)
+        if name in ("softmax", "log_softmax") and args[0].dtype in _HALF and kwargs.get("dtype") == torch.float32:
+            y: Tensor = _SoftmaxToFloat.apply(args[0])
+            return y
         return func(*args, **kwargs)
 
     def _backward(self, loss: Tensor) -> None:
@@ -78,9 +94,26 @@ class _FusedRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, dims: int) -> Tensor:
         ctx.save_for_backward(x, weight, x.new_empty(x.shape[: x.ndim - dims], dtype=torch.float32))
-        return torch.empty_like(x)
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, _ = ctx.saved_tensors
-        return torch.empty_like(x), None if weight is None else torch.empty_like(weight), None
+        d_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        return d_x, None if weight is None else torch.empty_like(weight), None
+
+
+class _SoftmaxToFloat(torch.autograd.Function):
+    """Shapes and saved tensors of aten._softmax and aten._log_softmax with half_to_float: no float32 copy of the input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = torch.empty_like(x, dtype=torch.float32)
+        ctx.save_for_backward(y)
+        ctx.dtype = x.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return torch.empty_like(y, dtype=ctx.dtype)

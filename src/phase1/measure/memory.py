@@ -1,66 +1,41 @@
 """Peak memory of a training step: measured on the GPU in a fresh process, or estimated where there is none."""
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from phase1.config import ModelConfig
-from phase1.measure.imitate import imitated_cuda
+from phase1.measure.estimate import CAPABILITY, WARMUP_STEPS, estimate_memory
 from phase1.measure.isolate import Outcome, run_here, run_isolated
 from phase1.measure.limit import Basis, basis, cap_memory, within_limit
-from phase1.measure.tracker import PARTS, MemoryTracker, Part
-from phase1.measure.workload import make_workload, random_batch
-from phase1.model import LanguageModel
+from phase1.measure.peaks import MemoryCase, MemoryPeaks, timeline_record
+from phase1.measure.trace import PHASES, Timeline, measured_timeline
+from phase1.measure.tracker import MemoryTracker
+from phase1.measure.workload import make_workload, optimizer_tensors, random_batch
 from phase1.record import MemoryResult, Parameters
 from phase1.train import TrainState, train_step
 
-WARMUP_STEPS = 2  # optimizer state exists after the first, the allocator has its blocks after the second
+__all__ = ["MemoryCase", "MemoryPeaks", "as_result", "estimate_memory", "measure_memory", "memory_result", "sizes_to_try"]
+
 MEASURED_STEPS = 3
 PROBE_SECONDS = 900.0  # for a process of six steps: where they take longer the card swaps or hangs, and the other cases wait
-PHASES = ("forward", "backward", "optimizer")
-ASSUMED_CONTEXT_BYTES = 500_000_000  # of an estimate: CUDA context and libraries take 0.3 to 0.6 GB
 
 
-@dataclass(frozen=True)
-class MemoryCase:
-    """One model at one size, on a card of which a process may have `vram_limit_bytes`, or all."""
-
-    model: ModelConfig
-    batch_size: int
-    seq_length: int
-    vram_limit_bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class MemoryPeaks:
-    """What one case took. `breakdown` sums to peak_allocated_bytes; all other fields as in `record.MemoryResult`."""
-
-    measured: Literal["measured", "estimated"]
-    parameters: dict[str, int]
-    phase_bytes: dict[str, int]
-    peak_reserved_bytes: int
-    outside_allocator_bytes: int
-    breakdown: dict[str, int]
-
-    @property
-    def peak_allocated_bytes(self) -> int:
-        return max(self.phase_bytes.values())
-
-    @property
-    def needed_bytes(self) -> int:
-        """Of the card: what decides whether a step fits."""
-        return self.peak_reserved_bytes + self.outside_allocator_bytes
-
-
-def memory_result(role: str, case: MemoryCase) -> MemoryResult:
-    """The record of `case`: measured in a fresh process where there is a GPU, estimated otherwise."""
-    on_gpu = torch.cuda.is_available()
-    outcome = run_isolated(measure_memory, case, timeout_s=PROBE_SECONDS) if on_gpu else run_here(estimate_memory, case)
+def memory_result(role: str, case: MemoryCase, dry_run: bool = False) -> MemoryResult:
+    """The record of `case`: measured in a fresh process where there is a GPU, estimated otherwise or for a `dry_run`."""
+    outcome: Outcome[MemoryPeaks]
+    if dry_run or not torch.cuda.is_available():
+        found_by, outcome = "estimated", run_here(estimate_memory, case, card_capability())
+    else:
+        found_by, outcome = basis(case.vram_limit_bytes), run_isolated(measure_memory, case, timeout_s=PROBE_SECONDS)
     needed = None if outcome.value is None else outcome.value.needed_bytes
-    return as_result(role, case, within_limit(outcome, needed, case.vram_limit_bytes), basis(case.vram_limit_bytes))
+    return as_result(role, case, within_limit(outcome, needed, case.vram_limit_bytes), found_by)
+
+
+def card_capability() -> tuple[int, int]:
+    """Compute capability of the first GPU, or the one that estimates assume."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else CAPABILITY
 
 
 def as_result(role: str, case: MemoryCase, outcome: Outcome[MemoryPeaks], measured: Basis) -> MemoryResult:
@@ -86,6 +61,11 @@ def as_result(role: str, case: MemoryCase, outcome: Outcome[MemoryPeaks], measur
         peak_backward_bytes=peaks.phase_bytes["backward"],
         peak_optimizer_bytes=peaks.phase_bytes["optimizer"],
         breakdown=peaks.breakdown,
+        unattributed_bytes=peaks.unattributed_bytes,
+        fragmentation_bytes=peaks.peak_reserved_bytes - peaks.peak_allocated_bytes,
+        top_modules=peaks.top_modules,
+        timeline=peaks.timeline,
+        assumptions=peaks.assumptions,
     )
 
 
@@ -114,56 +94,62 @@ def measure_memory(case: MemoryCase) -> MemoryPeaks:
     torch.cuda.synchronize()
     free, total = torch.cuda.mem_get_info()
     outside = total - free - torch.cuda.memory_reserved()
-    with MemoryTracker(case.model.vocab_size, "cuda") as tracker:
-        parts = _parts_at_peak(tracker, state, batch)
+    timeline = _timeline(case, state, batch)
     return MemoryPeaks(
         measured="measured",
         parameters=state.model.parameter_counts(),
         phase_bytes=phase_bytes,
         peak_reserved_bytes=reserved,
         outside_allocator_bytes=outside,
-        breakdown=_breakdown(parts, max(phase_bytes.values())),
+        breakdown={} if timeline is None else timeline.parts_at_peak,
+        top_modules={} if timeline is None else timeline.top_modules,
+        timeline=None if timeline is None else timeline_record(timeline),
     )
 
 
-def estimate_memory(case: MemoryCase) -> MemoryPeaks:
-    """Peaks of the same training step on tensors that have sizes and no contents, so no GPU and no memory is needed.
+class _CountedCuda:
+    """`Surroundings` (phase1.measure.tracker) of a step on the GPU, from the counters of its allocator."""
 
-    It imitates the GPU's run (phase1.measure.imitate): FP16 autocast, FP32 gradients, loss scaling, fused AdamW with its
-    state. Not in it: scratch space inside operators, cuBLAS workspaces and the allocator's fragmentation (reserved is
-    allocated, rounded up to 2 MiB). The memory outside the allocator is assumed, not known.
+    def before(self, func: Any, phase: str) -> int:
+        torch.cuda.reset_peak_memory_stats()
+        return 0  # workspaces are there since the warm-up
+
+    def after(self, func: Any, args: Any) -> tuple[int, int]:
+        stats = torch.cuda.memory_stats_as_nested_dict()
+        allocated, requested = stats["allocated_bytes"]["all"], stats["requested_bytes"]["all"]
+        return allocated["peak"] - allocated["current"], allocated["current"] - requested["current"]
+
+
+def _timeline(case: MemoryCase, state: TrainState, batch: tuple[Tensor, Tensor]) -> Timeline | None:
+    """One more step, watched operator by operator. No part of it is derived from the peaks of the steps before.
+
+    None where that step runs out of memory, though those before it did not: they are the result, this is its anatomy.
     """
-    with imitated_cuda(), MemoryTracker(case.model.vocab_size, "cpu") as tracker:
-        state, batch = make_workload(case.model, "cpu", "fp16", model_class=_FakeModel), _batch(case, "cpu")
-        _make_optimizer_state(state)
-        parts = _parts_at_peak(tracker, state, batch)
-    phase_bytes = {phase: tracker.peaks[phase].total for phase in PHASES}
-    peak = max(phase_bytes.values())
-    return MemoryPeaks(
-        measured="estimated",
-        parameters=state.model.parameter_counts(),
-        phase_bytes=phase_bytes,
-        peak_reserved_bytes=-(-peak // 2**21) * 2**21,
-        outside_allocator_bytes=ASSUMED_CONTEXT_BYTES,
-        breakdown=_breakdown(parts, peak),
-    )
+    try:
+        with MemoryTracker(case.model.vocab_size, "cuda", _CountedCuda()) as tracker:
+            tracker.watch(state.model)
+            tracker.label(optimizer_tensors(state), "optimizer_state", "(optimizer)")
+            tracker.label(batch, "activations", "(batch)")
+            train_step(state, [batch], tracker.mark)
+    except torch.OutOfMemoryError:
+        return None
+    return measured_timeline(tracker.trace, _workspace_bytes())
 
 
-def _make_optimizer_state(state: TrainState) -> None:
-    """What the warm-up steps leave behind, at the price of none."""
-    for group in state.optimizer.param_groups:
-        group.update(fused=True, foreach=False)  # as on CUDA; the CPU's default loop makes temporaries
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
+def _workspace_bytes() -> int:
+    """What cuBLAS holds inside the allocator: what is freed when PyTorch drops its workspaces. 0 where it cannot."""
+    drop = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if drop is None:
+        return 0
+    torch.cuda.synchronize()
+    before = _requested_bytes()
+    drop()
+    return before - _requested_bytes()
 
 
-class _FakeModel(LanguageModel):
-    """Fake parameters cannot be moved, not even to the device they are on."""
-
-    def to(self, *args: Any, **kwargs: Any) -> "_FakeModel":
-        return self
+def _requested_bytes() -> int:
+    stats = torch.cuda.memory_stats_as_nested_dict()
+    return int(stats["requested_bytes"]["all"]["current"])
 
 
 def sizes_to_try(case: MemoryCase) -> str:
@@ -180,26 +166,3 @@ def sizes_to_try(case: MemoryCase) -> str:
 
 def _batch(case: MemoryCase, device: str) -> tuple[Tensor, Tensor]:
     return random_batch(case.model.vocab_size, case.batch_size, case.seq_length, device)
-
-
-def _parts_at_peak(tracker: MemoryTracker, state: TrainState, batch: tuple[Tensor, Tensor]) -> dict[Part, int]:
-    """What is alive at the highest instant of one step, under the entered `tracker`."""
-    tracker.label(state.model.parameters(), "parameters")
-    tracker.label(state.model.buffers(), "buffers")
-    tracker.label(optimizer_tensors(state), "optimizer_state")
-    tracker.label(batch, "activations")
-    tracker.label_gradients(state.model)
-    train_step(state, [batch], tracker.mark)
-    return tracker.peak.parts
-
-
-def optimizer_tensors(state: TrainState) -> Iterator[Tensor]:
-    """Every tensor the optimizer keeps between steps."""
-    for values in state.optimizer.state.values():
-        yield from (value for value in values.values() if isinstance(value, Tensor))
-
-
-def _breakdown(parts: dict[Part, int], peak: int) -> dict[str, int]:
-    """`parts` and what they leave of `peak`; negative where following the step made it larger than it is unwatched."""
-    known = {str(part): parts[part] for part in PARTS}
-    return known | {"unattributed": peak - sum(known.values())}

@@ -12,16 +12,15 @@ from torch import Tensor
 
 from phase1.config import ModelConfig
 from phase1.journal import Journal
+from phase1.measure.allocator import rounded
 from phase1.measure.environment import free_ram_bytes
 from phase1.measure.intervals import median_interval
 from phase1.measure.isolate import Outcome, run_here
-from phase1.measure.memory import optimizer_tensors
 from phase1.measure.rounds import round_order, with_ratios
 from phase1.measure.scaling import fit_scaling
 from phase1.measure.stats import median
 from phase1.measure.timing import StepTime, Stopwatch, median_step
-from phase1.measure.tracker import BLOCK_BYTES
-from phase1.measure.workload import make_workload, random_batch, scores_bytes
+from phase1.measure.workload import make_workload, optimizer_tensors, random_batch, scores_bytes
 from phase1.record import Measurement, Parameters, Scaling, ThroughputResult
 from phase1.train import Batch, TrainState, train_step
 
@@ -189,7 +188,7 @@ class _StepPeak:
 def resident_bytes(tensors: Iterable[Tensor]) -> int:
     """What the CUDA allocator counts for `tensors`, each storage once."""
     sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
-    return sum(-(-size // BLOCK_BYTES) * BLOCK_BYTES for size in sizes.values())
+    return sum(rounded(size) for size in sizes.values())
 
 
 def _measurement(contender: Contender, seq_length: int) -> Measurement:

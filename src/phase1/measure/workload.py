@@ -1,5 +1,6 @@
 """What memory and throughput run: a model ready to train, and random tokens to train it on."""
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -36,3 +37,9 @@ def random_batch(vocab_size: int, batch_size: int, seq_length: int, device: str)
     """Uniform token ids and their targets, (B, T) int64 each, the same for every model: costs do not depend on the text."""
     ids = torch.randint(vocab_size, (batch_size, seq_length + 1), generator=torch.Generator().manual_seed(SEED))
     return ids[:, :-1].contiguous().to(device), ids[:, 1:].contiguous().to(device)
+
+
+def optimizer_tensors(state: TrainState) -> Iterator[Tensor]:
+    """Every tensor the optimizer keeps between steps."""
+    for values in state.optimizer.state.values():
+        yield from (value for value in values.values() if isinstance(value, Tensor))

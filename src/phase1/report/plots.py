@@ -1,6 +1,7 @@
 """Reports -> plots. Figures are made without pyplot, so that no state is left behind and no display is needed."""
 
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +21,9 @@ ROLE_COLORS = {"baseline": COLORS[1], "baseline_optimized": COLORS[4], "phase1":
 OTHER_COLORS = tuple(color for color in COLORS if color not in ROLE_COLORS.values())
 GREY_PARTS = {
     "unattributed": "#888888",
-    "reserved, not allocated": "#C8C8C8",
+    "fragmentation: reserved, not allocated": "#C8C8C8",
     "context, outside the allocator": "#E2E2E2",
 }
-CARDS = {"7.2 GB: 90 % of an 8 GB card": 7.2, "9.0 GB: 90 % of a 10 GB card": 9.0}  # GB
 
 
 def plot_throughput(report: Report[ThroughputResult], path: Path | str) -> Path:
@@ -104,9 +104,11 @@ def plot_memory(report: Report[MemoryResult], path: Path | str) -> Path:
         floors = [floor + height for floor, height in zip(floors, heights)]
     for x, key in enumerate(keys):
         _bar_label(axes, x, floors[x], report.results[key])
-    axes.set_ylim(0, 1.22 * max([*floors, *CARDS.values()]))
-    for label, limit in CARDS.items():
-        _limit_line(axes, label, limit)
+    limits = {check.name: check.limit / 1e9 for check in report.checks if check.name.startswith("fits_") and check.limit}
+    axes.set_ylim(0, 1.22 * max([*floors, *limits.values()], default=1.0) or 1.0)
+    for name, limit in limits.items():
+        card = re.sub(r"fits_(\d+)gb", r"\1 GB card", name)
+        _limit_line(axes, _text(f"{limit:.1f} GB: limit of the {card}"), limit)
     axes.set_xlim(-0.5, len(keys) - 0.1)
     axes.set_xticks(range(len(keys)), [_text(key) for key in keys])
     axes.set_ylabel("memory (GB)")
@@ -128,12 +130,13 @@ def _memory_parts(report: Report[MemoryResult]) -> dict[str, dict[str, int]]:
     """Bytes of every part by model: the breakdown of the allocated peak, then what is reserved and outside."""
     parts: dict[str, dict[str, int]] = {}
     for key, result in report.results.items():
-        for part, count in result.breakdown.items():
+        rest = {} if result.unattributed_bytes is None else {"unattributed": result.unattributed_bytes}
+        for part, count in (result.breakdown | rest).items():
             parts.setdefault(part, {})[key] = count
     for key, result in report.results.items():
         if result.peak_allocated_bytes is not None:
             reserved = result.peak_reserved_bytes or result.peak_allocated_bytes
-            parts.setdefault("reserved, not allocated", {})[key] = reserved - result.peak_allocated_bytes
+            parts.setdefault("fragmentation: reserved, not allocated", {})[key] = reserved - result.peak_allocated_bytes
             parts.setdefault("context, outside the allocator", {})[key] = result.outside_allocator_bytes or 0
     return parts
 

@@ -9,9 +9,8 @@ from phase1.record import Check, MemoryResult, PerplexityResult, Report, Through
 from phase1.tables import (
     Table,
     console,
-    fit_comparison,
     loss_comparison,
-    memory_comparison,
+    memory_tables,
     perplexity_comparison,
     scaling_comparison,
     throughput_comparison,
@@ -23,9 +22,8 @@ _NOT_PRINTED = ("Basis", "Forward", "Backward", "Optimizer", "Model FLOPs", "Opt
 
 
 def memory_text(report: Report[MemoryResult]) -> str:
-    """The peaks of every model, whether they fit, and the largest sizes that do where they were searched for."""
-    tables = (memory_comparison(report), fit_comparison(report))
-    return "\n\n".join(_console(table, report) for table in tables if table is not None)
+    """The peaks of every model and whether they fit, what they are made of, who saves what, and what is the largest that fits."""
+    return "\n\n".join(_console(table, report) for table in memory_tables(report))
 
 
 def throughput_text(report: Report[ThroughputResult]) -> str:

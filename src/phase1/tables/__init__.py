@@ -7,7 +7,7 @@ from phase1.record import Report
 from phase1.tables.configuration import configuration_comparison
 from phase1.tables.join import require_one_size
 from phase1.tables.losses import loss_comparison
-from phase1.tables.memory import fit_comparison, memory_comparison
+from phase1.tables.memory import memory_comparison, memory_tables
 from phase1.tables.perplexity import perplexity_comparison
 from phase1.tables.table import SUFFIXES, Column, Table, console, render
 from phase1.tables.throughput import scaling_comparison, throughput_comparison
@@ -19,9 +19,9 @@ __all__ = [
     "build_tables",
     "configuration_comparison",
     "console",
-    "fit_comparison",
     "loss_comparison",
     "memory_comparison",
+    "memory_tables",
     "perplexity_comparison",
     "render",
     "scaling_comparison",
@@ -38,9 +38,7 @@ def build_tables(reports: Mapping[str, Report[Any]], hardware: str | None = None
         require_one_size(report)
     tables = []
     if "memory" in reports:
-        tables.append(memory_comparison(reports["memory"], hardware))
-        if (fits := fit_comparison(reports["memory"], hardware)) is not None:
-            tables.append(fits)
+        tables += memory_tables(reports["memory"], hardware)
     if "throughput" in reports:
         tables.append(throughput_comparison(reports["throughput"], hardware))
         tables.append(scaling_comparison(reports["throughput"], hardware))

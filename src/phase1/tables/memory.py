@@ -3,6 +3,8 @@
 import re
 
 from phase1.record import Check, Fit, MemoryResult, Report
+from phase1.tables.ablation import memory_ablation
+from phase1.tables.breakdown import memory_breakdown
 from phase1.tables.common import (
     BASIS,
     CONFIG,
@@ -17,6 +19,19 @@ from phase1.tables.common import (
     setting,
 )
 from phase1.tables.table import Cell, Column, Table
+
+UNATTRIBUTED_LIMIT = 0.01  # of the peak; above it the breakdown is not to be trusted
+
+
+def memory_tables(report: Report[MemoryResult], hardware: str | None = None) -> list[Table]:
+    """The peaks; what they are made of, who saved what and what is the largest that fits, where the report says so."""
+    tables = [memory_comparison(report, hardware)]
+    if any(result.breakdown for result in report.results.values()):
+        tables.append(memory_breakdown(report, hardware))
+    if report.ablation:
+        tables.append(memory_ablation(report, hardware))
+    fits = fit_comparison(report, hardware)
+    return tables if fits is None else [*tables, fits]
 
 
 def memory_comparison(report: Report[MemoryResult], hardware: str | None = None) -> Table:
@@ -45,8 +60,20 @@ def memory_comparison(report: Report[MemoryResult], hardware: str | None = None)
         hardware or hardware_of(report),
         columns,
         rows,
-        (note, *notes_of(report)),
+        (note, *_breakdown_notes(report), *notes_of(report)),
     )
+
+
+def _breakdown_notes(report: Report[MemoryResult]) -> list[str]:
+    """What estimates assume, and a warning where the parts do not add up to the peak."""
+    assumed = {result.assumptions: None for result in report.results.values() if result.assumptions}
+    notes = [f"Estimated for {text}." for text in assumed]
+    for key, result in report.results.items():
+        peak, rest = result.peak_allocated_bytes, result.unattributed_bytes
+        if peak and rest is not None and abs(rest) > UNATTRIBUTED_LIMIT * peak:
+            share = f"{rest / 1e6:,.0f} MB, {100 * rest / peak:.1f} % of the peak"
+            notes.append(f"Warning: {key}: {share}, belong to no part of the breakdown.")
+    return notes
 
 
 def _memory_cells(key: str, result: MemoryResult, cards: list[Check]) -> tuple[Cell, ...]:

@@ -1,0 +1,49 @@
+import pytest
+import torch
+
+from phase1.measure.allocator import MIB
+from phase1.measure.scratch import ModelledCuda, scratch_bytes, workspace_bytes
+
+aten = torch.ops.aten
+
+
+@pytest.mark.parametrize("capability, size", [((9, 0), 32 * MIB), ((10, 0), 32 * MIB), ((8, 6), 8.125 * MIB), ((8, 9), 8.125 * MIB)])
+def test_a_workspace_is_32_mib_on_hopper_and_its_successors(capability, size):
+    assert workspace_bytes(capability) == size
+
+
+def test_each_of_the_two_threads_gets_a_workspace_at_its_first_product():
+    cuda = ModelledCuda((8, 6))
+    asked = [(aten.add.Tensor, "forward"), (aten.mm.default, "forward"), (aten.bmm.default, "forward"), (aten.mm.default, "backward"),
+             (aten.addmm.default, "optimizer")]  # fmt: skip
+    size = workspace_bytes((8, 6))
+    assert [cuda.before(func, phase) for func, phase in asked] == [0, size, 0, size, 0]
+
+
+def test_the_gradient_of_an_embedding_has_partial_sums_only_where_rows_are_sorted():
+    def scratch(n, rows, width=64):
+        return scratch_bytes(aten.embedding_dense_backward.default, (torch.empty(n, width), torch.empty(n), rows, -1, False))
+
+    assert scratch(3072, 10_000) == 0
+    assert scratch(4000, 10_000) == 4 * 8 * 4000 + 4 * 64 * (400 + 4000)
+    assert scratch(4000, 50) == 4 * 8 * 4000 + 4 * 64 * (400 + 50)
+
+
+def test_accumulating_by_index_sorts_and_copies_values_that_are_not_contiguous():
+    indices, values = [torch.zeros(10, dtype=torch.long)], torch.empty(10, 6)
+    assert scratch_bytes(aten.index_put.default, (None, indices, values, True)) == 5 * 8 * 10
+    assert scratch_bytes(aten.index_put.default, (None, indices, torch.empty(6, 10).T, True)) == 5 * 8 * 10 + 240
+    assert scratch_bytes(aten.index_put.default, (None, indices, values)) == 0
+
+
+def test_a_logsumexp_copies_its_input():
+    assert scratch_bytes(aten.logsumexp.default, (torch.empty(10, 30, dtype=torch.float16), [1])) == 600
+
+
+def test_the_backward_pass_of_attention_sums_the_gradient_of_its_queries_in_float32():
+    query = torch.empty(2, 4, 8, 16, dtype=torch.float16)
+    assert scratch_bytes(aten._scaled_dot_product_flash_attention_backward.default, (query, query)) == 4 * 2 * 4 * 8 * 16
+
+
+def test_other_operators_have_none():
+    assert scratch_bytes(aten.mm.default, (torch.empty(2, 2), torch.empty(2, 2))) == 0
