@@ -29,7 +29,7 @@ FLAGS = {
     "throughput": {"seq_lengths": LENGTHS, "warmup_steps": 1, "measure_steps": 5},
     "perplexity": {"test_htt_ranks": (2, 3, 4), "test_ar_ssm_ranks": (4,), "ar_ssm_min_rank": 2},
 }
-PLOTS = {memory: "plot_memory", throughput: "plot_throughput", perplexity: "plot_perplexity"}
+PLOTS = {memory: ("plot_memory", "plot_memory_timeline"), throughput: ("plot_throughput",), perplexity: ("plot_perplexity", "plot_losses")}
 
 
 def fake(patch, log: Path, begin=lambda case: None) -> None:
@@ -41,11 +41,12 @@ def fake(patch, log: Path, begin=lambda case: None) -> None:
         begin(case)
         time.sleep(0.001)
 
-    def memory_case(role, case):
+    def memory_case(role, case, dry_run):
         started(role)
         return memory_result(role, 1_000_000 * (7 + len(role)))
 
-    def step(contender, batch_size, seq_length, warmup):
+    def step(contender, seq_length, in_flight):
+        warmup = in_flight is None
         if warmup and contender.config.mixer == "ar_ssm":
             started(f"T={seq_length}")
         if contender.config.loss == "materialized" and seq_length > 16:
@@ -71,8 +72,9 @@ def fake(patch, log: Path, begin=lambda case: None) -> None:
     patch.setattr(measure_throughput, "_step", step)
     patch.setattr(perplexity, "measure", perplexity_case)
     patch.setattr(perplexity, "load_corpus", lambda *args, **needs: corpus)
-    for module, plot in PLOTS.items():
-        patch.setattr(module, plot, lambda report, path: path)
+    for module, plots in PLOTS.items():
+        for plot in plots:
+            patch.setattr(module, plot, lambda report, path: path)
         patch.setattr(module, "environment", lambda: {"cpu": "fake"})
         patch.setattr(module, "machine", lambda: {"cpu": "fake"})
 

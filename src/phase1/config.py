@@ -81,7 +81,7 @@ class Ranked(Shape):
     """A shape with one rank of each kind."""
 
     ar_ssm_max_rank: int = option(32, "R, columns of U and V per head: the rank that is stored and computed")
-    htt_rank: int = option(16, "r, terms of the tail's tensor train; past the dense rows r/2 anchors each, and a band of rank 5r/2")
+    htt_rank: int = option(16, "r, terms of the tail's tensor train; r/2 anchors per row past the dense ones; a band of 5r/2")
 
     def __post_init__(self) -> None:
         super().__post_init__()

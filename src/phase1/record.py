@@ -14,8 +14,8 @@ from phase1.migrate import SCHEMA_VERSION, migrated
 
 __all__ = [
     "FILES", "SCHEMA_VERSION", "Ablation", "Check", "ComplexityOrder", "Dataset", "Fit", "FitProbe", "Interval", "Kind",
-    "LossPart", "Measurement", "MemoryResult", "MemoryTimeline", "Parameters", "PerplexityResult", "Report", "Result", "Scaling",
-    "Status", "ThroughputResult", "Verdict", "atomic_write", "exit_code", "read_report", "write_report",
+    "LossPart", "Measurement", "MemoryResult", "MemoryTimeline", "Parameters", "PerplexityResult", "Report", "Result",
+    "Scaling", "Status", "ThroughputResult", "Verdict", "atomic_write", "exit_code", "read_report", "write_report",
 ]  # fmt: skip
 
 FILES = {

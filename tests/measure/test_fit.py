@@ -20,7 +20,7 @@ SHAPE = MemoryRun(
     vocab_size=500, d_model=16, n_layers=1, n_heads=2, ar_ssm_max_rank=4, ar_ssm_min_rank=2, ar_ssm_window=8,
     htt_rank=2, htt_dense_rows=16, htt_groups=16,
 )  # fmt: skip
-LIMIT = 506_000_000  # 6 MB beside the context that an estimate assumes
+LIMIT = 540_000_000  # 40 MB beside the context that an estimate assumes, 17 of them workspaces
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +107,7 @@ def test_a_probe_gives_the_same_answer_whatever_was_probed_before():
 def test_a_probe_that_needs_more_than_the_limit_tells_how_much():
     over = probe_size(case(batch_size=4096))
     assert (
-        over.status == "oom" and over.needed_bytes == needed(case(batch_size=4096)) and "of a limit of 0.51 GB" in over.detail
+        over.status == "oom" and over.needed_bytes == needed(case(batch_size=4096)) and "of a limit of 0.54 GB" in over.detail
     )
 
 

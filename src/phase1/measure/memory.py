@@ -25,6 +25,7 @@ PROBE_SECONDS = 900.0  # for a process of six steps: where they take longer the 
 def memory_result(role: str, case: MemoryCase, dry_run: bool = False) -> MemoryResult:
     """The record of `case`: measured in a fresh process where there is a GPU, estimated otherwise or for a `dry_run`."""
     outcome: Outcome[MemoryPeaks]
+    found_by: Basis
     if dry_run or not torch.cuda.is_available():
         found_by, outcome = "estimated", run_here(estimate_memory, case, card_capability())
     else:

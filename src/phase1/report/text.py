@@ -22,7 +22,7 @@ _NOT_PRINTED = ("Basis", "Forward", "Backward", "Optimizer", "Model FLOPs", "Opt
 
 
 def memory_text(report: Report[MemoryResult]) -> str:
-    """The peaks of every model and whether they fit, what they are made of, who saves what, and what is the largest that fits."""
+    """The peaks of every model and whether they fit, what they are made of, who saves what, and what is largest."""
     return "\n\n".join(_console(table, report) for table in memory_tables(report))
 
 
