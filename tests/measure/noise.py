@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-H100 = Path(__file__).parents[2] / "results" / "h100" / "phase1_throughput_benchmark.json"
+H100 = Path(__file__).parents[2] / "tests" / "fixtures" / "v1" / "phase1_throughput_benchmark.json"
 
 
 def autoregressive(rng, n, rho):

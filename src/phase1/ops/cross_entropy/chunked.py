@@ -25,8 +25,9 @@ def tied_nll(hidden: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None
     with torch.autocast(hidden.device.type, enabled=False):
         rows, size = table.to(hidden.dtype), _chunk_tokens(table)
         parts, logits = zip(hidden[scored].split(size), column[scored].split(size), strict=True), _aligned(hidden, rows, size)
-        picked = torch.cat([_log_probabilities(h, rows, bias, logits[: len(h)]).gather(1, c) for h, c in parts])
-    return picked.new_zeros(len(scored)).masked_scatter(scored, -picked)
+        picked = [_exponentials(h, rows, bias, c, logits[: len(h)])[2] for h, c in parts]
+    losses = -torch.cat(picked) if picked else hidden.new_zeros(0)
+    return losses.new_zeros(len(scored)).masked_scatter(scored, losses)
 
 
 class _TiedCrossEntropy(torch.autograd.Function):
@@ -43,16 +44,15 @@ class _TiedCrossEntropy(torch.autograd.Function):
             d_hidden = torch.empty_like(hidden) if need_hidden else None
             d_table = torch.zeros_like(table, dtype=wide) if need_table else None
             d_bias = None if bias is None or not need_bias else torch.zeros_like(bias, dtype=wide)
-            picked, minus_one = (torch.full_like(column, -1, dtype=wide) for _ in range(2))
+            picked = torch.empty_like(column, dtype=wide)
             logits = _aligned(hidden, rows, size)
             for start in range(0, hidden.shape[0], size):
                 part = slice(start, start + size)
                 d_logits = logits[: len(hidden[part])]  # the same memory: logits are no longer needed when it is written
-                log_p = _log_probabilities(hidden[part], rows, bias, d_logits)
-                torch.gather(log_p, 1, column[part], out=picked[part])
-                log_p.exp_().scatter_add_(1, column[part], minus_one[part])  # softmax - one-hot
-                torch.mul(log_p, scored[part, None], out=d_logits)
-                del log_p
+                powers, total, picked[part] = _exponentials(hidden[part], rows, bias, column[part], d_logits)
+                powers.scatter_add_(1, column[part], -total)  # times 1 / total: softmax - one-hot
+                torch.mul(powers, scored[part, None] / total, out=d_logits)
+                del powers
                 if d_bias is not None:
                     d_bias += d_logits.sum(0, dtype=wide)
                 if d_hidden is not None:
@@ -91,8 +91,17 @@ def _aligned(hidden: Tensor, rows: Tensor, size: int) -> Tensor:
     return hidden.new_empty(min(size, hidden.shape[0]), V + -V % ALIGNMENT)[:, :V]
 
 
-def _log_probabilities(hidden: Tensor, rows: Tensor, bias: Tensor | None, logits: Tensor) -> Tensor:
-    """Log-probability of every token, (n, V), at least float32; `logits` (n, V) is overwritten on the way."""
+def _exponentials(
+    hidden: Tensor, rows: Tensor, bias: Tensor | None, column: Tensor, logits: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(z - max z) of every token, (n, V), their sums, (n, 1), and the log-probability of each `column`, (n, 1).
+
+    All at least float32, in one piece of memory of n × V beside `logits` (n, V), which is overwritten on the way.
+    """
     torch.mm(hidden, rows.T, out=logits)
-    wide = logits if bias is None else logits + bias  # to the bias's float32 in the same pass
-    return torch.log_softmax(wide, 1, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    z = logits.to(wide, copy=True) if bias is None else logits + bias  # to the bias's float32 in the same pass
+    z -= z.amax(1, keepdim=True)
+    picked = z.gather(1, column)
+    total = z.exp_().sum(1, keepdim=True)
+    return z, total, picked - total.log()
