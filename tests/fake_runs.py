@@ -41,7 +41,7 @@ def fake(patch, log: Path, begin=lambda case: None) -> None:
         begin(case)
         time.sleep(0.001)
 
-    def memory_case(role, case, dry_run):
+    def memory_case(role, case):
         started(role)
         return memory_result(role, 1_000_000 * (7 + len(role)))
 

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +183,8 @@ def check_configs(folder: Path | str, index: dict[str, Any], model: ModelConfig,
     if ModelConfig(**index["model_config"]).config_id == model.config_id:
         index["model_config"] = asdict(model)
     for name, mine in (("model_config", model), ("train_config", train)):
-        different = sorted(k for k, v in asdict(mine).items() if index[name].get(k) != v)
+        defaults = {field.name: field.default for field in fields(mine)}  # of settings that are younger than the checkpoint
+        different = sorted(k for k, v in asdict(mine).items() if index[name].get(k, defaults[k]) != v)
         if different:
             flags = ", ".join("--" + key.replace("_", "-") for key in different)
             raise ValueError(f"the checkpoint in {folder} was made with other {flags}; use those, or another --out-dir")

@@ -158,6 +158,7 @@ def _numbers(reports: Mapping[str, Report[Any]]) -> dict[Key, Number]:
                 numbers[key] = Number(result.perplexity, result.status, conditions, result.detail)
             elif isinstance(result, ThroughputResult):
                 conditions |= {"precision": run.get("precision"), "compile": bool(run.get("compile"))}
+                conditions |= {"cuda_graphs": bool(run.get("cuda_graphs"))}
                 for m in result.measurements:
                     at_length, key = conditions | {"batch_size": m.batch_size}, (model, "tokens_per_second", m.seq_length)
                     if key in numbers:

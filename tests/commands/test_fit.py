@@ -145,7 +145,7 @@ def test_every_verdict_on_a_capped_card_says_emulated():
 def test_the_limit_reaches_every_model(monkeypatch, tmp_path):
     seen = []
 
-    def record(role, case, dry_run):
+    def record(role, case):
         seen.append(case.vram_limit_bytes)
         return as_result(role, case, Outcome("error", message="not run"), "estimated")
 

@@ -105,7 +105,7 @@ def test_no_gradient_checkpointing_turns_off_the_engines_and_only_that(tmp_path)
 
 @needs_no_gpu
 def test_a_model_that_fails_is_recorded_and_the_others_are_kept(tmp_path, monkeypatch):
-    def one_fails(role, case, dry_run):
+    def one_fails(role, case):
         outcome = Outcome("error", message="boom") if role == "phase1" else Outcome("ok", estimate_memory(case))
         return as_result(role, case, outcome, "estimated")
 

@@ -123,15 +123,15 @@ def test_a_limit_below_what_the_libraries_take_is_out_of_memory_and_one_above_th
 
 def test_what_needs_more_than_the_limit_is_out_of_memory_whatever_it_ended_with():
     fits = Outcome("ok", 5)
-    assert within_limit(fits, 100, None) is within_limit(fits, 100, 100) is fits
-    over = within_limit(fits, 7_300_000_000, 7_200_000_000)
+    assert within_limit(fits, 100, None, "estimated") is within_limit(fits, 100, 100, "estimated") is fits
+    over = within_limit(fits, 7_300_000_000, 7_200_000_000, basis(1))
     assert over.status == "oom" and over.value is None
     assert (
         over.message
         == f"out of memory: a step needs 7.30 GB ({basis(1)}) with what is outside the allocator, of a limit of 7.20 GB"
     )
     failed = Outcome("error", message="boom")
-    assert within_limit(failed, None, 1) is failed
+    assert within_limit(failed, None, 1, "estimated") is failed
 
 
 @needs_no_gpu

@@ -126,13 +126,13 @@ def test_a_failure_is_recorded_with_its_message():
 def test_a_dry_run_is_an_estimate_also_where_there_is_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    result = memory_result("phase1", case("phase1", 1, 16), dry_run=True)
+    result = memory_result("phase1", replace(case("phase1", 1, 16), dry_run=True))
     assert (result.status, result.measured) == ("ok", "estimated")
     assert "9.0" in result.assumptions and result.breakdown["workspace"] == 2 * 2**25
 
 
 def test_the_record_has_a_timeline_with_the_peak_and_the_largest_modules():
-    result = memory_result("phase1", case("phase1", 2, 128), dry_run=True)
+    result = memory_result("phase1", replace(case("phase1", 2, 128), dry_run=True))
     timeline = result.timeline
     totals = [sum(values) for values in zip(*timeline.parts.values())]
     assert len(totals) <= 200 and max(totals) == result.peak_allocated_bytes
@@ -160,7 +160,7 @@ def test_estimates_of_all_models_at_the_documented_size_take_seconds(documented)
     assert peaks["phase1"].peak_allocated_bytes < 0.5 * peaks["baseline"].peak_allocated_bytes
 
 
-# what commit b3c4b31 took on an H100 with PyTorch 2.11 (results/h100/phase1_memory_validation.json): B 4, T 2048. The loss
+# what commit b3c4b31 took on an H100 with PyTorch 2.11 (tests/fixtures/v1/phase1_memory_validation.json): B 4, T 2048. The loss
 # of `baseline` and the layers of both baselines have not changed since.
 H100 = {
     "baseline": {"forward": 5_650_905_600, "backward": 7_280_950_272, "optimizer": 892_290_048},

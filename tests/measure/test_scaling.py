@@ -143,7 +143,7 @@ def test_lengths_at_which_the_device_waits_for_the_host_are_left_out_of_the_verd
 def test_a_flat_start_within_the_documented_lengths_is_inconclusive():
     fit = fit_scaling(DEFAULT, np.maximum(2, np.array(DEFAULT) / 512))
     assert fit.verdict == "inconclusive"
-    assert "use --compile, or --seq-lengths 1024 2048 4096 8192" in fit.detail
+    assert "use --cuda-graphs or --compile, or --seq-lengths 1024 2048 4096 8192" in fit.detail
 
 
 HOST_BOUND = {  # ms, of an engine that waits for the host: docs/log.md
@@ -157,7 +157,7 @@ def test_host_bound_times_as_measured_are_inconclusive_and_the_remedy_names_the_
     ms, longer = HOST_BOUND[lengths]
     fit = fit_scaling(lengths, ms)
     assert fit.verdict == "inconclusive"
-    assert f"use --compile, or --seq-lengths {longer}" in fit.detail and "host" in fit.detail
+    assert f"use --cuda-graphs or --compile, or --seq-lengths {longer}" in fit.detail and "host" in fit.detail
 
 
 def host_bound(term, lengths, noise, draws, raw_steps=None, seed=0):

@@ -26,12 +26,12 @@ TIMELINE_PLOT: Final = "phase1_memory_timeline.png"
 def main(run: MemoryRun) -> int:
     """Write the memory report and its plot, and print it; see `MemoryRun` for the flags."""
     free_bytes, limit = free_gpu_bytes(), limit_of(run)  # before this run takes some of it
-    cases = {role: MemoryCase(model, run.batch_size, run.seq_length, limit) for role, model in models(run).items()}
+    cases = {role: MemoryCase(model, run.batch_size, run.seq_length, limit, run.dry_run) for role, model in models(run).items()}
     path = Path(run.out_dir) / FILES["memory"]
     journal = open_journal(path, settings(run), machine=machine(), resume=run.resume)
     results: dict[str, MemoryResult] = {}
     for role, case in tqdm(cases.items(), desc="memory", unit="model", disable=None):
-        results[role] = journal.case(role, MemoryResult, partial(memory_result, role, case, run.dry_run))
+        results[role] = journal.case(role, MemoryResult, partial(memory_result, role, case))
     results = with_reductions(results)
     if run.fit:
         results = with_fits(results, cases, journal)
@@ -55,7 +55,7 @@ def main(run: MemoryRun) -> int:
 
 
 def _ablation(run: MemoryRun, cases: dict[str, MemoryCase], results: dict[str, MemoryResult]) -> list[Ablation]:
-    rows = ablation(cases, results, lambda role, case: memory_result(role, case, run.dry_run))
+    rows = ablation(cases, results, memory_result)
     return list(tqdm(rows, desc="ablation", unit="row", total=ROWS, disable=None))
 
 
@@ -69,7 +69,7 @@ def models(run: MemoryRun) -> dict[str, ModelConfig]:
 def limit_of(run: MemoryRun) -> int | None:
     """The bytes a model may have of the card; ValueError where the card has less, or --fit has no card at all."""
     limit = limit_bytes(run.vram_limit, run.card)
-    if basis(limit) != "estimated":
+    if basis(limit, run.dry_run) != "estimated":
         check_limit(limit, total_gpu_bytes())
     elif run.fit and limit is None:
         raise ValueError("--fit needs a GPU or the size of one; got neither; give --card rtx4060 or --vram-limit 8GB")

@@ -112,7 +112,7 @@ def model_warnings(measurements: Sequence[Measurement], device: str) -> list[str
     if device == "cuda" and (bound := host_bound(done)):
         warnings.append(
             f"host-bound at T = {', '.join(f'{length:,}' for length in bound)}: the GPU waits for the host to launch "
-            "operators, so these times are the host's; use --compile, a larger --batch-size or longer --seq-lengths"
+            "operators, so these times are the host's; use --cuda-graphs, --compile, larger --batch-size or --seq-lengths"
         )
     return warnings
 

@@ -59,10 +59,13 @@ def probe_size(case: MemoryCase) -> Probe:
 
     Nothing but `case` goes in and nothing but the answer comes out, so a probe cannot depend on the one before.
     """
-    on_gpu = torch.cuda.is_available()
-    outcome = run_isolated(train_briefly, case, timeout_s=PROBE_SECONDS) if on_gpu else run_here(_estimated_bytes, case)
+    found_by = basis(case.vram_limit_bytes, case.dry_run)
+    if found_by == "estimated":
+        outcome = run_here(_estimated_bytes, case)
+    else:
+        outcome = run_isolated(train_briefly, case, timeout_s=PROBE_SECONDS)
     needed = outcome.value
-    outcome = within_limit(outcome, needed, case.vram_limit_bytes)
+    outcome = within_limit(outcome, needed, case.vram_limit_bytes, found_by)
     return Probe(outcome.status, needed, outcome.message)
 
 
@@ -100,13 +103,13 @@ def _as_fit(
     tried = [(sized(size), probe) for size, probe in probes.items() if size > 0]
     failed = next((probe for _, probe in tried if probe.status == "error"), None)
     best, _ = edge(probes, bound)
-    limit = sized(1).vram_limit_bytes
+    limit, dry_run = sized(1).vram_limit_bytes, sized(1).dry_run
     common: dict[str, Any] = {
         "searched": searched,
         "step": step,
         "bound": bound * step,
         "limit_bytes": limit,
-        "measured": basis(limit),
+        "measured": basis(limit, dry_run),
         "probes": [FitProbe(batch_size=c.batch_size, seq_length=c.seq_length, **asdict(probe)) for c, probe in tried],
     }
     if failed is not None:

@@ -20,9 +20,9 @@ _UNITS |= {f"{prefix}ib": 1024**i for i, prefix in enumerate(("k", "m", "g", "t"
 SHORT_SEQUENCE = 64  # tokens of the step that loads the libraries
 
 
-def basis(vram_limit_bytes: int | None) -> Basis:
-    """What the numbers of this machine are: a capped GPU emulates a card, and without a GPU they are estimates."""
-    if not torch.cuda.is_available():
+def basis(vram_limit_bytes: int | None, dry_run: bool = False) -> Basis:
+    """What the numbers of this machine are: a capped GPU emulates a card, without a GPU or for a dry run they are estimates."""
+    if dry_run or not torch.cuda.is_available():
         return "estimated"
     return "measured" if vram_limit_bytes is None else "emulated"
 
@@ -81,12 +81,12 @@ def outside_bytes() -> int:
     return total - free - torch.cuda.memory_reserved()
 
 
-def within_limit(outcome: Outcome[T], needed_bytes: int | None, limit: int | None) -> Outcome[T]:
+def within_limit(outcome: Outcome[T], needed_bytes: int | None, limit: int | None, found_by: Basis) -> Outcome[T]:
     """`outcome`, or out of memory where it needs more than the limit.
 
     This is how an estimate meets a limit. A capped run meets it only if more was loaded after the cap was set.
     """
     if limit is None or needed_bytes is None or needed_bytes <= limit:
         return outcome
-    needs = f"a step needs {needed_bytes / 1e9:.2f} GB ({basis(limit)}) with what is outside the allocator"
+    needs = f"a step needs {needed_bytes / 1e9:.2f} GB ({found_by}) with what is outside the allocator"
     return Outcome("oom", message=f"out of memory: {needs}, of a limit of {limit / 1e9:.2f} GB")

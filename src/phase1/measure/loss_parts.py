@@ -7,7 +7,7 @@ import numpy as np
 from phase1.measure.perplexity import Evaluation
 from phase1.record import LossPart
 
-BAND_STARTS = (0, 1024, 4096, 16384)  # ranks; with the default 1024 dense rows, where the parts of an HTT table begin
+BAND_STARTS = (0, 1024, 4096, 16384)  # ranks
 
 
 def loss_by_position(evaluation: Evaluation) -> list[LossPart]:

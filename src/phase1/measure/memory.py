@@ -22,16 +22,16 @@ MEASURED_STEPS = 3
 PROBE_SECONDS = 900.0  # for a process of six steps: where they take longer the card swaps or hangs, and the other cases wait
 
 
-def memory_result(role: str, case: MemoryCase, dry_run: bool = False) -> MemoryResult:
-    """The record of `case`: measured in a fresh process where there is a GPU, estimated otherwise or for a `dry_run`."""
+def memory_result(role: str, case: MemoryCase) -> MemoryResult:
+    """The record of `case`: measured in a fresh process where there is a GPU, estimated otherwise or for a dry run."""
+    found_by = basis(case.vram_limit_bytes, case.dry_run)
     outcome: Outcome[MemoryPeaks]
-    found_by: Basis
-    if dry_run or not torch.cuda.is_available():
-        found_by, outcome = "estimated", run_here(estimate_memory, case, card_capability())
+    if found_by == "estimated":
+        outcome = run_here(estimate_memory, case, card_capability())
     else:
-        found_by, outcome = basis(case.vram_limit_bytes), run_isolated(measure_memory, case, timeout_s=PROBE_SECONDS)
+        outcome = run_isolated(measure_memory, case, timeout_s=PROBE_SECONDS)
     needed = None if outcome.value is None else outcome.value.needed_bytes
-    return as_result(role, case, within_limit(outcome, needed, case.vram_limit_bytes), found_by)
+    return as_result(role, case, within_limit(outcome, needed, case.vram_limit_bytes, found_by), found_by)
 
 
 def card_capability() -> tuple[int, int]:

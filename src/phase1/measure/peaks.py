@@ -12,12 +12,13 @@ TIMELINE_POINTS = 100
 
 @dataclass(frozen=True)
 class MemoryCase:
-    """One model at one size, on a card of which a process may have `vram_limit_bytes`, or all."""
+    """One model at one size, on a card of which a process may have `vram_limit_bytes`, or all; a `dry_run` is estimated."""
 
     model: ModelConfig
     batch_size: int
     seq_length: int
     vram_limit_bytes: int | None = None
+    dry_run: bool = False
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ def _remedy(T: Array, t: Array) -> str:
     lengths = " ".join(str(start * 2**i) for i in range(MIN_LENGTHS))
     return (
         f"up to T = {start:,} a cost that does not depend on T hides the rest, on a GPU mostly the host launching operators: "
-        f"use --compile, or --seq-lengths {lengths}"
+        f"use --cuda-graphs or --compile, or --seq-lengths {lengths}"
     )
 
 

@@ -53,7 +53,7 @@ def memory_comparison(report: Report[MemoryResult], hardware: str | None = None)
     )
     rows = tuple((key, *_memory_cells(key, result, cards), result.config_id) for key, result in report.results.items())
     conditions = (setting(report, "B", "batch_size"), setting(report, "T", "seq_length"))
-    note = "Reduction: of peak allocated bytes, against baseline. Fits: reserved bytes with context, up to 90 % of the card."
+    note = "Reduction: of peak allocated bytes, against baseline. Fits: reserved bytes with context, against the limit."
     return Table(
         "memory_comparison",
         caption_of("Peak memory of one training step", report, hardware, *conditions),
