@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "passes": {"model"},
     "train": LEAVES | {"model", "passes"},
     "checkpoint": LEAVES | {"model", "train"},
-    "candidates": LEAVES | {"checkpoint", "model"},
+    "candidates": LEAVES | {"checkpoint", "model", "record"},
     "record": LEAVES | {"migrate"},
     "journal": LEAVES,
     "compare": LEAVES | {"record"},

@@ -9,6 +9,7 @@ import torch
 from phase1.checkpoint import read_index
 from phase1.config import ROLES, ModelConfig, PerplexityRun, Variant, model_config, report_key
 from phase1.model import LanguageModel
+from phase1.record import repetition
 
 _NAME = re.compile(r"(baseline|phase1_htt\d+_ar\d+|ar_ssm_dense|attention_htt|no_gate|equal_parameters)(_seed\d+)?")
 
@@ -72,7 +73,7 @@ def _given(argument: str) -> Candidate:
         expected = "NAME as in a report (baseline, phase1_htt{r}_ar{R}, a variant, each with or without _seed{n})"
         raise ValueError(f"--checkpoint must be NAME=PATH with {expected}; got {argument!r}; correct it")
     index = read_index(path)
-    config, plain = ModelConfig(**index["model_config"]), name.partition("_seed")[0]
+    config, plain = ModelConfig(**index["model_config"]), repetition(name)[0]
     found = report_key(config)
     if plain != found and not (plain in ("no_gate", "equal_parameters") and found.startswith("phase1")):
         raise ValueError(f"--checkpoint {name}={path}: the model there is {found}; use that name")

@@ -15,7 +15,8 @@ from phase1.migrate import SCHEMA_VERSION, migrated
 __all__ = [
     "FILES", "SCHEMA_VERSION", "Ablation", "Check", "ComplexityOrder", "Dataset", "Fit", "FitProbe", "Interval", "Kind",
     "LossPart", "Measurement", "MemoryResult", "MemoryTimeline", "Parameters", "PerplexityResult", "Report", "Result",
-    "Scaling", "Status", "ThroughputResult", "Verdict", "atomic_write", "exit_code", "read_report", "write_report",
+    "Scaling", "Status", "ThroughputResult", "Verdict", "atomic_write", "exit_code", "read_report",
+    "repetition", "write_report",
 ]  # fmt: skip
 
 FILES = {
@@ -331,6 +332,12 @@ _KEY = {
     "throughput": rf"phase1|{_OTHER}",
     "perplexity": rf"phase1_htt[1-9]\d{{0,8}}_ar[1-9]\d{{0,8}}(_seed\d{{1,9}})?|{_OTHER}",
 }
+
+
+def repetition(key: str) -> tuple[str, str]:
+    """The plain part of a perplexity result's key, and its `_seed…` or nothing: models of one repetition belong together."""
+    plain, mark, seed = key.partition("_seed")
+    return plain, mark + seed
 
 
 def exit_code(checks: Iterable[Check]) -> int:

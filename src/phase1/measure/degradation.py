@@ -8,7 +8,7 @@ from typing import Any
 from scipy.special import stdtrit
 
 from phase1.measure.stats import Bounds, paired_ratio_interval
-from phase1.record import Check, PerplexityResult
+from phase1.record import Check, PerplexityResult, repetition
 
 LIMIT_PERCENT = 5.0
 LIMITS = {"ar_ssm_dense": 3.0, "equal_parameters": 0.0}  # percent, of variants with a claim of their own
@@ -26,12 +26,6 @@ def compared(results: Mapping[str, PerplexityResult], seq_length: int) -> dict[s
 def baseline_of(key: str) -> str:
     """The key of the baseline that `key` is compared with: the one of the same seed."""
     return "baseline" + repetition(key)[1]
-
-
-def repetition(key: str) -> tuple[str, str]:
-    """A key's plain part, and its `_seed…` or nothing."""
-    plain, mark, seed = key.partition("_seed")
-    return plain, mark + seed
 
 
 def _compared(key: str, result: PerplexityResult, baseline: PerplexityResult | None, seq_length: int) -> PerplexityResult:

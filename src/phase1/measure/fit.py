@@ -8,7 +8,7 @@ import torch
 
 from phase1.measure.isolate import run_here, run_isolated
 from phase1.measure.limit import basis, cap_memory, outside_bytes, within_limit
-from phase1.measure.memory import PROBE_SECONDS, WARMUP_STEPS, MemoryCase, estimate_memory
+from phase1.measure.memory import PROBE_SECONDS, WARMUP_STEPS, MemoryCase, card_capability, estimate_memory
 from phase1.measure.search import Probe, edge, largest_size
 from phase1.measure.workload import make_workload, random_batch
 from phase1.record import Fit, FitProbe, MemoryResult
@@ -81,7 +81,7 @@ def train_briefly(case: MemoryCase) -> int:
 
 
 def _estimated_bytes(case: MemoryCase) -> int:
-    return estimate_memory(case).needed_bytes
+    return estimate_memory(case, card_capability()).needed_bytes
 
 
 def _probes_of(result: MemoryResult) -> tuple[dict[int, Probe], Probe]:

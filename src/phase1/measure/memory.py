@@ -8,7 +8,7 @@ from torch import Tensor
 
 from phase1.measure.estimate import CAPABILITY, WARMUP_STEPS, estimate_memory
 from phase1.measure.isolate import Outcome, run_here, run_isolated
-from phase1.measure.limit import Basis, basis, cap_memory, within_limit
+from phase1.measure.limit import Basis, basis, cap_memory, outside_bytes, within_limit
 from phase1.measure.peaks import MemoryCase, MemoryPeaks, timeline_record
 from phase1.measure.trace import PHASES, Timeline, measured_timeline
 from phase1.measure.tracker import MemoryTracker
@@ -93,8 +93,7 @@ def measure_memory(case: MemoryCase) -> MemoryPeaks:
     for _ in range(MEASURED_STEPS):
         train_step(state, [batch], mark)
     torch.cuda.synchronize()
-    free, total = torch.cuda.mem_get_info()
-    outside = total - free - torch.cuda.memory_reserved()
+    outside = outside_bytes()
     timeline = _timeline(case, state, batch)
     return MemoryPeaks(
         measured="measured",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phase1.files import atomic_write, one_line
-from phase1.record import Measurement, MemoryResult, PerplexityResult, Report, ThroughputResult
+from phase1.record import Measurement, MemoryResult, PerplexityResult, Report, ThroughputResult, repetition
 from phase1.tables.common import basis_of, hardware_of
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def _ranks_joined(report: Report[PerplexityResult]) -> list[list[tuple[float, fl
     lines: dict[tuple[object, str], list[tuple[float, float]]] = {}
     for key, result in report.results.items():
         if key.startswith("phase1") and result.parameters and result.ppl_degradation_percent is not None:
-            series = (result.config.get("ar_ssm_max_rank"), key.partition("_seed")[2])
+            series = (result.config.get("ar_ssm_max_rank"), repetition(key)[1])
             lines.setdefault(series, []).append((result.parameters.embedding / 1e6, result.ppl_degradation_percent))
     return [sorted(line) for line in lines.values() if len(line) > 1]
 

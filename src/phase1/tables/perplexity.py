@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from phase1.record import PerplexityResult, Report
+from phase1.record import PerplexityResult, Report, repetition
 from phase1.tables.common import CONFIG, MODEL, VERDICT, caption_of, hardware_of, headline, notes_of, setting
 from phase1.tables.table import Cell, Column, Table
 
@@ -93,7 +93,7 @@ def pareto_front(results: Mapping[str, PerplexityResult]) -> dict[str, str]:
         key
         for key, (size, perplexity) in points.items()
         for other, (its_size, its_perplexity) in points.items()
-        if other.partition("_seed")[2] == key.partition("_seed")[2]
+        if repetition(other)[1] == repetition(key)[1]
         and its_size <= size
         and its_perplexity <= perplexity
         and (its_size, its_perplexity) != (size, perplexity)
