@@ -71,13 +71,16 @@ def test_replayed_steps_are_the_steps_of_eager_training(role, compiled):
     trained, losses = [], []
     for graphs in (False, True):
         model, ids, targets = pair(role, T=256)
+        start = {name: value.clone() for name, value in model.state_dict().items()}
         state = make_train_state(model, TrainConfig(compile=compiled, cuda_graphs=graphs), "cuda")
         batches = [[(ids[:1], targets[:1]), (ids[1:], targets[1:])]] * 4 + [[(ids[:, :64], targets[:, :64])]] * 4
         losses.append([train_step(state, batch).item() for batch in batches])
         trained.append(state.model.state_dict())
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
     for name, value in trained[0].items():
-        assert torch.allclose(trained[1][name].float(), value.float(), rtol=2e-2, atol=2e-3), name
+        # Adam's first steps are as long for a gradient of rounding errors as for a real one: not one by one, but together
+        moved = (value.cpu() - start[name]).float().norm()
+        assert (trained[1][name] - value).float().norm() <= 0.05 * moved, name
 
 
 def test_a_replayed_overflow_skips_the_step_and_lowers_the_loss_scale():

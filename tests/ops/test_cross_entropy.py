@@ -8,7 +8,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(params=[1, 3, 7, 100])
 def chunk_tokens(request, monkeypatch):
-    monkeypatch.setattr(chunked, "_chunk_tokens", lambda table: request.param)
+    monkeypatch.setattr(chunked, "_chunk_tokens", lambda hidden, table: request.param)
 
 
 def operands(N=7, V=11, D=4, dtype=torch.float64):

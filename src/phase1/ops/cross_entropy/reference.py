@@ -8,6 +8,10 @@ IGNORE = -100
 """Target of a position that is not scored (padding)."""
 
 
+ALIGNMENT = 8
+"""Sizes of products in half precision: tensor cores are several times slower where one is no multiple of it."""
+
+
 def check_arguments(hidden: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None) -> None:
     """Raise ValueError unless the shapes are those of `tied_cross_entropy_reference`."""
     if hidden.ndim != 2 or table.ndim != 2 or hidden.shape[1] != table.shape[1]:
@@ -32,6 +36,8 @@ def tied_cross_entropy_reference(hidden: Tensor, table: Tensor, targets: Tensor,
         ValueError: the shapes do not fit together.
     """
     check_arguments(hidden, table, targets, bias)
-    logits = (hidden @ table.to(hidden.dtype).T).to(torch.promote_types(hidden.dtype, torch.float32))
+    V = len(table)
+    rows = F.pad(table.to(hidden.dtype), (0, 0, 0, -V % ALIGNMENT))  # as is usual for a vocabulary of odd size
+    logits = (hidden @ rows.T)[:, :V].to(torch.promote_types(hidden.dtype, torch.float32))
     logits = logits if bias is None else logits + bias
     return F.cross_entropy(logits, targets, ignore_index=IGNORE)
