@@ -83,13 +83,12 @@ def sparse_code(
     made, rest, group = vectors[:dense_rows].double(), vectors[dense_rows:].double(), group[dense_rows:]
     sizes = torch.bincount(group, minlength=groups).clamp(min=1)
     centroids = rest.new_zeros(groups, rest.shape[1]).index_add_(0, group, rest) / sizes[:, None]
+    band = max(0, tail_start - dense_rows)
     codes = []
-    for level in (slice(0, max(0, tail_start - dense_rows)), slice(max(0, tail_start - dense_rows), None)):
-        unit = F.normalize(made).float()
-        targets = (rest[level] - centroids[group[level]]).split(_CHUNK_ROWS)
-        chosen, weights, left = (
-            torch.cat(part) for part in zip(*(_pursuit(target, made, unit, anchors) for target in targets))
-        )
+    for level in (slice(0, band), slice(band, None)):
+        unit, targets = F.normalize(made), rest[level] - centroids[group[level]]
+        parts = [_pursuit(target, made, unit, anchors) for target in targets.split(_CHUNK_ROWS)]
+        chosen, weights, left = (torch.cat(part) for part in zip(*parts))
         made = torch.cat([made, rest[level] - left])
         codes.append((chosen, weights))
     chosen, weights = (torch.cat(part) for part in zip(*codes))
@@ -101,7 +100,7 @@ def _pursuit(target: Tensor, rows: Tensor, unit: Tensor, count: int) -> tuple[Te
     chosen = torch.zeros(len(target), 0, dtype=torch.int64, device=target.device)
     weights, left = target.new_zeros(len(target), 0), target
     for _ in range(count):
-        fit = (left.to(unit.dtype) @ unit.T).abs_().scatter_(1, chosen, -1.0)  # most of the work, so in float32
+        fit = (left @ unit.T).abs_().scatter_(1, chosen, -1.0)  # in place: the largest thing here
         chosen = torch.cat([chosen, fit.argmax(1, keepdim=True)], 1)
         basis = rows[chosen]  # [n, j, m]
         ridge = RIDGE * rows.shape[1] * torch.eye(chosen.shape[1], dtype=rows.dtype, device=rows.device)
