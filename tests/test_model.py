@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from phase1.config import ROLES, ModelConfig, Ranked, model_config
-from phase1.layers.embedding import HTTTable
+from phase1.layers.embedding import TAIL_START, HTTTable
 from phase1.model import LanguageModel
+from phase1.ops.htt import htt_lookup_reference
 from phase1.vocabulary import TokenStatistics
 
 TINY = Ranked(
@@ -26,7 +27,7 @@ def statistics(V=TINY.vocab_size):
     frequency = np.sort(rng.random(V).astype(np.float32))[::-1]
     K, G = TINY.htt_dense_rows, TINY.htt_groups
     rows, centroids, weights = (rng.normal(size=size).astype(np.float32) for size in ((K, 12), (G, 12), (V - K, 1)))
-    anchors = rng.integers(0, K, (V - K, 1))
+    anchors = rng.integers(0, np.where(np.arange(K, V) < TAIL_START * K, K, TAIL_START * K)[:, None])
     log_frequency = np.log(frequency / frequency.sum())
     return TokenStatistics(rng.permutation(V), log_frequency, rng.integers(0, G, V), rows, centroids, anchors, weights)
 
@@ -86,8 +87,7 @@ def test_pieces_continued_from_their_state_are_the_whole(role):
 def test_the_htt_table_is_one_explicit_table_for_lookup_logits_and_gradients():
     net, (ids, targets) = model(rank_penalty=0.0), batch()
     explicit = model("phase1", embedding="dense", rank_penalty=0.0)
-    every_id = torch.arange(TINY.vocab_size)
-    rows = net.embedding.lookup(net.embedding.positions(every_id))
+    rows = net.embedding.table(torch.float64)[net.embedding.positions(torch.arange(TINY.vocab_size))]
     explicit.load_state_dict({k: v for k, v in net.state_dict().items() if not k.startswith("embedding")}, strict=False)
     explicit.embedding.rows.data.copy_(rows)
     bias = net.embedding.output_bias
@@ -100,6 +100,32 @@ def test_the_htt_table_is_one_explicit_table_for_lookup_logits_and_gradients():
     expected = torch.autograd.grad(rows, parameters, explicit.embedding.rows.grad)
     for parameter, wanted in zip(parameters, expected, strict=True):
         torch.testing.assert_close(parameter.grad, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_a_loaded_model_has_the_anchors_it_was_saved_with_in_both_passes(checkpointing):
+    ids, targets = batch()
+    saved = model(checkpointing=checkpointing)
+    loaded = LanguageModel(saved.config).double()
+    assert not torch.equal(loaded.embedding.anchors, saved.embedding.anchors)
+    loaded.load_state_dict(saved.state_dict())
+    outcomes = []
+    for net in (saved, loaded):
+        loss = net.loss(ids, targets)
+        outcomes.append([loss, *torch.autograd.grad(loss, list(net.embedding.parameters()))])
+    for got, expected in zip(*outcomes, strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_blocks_add_to_a_sum_in_single_precision_under_autocast(role):
+    net, (ids, targets) = model(role, torch.float32), batch()
+    seen = []
+    net.blocks[1].register_forward_pre_hook(lambda block, arguments: seen.append(arguments[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        net.loss(ids, targets).backward()
+        net.nll(ids, targets)
+    assert len(seen) >= 2 and set(seen) == {torch.float32}
 
 
 @pytest.mark.parametrize("embedding", ["htt", "dense"])
@@ -169,8 +195,9 @@ def test_ids_outside_the_vocabulary_are_refused(role, token):
 def test_the_table_keeps_its_promise_at_the_documented_size():
     config = ModelConfig()
     table = HTTTable(50257, 512, rank=config.htt_rank, dense_rows=config.htt_dense_rows, groups=config.htt_groups)
+    rows = table.table(torch.float32)
     for start in (0, 2048, 16384, 50000):  # every stretch starts like the dense rows
-        assert 0.8 < table.lookup(torch.arange(start, start + 200)).std() * 512**0.5 < 1.2
+        assert 0.8 < rows[start : start + 200].std() * 512**0.5 < 1.2
     assert sum(p.numel() for p in table.parameters()) < 0.1 * 50257 * 512
 
 
@@ -204,10 +231,32 @@ def test_wrong_sizes_name_the_flag_and_the_remedy(sizes, remedy):
     assert "--" in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("dense_rows", [0, 1, 5, 20, 44])
-def test_tables_without_dense_rows_band_or_tail_are_tables_too(dense_rows):
+def rows_by_definition(table):
+    rows = list(table.rows)
+    for i in range(len(rows), len(table.positions_of)):
+        past, is_tail = i - table.dense_rows, i >= table.tail_start
+        row = table.centroids[table.group_of[past]]
+        if is_tail:
+            row = row + htt_lookup_reference(torch.tensor(i - table.tail_start), table.tail.cores)
+        else:
+            row = row + table.band.coefficients[past] @ table.band.basis
+        for weight, anchor in zip(table.weights[past], table.anchors[past]):
+            assert anchor < (table.tail_start if is_tail else table.dense_rows)
+            row = row + weight * rows[anchor]
+        rows.append(row)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("dense_rows", [0, 1, 3, 5, 20, 44])
+def test_the_table_is_its_definition_row_by_row_even_without_dense_rows_band_or_tail(dense_rows):
+    torch.manual_seed(dense_rows)
     table = HTTTable(50, 16, rank=4, dense_rows=dense_rows, groups=6).double()
-    every = torch.arange(50)
-    torch.testing.assert_close(table.lookup(every), table.table(torch.float64), rtol=1e-12, atol=1e-12)
-    table.table(torch.float64).square().sum().backward()
-    assert all(p.grad is not None for name, p in table.named_parameters() if p.numel() and name != "output_bias")
+    parameters = [p for name, p in table.named_parameters() if p.numel() and name != "output_bias"]
+    for parameter in parameters:
+        parameter.data.normal_()
+    outcomes = []
+    for rows in (table.table(torch.float64), rows_by_definition(table)):
+        outcomes.append((rows, *torch.autograd.grad((rows * rows.detach().cos()).sum(), parameters)))
+    for got, expected in zip(*outcomes, strict=True):
+        assert expected.any()
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)

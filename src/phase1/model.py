@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -83,9 +84,10 @@ class LanguageModel(nn.Module):
 
     def continue_from(self, ids: Tensor, states: list[Any] | None) -> tuple[Tensor, list[Any]]:
         """Logits (B, T, V) for `ids` that follow the text that left `states` (None: the beginning), and the new states."""
-        hidden, states, _ = self._hidden(ids, states, keep_states=True)
+        table = self._table()
+        hidden, states, _ = self._hidden(ids, table, states, keep_states=True)
         dtype = _compute_dtype(hidden)
-        logits = hidden.to(dtype) @ self.embedding.table(dtype).to(dtype).T
+        logits = hidden.to(dtype) @ table.to(dtype).T
         if self.embedding.output_bias is not None:
             logits = logits + self.embedding.output_bias
         every_id = torch.arange(self.config.vocab_size, device=ids.device)
@@ -93,9 +95,12 @@ class LanguageModel(nn.Module):
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of `targets` (B, T), -100 not scored; in training plus the penalty of the rank gate."""
-        hidden, _, effective_rank = self._hidden(ids, recompute=self.config.checkpointing and torch.is_grad_enabled())
+        # A table of its own for the output: the gradient of one for both would wait, V x D, for that of all blocks.
+        shared = None if self.config.checkpointing and torch.is_grad_enabled() else self._table()
+        hidden, _, effective_rank = self._hidden(ids, shared)
+        table = self._table() if shared is None else shared
         op = tied_cross_entropy if self.config.loss == "chunked" else tied_cross_entropy_reference
-        loss = op(*self._output(hidden, targets))
+        loss = op(*self._output(hidden, table, targets))
         if self.training and effective_rank is not None:
             loss = loss + self.config.rank_penalty * effective_rank / self.config.ar_ssm_max_rank
         return loss
@@ -103,21 +108,29 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def nll(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         """Loss in nats of each target (B, T), 0 where it is -100, and the mean effective rank (None without a gate)."""
-        hidden, _, effective_rank = self._hidden(ids)
-        return tied_nll(*self._output(hidden, targets)).view(targets.shape), effective_rank
+        table = self._table()
+        hidden, _, effective_rank = self._hidden(ids, table)
+        return tied_nll(*self._output(hidden, table, targets)).view(targets.shape), effective_rank
 
-    def _output(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _table(self) -> Tensor:
+        """All rows (V, D), in the order of positions: the input's and, transposed, the output's."""
+        return self.embedding.table(_compute_dtype(self.norm.weight))
+
+    def _output(self, hidden: Tensor, table: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Arguments of the cross-entropy: states (N, D), the table, the targets' positions in it, and its bias."""
-        dtype = _compute_dtype(hidden)
         positions = self.embedding.positions(targets).flatten()
-        return hidden.flatten(0, 1).to(dtype), self.embedding.table(dtype), positions, self.embedding.output_bias
+        return hidden.flatten(0, 1).to(_compute_dtype(hidden)), table, positions, self.embedding.output_bias
 
     def _hidden(
-        self, ids: Tensor, states: list[Any] | None = None, recompute: bool = False, keep_states: bool = False
+        self, ids: Tensor, table: Tensor | None, states: list[Any] | None = None, keep_states: bool = False
     ) -> tuple[Tensor, list[Any], Tensor | None]:
-        """Final states (B, T, D), the blocks' states if they are to be kept, and the effective rank over all layers."""
+        """Final states (B, T, D), the blocks' states if they are to be kept, and the effective rank over all layers.
+
+        Without a `table` the lookup, which then builds one, and the blocks are computed again in the backward pass.
+        """
         self._check(ids)
-        x = _run(self._embed, ids, recompute) * math.sqrt(self.config.d_model)
+        recompute = table is None
+        x = _run(lambda ids: self._embed(ids, table), ids, recompute) * math.sqrt(self.config.d_model)
         new_states, ranks = [], []
         for i, block in enumerate(self.blocks):
             if recompute:
@@ -131,8 +144,9 @@ class LanguageModel(nn.Module):
         effective_rank = torch.stack(ranks).mean() if self.config.mixer == "ar_ssm" else None
         return self.norm(x), new_states, effective_rank
 
-    def _embed(self, ids: Tensor) -> Tensor:
-        return self.embedding.lookup(self.embedding.positions(ids))
+    def _embed(self, ids: Tensor, table: Tensor | None) -> Tensor:
+        rows = F.embedding(self.embedding.positions(ids), self._table() if table is None else table)
+        return rows.to(self.norm.weight.dtype)  # blocks add to it: not in half precision
 
     def _check(self, ids: Tensor) -> None:
         # Only where reading the values is free: on a GPU it would stall every step, and indexing asserts there.

@@ -19,6 +19,6 @@ class TokenStatistics(NamedTuple):
     centroids: np.ndarray
     """(groups, m) float32: where the centroids start."""
     anchors: np.ndarray
-    """(V - K, k) int64 in [0, K): the dense rows that each further row is a sum of."""
+    """(V - K, k) int64: the rows that each further row is a sum of, in [0, K) for the band and before the tail for the tail."""
     weights: np.ndarray
     """(V - K, k) float32: the weights of that sum at the start."""

@@ -1,6 +1,7 @@
 """Token tables, tied to the output: a dense one, and HTT, whose rows past the frequent ones cost a few numbers each."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phase1.ops.anchored_rows import Users, anchored_rows, users_of
-from phase1.ops.htt import Cores, htt_lookup, htt_table
+from phase1.ops.htt import Cores, htt_table
 from phase1.vocabulary import TokenStatistics
 
 TAIL_START = 8  # the tail begins at this multiple of the dense rows
@@ -28,9 +29,6 @@ class DenseTable(nn.Module):
     def positions(self, ids: Tensor) -> Tensor:
         return ids
 
-    def lookup(self, positions: Tensor) -> Tensor:
-        return F.embedding(positions, self.rows)
-
     def table(self, dtype: torch.dtype) -> Tensor:
         """All rows; a parameter, so in its own dtype: the ops cast it."""
         return self.rows
@@ -44,9 +42,6 @@ class LowRankBand(nn.Module):
         self.n = n
         self.coefficients = nn.Parameter(torch.zeros(n, rank))
         self.basis = nn.Parameter(torch.randn(rank, d_model) / math.sqrt(rank))
-
-    def lookup(self, positions: Tensor) -> Tensor:
-        return F.embedding(positions, self.coefficients) @ self.basis
 
     def table(self, dtype: torch.dtype) -> Tensor:
         return self.coefficients.to(dtype) @ self.basis.to(dtype)
@@ -75,9 +70,6 @@ class TensorTrainTail(nn.Module):
     def cores(self) -> Cores:
         return Cores(self.core_a, self.core_b, self.phase_a, self.phase_b, None, self.bias_b)
 
-    def lookup(self, positions: Tensor) -> Tensor:
-        return htt_lookup(positions, self.cores)
-
     def table(self, dtype: torch.dtype) -> Tensor:
         return htt_table(self.cores, dtype)[: self.n]
 
@@ -85,9 +77,10 @@ class TensorTrainTail(nn.Module):
 class HTTTable(nn.Module):
     """K dense rows for frequent tokens; each other row is a sum of shared parts and of a few numbers of its own.
 
-    E_i = centroid of i's group + Σ_j w_ij rows[a_ij] + (K ≤ i < 8K: row of a band of rank 5r/2; above: tensor train of r terms)
+    E_i = centroid of i's group + Σ_j w_ij E_a_ij + (K ≤ i < 8K: row of a band of rank 5r/2; above: tensor train of r terms)
 
-    with r/2 anchors a_ij, dense rows that are used like i. Every token also has an output bias.
+    with r/2 anchors a_ij, rows that are used like i: dense ones for a row of the band, dense or of the band for one of the
+    tail. Every token also has an output bias.
 
     Args:
         vocab_size, d_model: V and D.
@@ -100,8 +93,6 @@ class HTTTable(nn.Module):
     positions_of: Tensor
     group_of: Tensor
     anchors: Tensor
-    places: Tensor
-    starts: Tensor
 
     def __init__(
         self, vocab_size: int, d_model: int, rank: int, dense_rows: int, groups: int, statistics: TokenStatistics | None = None
@@ -109,14 +100,15 @@ class HTTTable(nn.Module):
         super().__init__()
         past, k = vocab_size - dense_rows, anchor_count(rank, dense_rows)
         self.dense_rows, self.tail_start = dense_rows, min(TAIL_START * dense_rows, vocab_size)
+        band, tail = self.tail_start - dense_rows, vocab_size - self.tail_start
         self.register_buffer("positions_of", torch.arange(vocab_size))
         self.register_buffer("group_of", torch.arange(past) * groups // max(1, past))
-        self.register_buffer("anchors", torch.randint(max(1, dense_rows), (past, k)))
+        anchors = [torch.randint(max(1, before), (n, k)) for before, n in ((dense_rows, band), (self.tail_start, tail))]
+        self.register_buffer("anchors", torch.cat(anchors))
         self.rows = nn.Parameter(torch.randn(dense_rows, d_model) / math.sqrt(d_model))
         self.centroids = nn.Parameter(torch.zeros(groups, d_model))
         self.weights = nn.Parameter(torch.randn(past, k) / math.sqrt(max(1, k)))
         self.output_bias = nn.Parameter(torch.zeros(vocab_size))
-        band, tail = self.tail_start - dense_rows, vocab_size - self.tail_start
         self.band = LowRankBand(band, d_model, min(int(BAND_RANK * rank), d_model)) if band else None
         std = (0.1 if k else 1.0) / math.sqrt(d_model)  # next to anchors the tensor train is a correction
         self.tail = TensorTrainTail(tail, d_model, rank, groups, std) if tail else None
@@ -139,10 +131,18 @@ class HTTTable(nn.Module):
             self.centroids.copy_(torch.from_numpy(statistics.centroids) @ basis)
             self.weights.copy_(torch.from_numpy(statistics.weights))
 
+    def _levels(self) -> Iterator[tuple[str, LowRankBand | TensorTrainTail, slice]]:
+        """Name and part of band and tail, as far as there are any, and their rows as counted from K."""
+        band = self.tail_start - self.dense_rows
+        for name, part, level in (("band", self.band, slice(0, band)), ("tail", self.tail, slice(band, None))):
+            if part is not None:
+                yield name, part, level
+
     def _turn_anchors(self) -> None:
-        users = users_of(self.anchors, self.dense_rows)
-        self.register_buffer("places", users.places, persistent=False)
-        self.register_buffer("starts", users.starts, persistent=False)
+        for name, _, level in self._levels():
+            users = users_of(self.anchors[level], self.dense_rows + level.start)
+            self.register_buffer(f"{name}_places", users.places, persistent=False)
+            self.register_buffer(f"{name}_starts", users.starts, persistent=False)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -152,33 +152,18 @@ class HTTTable(nn.Module):
         """Where ids stand in the table; ids below 0 (not scored) stay as they are."""
         return torch.where(ids < 0, ids, self.positions_of[ids.clamp(min=0)])
 
-    def lookup(self, positions: Tensor) -> Tensor:
-        """Rows (*, D) of the positions asked for; no other row is made."""
-        # a place outside a part is wrapped into it and masked: if all went to one row, its gradient would be a queue
-        past = (positions - self.dense_rows) % len(self.group_of)
-        rows = F.embedding(self.group_of[past], self.centroids)
-        if self.tail is not None:
-            inside = positions >= self.tail_start
-            rows = rows + self.tail.lookup((positions - self.tail_start) % self.tail.n) * inside[..., None]
-        if not self.dense_rows:
-            return rows
-        if self.band is not None:
-            inside = positions < self.tail_start
-            rows = rows + self.band.lookup(past % self.band.n) * inside[..., None]
-        weights = F.embedding(past, self.weights).flatten(0, -2)
-        bags = F.embedding_bag(self.anchors[past].flatten(0, -2), self.rows, mode="sum", per_sample_weights=weights)
-        dense = F.embedding(positions % self.dense_rows, self.rows)
-        return torch.where((positions < self.dense_rows)[..., None], dense, rows + bags.view_as(rows))
-
     def table(self, dtype: torch.dtype) -> Tensor:
         """All V rows in the order of their positions."""
-        dense, rows = self.rows.to(dtype), F.embedding(self.group_of, self.centroids.to(dtype))
-        if self.dense_rows:
-            rows = rows + anchored_rows(dense, self.weights, self.anchors, Users(self.places, self.starts))
-        own = [part.table(dtype) for part in (self.band, self.tail) if part is not None]
-        return torch.cat([dense, rows + torch.cat(own)]) if own else dense
+        rows, centroids = self.rows.to(dtype), self.centroids.to(dtype)
+        for name, part, level in self._levels():
+            new = F.embedding(self.group_of[level], centroids) + part.table(dtype)
+            if self.dense_rows:
+                users = Users(getattr(self, f"{name}_places"), getattr(self, f"{name}_starts"))
+                new = new + anchored_rows(rows, self.weights[level], self.anchors[level], users)
+            rows = torch.cat([rows, new])
+        return rows
 
 
 def anchor_count(rank: int, dense_rows: int) -> int:
-    """Dense rows that each further row is a sum of, of an HTT table of rank r."""
+    """Rows that each row past the dense ones is a sum of, of an HTT table of rank r."""
     return min(max(1, rank // 2), dense_rows)

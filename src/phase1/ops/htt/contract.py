@@ -1,7 +1,6 @@
 """The holographic tensor train as batched matmuls, after the cosine is expanded into an ordinary train of rank 2r."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from phase1.ops.htt.reference import Cores
@@ -12,24 +11,6 @@ def _expand(cores: Cores) -> tuple[Tensor, Tensor]:
     cos_a, sin_a = cores.phase_a.cos()[..., None], cores.phase_a.sin()[..., None]
     cos_b, sin_b = cores.phase_b.cos()[..., None], cores.phase_b.sin()[..., None]
     return torch.cat([cores.a * cos_a, -cores.a * sin_a], 1), torch.cat([cores.b * cos_b, cores.b * sin_b], 1)
-
-
-def htt_lookup(positions: Tensor, cores: Cores) -> Tensor:
-    """Fast form of `htt_lookup_reference`; a position that is no row is an error of the index, not a ValueError.
-
-    Only the rows asked for are ever made; reading the range of `positions` would stall a GPU, so callers check ids.
-    """
-    a, b = _expand(cores)
-    i1, i2 = positions // cores.b.shape[0], positions % cores.b.shape[0]
-    rows = torch.einsum("...ra,...rb->...ab", _pick(a, i1), _pick(b, i2)).flatten(-2)
-    for bias, index in ((cores.bias_a, i1), (cores.bias_b, i2)):
-        rows = rows if bias is None else rows + F.embedding(index, bias)
-    return rows
-
-
-def _pick(core: Tensor, index: Tensor) -> Tensor:
-    """core[index], by `embedding`: the gradient of plain indexing is many times slower where an index repeats."""
-    return F.embedding(index, core.flatten(1)).unflatten(-1, core.shape[1:])
 
 
 def htt_table(cores: Cores, dtype: torch.dtype) -> Tensor:
