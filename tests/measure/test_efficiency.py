@@ -32,7 +32,7 @@ def test_recomputation_and_the_kind_of_loss_are_no_model_flops():
 
 @pytest.mark.parametrize("role", ["baseline", "phase1"])
 def test_flops_from_one_and_two_blocks_are_those_of_all(role):
-    config = replace(model_config(role, SHAPE), checkpointing=False, attention="math")
+    config = replace(model_config(role, SHAPE), checkpointing=False, attention="math", loss="chunked")
     assert step_flops(config, 4, 64) == efficiency._counted(config, 4, 64)
 
 

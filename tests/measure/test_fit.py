@@ -52,7 +52,8 @@ def test_what_is_found_fits_and_one_step_more_does_not(role):
         best = getattr(found, found.searched)
         assert tried[best].needed_bytes <= LIMIT < tried[best + found.step].needed_bytes
     assert tried[best].needed_bytes == needed(replace(one, batch_size=1, seq_length=best))
-    assert len(ticks) == len(batch.probes) + len(length.probes) - 1 <= 12  # the size of the report itself costs no probe
+    # The size of the report itself costs no probe. Segments of 20 MB are steps in so little memory: more than the 6 of a line.
+    assert len(ticks) == len(batch.probes) + len(length.probes) - 1 <= 16
 
 
 def scripted(monkeypatch, probe) -> None:

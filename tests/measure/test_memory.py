@@ -1,11 +1,14 @@
+import json
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from phase1.config import ROLES, MemoryRun, model_config
 from phase1.measure import estimate, memory
+from phase1.measure.calibrate import calibration_cases
 from phase1.measure.isolate import Outcome
 from phase1.measure.memory import MemoryCase, as_result, estimate_memory, measure_memory, memory_result, sizes_to_try
 from phase1.measure.trace import PARTS, PHASES
@@ -160,18 +163,13 @@ def test_estimates_of_all_models_at_the_documented_size_take_seconds(documented)
     assert peaks["phase1"].peak_allocated_bytes < 0.5 * peaks["baseline"].peak_allocated_bytes
 
 
-# what commit b3c4b31 took on an H100 with PyTorch 2.11 (tests/fixtures/v1/phase1_memory_validation.json): B 4, T 2048. The loss
-# of `baseline` and the layers of both baselines have not changed since.
-H100 = {
-    "baseline": {"forward": 5_650_905_600, "backward": 7_280_950_272, "optimizer": 892_290_048},
-    "baseline_optimized": {"forward": 1_275_423_232, "backward": 1_158_231_040, "optimizer": 886_457_344},
-}
+MEASURED = json.loads((Path(__file__).parents[2] / "results/h100/memory_calibration.json").read_text())["rows"]
 
 
-@pytest.mark.parametrize("role", H100)
-def test_the_estimate_of_the_baselines_is_what_the_h100_measured(documented, role):
-    peaks = documented[0][role]
-    assert peaks.phase_bytes == pytest.approx(H100[role], rel=0.005)
+@pytest.mark.parametrize("row", [row for row in MEASURED if row["name"].startswith("baseline")], ids=lambda row: row["name"])
+def test_the_estimate_of_the_baselines_is_what_the_h100_measured(row):
+    estimated = estimate_memory(calibration_cases()[row["name"]], (9, 0))
+    assert estimated.peak_allocated_bytes == pytest.approx(row["measured_bytes"], rel=0.005)
 
 
 # what the throughput run on the same card counted for `baseline`, B 4: without the workspaces, which models share there

@@ -102,11 +102,11 @@ def test_a_text_read_as_one_stream_has_the_losses_of_one_long_window(role):
 
 
 def test_no_tensor_of_tokens_times_vocabulary_is_made_at_long_windows(monkeypatch):
-    """T x V float32 logits of T = 16384 at V = 50257 would be 3.3 GB; here the limit is 20 tokens of logits at once."""
-    monkeypatch.setattr(chunked, "CHUNK_BYTES", 20 * 4 * TINY.vocab_size)
+    """T x V float32 logits of T = 16384 at V = 50257 would be 3.3 GB; here the limit is 20 tokens of float64 logits at once."""
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", 20 * 8 * TINY.vocab_size)
     sizes = []
-    original = chunked._exponentials
-    monkeypatch.setattr(chunked, "_exponentials", lambda *a: sizes.append(len(a[0])) or original(*a))
+    original = chunked.softmax_rows
+    monkeypatch.setattr(chunked, "softmax_rows", lambda *a: sizes.append(len(a[0])) or original(*a))
     for role in ("baseline", "phase1"):
         evaluate(model(role), text(300), protocol(seq_length=256, stride=10), batch_size=3, dtype=torch.float32)
     assert max(sizes) == 20 and sum(sizes) == 2 * 300  # and none for what is not scored

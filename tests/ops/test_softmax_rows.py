@@ -1,20 +1,15 @@
-"""The kernel against the definition: compiled on a GPU, in Triton's interpreter without one."""
-
-import os
+"""The kernel against the definition: compiled on a GPU, in Triton's interpreter without one (tests/conftest.py)."""
 
 import pytest
 import torch
 
-from phase1.ops.cross_entropy.rows import softmax_rows
+from phase1.ops.cross_entropy.rows import softmax_rows_reference
 
-GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 pytest.importorskip("triton")
 
-from phase1.ops.cross_entropy.kernel import softmax_rows_kernel  # noqa: E402
+from phase1.ops.cross_entropy.kernel import softmax_rows_kernel
 
-DEVICE = "cuda" if GPU else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def operands(n, V, dtype, gap=0, scale=3.0):
@@ -34,7 +29,7 @@ def test_the_kernel_writes_what_the_definition_writes(n, V, gap, dtype, biased, 
     logits, bias, column, picked, weights = operands(n, V, dtype, gap)
     logits[:, V:] = 7
     expected, expected_picked = logits.double()[:, :V], picked.double()
-    softmax_rows(expected, bias.double() if biased else None, column, expected_picked, weights if gradient else None)
+    softmax_rows_reference(expected, bias.double() if biased else None, column, expected_picked, weights if gradient else None)
     softmax_rows_kernel(logits[:, :V], bias if biased else None, column, picked, weights if gradient else None)
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(picked.double(), expected_picked, rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-5)
@@ -56,7 +51,7 @@ def test_rows_of_very_different_size_neither_overflow_nor_vanish():
     logits, _, column, picked, weights = operands(4, 5000, torch.float16, scale=10000.0)
     weights[:] = True
     expected, expected_picked = logits.double(), picked.double()
-    softmax_rows(expected, None, column, expected_picked, weights)
+    softmax_rows_reference(expected, None, column, expected_picked, weights)
     softmax_rows_kernel(logits, None, column, picked, weights)
     torch.testing.assert_close(picked.double(), expected_picked, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(logits.double(), expected, rtol=1e-3, atol=1e-6)

@@ -55,7 +55,7 @@ class _TiedCrossEntropy(torch.autograd.Function):
                     d_bias += d_logits.sum(0, dtype=wide)
                 for block in _blocks(rows):
                     if d_hidden is not None:
-                        d_hidden[part].addmm_(d_logits[:, block], rows[block])
+                        d_hidden[part] += d_logits[:, block] @ rows[block]
                     if d_table is not None:
                         d_table[block] += d_logits[:, block].T @ hidden[part]
             del logits

@@ -5,11 +5,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-# An operator of its own, so that the estimate of memory, on tensors without contents, sees what a GPU allocates: nothing.
 
-
-@torch.library.custom_op("phase1::softmax_rows", mutates_args=("logits", "picked"))
-def softmax_rows(logits: Tensor, bias: Tensor | None, column: Tensor, picked: Tensor, weights: Tensor | None) -> None:
+def softmax_rows_reference(logits: Tensor, bias: Tensor | None, column: Tensor, picked: Tensor, weights: Tensor | None) -> None:
     """picked_n = log softmax(z_n)[column_n] with z = logits + bias; if there are weights, logits_n becomes its gradient.
 
     That is weights_n (softmax(z_n) - onehot(column_n)), of -weights_n picked_n.
@@ -30,6 +27,11 @@ def softmax_rows(logits: Tensor, bias: Tensor | None, column: Tensor, picked: Te
     if weights is not None:
         z.scatter_add_(1, column, -total)  # times 1 / total: softmax - one-hot
         torch.mul(z, weights[:, None] / total, out=logits)
+
+
+# An operator of its own, so that the estimate of memory, on tensors without contents, sees what a GPU allocates: nothing.
+softmax_rows = torch.library.custom_op("phase1::softmax_rows", softmax_rows_reference, mutates_args=("logits", "picked"))
+"""Fast form of `softmax_rows_reference`: same arguments and results; a kernel on a GPU, if Triton is there."""
 
 
 @softmax_rows.register_fake
