@@ -7,6 +7,7 @@ from phase1.config import ROLES, Ranked, model_config
 from phase1.measure import estimate
 from phase1.measure.fake import QuickFakeMode
 from phase1.measure.peaks import MemoryCase
+from phase1.train import train_step
 
 # results of which no usual operator has the like: a part of a larger storage, and two of one storage
 LIBRARY = torch.library.Library("phase1_test", "DEF")
@@ -115,6 +116,13 @@ def test_a_step_takes_the_memory_it_takes_with_pytorchs_own_fake_tensors(monkeyp
     assert quick.peak_reserved_bytes == slow.peak_reserved_bytes
     assert (quick.breakdown, quick.top_modules) == (slow.breakdown, slow.top_modules)
     assert quick.timeline.events == slow.timeline.events
+
+
+def test_an_estimate_walks_through_one_step(monkeypatch):
+    steps = []
+    monkeypatch.setattr(estimate, "train_step", lambda *args: steps.append(train_step(*args)))
+    estimate.estimate_memory(case("baseline", d_model=64, n_layers=1, n_heads=2))
+    assert len(steps) == 1
 
 
 @pytest.mark.parametrize("role", ROLES)
