@@ -1,3 +1,4 @@
+import gc
 import subprocess
 import sys
 import time
@@ -123,6 +124,19 @@ def test_errors_become_one_line_and_their_exit_status(raised, code, monkeypatch,
     monkeypatch.setattr(cli.importlib, "import_module", lambda name: Command)
     assert main(["memory"]) == code
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("raised", [None, ValueError("no")])
+def test_a_command_runs_with_the_garbage_collector_on_and_leaves_nothing_frozen(raised, monkeypatch, capsys):
+    def command(run):
+        assert gc.isenabled() and gc.get_freeze_count() > 0
+        if raised is not None:
+            raise raised
+        return 0
+
+    monkeypatch.setattr("phase1.commands.tables.main", command)
+    assert main(["tables"]) == (0 if raised is None else 2)
+    assert gc.isenabled() and gc.get_freeze_count() == 0
 
 
 def test_a_programming_error_is_not_hidden(monkeypatch):

@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,19 @@ def test_tensors_of_any_size_take_no_memory_and_questions_have_an_answer():
         assert x.shape == (1 << 40,)
         assert x.sum().item() == 0
         assert torch.equal(x, x)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_rests_meanwhile_and_is_left_as_it_was(enabled):
+    try:
+        if not enabled:
+            gc.disable()
+        with pytest.raises(KeyError), imitated_cuda():
+            assert not gc.isenabled()
+            raise KeyError
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("function", [torch.exp, F.softplus, torch.sum, lambda x: x.cumsum(0), lambda x: x.softmax(1)])

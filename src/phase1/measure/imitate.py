@@ -1,14 +1,15 @@
 """Make fake CPU tensors take the memory that the same program takes on CUDA."""
 
+import gc
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from phase1.measure.fake import QuickFakeMode
 
 # Functions that CUDA's autocast runs in float32 and the CPU's leaves alone (ATen/autocast_mode.h, AT_FORALL_FP32).
 _CUDA_FLOAT32 = frozenset(
@@ -19,6 +20,7 @@ _CUDA_FLOAT32 = frozenset(
 )  # fmt: skip
 # Functions that it runs with dtype=float32 instead: they read half precision and cast inside (AT_FORALL_FP32_SET_OPT_DTYPE).
 _CUDA_FLOAT32_DTYPE = frozenset(["prod", "softmax", "log_softmax", "cumprod", "cumsum", "sum"])
+_CHANGED = _CUDA_FLOAT32 | _CUDA_FLOAT32_DTYPE | {"rms_norm", "backward"}
 _RMS_NORM_IN_FLOAT32 = tuple(int(number) for number in torch.__version__.split(".")[:2]) >= (2, 12)  # left alone before
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -30,26 +32,23 @@ def imitated_cuda() -> Iterator[None]:
     Fake CUDA tensors would be simpler; without a CUDA driver they fail in the backward pass.
     """
     with ExitStack() as stack:
-        for mode in (FakeTensorMode(), _Contents(), _CudaAutocast()):
+        if gc.isenabled():  # with all of PyTorch to look through, a collection takes longer than many operators
+            gc.disable()
+            stack.callback(gc.enable)
+        for mode in (_Contents(), _CudaAutocast()):
             stack.enter_context(mode)
         yield
 
 
-class _Contents(TorchDispatchMode):
+class _Contents(QuickFakeMode):
     """Answers the few questions a step asks about contents, as for a healthy one: tensors are equal, numbers are 0."""
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled in it; the guard against that costs more than the operators
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
-            return args[0].fake_device  # what FakeTensorMode would say after a longer way; most questions are this one
         if func is torch.ops.aten.equal.default:
             return True
         if func is torch.ops.aten._local_scalar_dense.default:
             return 0
-        return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 class _CudaAutocast(TorchFunctionMode):
@@ -57,11 +56,11 @@ class _CudaAutocast(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name not in _CHANGED or not args or not isinstance(args[0], Tensor):
+            return func(*args, **kwargs)
         if func is Tensor.backward:
             return self._backward(args[0])
-        name = getattr(func, "__name__", "")
-        if not args or not isinstance(args[0], Tensor):
-            return func(*args, **kwargs)
         if torch.is_autocast_enabled("cpu") and args[0].dtype in _HALF:
             if name in _CUDA_FLOAT32 or (name == "rms_norm" and _RMS_NORM_IN_FLOAT32):
                 args = (args[0].float(), *args[1:])

@@ -110,15 +110,17 @@ class MemoryTracker(TorchDispatchMode):
             self.label([parameter.grad], "gradients", module)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:  # asked of every fake tensor, often
-            return func(*args)
+        if func is torch.ops.prim.device.default:  # most calls are this question, which C++ asks of fake tensors
+            return args[0].fake_device
+        with torch._C.DisableTorchFunction():  # modes for functions are about those of the model, not about sizes
+            return self._follow(func, args, kwargs or {})
+
+    def _follow(self, func: Any, args: Any, kwargs: Any) -> Any:
         around = self.surroundings if self.phase != "idle" else None
         if around is not None and (kept := around.before(func, self.phase)):
             self.trace.events.append(self._block(kept, "workspace"))
-        if func is torch.ops.aten.add.Tensor and self._sums_in_place(args):
-            out = torch.ops.aten.add_.Tensor(*args, **(kwargs or {}))
-        else:
-            out = func(*args, **(kwargs or {}))
+        in_place = func is torch.ops.aten.add.Tensor and self._sums_in_place(args)
+        out = torch.ops.aten.add_.Tensor(*args, **kwargs) if in_place else func(*args, **kwargs)
         for item in (out,) if isinstance(out, Tensor) else tree_iter(out):
             if isinstance(item, Tensor):
                 self._see(item)
