@@ -1,5 +1,7 @@
 """Statistics of the training text for the HTT table: which tokens are frequent, and which are used alike."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -24,8 +26,7 @@ def token_statistics(
     train_ids: np.ndarray,
     *,
     vocab_size: int,
-    dense_rows: int,
-    frequent: int,
+    levels: Sequence[int],
     groups: int,
     dim: int,
     anchors: int,
@@ -34,13 +35,14 @@ def token_statistics(
 ) -> TokenStatistics:
     """What `phase1.layers.embedding.HTTTable` needs to know, from the training text only.
 
-    Positions: the `frequent` most frequent ids by frequency (ties: smaller id first), then the other ids that occur in
+    Positions: ids before the last of `levels` by frequency (ties: smaller id first), then the other ids that occur in
     `tree_order` of their vectors, then those that never occur, by id. Groups: equal stretches of the tree order of all
-    ids past `dense_rows`. Rows, centroids, anchors and weights: `sparse_code` of the `dim` leading columns of U √Σ
-    (`neighbour_vectors`), scaled to rows of mean square 1, with `anchors` anchors and the tail from `frequent` on.
+    ids past the first of `levels`. Rows, centroids, anchors and weights: `sparse_code` of the `dim` leading columns of
+    U √Σ (`neighbour_vectors`), scaled to rows of mean square 1, with `anchors` anchors.
     Deterministic for a seed. Peak memory: 16 kB per id that occurs (0.8 GB for GPT-2's).
     Raises ValueError for an id of V or more.
     """
+    dense_rows, frequent = levels[0], levels[-1]
     counts = token_counts(train_ids, vocab_size)
     by_frequency = frequency_order(counts)  # rank -> id
     used = int(np.count_nonzero(counts))
@@ -62,32 +64,32 @@ def token_statistics(
     positions[by_frequency[places]] = np.arange(vocab_size)
     log_frequency = np.log((counts[by_frequency[places]] + 1) / (counts.sum() + vocab_size)).astype(np.float32)
     group, vectors = group_of_rank[places], torch.from_numpy(start[places]).to(device)
-    code = sparse_code(vectors, torch.from_numpy(group).to(device), dense_rows, frequent, groups, anchors)
+    code = sparse_code(vectors, torch.from_numpy(group).to(device), levels, groups, anchors)
     return TokenStatistics(positions, log_frequency, group, start[places][:dense_rows], *(part.cpu().numpy() for part in code))
 
 
 def sparse_code(
-    vectors: Tensor, group: Tensor, dense_rows: int, tail_start: int, groups: int, anchors: int
+    vectors: Tensor, group: Tensor, levels: Sequence[int], groups: int, anchors: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Centroids (groups, m), anchors (n, k) and weights (n, k) that put vectors (V, m) past the first K near
 
         E_i = centroid of its group + Σ_j w_ij E_a_ij,   E_i = vectors[i] for i < K
 
-    The anchors of a row before `tail_start` are among the first K rows, those of a later one among all rows before
-    `tail_start`, taken as this code makes them. The centroid is the mean over the group. The anchors are those of
+    `levels` are the rows at which levels begin, K the first of them. The anchors of a row are among all rows before its
+    level, taken as this code makes them. The centroid is the mean over the group. The anchors are those of
     orthogonal matching pursuit, one at a time: the row of largest |cosine| with what is left, then all weights again by
     (slightly ridged) least squares.
 
     Source: Pati, Rezaiifar and Krishnaprasad 1993, "Orthogonal matching pursuit".
     """
+    dense_rows, V = levels[0], len(vectors)
     made, rest, group = vectors[:dense_rows].double(), vectors[dense_rows:].double(), group[dense_rows:]
     sizes = torch.bincount(group, minlength=groups).clamp(min=1)
     centroids = rest.new_zeros(groups, rest.shape[1]).index_add_(0, group, rest) / sizes[:, None]
-    band = max(0, tail_start - dense_rows)
     codes = []
-    for level in (slice(0, band), slice(band, None)):
-        unit, targets = F.normalize(made), rest[level] - centroids[group[level]]
-        parts = [_pursuit(target, made, unit, anchors) for target in targets.split(_CHUNK_ROWS)]
+    for start, end in zip(levels, [*levels[1:], V]):
+        level, unit = slice(start - dense_rows, max(start, end) - dense_rows), F.normalize(made)
+        parts = [_pursuit(target, made, unit, anchors) for target in (rest[level] - centroids[group[level]]).split(_CHUNK_ROWS)]
         chosen, weights, left = (torch.cat(part) for part in zip(*parts))
         made = torch.cat([made, rest[level] - left])
         codes.append((chosen, weights))

@@ -1,7 +1,7 @@
 """Token tables, tied to the output: a dense one, and HTT, whose rows past the frequent ones cost a few numbers each."""
 
 import math
-from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from phase1.ops.anchored_rows import Users, anchored_rows, users_of
 from phase1.ops.htt import Cores, htt_table
 from phase1.vocabulary import TokenStatistics
 
-TAIL_START = 8  # the tail begins at this multiple of the dense rows
+TAIL_START = 8  # the tail begins at this multiple of the dense rows, a power of 2
 BAND_RANK = 2.5  # rank of the band between dense rows and tail, as a multiple of r
 VECTOR_DIM = 192  # of the vectors that decide anchors and where rows start
 
@@ -79,8 +79,8 @@ class HTTTable(nn.Module):
 
     E_i = centroid of i's group + Σ_j w_ij E_a_ij + (K ≤ i < 8K: row of a band of rank 5r/2; above: tensor train of r terms)
 
-    with r/2 anchors a_ij, rows that are used like i: dense ones for a row of the band, dense or of the band for one of the
-    tail. Every token also has an output bias.
+    with r/2 anchors a_ij, rows that are used like i. Levels begin at K, 2K, 4K and 8K (`levels`); anchors are of an earlier
+    level, so the table is made level by level. Every token also has an output bias.
 
     Args:
         vocab_size, d_model: V and D.
@@ -103,7 +103,8 @@ class HTTTable(nn.Module):
         band, tail = self.tail_start - dense_rows, vocab_size - self.tail_start
         self.register_buffer("positions_of", torch.arange(vocab_size))
         self.register_buffer("group_of", torch.arange(past) * groups // max(1, past))
-        anchors = [torch.randint(max(1, before), (n, k)) for before, n in ((dense_rows, band), (self.tail_start, tail))]
+        self.levels = levels(dense_rows, vocab_size)
+        anchors = [torch.randint(max(1, start), (end - start, k)) for start, end in pairwise(self.levels)]
         self.register_buffer("anchors", torch.cat(anchors))
         self.rows = nn.Parameter(torch.randn(dense_rows, d_model) / math.sqrt(d_model))
         self.centroids = nn.Parameter(torch.zeros(groups, d_model))
@@ -131,18 +132,11 @@ class HTTTable(nn.Module):
             self.centroids.copy_(torch.from_numpy(statistics.centroids) @ basis)
             self.weights.copy_(torch.from_numpy(statistics.weights))
 
-    def _levels(self) -> Iterator[tuple[str, LowRankBand | TensorTrainTail, slice]]:
-        """Name and part of band and tail, as far as there are any, and their rows as counted from K."""
-        band = self.tail_start - self.dense_rows
-        for name, part, level in (("band", self.band, slice(0, band)), ("tail", self.tail, slice(band, None))):
-            if part is not None:
-                yield name, part, level
-
     def _turn_anchors(self) -> None:
-        for name, _, level in self._levels():
-            users = users_of(self.anchors[level], self.dense_rows + level.start)
-            self.register_buffer(f"{name}_places", users.places, persistent=False)
-            self.register_buffer(f"{name}_starts", users.starts, persistent=False)
+        for level, (start, end) in enumerate(pairwise(self.levels)):
+            users = users_of(self.anchors[start - self.dense_rows : end - self.dense_rows], start)
+            self.register_buffer(f"places_{level}", users.places, persistent=False)
+            self.register_buffer(f"starts_{level}", users.starts, persistent=False)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -154,14 +148,22 @@ class HTTTable(nn.Module):
 
     def table(self, dtype: torch.dtype) -> Tensor:
         """All V rows in the order of their positions."""
-        rows, centroids = self.rows.to(dtype), self.centroids.to(dtype)
-        for name, part, level in self._levels():
-            new = F.embedding(self.group_of[level], centroids) + part.table(dtype)
-            if self.dense_rows:
-                users = Users(getattr(self, f"{name}_places"), getattr(self, f"{name}_starts"))
-                new = new + anchored_rows(rows, self.weights[level], self.anchors[level], users)
-            rows = torch.cat([rows, new])
+        rows, new = self.rows.to(dtype), F.embedding(self.group_of, self.centroids.to(dtype))
+        if own := [part.table(dtype) for part in (self.band, self.tail) if part is not None]:
+            new = new + torch.cat(own)
+        if not self.dense_rows:
+            return new
+        for level, (start, end) in enumerate(pairwise(self.levels)):
+            part = slice(start - self.dense_rows, end - self.dense_rows)
+            users = Users(getattr(self, f"places_{level}"), getattr(self, f"starts_{level}"))
+            rows = torch.cat([rows, new[part] + anchored_rows(rows, self.weights[part], self.anchors[part], users)])
         return rows
+
+
+def levels(dense_rows: int, vocab_size: int) -> list[int]:
+    """Where the levels of an HTT table begin: at K, 2K, 4K, ... and, the last, the tail, at 8K; and where that ends, at V."""
+    starts = [dense_rows * 2**j for j in range(TAIL_START.bit_length())] if dense_rows else [0]
+    return [*(start for start in starts if start < vocab_size), vocab_size]
 
 
 def anchor_count(rank: int, dense_rows: int) -> int:
