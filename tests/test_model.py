@@ -25,11 +25,11 @@ def model(role="phase1", dtype=torch.float64, **overrides):
 def statistics(V=TINY.vocab_size):
     rng = np.random.default_rng(1)
     frequency = np.sort(rng.random(V).astype(np.float32))[::-1]
-    K, G = TINY.htt_dense_rows, TINY.htt_groups
-    rows, centroids, weights = (rng.normal(size=size).astype(np.float32) for size in ((K, 12), (G, 12), (V - K, 1)))
+    K = TINY.htt_dense_rows
+    rows, weights = (rng.normal(size=size).astype(np.float32) for size in ((K, 12), (V - K, 1)))
     anchors = rng.integers(0, np.where(np.arange(K, V) < TAIL_START * K, K, TAIL_START * K)[:, None])
     log_frequency = np.log(frequency / frequency.sum())
-    return TokenStatistics(rng.permutation(V), log_frequency, rng.integers(0, G, V), rows, centroids, anchors, weights)
+    return TokenStatistics(rng.permutation(V), log_frequency, rows, anchors, weights)
 
 
 def batch(T=37, B=2, seed=0):
@@ -63,10 +63,9 @@ def test_attention_of_matrix_products_is_the_fused_one():
     [("baseline", "69bfcfd1a50e"), ("baseline_optimized", "425c3320abf4"), ("phase1", "377752c09b13")],
 )
 def test_the_ids_of_published_results_never_change(role, config_id):
-    assert model_config(role, Ranked()).config_id == config_id
-    assert (
-        model_config({"baseline": "baseline_again", "phase1": "engine_again"}.get(role, role), Ranked()).config_id == config_id
-    )
+    shape = Ranked(rank_penalty=1e-3)
+    assert model_config(role, shape).config_id == config_id
+    assert model_config({"baseline": "baseline_again", "phase1": "engine_again"}.get(role, role), shape).config_id == config_id
 
 
 def test_the_kind_of_attention_is_in_the_id_of_a_model_that_has_attention():
@@ -235,11 +234,10 @@ def rows_by_definition(table):
     rows = list(table.rows)
     for i in range(len(rows), len(table.positions_of)):
         past, is_tail = i - table.dense_rows, i >= table.tail_start
-        row = table.centroids[table.group_of[past]]
         if is_tail:
-            row = row + htt_lookup_reference(torch.tensor(i - table.tail_start), table.tail.cores)
+            row = htt_lookup_reference(torch.tensor(i - table.tail_start), table.tail.cores)
         else:
-            row = row + table.band.coefficients[past] @ table.band.basis
+            row = table.band.coefficients[past] @ table.band.basis
         for weight, anchor in zip(table.weights[past], table.anchors[past]):
             assert anchor < max(start for start in levels(table.dense_rows, 50) if start <= i)
             row = row + weight * rows[anchor]

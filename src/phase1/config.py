@@ -49,7 +49,7 @@ class Shape(Config):
     ar_ssm_window: int = option(64, "w, width of the sliding window of the local part T; 0 leaves only the diagonal")
     rank_penalty: float = option(1e-2, "weight of the L1 term on the rank gate in the training loss")
     htt_dense_rows: int = option(2048, "K, most frequent tokens, a dense row each; a low-rank band ends at 8K, then the tail")
-    htt_groups: int = option(512, "groups of similar tokens: they share a centroid, and a row of the tail's vocabulary grid")
+    htt_groups: int = option(512, "rows of the grid of the tail's tensor train, a group of similar tokens each")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,7 +81,7 @@ class Ranked(Shape):
     """A shape with one rank of each kind."""
 
     ar_ssm_max_rank: int = option(32, "R, columns of U and V per head: the rank that is stored and computed")
-    htt_rank: int = option(16, "r, terms of the tail's tensor train; r/2 anchors per row past the dense ones; a band of 5r/2")
+    htt_rank: int = option(16, "r, terms of the tail's tensor train and anchors of each row past the dense ones; a band of 2r")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -95,7 +95,6 @@ def make_state(model_config: ModelConfig, train_config: TrainConfig, seen: np.nd
             seen,
             vocab_size=model_config.vocab_size,
             levels=levels(model_config.htt_dense_rows, model_config.vocab_size)[:-1],
-            groups=model_config.htt_groups,
             dim=min(VECTOR_DIM, model_config.d_model),
             anchors=anchor_count(model_config.htt_rank, model_config.htt_dense_rows),
             seed=train_config.seed,

@@ -27,7 +27,6 @@ def token_statistics(
     *,
     vocab_size: int,
     levels: Sequence[int],
-    groups: int,
     dim: int,
     anchors: int,
     seed: int,
@@ -36,13 +35,12 @@ def token_statistics(
     """What `phase1.layers.embedding.HTTTable` needs to know, from the training text only.
 
     Positions: ids before the last of `levels` by frequency (ties: smaller id first), then the other ids that occur in
-    `tree_order` of their vectors, then those that never occur, by id. Groups: equal stretches of the tree order of all
-    ids past the first of `levels`. Rows, centroids, anchors and weights: `sparse_code` of the `dim` leading columns of
-    U √Σ (`neighbour_vectors`), scaled to rows of mean square 1, with `anchors` anchors.
+    `tree_order` of their vectors, then those that never occur, by id. Rows, anchors and weights: `sparse_code` of the `dim`
+    leading columns of U √Σ (`neighbour_vectors`), scaled to rows of mean square 1, with `anchors` anchors.
     Deterministic for a seed. Peak memory: 16 kB per id that occurs (0.8 GB for GPT-2's).
     Raises ValueError for an id of V or more.
     """
-    dense_rows, frequent = levels[0], levels[-1]
+    frequent = levels[-1]
     counts = token_counts(train_ids, vocab_size)
     by_frequency = frequency_order(counts)  # rank -> id
     used = int(np.count_nonzero(counts))
@@ -53,9 +51,6 @@ def token_statistics(
     meaning = (left * values)[:, :ORDER_DIM].cpu().numpy()
     if frequent < used:
         places[frequent:used] = frequent + tree_order(meaning[frequent:], seed)
-    group_of_rank = np.zeros(vocab_size, dtype=np.int64)
-    alike = np.concatenate([dense_rows + tree_order(meaning[dense_rows:], seed), np.arange(max(dense_rows, used), vocab_size)])
-    group_of_rank[alike] = np.arange(len(alike)) * groups // max(1, len(alike))
     start = np.random.default_rng(seed).standard_normal((vocab_size, dim), dtype=np.float32)
     known = (left * values.sqrt())[:, :dim].float().cpu().numpy()
     size = np.linalg.norm(known, axis=1, keepdims=True) / max(1, known.shape[1]) ** 0.5
@@ -63,38 +58,31 @@ def token_statistics(
     positions = np.empty(vocab_size, dtype=np.int64)
     positions[by_frequency[places]] = np.arange(vocab_size)
     log_frequency = np.log((counts[by_frequency[places]] + 1) / (counts.sum() + vocab_size)).astype(np.float32)
-    group, vectors = group_of_rank[places], torch.from_numpy(start[places]).to(device)
-    code = sparse_code(vectors, torch.from_numpy(group).to(device), levels, groups, anchors)
-    return TokenStatistics(positions, log_frequency, group, start[places][:dense_rows], *(part.cpu().numpy() for part in code))
+    vectors = start[places]
+    code = sparse_code(torch.from_numpy(vectors).to(device), levels, anchors)
+    return TokenStatistics(positions, log_frequency, vectors[: levels[0]], *(part.cpu().numpy() for part in code))
 
 
-def sparse_code(
-    vectors: Tensor, group: Tensor, levels: Sequence[int], groups: int, anchors: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Centroids (groups, m), anchors (n, k) and weights (n, k) that put vectors (V, m) past the first K near
+def sparse_code(vectors: Tensor, levels: Sequence[int], anchors: int) -> tuple[Tensor, Tensor]:
+    """Anchors (n, k) and weights (n, k) that put vectors (V, m) past the first K near
 
-        E_i = centroid of its group + Σ_j w_ij E_a_ij,   E_i = vectors[i] for i < K
+        E_i = Σ_j w_ij E_a_ij,   E_i = vectors[i] for i < K
 
     `levels` are the rows at which levels begin, K the first of them. The anchors of a row are among all rows before its
-    level, taken as this code makes them. The centroid is the mean over the group. The anchors are those of
-    orthogonal matching pursuit, one at a time: the row of largest |cosine| with what is left, then all weights again by
-    (slightly ridged) least squares.
+    level, taken as this code makes them: those of orthogonal matching pursuit, one at a time the row of largest |cosine|
+    with what is left, then all weights again by (slightly ridged) least squares.
 
     Source: Pati, Rezaiifar and Krishnaprasad 1993, "Orthogonal matching pursuit".
     """
-    dense_rows, V = levels[0], len(vectors)
-    made, rest, group = vectors[:dense_rows].double(), vectors[dense_rows:].double(), group[dense_rows:]
-    sizes = torch.bincount(group, minlength=groups).clamp(min=1)
-    centroids = rest.new_zeros(groups, rest.shape[1]).index_add_(0, group, rest) / sizes[:, None]
-    codes = []
-    for start, end in zip(levels, [*levels[1:], V]):
-        level, unit = slice(start - dense_rows, max(start, end) - dense_rows), F.normalize(made)
-        parts = [_pursuit(target, made, unit, anchors) for target in (rest[level] - centroids[group[level]]).split(_CHUNK_ROWS)]
+    made, codes = vectors[: levels[0]].double(), []
+    for start, end in zip(levels, [*levels[1:], len(vectors)]):
+        targets, unit = vectors[start:end].double(), F.normalize(made)
+        parts = [_pursuit(target, made, unit, anchors) for target in targets.split(_CHUNK_ROWS)]
         chosen, weights, left = (torch.cat(part) for part in zip(*parts))
-        made = torch.cat([made, rest[level] - left])
+        made = torch.cat([made, targets - left])
         codes.append((chosen, weights))
     chosen, weights = (torch.cat(part) for part in zip(*codes))
-    return centroids.float(), chosen, weights.float()
+    return chosen, weights.float()
 
 
 def _pursuit(target: Tensor, rows: Tensor, unit: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,7 +5,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phase1.ops.anchored_rows import Users, anchored_rows, users_of
@@ -13,7 +12,7 @@ from phase1.ops.htt import Cores, htt_table
 from phase1.vocabulary import TokenStatistics
 
 TAIL_START = 8  # the tail begins at this multiple of the dense rows, a power of 2
-BAND_RANK = 2.5  # rank of the band between dense rows and tail, as a multiple of r
+BAND_RANK = 2  # rank of the band between dense rows and tail, as a multiple of r
 VECTOR_DIM = 192  # of the vectors that decide anchors and where rows start
 
 
@@ -64,7 +63,7 @@ class TensorTrainTail(nn.Module):
         self.core_b = nn.Parameter(torch.randn(v2, rank, d_model // d1) * start)
         self.phase_a = nn.Parameter(torch.rand(v1, rank) * 2 * math.pi)
         self.phase_b = nn.Parameter(torch.rand(v2, rank) * 2 * math.pi)
-        self.bias_b = nn.Parameter(torch.zeros(v2, d_model))  # b1 is the group's centroid, which the whole table shares
+        self.bias_b = nn.Parameter(torch.zeros(v2, d_model))
 
     @property
     def cores(self) -> Cores:
@@ -75,23 +74,22 @@ class TensorTrainTail(nn.Module):
 
 
 class HTTTable(nn.Module):
-    """K dense rows for frequent tokens; each other row is a sum of shared parts and of a few numbers of its own.
+    """K dense rows for frequent tokens; each other row is a weighted sum of rows before it, and a small row of its own.
 
-    E_i = centroid of i's group + Σ_j w_ij E_a_ij + (K ≤ i < 8K: row of a band of rank 5r/2; above: tensor train of r terms)
+    E_i = Σ_j w_ij E_a_ij + (K ≤ i < 8K: row of a band of rank 2r; above: tensor train of r terms)
 
-    with r/2 anchors a_ij, rows that are used like i. Levels begin at K, 2K, 4K and 8K (`levels`); anchors are of an earlier
+    with r anchors a_ij, rows that are used like i. Levels begin at K, 2K, 4K and 8K (`levels`); anchors are of an earlier
     level, so the table is made level by level. Every token also has an output bias.
 
     Args:
         vocab_size, d_model: V and D.
         rank: r.
         dense_rows: K.
-        groups: centroids, and v1 of the tail's grid.
-        statistics: of the training text: order, frequencies, groups, anchors, where rows start; None: ids in order, all random.
+        groups: v1 of the tail's grid.
+        statistics: of the training text: order, frequencies, anchors, where rows start; None: ids in order, all random.
     """
 
     positions_of: Tensor
-    group_of: Tensor
     anchors: Tensor
 
     def __init__(
@@ -102,15 +100,13 @@ class HTTTable(nn.Module):
         self.dense_rows, self.tail_start = dense_rows, min(TAIL_START * dense_rows, vocab_size)
         band, tail = self.tail_start - dense_rows, vocab_size - self.tail_start
         self.register_buffer("positions_of", torch.arange(vocab_size))
-        self.register_buffer("group_of", torch.arange(past) * groups // max(1, past))
         self.levels = levels(dense_rows, vocab_size)
         anchors = [torch.randint(max(1, start), (end - start, k)) for start, end in pairwise(self.levels)]
         self.register_buffer("anchors", torch.cat(anchors))
         self.rows = nn.Parameter(torch.randn(dense_rows, d_model) / math.sqrt(d_model))
-        self.centroids = nn.Parameter(torch.zeros(groups, d_model))
         self.weights = nn.Parameter(torch.randn(past, k) / math.sqrt(max(1, k)))
         self.output_bias = nn.Parameter(torch.zeros(vocab_size))
-        self.band = LowRankBand(band, d_model, min(int(BAND_RANK * rank), d_model)) if band else None
+        self.band = LowRankBand(band, d_model, min(BAND_RANK * rank, d_model)) if band else None
         std = (0.1 if k else 1.0) / math.sqrt(d_model)  # next to anchors the tensor train is a correction
         self.tail = TensorTrainTail(tail, d_model, rank, groups, std) if tail else None
         if statistics is not None:
@@ -122,14 +118,12 @@ class HTTTable(nn.Module):
         if not torch.equal(positions.sort().values, self.positions_of):
             raise ValueError(f"positions must hold 0 to {len(self.positions_of) - 1} once each; they do not")
         self.positions_of.copy_(positions)
-        self.group_of.copy_(torch.from_numpy(statistics.groups)[self.dense_rows :])
         self.anchors.copy_(torch.from_numpy(statistics.anchors))
         dim, d_model = statistics.rows.shape[1], self.rows.shape[1]
         basis = torch.randn(dim, d_model) / math.sqrt(dim * d_model)  # rows of mean square 1 get std 1/sqrt(D)
         with torch.no_grad():
             self.output_bias.copy_(torch.from_numpy(statistics.log_frequency))
             self.rows.copy_(torch.from_numpy(statistics.rows) @ basis)
-            self.centroids.copy_(torch.from_numpy(statistics.centroids) @ basis)
             self.weights.copy_(torch.from_numpy(statistics.weights))
 
     def _turn_anchors(self) -> None:
@@ -148,15 +142,14 @@ class HTTTable(nn.Module):
 
     def table(self, dtype: torch.dtype) -> Tensor:
         """All V rows in the order of their positions."""
-        rows, new = self.rows.to(dtype), F.embedding(self.group_of, self.centroids.to(dtype))
-        if own := [part.table(dtype) for part in (self.band, self.tail) if part is not None]:
-            new = new + torch.cat(own)
+        rows = self.rows.to(dtype)
+        own = torch.cat([part.table(dtype) for part in (self.band, self.tail) if part is not None])
         if not self.dense_rows:
-            return new
+            return own
         for level, (start, end) in enumerate(pairwise(self.levels)):
             part = slice(start - self.dense_rows, end - self.dense_rows)
             users = Users(getattr(self, f"places_{level}"), getattr(self, f"starts_{level}"))
-            rows = torch.cat([rows, new[part] + anchored_rows(rows, self.weights[part], self.anchors[part], users)])
+            rows = torch.cat([rows, own[part] + anchored_rows(rows, self.weights[part], self.anchors[part], users)])
         return rows
 
 
@@ -168,4 +161,4 @@ def levels(dense_rows: int, vocab_size: int) -> list[int]:
 
 def anchor_count(rank: int, dense_rows: int) -> int:
     """Rows that each row past the dense ones is a sum of, of an HTT table of rank r."""
-    return min(max(1, rank // 2), dense_rows)
+    return min(rank, dense_rows)
