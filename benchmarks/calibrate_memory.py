@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from dataclasses import astuple
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ COLUMNS = (
     Column("Error", "%"),
     Column("Error of reserved", "%"),
     Column("Unattributed", "%"),
+    Column("Peak in"),
 )
 
 
@@ -51,7 +51,11 @@ def table_of(result: Calibration, hardware: str) -> Table:
     median, worst = ("n/a" if number is None else f"{number:.2f} %" for number in numbers)
     limits = f"limits {MEDIAN_LIMIT:g} and {WORST_LIMIT:g} %"
     verdict = f"{result.verdict.upper()}: median error of the allocated peak {median}, worst {worst}; {limits}"
-    rows = tuple(astuple(row) for row in result.rows)
+    rows = tuple(
+        (row.name, row.detail, row.measured_bytes, row.estimated_bytes)
+        + (row.error_percent, row.reserved_error_percent, row.unattributed_percent, row.peak_phase)
+        for row in result.rows
+    )
     caption = f"Estimated against measured peak memory: {hardware}"
     return Table("memory_calibration", caption, hardware, COLUMNS, rows, (verdict,))
 

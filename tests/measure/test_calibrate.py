@@ -13,6 +13,7 @@ from phase1.measure.calibrate import CalibrationRow, calibrate, calibration_case
 from phase1.measure.isolate import Outcome
 from phase1.measure.memory import MemoryCase, estimate_memory
 
+SMALL = MemoryCase(model_config("phase1", Ranked(vocab_size=3000, d_model=32, n_layers=1, n_heads=2, htt_dense_rows=64)), 1, 16)
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "calibrate_memory.py"
 
 
@@ -25,7 +26,10 @@ def script():
 
 
 def row(error, name="case"):
-    return CalibrationRow(name, measured_bytes=100, estimated_bytes=100, error_percent=error, reserved_error_percent=9.0)
+    return CalibrationRow(
+        name, measured_bytes=100, estimated_bytes=100, error_percent=error, reserved_error_percent=9.0,
+        measured_phase_bytes={"forward": 90, "backward": 100}, estimated_phase_bytes={"forward": 100, "backward": 80},
+    )  # fmt: skip
 
 
 def test_there_are_at_least_24_cases_of_every_kind_no_two_alike():
@@ -54,9 +58,8 @@ def test_the_verdict_is_on_the_median_and_the_worst_error_of_enough_cases(errors
 
 
 def test_a_row_compares_the_estimate_for_this_card_with_what_a_process_of_its_own_measured(monkeypatch):
-    small = MemoryCase(model_config("phase1", Ranked(vocab_size=3000, d_model=32, n_layers=1, n_heads=2, htt_dense_rows=64)), 1, 16)
     monkeypatch.setattr(module, "card_capability", lambda: (9, 0))
-    estimated = estimate_memory(small, (9, 0))
+    estimated = estimate_memory(SMALL, (9, 0))
     measured = replace(estimated, phase_bytes={"forward": 10**8}, peak_reserved_bytes=2 * estimated.peak_reserved_bytes)
 
     def isolated(function, case):
@@ -64,12 +67,38 @@ def test_a_row_compares_the_estimate_for_this_card_with_what_a_process_of_its_ow
         return Outcome("ok", measured) if case.batch_size == 1 else Outcome("oom", message="out of memory")
 
     monkeypatch.setattr(module, "run_isolated", isolated)
-    good, bad = calibrate({"good": small, "bad": replace(small, batch_size=2)}, workers=2)
+    good, bad = calibrate({"good": SMALL, "bad": replace(SMALL, batch_size=2)}, workers=2)
     assert (good.measured_bytes, good.estimated_bytes) == (10**8, estimated.peak_allocated_bytes)
     assert good.error_percent == pytest.approx(100 * (estimated.peak_allocated_bytes / 1e8 - 1))
     assert good.reserved_error_percent == pytest.approx(-50)
     assert good.unattributed_percent == pytest.approx(100 * (10**8 - estimated.peak_allocated_bytes) / 1e8)
     assert (bad.error_percent, bad.detail) == (None, "oom: out of memory")
+
+
+def test_a_row_holds_what_explains_its_error_in_both_its_sides(monkeypatch):
+    monkeypatch.setattr(module, "card_capability", lambda: (9, 0))
+    estimated = estimate_memory(SMALL, (9, 0))
+    measured = replace(
+        estimated, phase_bytes={"forward": 10**8, "backward": 1, "optimizer": 2}, breakdown={"parameters": 10**8}
+    )
+    monkeypatch.setattr(module, "run_isolated", lambda function, case: Outcome("ok", measured))
+    (found,) = calibrate({"good": SMALL}, workers=1)
+    assert (found.measured_phase_bytes, found.estimated_phase_bytes) == (measured.phase_bytes, estimated.phase_bytes)
+    assert (found.measured_breakdown, found.estimated_breakdown) == (measured.breakdown, estimated.breakdown)
+    assert found.measured_bytes == max(found.measured_phase_bytes.values())
+    assert sum(found.estimated_breakdown.values()) == found.estimated_bytes
+
+
+@pytest.mark.parametrize(
+    "measured, estimated, text",
+    [
+        ({"forward": 1, "backward": 2}, {"forward": 1, "backward": 3}, "backward"),
+        ({"forward": 1, "backward": 2}, {"forward": 4, "backward": 3}, "backward, estimated forward"),
+        ({}, {}, None),
+    ],
+)
+def test_a_row_names_the_phase_of_the_peak_and_that_of_the_estimate_where_it_differs(measured, estimated, text):
+    assert CalibrationRow("case", measured_phase_bytes=measured, estimated_phase_bytes=estimated).peak_phase == text
 
 
 def test_without_a_gpu_the_script_says_so_in_one_line(script, monkeypatch, capsys, tmp_path):
@@ -87,8 +116,14 @@ def test_the_script_writes_the_table_and_exits_by_the_verdict(script, monkeypatc
     record = json.loads((tmp_path / "memory_calibration.json").read_text())
     assert record["verdict"] == ("fail" if code else "pass") and record["worst_percent"] == error
     assert len(record["rows"]) == len(calibration_cases()) and record["environment"]["gpu"] == "a card"
+    assert record["rows"][0]["measured_phase_bytes"] == {"forward": 90, "backward": 100}
     text = (tmp_path / "memory_calibration.md").read_text()
-    assert "phase1 D512 L8 B4 T2048" in text and f"worst {error:.2f} %" in text and "a card" in capsys.readouterr().out
+    assert (
+        "phase1 D512 L8 B4 T2048" in text
+        and f"worst {error:.2f} %" in text
+        and "backward, estimated forward" in text
+        and "a card" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from phase1.measure import imitate
@@ -83,3 +84,47 @@ def test_a_softmax_to_float32_reads_half_precision_without_a_copy(function, dtyp
         assert len([event for event in tracker.trace.events if event >= 0]) == 1
         y.sum().backward()
         assert x.grad.dtype == dtype
+
+
+B, H, T, S, R, P = 4, 2, 64, 96, 32, 48
+
+
+def masked_attention():
+    """Its output, the operands and the bytes that the call left alive, in half precision."""
+    with MemoryTracker(1, "cpu") as tracker:
+        q, k, v = (torch.ones(B, n, H, d, dtype=torch.float16, requires_grad=True) for n, d in ((T, R), (S, R), (S, P)))
+        mask = torch.ones(B, 1, T, S, dtype=torch.bool)
+        before = live_bytes(tracker)
+        y = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask)
+        return y, (q, k, v), live_bytes(tracker) - before
+
+
+def test_masked_attention_saves_its_output_the_mask_as_a_bias_and_one_number_per_query():
+    with imitated_cuda():
+        y, operands, kept = masked_attention()
+        assert (y.shape, y.dtype, y.transpose(1, 2).is_contiguous()) == ((B, H, T, P), torch.float16, True)
+        assert kept == 2 * B * T * H * P + 2 * B * T * S + 4 * B * H * T
+        y.sum().backward()
+        assert [x.grad.shape for x in operands] == [x.shape for x in operands]
+
+
+def test_masked_attention_sums_the_gradient_of_its_queries_in_float32():
+    with imitated_cuda():
+        y, operands, _ = masked_attention()
+        with MemoryTracker(1, "cpu") as tracker:
+            tracker.mark("start")
+            torch.autograd.grad(y, operands, torch.ones_like(y))
+        sizes = [tracker.trace.blocks[event].size for event in tracker.trace.events if event >= 0]
+        assert sizes.count(4 * B * H * T * R) == 1
+
+
+def test_where_only_products_are_allowed_masked_attention_holds_all_scores():
+    with imitated_cuda(), sdpa_kernel([SDPBackend.MATH]):
+        _, _, kept = masked_attention()
+    assert kept >= 2 * B * H * T * (P + S)
+
+
+def test_autocast_casts_the_operands_of_masked_attention():
+    with imitated_cuda(), torch.autocast("cpu", torch.float16):
+        q, mask = torch.ones(B, H, T, R), torch.ones(B, 1, T, T, dtype=torch.bool)
+        assert F.scaled_dot_product_attention(q, q, q, mask).dtype == torch.float16

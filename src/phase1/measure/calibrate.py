@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from phase1.config import Ranked, model_config
@@ -46,7 +46,10 @@ _CASES: tuple[tuple[str, str, dict[str, Any], tuple[tuple[int, int], ...]], ...]
 
 @dataclass(frozen=True)
 class CalibrationRow:
-    """One configuration. Errors are 100 (estimated / measured - 1), None where the GPU gave no peak (`detail` says why)."""
+    """One configuration. Errors are 100 (estimated / measured - 1), None where the GPU gave no peak (`detail` says why).
+
+    The peaks of the phases (forward, backward, optimizer) and the parts at the highest, in bytes, tell where an error is.
+    """
 
     name: str
     detail: str = ""
@@ -55,6 +58,16 @@ class CalibrationRow:
     error_percent: float | None = None
     reserved_error_percent: float | None = None
     unattributed_percent: float | None = None  # of the measured peak, in no part of its breakdown
+    measured_phase_bytes: dict[str, int] = field(default_factory=dict)
+    estimated_phase_bytes: dict[str, int] = field(default_factory=dict)
+    measured_breakdown: dict[str, int] = field(default_factory=dict)
+    estimated_breakdown: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def peak_phase(self) -> str | None:
+        """The phase of the measured peak, and after it that of the estimated one where it is another."""
+        both = (self.measured_phase_bytes, self.estimated_phase_bytes)
+        return ", estimated ".join(dict.fromkeys(max(peaks, key=peaks.__getitem__) for peaks in both if peaks)) or None
 
 
 @dataclass(frozen=True)
@@ -105,6 +118,10 @@ def calibrate(cases: dict[str, MemoryCase], workers: int) -> Iterator[Calibratio
                 error_percent=100 * (estimated.peak_allocated_bytes / peak - 1),
                 reserved_error_percent=100 * (estimated.peak_reserved_bytes / measured.peak_reserved_bytes - 1),
                 unattributed_percent=None if measured.unattributed_bytes is None else 100 * measured.unattributed_bytes / peak,
+                measured_phase_bytes=measured.phase_bytes,
+                estimated_phase_bytes=estimated.phase_bytes,
+                measured_breakdown=measured.breakdown,
+                estimated_breakdown=estimated.breakdown,
             )
 
 

@@ -29,7 +29,7 @@ def estimate_memory(case: MemoryCase, capability: tuple[int, int] = CAPABILITY) 
     the allocator is assumed, not known.
 
     Args:
-        capability: compute capability of the card, which decides the size of the workspaces.
+        capability: compute capability of the card, which decides the size of the workspaces and of shared sums.
     """
     surroundings = ModelledCuda(capability)
     with imitated_cuda(), MemoryTracker(case.model.vocab_size, "cpu", surroundings) as tracker:
@@ -45,7 +45,8 @@ def estimate_memory(case: MemoryCase, capability: tuple[int, int] = CAPABILITY) 
     timeline, reserved = simulated_timeline(tracker.trace, moved, WARMUP_STEPS)
     assumptions = (
         f"compute capability {capability[0]}.{capability[1]} ({workspace_bytes(capability) / 2**20:g} MiB of cuBLAS workspace "
-        f"per thread), {CONTEXT_BYTES / 1e9:g} GB outside the allocator, PyTorch {torch.__version__.split('+')[0]}"
+        f"per thread), {surroundings.card.multiprocessors} multiprocessors, {CONTEXT_BYTES / 1e9:g} GB outside the allocator, "
+        f"PyTorch {torch.__version__.split('+')[0]}"
     )
     return MemoryPeaks(
         measured="estimated",

@@ -52,7 +52,7 @@ class _Contents(QuickFakeMode):
 
 
 class _CudaAutocast(TorchFunctionMode):
-    """The float32 casts of CUDA's autocast, and its fused RMSNorm."""
+    """The float32 casts of CUDA's autocast, and its fused RMSNorm and masked attention."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -68,6 +68,8 @@ class _CudaAutocast(TorchFunctionMode):
                 kwargs = {"dtype": torch.float32} | kwargs
         if name == "rms_norm":
             return _fused_rms_norm(*args, **kwargs)
+        if name == "scaled_dot_product_attention" and _takes_fused_kernel(*args, **kwargs):
+            return _masked_attention(*args, **kwargs)
         if name in ("softmax", "log_softmax") and args[0].dtype in _HALF and kwargs.get("dtype") == torch.float32:
             y: Tensor = _SoftmaxToFloat.apply(args[0])
             return y
@@ -100,6 +102,43 @@ class _FusedRMSNorm(torch.autograd.Function):
         x, weight, _ = ctx.saved_tensors
         d_x = torch.empty_like(x, memory_format=torch.contiguous_format)
         return d_x, None if weight is None else torch.empty_like(weight), None
+
+
+def _takes_fused_kernel(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any) -> bool:
+    """Whether CUDA would have a fused kernel where the CPU has none: with a mask, unless only products are allowed."""
+    cuda = torch.backends.cuda
+    return attn_mask is not None and (cuda.cudnn_sdp_enabled() or cuda.mem_efficient_sdp_enabled())
+
+
+def _masked_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, *_: Any, **__: Any) -> Tensor:
+    if torch.is_autocast_enabled("cpu"):
+        q, k, v = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (q, k, v))
+    # convert_boolean_attn_mask in ATen/native/transformers/attention.cpp; heads share it, so it is not expanded over them
+    bias = torch.empty_like(attn_mask, dtype=q.dtype) if attn_mask.dtype == torch.bool else attn_mask
+    y: Tensor = _FusedAttention.apply(q, k, v, bias)
+    return y
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Shapes and saved tensors of aten._scaled_dot_product_cudnn_attention: its operands and one number per query.
+
+    The memory-efficient kernel, which cards below 9.0 take, saves the same, its numbers per query in multiples of 32.
+    Source: run_cudnn_SDP_fprop and run_cudnn_SDP_bprop in ATen/native/cudnn/MHA.cpp.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        B, H, T, _ = q.shape
+        y = q.new_empty(B, T, H, v.shape[-1]).transpose(1, 2)  # in the order of q, which is (B, T, H, ·) in this model
+        ctx.save_for_backward(q, k, v, bias, y, q.new_empty(B, H, T, 1, dtype=torch.float32))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, *_ = ctx.saved_tensors
+        gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        torch.empty_like(q, dtype=torch.float32)  # dQ is summed in it
+        return *gradients, None
 
 
 class _SoftmaxToFloat(torch.autograd.Function):
