@@ -20,7 +20,7 @@ _CUDA_FLOAT32 = frozenset(
 )  # fmt: skip
 # Functions that it runs with dtype=float32 instead: they read half precision and cast inside (AT_FORALL_FP32_SET_OPT_DTYPE).
 _CUDA_FLOAT32_DTYPE = frozenset(["prod", "softmax", "log_softmax", "cumprod", "cumsum", "sum"])
-_CHANGED = _CUDA_FLOAT32 | _CUDA_FLOAT32_DTYPE | {"rms_norm", "backward"}
+_CHANGED = _CUDA_FLOAT32 | _CUDA_FLOAT32_DTYPE | {"rms_norm", "scaled_dot_product_attention", "backward"}
 _RMS_NORM_IN_FLOAT32 = tuple(int(number) for number in torch.__version__.split(".")[:2]) >= (2, 12)  # left alone before
 _HALF = (torch.float16, torch.bfloat16)
 
