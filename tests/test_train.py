@@ -113,8 +113,8 @@ def test_every_training_setting_changes_the_result(change):
 
 def test_the_schedule_warms_up_and_ends_at_a_tenth():
     rates = [learning_rate(replace(CONFIG, warmup_steps=100), step, 1000) for step in range(1000)]
-    assert rates[0] == pytest.approx(1.5e-5, rel=1e-3) and max(rates) > 0.95 * 1.5e-3
-    assert rates[-1] == pytest.approx(1.5e-4, rel=1e-3) and rates[100:] == sorted(rates[100:], reverse=True)
+    assert rates[0] == pytest.approx(3e-5, rel=1e-3) and max(rates) > 0.95 * 3e-3
+    assert rates[-1] == pytest.approx(3e-4, rel=1e-3) and rates[100:] == sorted(rates[100:], reverse=True)
 
 
 def test_a_diverged_run_ends_with_one_line():

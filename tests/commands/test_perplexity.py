@@ -45,6 +45,7 @@ def run(folder, tmp_path):
         checkpoint_dir=str(tmp_path / "checkpoints"), vocab_size=300, d_model=16, n_layers=1, n_heads=2, ar_ssm_min_rank=2,
         ar_ssm_window=4, htt_dense_rows=20, htt_groups=10, test_htt_ranks=(2, 3), test_ar_ssm_ranks=(4,), seq_length=32,
         train_tokens=16 * 32 * 40, train_batch_size=16, micro_batch_size=16, learning_rate=1e-2,
+        baseline_learning_rate=1e-2,
     )  # fmt: skip
 
 
@@ -233,6 +234,7 @@ def trained(folder, tmp_path_factory):
         checkpoint_dir=str(path / "checkpoints"), vocab_size=300, d_model=16, n_layers=1, n_heads=2, ar_ssm_min_rank=2,
         ar_ssm_window=4, htt_dense_rows=20, htt_groups=10, test_htt_ranks=(2,), test_ar_ssm_ranks=(4,), seq_length=16,
         train_tokens=16 * 16 * 40, train_batch_size=16, micro_batch_size=16, learning_rate=1e-2,
+        baseline_learning_rate=1e-2,
     )  # fmt: skip
     perplexity.main(run)
     folders = {name: next(Path(run.checkpoint_dir).glob(f"{name}-*")) for name in ("baseline", "phase1_htt2_ar4")}
