@@ -54,11 +54,11 @@ def fake(patch, log: Path, begin=lambda case: None) -> None:
         seconds = seq_length * (1 + len(contender.config.mixer)) / 7
         contender.steps += [] if warmup else [StepTime(seconds, 2 * seconds, seconds / 3 + len(contender.steps))]
 
-    def perplexity_case(run, model, corpus, protocol):
+    def perplexity_case(run, model, texts):
         started(model.key)
         role = "baseline" if model.key == "baseline" else "phase1"
         losses = {"window_nll_nats": [1.1 * len(model.key), 2.3, 1 / 3], "window_tokens": [3, 3, 1]}
-        return perplexity_result(role, 30.0 + len(model.key)).model_copy(update=losses)
+        return [perplexity_result(role, 30.0 + len(model.key)).model_copy(update=losses)]
 
     corpus = SimpleNamespace(
         name="fake", source="fake", revision=None, tokenizer=SimpleNamespace(fingerprint="f" * 64, end_of_text=0),

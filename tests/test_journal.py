@@ -207,10 +207,10 @@ def test_the_training_data_is_part_of_what_must_be_equal(tmp_path, monkeypatch, 
     out = tmp_path / "out"
     fine = perplexity.measure
 
-    def breaks(run, model, corpus, protocol):
+    def breaks(run, model, texts):
         if model.key == "phase1_htt3_ar4":
             raise KeyboardInterrupt
-        return fine(run, model, corpus, protocol)
+        return fine(run, model, texts)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(perplexity, "measure", breaks)

@@ -299,6 +299,9 @@ class PerplexityRun(Shape, DataConfig, TrainConfig, Output):
     checkpoint: tuple[str, ...] = option(
         (), "NAME=PATH of trained models: these are evaluated, and none is trained; NAME as in a report, phase1_htt16_ar32 say"
     )
+    also_evaluate: tuple[str, ...] = option(
+        (), "further data sets whose validation texts every model is scored on; reports in folders of their names in --out-dir"
+    )
     checkpoint_dir: str = option("results/checkpoints", "trained models, by hash of config and data; reused by later runs")
 
     def __post_init__(self) -> None:

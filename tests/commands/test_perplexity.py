@@ -247,6 +247,44 @@ def evaluated(run, tmp_path):
     return status, read_report(tmp_path / FILE, "perplexity")
 
 
+@pytest.fixture
+def other(folder, tmp_path):
+    """A text with the tokenizer of `folder`, and half its validation text."""
+    path = tmp_path / "other.text"
+    shutil.copytree(folder, path)
+    lines = (path / "valid.txt").read_text().splitlines(keepends=True)
+    (path / "valid.txt").write_text("".join(lines[:30]))
+    return path
+
+
+def test_a_further_text_has_a_report_of_its_own_like_a_run_on_it_alone(trained, other, tmp_path, capsys):
+    status, first = evaluated(replace(trained, also_evaluate=(str(other),)), tmp_path / "both")
+    assert capsys.readouterr().out.count("written:") == 6  # a report and two plots each
+    _, alone = evaluated(trained, tmp_path / "first")
+    other_status, other_alone = evaluated(replace(trained, dataset_name=str(other)), tmp_path / "second")
+    beside = read_report(tmp_path / "both" / "other_text" / FILE, "perplexity")
+    assert first.results == alone.results and beside.results == other_alone.results
+    assert beside.results["baseline"].token_count < first.results["baseline"].token_count
+    assert status == max(other_status, status) and beside.checks == other_alone.checks
+
+
+def test_further_texts_of_other_tokens_or_of_one_name_are_refused_before_training(run, other, tmp_path, monkeypatch):
+    monkeypatch.setattr(perplexity, "measure", lambda *args: pytest.fail("measured"))
+    (tmp_path / "b").mkdir()
+    shutil.copytree(other, tmp_path / "b" / other.name)
+    with pytest.raises(ValueError, match="different names; got other_text other_text"):
+        perplexity.main(replace(run, also_evaluate=(str(other), str(tmp_path / "b" / other.name))))
+    (other / "train.txt").write_text("another language entirely . " * 200)
+    with pytest.raises(ValueError, match="has another tokenizer"):
+        perplexity.main(replace(run, also_evaluate=(str(other),)))
+
+
+def test_a_further_text_cannot_leave_the_output_folder(run):
+    assert perplexity.folders_of(run, ["a", "../../b", "owner/name", ".."])[1:] == [
+        Path(run.out_dir) / name for name in ("______b", "owner_name", "__")
+    ]
+
+
 def test_losses_by_context_and_frequency_add_up_to_the_loss_of_every_model(trained, tmp_path, capsys):
     _, report = evaluated(trained, tmp_path)
     for result in report.results.values():

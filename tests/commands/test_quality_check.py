@@ -76,7 +76,7 @@ def test_an_error_other_than_too_little_memory_ends_the_run(monkeypatch, error):
     model = perplexity.candidates(run)[0]
     monkeypatch.setattr(perplexity, "train_candidate", fails)
     with pytest.raises(type(error)):
-        perplexity.measure(run, model, None, None)
+        perplexity.measure(run, model, [perplexity.Text(None, None)])
 
 
 def test_the_baseline_has_its_own_learning_rate_where_one_is_given(monkeypatch, tmp_path):

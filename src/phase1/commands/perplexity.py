@@ -1,10 +1,12 @@
 """`phase1 perplexity`: train what is not trained yet, evaluate all on the same targets, compare."""
 
 import math
+import re
+from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +32,38 @@ def main(run: PerplexityRun) -> int:
     models = candidates(run)
     need = ("valid",) if all(m.checkpoint for m in models) else ("train", "valid")
     corpus = load_corpus(run, vocab_size=run.vocab_size, need=need, train_tokens=run.train_tokens)
+    texts = [text_of(run, text) for text in (corpus, *further_texts(run, corpus))]
+    folders = folders_of(run, [text.corpus.name for text in texts])
+    path = Path(run.out_dir) / FILES["perplexity"]
+    journal = open_journal(path, settings(run), machine=machine(), resume=run.resume, data=data_identity(models, texts))
+    kept = {model.key: journal.case(model.key, list[PerplexityResult], partial(measure, run, model, texts)) for model in models}
+    codes = []
+    for i, (text, folder) in enumerate(zip(texts, folders, strict=True)):
+        codes.append(report_on(run, text, {key: results[i] for key, results in kept.items()}, folder))
+    journal.close()  # last: until here --resume finds every case
+    return next((code for code in (1, 3) if code in codes), 0)
+
+
+class Text(NamedTuple):
+    """What models are scored on, and how."""
+
+    corpus: Corpus
+    protocol: Protocol
+
+
+def further_texts(run: PerplexityRun, first: Corpus) -> Iterator[Corpus]:
+    """Those of --also-evaluate. Raises ValueError, before anything is trained, where one has other tokens than the first."""
+    for name in run.also_evaluate:
+        corpus = load_corpus(replace(run, dataset_name=name), vocab_size=run.vocab_size, need=("valid",))
+        if corpus.tokenizer.fingerprint != first.tokenizer.fingerprint:
+            raise ValueError(
+                f"--also-evaluate {name} has another tokenizer than {first.name}; give --tokenizer gpt2 or a folder with one"
+            )
+        yield corpus
+
+
+def text_of(run: PerplexityRun, corpus: Corpus) -> Text:
+    """The validation split of `corpus`, with the protocol that `run` asks for."""
     scored = corpus.splits["valid"]
     protocol = Protocol(
         dataset_sha256=scored.sha256,
@@ -40,21 +74,34 @@ def main(run: PerplexityRun) -> int:
         prefix=corpus.tokenizer.end_of_text,
         max_windows=run.max_samples,
     )
-    path = Path(run.out_dir) / FILES["perplexity"]
-    journal = open_journal(path, settings(run), machine=machine(), resume=run.resume, data=data_identity(models, corpus))
-    results = {
-        model.key: journal.case(model.key, PerplexityResult, partial(measure, run, model, corpus, protocol)) for model in models
-    }
+    return Text(corpus, protocol)
+
+
+def folders_of(run: PerplexityRun, names: list[str]) -> list[Path]:
+    """Where the report on each text goes: --out-dir, and for every further text a folder in it with the text's name.
+
+    Raises ValueError where two texts have one name: the second report would replace the first.
+    """
+    plain = [re.sub(r"[^\w-]", "_", name) for name in names[1:]]
+    if len(set(plain)) < len(plain):
+        raise ValueError(f"--also-evaluate needs texts of different names; got {' '.join(plain)}; rename a folder")
+    return [Path(run.out_dir), *(Path(run.out_dir) / name for name in plain)]
+
+
+def report_on(run: PerplexityRun, text: Text, results: dict[str, PerplexityResult], folder: Path) -> int:
+    """Compare the models on one text, write the report and its plots into `folder`, print it; the exit status of its checks."""
     results = compared(results, run.seq_length)
     checks = quality_checks(results, run.seq_length)
+    source = {"dataset_source": without_private(text.corpus.source), "dataset_revision": text.corpus.revision}
     report = Report[PerplexityResult](
         kind="perplexity",
         environment=environment(),
         command=current_command(),
-        run=conditions(run) | {"dataset_source": without_private(corpus.source), "dataset_revision": corpus.revision},
+        run=conditions(run) | source,
         results=results,
         checks=checks,
     )
+    path = folder / FILES["perplexity"]
     write_report(report, path)
     written = [path]
     if any(result.status == "ok" for result in results.values()):
@@ -62,7 +109,6 @@ def main(run: PerplexityRun) -> int:
     if len(results) > 1:
         written.append(plot_perplexity(report, path.with_name("phase1_perplexity_comparison.png")))
     print(perplexity_text(report), checks_text(checks), *(f"written: {p}" for p in written), sep="\n")
-    journal.close()  # last: until here --resume finds every case
     return exit_code(checks)
 
 
@@ -72,21 +118,23 @@ def conditions(run: PerplexityRun) -> dict[str, Any]:
     return {name: value for name, value in settings(run).items() if name not in elsewhere}
 
 
-def data_identity(models: list[Candidate], corpus: Corpus) -> dict[str, str]:
+def data_identity(models: list[Candidate], texts: list[Text]) -> dict[str, str]:
     """What the cases of a run depend on besides its settings: tokens, tokenizer and given checkpoints, by their hashes."""
-    identity = {name: split.sha256 for name, split in corpus.splits.items()} | {"tokenizer": corpus.tokenizer.fingerprint}
+    first = texts[0].corpus
+    identity = {name: split.sha256 for name, split in first.splits.items()} | {"tokenizer": first.tokenizer.fingerprint}
+    identity |= {f"also_evaluate {text.corpus.name}": text.corpus.splits["valid"].sha256 for text in texts[1:]}
     return identity | {model.key: content_id(read_index(model.checkpoint)) for model in models if model.checkpoint}
 
 
-def measure(run: PerplexityRun, model: Candidate, corpus: Corpus, protocol: Protocol) -> PerplexityResult:
-    """One case: train `model` where needed, and score it; running out of memory is a result too."""
+def measure(run: PerplexityRun, model: Candidate, texts: list[Text]) -> list[PerplexityResult]:
+    """One case: train `model` where needed, and score it on every text; running out of memory is a result too."""
     try:
-        folder = model.checkpoint or train_candidate(run, model, corpus)
-        return evaluate_checkpoint(run, model.key, folder, corpus, protocol)
+        folder = model.checkpoint or train_candidate(run, model, texts[0].corpus)
+        return [evaluate_checkpoint(run, model.key, folder, text) for text in texts]
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return out_of_memory(run, model, error)
+        return [out_of_memory(run, model, error) for _ in texts]
 
 
 def train_candidate(run: PerplexityRun, model: Candidate, corpus: Corpus) -> Path:
@@ -106,10 +154,9 @@ def train_candidate(run: PerplexityRun, model: Candidate, corpus: Corpus) -> Pat
     return folder
 
 
-def evaluate_checkpoint(
-    run: PerplexityRun, key: str, folder: Path, corpus: Corpus, protocol: Protocol
-) -> PerplexityResult:
+def evaluate_checkpoint(run: PerplexityRun, key: str, folder: Path, text: Text) -> PerplexityResult:
     """Score the model in `folder`; perplexities of a model below the unigram entropy are marked untrained."""
+    corpus, protocol = text
     model, facts = load_model(folder)
     facts = training_facts(folder, facts)
     device = "cuda" if torch.cuda.is_available() else "cpu"
