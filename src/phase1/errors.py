@@ -7,6 +7,10 @@ class Unavailable(RuntimeError):
     """A data set, a device or a measurement cannot be had on this machine; commands exit 3 with its one line."""
 
 
+class Diverged(Unavailable):
+    """A training whose loss is no longer a finite number."""
+
+
 FAILURES: dict[type[Exception], int] = {ValueError: 2, Unavailable: 3, OSError: 4}
 """Expected failures of a command, each one line on stderr, and their exit status."""
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from phase1.config import TrainConfig
-from phase1.errors import Unavailable
+from phase1.errors import Diverged
 from phase1.model import LanguageModel
 from phase1.passes import Passes, Replay
 
@@ -138,7 +138,7 @@ def train(
     Returns:
         Seconds spent, waiting for the device at the end.
     Raises:
-        Unavailable: the loss is no longer a finite number.
+        Diverged: the loss is no longer a finite number.
     """
     began = time.perf_counter()
     while state.step < steps:
@@ -154,9 +154,9 @@ def train(
 
 
 def check_finite(loss: Tensor, step: int) -> None:
-    """Raise Unavailable if training has diverged."""
+    """Raise Diverged unless `loss` is a number."""
     if not math.isfinite(loss.item()):
-        raise Unavailable(f"the loss is {loss.item()} at step {step}; lower --learning-rate or use --precision bf16")
+        raise Diverged(f"the loss is {loss.item()} at step {step}; lower --learning-rate or use --precision bf16")
 
 
 def _micro_batches(batch: Batch, size: int, device: torch.device) -> Iterator[Batch]:

@@ -201,6 +201,15 @@ def test_variants_and_repetitions_are_trained_and_compared_with_the_baseline_of_
     } <= names and "no_gate_within_5_percent" not in names  # fmt: skip
 
 
+def test_a_model_that_diverges_is_recorded_and_the_others_go_on(run):
+    """Rates at which the engine has no chance."""
+    assert perplexity.main(replace(run, learning_rate=1e6, test_htt_ranks=(2,), train_tokens=16 * 32 * 20)) == 3
+    report = read_report(f"{run.out_dir}/{FILE}", "perplexity")
+    engine = report.results["phase1_htt2_ar4"]
+    assert engine.status == "error" and "lower --learning-rate" in engine.detail and engine.perplexity is None
+    assert report.results["baseline"].perplexity and "the loss is" in report.checks[0].detail
+
+
 def test_a_model_that_runs_out_of_memory_is_recorded_and_the_others_go_on(run, monkeypatch):
     evaluate = perplexity.evaluate_checkpoint
 

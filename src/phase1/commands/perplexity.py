@@ -16,13 +16,14 @@ from phase1.checkpoint import load_model, load_token_order, read_index, training
 from phase1.commands.train import train_to_checkpoint
 from phase1.config import PerplexityRun, Shape, TrainConfig, content_id, part_of, report_key
 from phase1.data import Corpus, count_words, load_corpus
+from phase1.errors import Diverged
 from phase1.journal import open_journal
 from phase1.measure.degradation import compared, quality_checks
 from phase1.measure.environment import current_command, environment, machine, settings, without_private
 from phase1.measure.isolate import is_out_of_memory, reason
 from phase1.measure.loss_parts import loss_by_band, loss_by_position, order_sha256
 from phase1.measure.perplexity import Evaluation, Protocol, evaluate, unigram_entropy
-from phase1.record import FILES, Dataset, Parameters, PerplexityResult, Report, exit_code, write_report
+from phase1.record import FILES, Dataset, Parameters, PerplexityResult, Report, Status, exit_code, write_report
 from phase1.report import checks_text, perplexity_text, plot_losses, plot_perplexity
 from phase1.train import compute_dtype
 
@@ -127,14 +128,18 @@ def data_identity(models: list[Candidate], texts: list[Text]) -> dict[str, str]:
 
 
 def measure(run: PerplexityRun, model: Candidate, texts: list[Text]) -> list[PerplexityResult]:
-    """One case: train `model` where needed, and score it on every text; running out of memory is a result too."""
+    """One case: train `model` where needed, and score it on every text; running out of memory and diverging are results too."""
     try:
         folder = model.checkpoint or train_candidate(run, model, texts[0].corpus)
         return [evaluate_checkpoint(run, model.key, folder, text) for text in texts]
+    except Diverged as error:
+        return [without_number(model, "error", str(error)) for _ in texts]
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return [out_of_memory(run, model, error) for _ in texts]
+        sizes = f"--micro-batch-size {max(1, run.micro_batch_size // 2)} --batch-size {max(1, run.batch_size // 2)}"
+        advice = f"{reason(error)}; try {sizes}, then a smaller --seq-length"
+        return [without_number(model, "oom", advice) for _ in texts]
 
 
 def train_candidate(run: PerplexityRun, model: Candidate, corpus: Corpus) -> Path:
@@ -217,14 +222,13 @@ def without(ids: np.ndarray, end_of_text: int) -> np.ndarray:
     return ids[ids != end_of_text]
 
 
-def out_of_memory(run: PerplexityRun, model: Candidate, error: BaseException) -> PerplexityResult:
-    """The result of a model that did not fit, with what to try; the other models go on."""
-    sizes = f"--micro-batch-size {max(1, run.micro_batch_size // 2)} --batch-size {max(1, run.batch_size // 2)}"
+def without_number(model: Candidate, status: Status, detail: str) -> PerplexityResult:
+    """The result of a model that cannot be scored, and why; the other models go on."""
     return PerplexityResult(
         model_name=model.key,
         config=asdict(model.config),
         config_id=model.config.config_id,
-        status="oom",
+        status=status,
         measured="measured",
-        detail=f"{reason(error)}; try {sizes}, then a smaller --seq-length",
+        detail=detail,
     )
