@@ -17,6 +17,14 @@ from phase1.measure.isolate import KILL_SECONDS, Outcome, is_out_of_memory, run_
 # The isolated functions are builtins: a fresh process can import them whatever the test runner's import mode.
 
 
+@pytest.fixture(autouse=True)
+def interrupts_arrive():
+    """A shell starts what it puts in the background with interrupts ignored, and children would inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_a_value_comes_back_from_another_process():
     outcome = run_isolated(os.getpid)
     assert outcome.status == "ok" and outcome.value not in (None, os.getpid())
