@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from phase1.ops.cross_entropy.reference import ALIGNMENT, IGNORE, check_arguments
@@ -51,13 +52,18 @@ class _TiedCrossEntropy(torch.autograd.Function):
             for part in _parts(hidden, logits):
                 d_logits = _logits(hidden[part], rows, logits)  # the same memory: logits are not needed when it is written
                 softmax_rows(d_logits, bias, column[part], picked[part], scored[part])
-                if d_bias is not None:
-                    d_bias += d_logits.sum(0, dtype=wide)
+                factors = hidden[part] if d_bias is None else _with_ones(hidden[part])
                 for block in _blocks(rows):
                     if d_hidden is not None:
                         d_hidden[part] += d_logits[:, block] @ rows[block]
+                    if d_table is None and d_bias is None:
+                        continue
+                    sums = d_logits[:, block].T @ factors
                     if d_table is not None:
-                        d_table[block] += d_logits[:, block].T @ hidden[part]
+                        d_table[block] += sums[:, : table.shape[1]]
+                    if d_bias is not None:
+                        d_bias[block] += sums[:, -1]
+                    del sums  # before the next, which is as large
             del logits
         ctx.table_dtype = table.dtype
         count = scored.sum()
@@ -100,6 +106,14 @@ def _blocks(rows: Tensor) -> list[slice]:
     V = len(rows)
     whole = V - V % ALIGNMENT
     return [block for block in (slice(0, whole), slice(whole, V)) if block.start < block.stop]
+
+
+def _with_ones(hidden: Tensor) -> Tensor:
+    """`hidden` and further columns, the last of them ones, so that one product sums gradients of table and bias.
+
+    A sum of its own would take another pass, and for some vocabulary sizes more memory than the logits.
+    """
+    return F.pad(hidden, (0, ALIGNMENT), value=1.0)
 
 
 def _logits(hidden: Tensor, rows: Tensor, logits: Tensor) -> Tensor:
