@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from phase1.ops.anchored_rows import Users, anchored_rows, users_of
+from phase1.ops.anchored_table import Users, anchored_table, users_of
 from phase1.ops.htt import Cores, htt_table
 from phase1.vocabulary import TokenStatistics
 
@@ -127,8 +127,7 @@ class HTTTable(nn.Module):
             self.weights.copy_(torch.from_numpy(statistics.weights))
 
     def _turn_anchors(self) -> None:
-        for level, (start, end) in enumerate(pairwise(self.levels)):
-            users = users_of(self.anchors[start - self.dense_rows : end - self.dense_rows], start)
+        for level, users in enumerate(users_of(self.anchors, self.levels)):
             self.register_buffer(f"places_{level}", users.places, persistent=False)
             self.register_buffer(f"starts_{level}", users.starts, persistent=False)
 
@@ -142,15 +141,11 @@ class HTTTable(nn.Module):
 
     def table(self, dtype: torch.dtype) -> Tensor:
         """All V rows in the order of their positions."""
-        rows = self.rows.to(dtype)
-        own = torch.cat([part.table(dtype) for part in (self.band, self.tail) if part is not None])
-        if not self.dense_rows:
-            return own
-        for level, (start, end) in enumerate(pairwise(self.levels)):
-            part = slice(start - self.dense_rows, end - self.dense_rows)
-            users = Users(getattr(self, f"places_{level}"), getattr(self, f"starts_{level}"))
-            rows = torch.cat([rows, own[part] + anchored_rows(rows, self.weights[part], self.anchors[part], users)])
-        return rows
+        own = [self.rows.to(dtype), *(part.table(dtype) for part in (self.band, self.tail) if part is not None)]
+        if not self.dense_rows:  # no anchors either
+            return own[-1]
+        users = [Users(getattr(self, f"places_{i}"), getattr(self, f"starts_{i}")) for i in range(len(self.levels) - 1)]
+        return anchored_table(torch.cat(own), self.weights, self.anchors, self.levels, users)
 
 
 def levels(dense_rows: int, vocab_size: int) -> list[int]:
