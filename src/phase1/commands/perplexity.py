@@ -23,7 +23,7 @@ from phase1.measure.environment import current_command, environment, machine, se
 from phase1.measure.isolate import is_out_of_memory, reason
 from phase1.measure.loss_parts import loss_by_band, loss_by_position, order_sha256
 from phase1.measure.perplexity import Evaluation, Protocol, evaluate, unigram_entropy
-from phase1.record import FILES, Dataset, Parameters, PerplexityResult, Report, Status, exit_code, write_report
+from phase1.record import FILES, Check, Dataset, Parameters, PerplexityResult, Report, Status, exit_code, write_report
 from phase1.report import checks_text, perplexity_text, plot_losses, plot_perplexity
 from phase1.train import compute_dtype
 
@@ -38,11 +38,11 @@ def main(run: PerplexityRun) -> int:
     path = Path(run.out_dir) / FILES["perplexity"]
     journal = open_journal(path, settings(run), machine=machine(), resume=run.resume, data=data_identity(models, texts))
     kept = {model.key: journal.case(model.key, list[PerplexityResult], partial(measure, run, model, texts)) for model in models}
-    codes = []
+    checks = []
     for i, (text, folder) in enumerate(zip(texts, folders, strict=True)):
-        codes.append(report_on(run, text, {key: results[i] for key, results in kept.items()}, folder))
+        checks += report_on(run, text, {key: results[i] for key, results in kept.items()}, folder)
     journal.close()  # last: until here --resume finds every case
-    return next((code for code in (1, 3) if code in codes), 0)
+    return exit_code(checks)
 
 
 class Text(NamedTuple):
@@ -89,8 +89,8 @@ def folders_of(run: PerplexityRun, names: list[str]) -> list[Path]:
     return [Path(run.out_dir), *(Path(run.out_dir) / name for name in plain)]
 
 
-def report_on(run: PerplexityRun, text: Text, results: dict[str, PerplexityResult], folder: Path) -> int:
-    """Compare the models on one text, write the report and its plots into `folder`, print it; the exit status of its checks."""
+def report_on(run: PerplexityRun, text: Text, results: dict[str, PerplexityResult], folder: Path) -> list[Check]:
+    """Compare the models on one text, write the report and its plots into `folder`, and print it; its checks."""
     results = compared(results, run.seq_length)
     checks = quality_checks(results, run.seq_length)
     source = {"dataset_source": without_private(text.corpus.source), "dataset_revision": text.corpus.revision}
@@ -110,7 +110,7 @@ def report_on(run: PerplexityRun, text: Text, results: dict[str, PerplexityResul
     if len(results) > 1:
         written.append(plot_perplexity(report, path.with_name("phase1_perplexity_comparison.png")))
     print(perplexity_text(report), checks_text(checks), *(f"written: {p}" for p in written), sep="\n")
-    return exit_code(checks)
+    return checks
 
 
 def conditions(run: PerplexityRun) -> dict[str, Any]:
