@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from phase1.config import ROLES, ModelConfig, Ranked, model_config
-from phase1.layers.embedding import TAIL_START, HTTTable, levels
+from phase1.layers.embedding import HTTTable, levels
 from phase1.model import LanguageModel
 from phase1.ops.htt import htt_lookup_reference
 from phase1.vocabulary import TokenStatistics
@@ -25,11 +25,13 @@ def model(role="phase1", dtype=torch.float64, **overrides):
 def statistics(V=TINY.vocab_size):
     rng = np.random.default_rng(1)
     frequency = np.sort(rng.random(V).astype(np.float32))[::-1]
-    K = TINY.htt_dense_rows
-    rows, weights = (rng.normal(size=size).astype(np.float32) for size in ((K, 12), (V - K, 1)))
-    anchors = rng.integers(0, np.where(np.arange(K, V) < TAIL_START * K, K, TAIL_START * K)[:, None])
+    every = levels(V, TINY.d_model, TINY.htt_rank, TINY.htt_dense_rows)
+    anchored = [level for level in every if level.anchors]
+    n, K = V - anchored[0].start, TINY.htt_dense_rows
+    rows, rest, weights = (rng.normal(size=size).astype(np.float32) for size in ((K, 12), (V - K, 12), (n, 1)))
+    anchors = np.concatenate([rng.integers(0, level.start, (level.end - level.start, 1)) for level in anchored])
     log_frequency = np.log(frequency / frequency.sum())
-    return TokenStatistics(rng.permutation(V), log_frequency, rows, anchors, weights)
+    return TokenStatistics(rng.permutation(V), log_frequency, rows, anchors, weights, rest)
 
 
 def batch(T=37, B=2, seed=0):
@@ -63,7 +65,7 @@ def test_attention_of_matrix_products_is_the_fused_one():
     [("baseline", "69bfcfd1a50e"), ("baseline_optimized", "425c3320abf4"), ("phase1", "377752c09b13")],
 )
 def test_the_ids_of_published_results_never_change(role, config_id):
-    shape = Ranked(rank_penalty=1e-3)
+    shape = Ranked(rank_penalty=1e-3, htt_dense_rows=2048)
     assert model_config(role, shape).config_id == config_id
     assert model_config({"baseline": "baseline_again", "phase1": "engine_again"}.get(role, role), shape).config_id == config_id
 
@@ -195,7 +197,7 @@ def test_the_table_keeps_its_promise_at_the_documented_size():
     config = ModelConfig()
     table = HTTTable(50257, 512, rank=config.htt_rank, dense_rows=config.htt_dense_rows, groups=config.htt_groups)
     rows = table.table(torch.float32)
-    for start in (0, 2048, 16384, 50000):  # every stretch starts like the dense rows
+    for start in (0, 1024, 2048, 4096, 8192, 16384, 50000):  # every stretch starts like the dense rows
         assert 0.8 < rows[start : start + 200].std() * 512**0.5 < 1.2
     assert sum(p.numel() for p in table.parameters()) < 0.1 * 50257 * 512
 
@@ -230,22 +232,25 @@ def test_wrong_sizes_name_the_flag_and_the_remedy(sizes, remedy):
     assert "--" in str(error.value) and "\n" not in str(error.value)
 
 
-def rows_by_definition(table):
-    rows = list(table.rows)
-    for i in range(len(rows), len(table.positions_of)):
-        past, is_tail = i - table.dense_rows, i >= table.tail_start
-        if is_tail:
-            row = htt_lookup_reference(torch.tensor(i - table.tail_start), table.tail.cores)
+def rows_by_definition(table, every):
+    rows, V = list(table.rows), len(table.positions_of)
+    for i in range(len(rows), V):
+        level = next(level for level in every if i < level.end)
+        if level.rank:
+            part = next(part for part, other in zip(table.band.coefficients, every) if other is level)
+            row = part[i - level.start] @ table.band.basis[: level.rank]
         else:
-            row = table.band.coefficients[past] @ table.band.basis
-        for weight, anchor in zip(table.weights[past], table.anchors[past]):
-            assert anchor < max(start for start in levels(table.dense_rows, 50) if start <= i)
-            row = row + weight * rows[anchor]
+            row = htt_lookup_reference(torch.tensor(i - level.start), table.tail.cores)
+        if level.anchors:
+            place = i - (V - len(table.anchors))
+            for weight, anchor in zip(table.weights[place], table.anchors[place]):
+                assert anchor < level.start
+                row = row + weight * rows[anchor]
         rows.append(row)
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("dense_rows", [0, 1, 3, 5, 20, 44])
+@pytest.mark.parametrize("dense_rows", [0, 1, 2, 3, 5, 20, 44])
 def test_the_table_is_its_definition_row_by_row_even_without_dense_rows_band_or_tail(dense_rows):
     torch.manual_seed(dense_rows)
     table = HTTTable(50, 16, rank=4, dense_rows=dense_rows, groups=6).double()
@@ -253,7 +258,7 @@ def test_the_table_is_its_definition_row_by_row_even_without_dense_rows_band_or_
     for parameter in parameters:
         parameter.data.normal_()
     outcomes = []
-    for rows in (table.table(torch.float64), rows_by_definition(table)):
+    for rows in (table.table(torch.float64), rows_by_definition(table, levels(50, 16, 4, dense_rows))):
         outcomes.append((rows, *torch.autograd.grad((rows * rows.detach().cos()).sum(), parameters)))
     for got, expected in zip(*outcomes, strict=True):
         assert expected.any()

@@ -48,7 +48,7 @@ class Shape(Config):
     ar_ssm_min_rank: int = option(4, "ranks of U and V that the rank gate cannot switch off")
     ar_ssm_window: int = option(64, "w, width of the sliding window of the local part T; 0 leaves only the diagonal")
     rank_penalty: float = option(1e-2, "weight of the L1 term on the rank gate in the training loss")
-    htt_dense_rows: int = option(2048, "K, most frequent tokens, a dense row each; a low-rank band ends at 8K, then the tail")
+    htt_dense_rows: int = option(1024, "K, most frequent tokens, a dense row each; falling ranks up to 16K, then the tail")
     htt_groups: int = option(512, "rows of the grid of the tail's tensor train, a group of similar tokens each")
 
     def __post_init__(self) -> None:
@@ -81,7 +81,7 @@ class Ranked(Shape):
     """A shape with one rank of each kind."""
 
     ar_ssm_max_rank: int = option(32, "R, columns of U and V per head: the rank that is stored and computed")
-    htt_rank: int = option(16, "r, terms of the tail's tensor train and anchors of each row past the dense ones; a band of 2r")
+    htt_rank: int = option(16, "r: all ranks of the table are in proportion to it, the tensor train of the tail has 2r terms")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,6 +5,17 @@ from typing import NamedTuple
 import numpy as np
 
 
+class Level(NamedTuple):
+    """A stretch of rows of an HTT table that are made alike."""
+
+    start: int
+    end: int
+    rank: int
+    """ρ, coefficients of each row; 0 in the tail."""
+    anchors: int
+    """k, rows before `start` that each row is a weighted sum of, besides; one number for all levels that have any."""
+
+
 class TokenStatistics(NamedTuple):
     """All but `positions` are in the order of positions, not of ids."""
 
@@ -15,6 +26,8 @@ class TokenStatistics(NamedTuple):
     rows: np.ndarray
     """(K, m) float32 of mean square 1: where the dense rows start. Similar use, similar direction; random where never used."""
     anchors: np.ndarray
-    """(V - K, k) int64: the rows that each further row is a sum of, all before its level."""
+    """(n, k) int64: the rows that each of the last n rows is a sum of, all before its level."""
     weights: np.ndarray
-    """(V - K, k) float32: the weights of that sum at the start."""
+    """(n, k) float32: the weights of that sum at the start."""
+    rest: np.ndarray
+    """(V - K, m) float32: where the row starts besides that sum, as `rows`; 0 from column ρ on."""

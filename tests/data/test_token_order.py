@@ -4,15 +4,25 @@ import torch
 
 from phase1.data import order
 from phase1.data.order import neighbour_vectors, token_statistics, tree_order
+from phase1.vocabulary import Level
 
 V = 200
+
+
+def levels_at(starts, vocab_size=V, anchors=3, ranks=(), first=0):
+    """Levels that begin at `starts`, with anchors from the one of number `first` on."""
+    ends = [*starts[1:], vocab_size]
+    ranks = [*ranks, *[0] * len(starts)]
+    return [
+        Level(start, end, rank, anchors if i >= first else 0) for i, (start, end, rank) in enumerate(zip(starts, ends, ranks))
+    ]
 
 
 def token_order(ids, vocab_size, frequent, seed, device="cpu"):
     """The positions alone, every id past the frequent ones in the tree."""
     dense_rows = min(frequent, vocab_size)
-    sizes = {"vocab_size": vocab_size, "dim": 8, "anchors": min(2, dense_rows)}
-    return token_statistics(ids, levels=[dense_rows], **sizes, seed=seed, device=device).positions
+    levels = levels_at([dense_rows], vocab_size, min(2, dense_rows))
+    return token_statistics(ids, levels=levels, vocab_size=vocab_size, dim=8, seed=seed, device=device).positions
 
 
 def text_of_two_kinds(length=60_000, seed=0):
@@ -56,7 +66,7 @@ def test_order_repeats_for_a_seed_and_whatever_the_chunks(monkeypatch):
 
 
 def test_statistics_repeat_for_a_seed():
-    sizes = {"vocab_size": V, "levels": [10, 20, 40], "dim": 12, "anchors": 3, "seed": 4}
+    sizes = {"vocab_size": V, "levels": levels_at([10, 20, 40], ranks=[5, 3]), "dim": 12, "seed": 4}
     found = [token_statistics(text_of_two_kinds(), **sizes) for _ in range(2)]
     assert all(np.array_equal(one, other) for one, other in zip(*found, strict=True))
 
@@ -90,25 +100,29 @@ def test_vectors_are_the_leading_part_of_the_information_matrix():
     assert error < 1.01 * least  # random subspace: near the best rank-64 approximation, never better
 
 
-def rows_of(dense, anchors, weights, levels):
+def rows_of(dense, anchors, weights, rest, levels):
     """All rows as a code makes them, one after the other."""
     rows = list(dense)
-    for i in range(len(anchors)):
-        assert max(anchors[i], default=-1) < max(start for start in levels if start <= len(rows))
-        rows.append(
-            sum((w * rows[a] for w, a in zip(weights[i], anchors[i])), 0 * dense[0] if len(dense) else np.zeros(dense.shape[1]))
-        )
+    for own in rest:
+        level = next(level for level in levels if level.start <= len(rows) < level.end)
+        assert not own[level.rank :].any()
+        if level.anchors:
+            i = len(rows) - (len(dense) + len(rest) - len(anchors))
+            assert max(anchors[i]) < level.start
+            own = own + sum(w * rows[a] for w, a in zip(weights[i], anchors[i]))
+        rows.append(own)
     return np.stack(rows)
 
 
 def test_frequencies_and_vectors_stand_in_the_order_of_positions():
     ids = text_of_two_kinds()
-    found = token_statistics(ids, vocab_size=V, levels=[40, 80], dim=12, anchors=3, seed=0)
+    levels = levels_at([40, 80])
+    found = token_statistics(ids, vocab_size=V, levels=levels, dim=12, seed=0)
     id_at = np.argsort(found.positions)
     counts = np.bincount(ids, minlength=V)[id_at]
     np.testing.assert_allclose(found.log_frequency, np.log((counts + 1) / (len(ids) + V)), rtol=1e-6)
     np.testing.assert_allclose((found.rows**2).mean(1), 1, rtol=1e-5)
-    rest = rows_of(found.rows, found.anchors, found.weights, [40, 80])[40:]
+    rest = rows_of(found.rows, found.anchors, found.weights, found.rest, levels)[40:]
     kind, same = np.where(id_at < 90, 0, 1)[40:170], rest[:130] @ rest[:130].T / 12
     assert same[kind[:, None] == kind].mean() > same[kind[:, None] != kind].mean() + 0.1
 
@@ -121,17 +135,20 @@ def test_a_sparse_code_of_rows_that_are_sums_of_two_is_exact_and_more_anchors_co
     vectors = torch.cat([rows, 2 * rows[pairs[:, 0]] - rows[pairs[:, 1]]])
     errors = []
     for count in (1, 2):
-        anchors, weights = order.sparse_code(vectors, [20], count)
+        anchors, weights, rest = order.sparse_code(vectors, levels_at([20], 50, count))
+        assert not rest.any()
         made = (weights[..., None] * rows[anchors]).sum(1)
         errors.append(float((made - vectors[20:]).norm()))
         assert all(len(set(a)) == count for a in anchors.tolist())
     assert errors[1] < 1e-3 < 0.1 * errors[0]
 
 
-def coded(vectors, levels, count):
-    """A code and the rows it makes, float64."""
-    anchors, weights = order.sparse_code(vectors, levels, count)
-    rows = rows_of(vectors[: levels[0]].double().numpy(), anchors.numpy(), weights.double().numpy(), levels)
+def coded(vectors, starts, count, **parts):
+    """The anchors of a code, and the rows it makes, float64."""
+    levels = levels_at(starts, len(vectors), count, **parts)
+    anchors, weights, rest = order.sparse_code(vectors, levels)
+    dense = vectors[: starts[0]].double().numpy()
+    rows = rows_of(dense, anchors.numpy(), weights.double().numpy(), rest.double().numpy(), levels)
     return anchors, torch.from_numpy(rows)
 
 
@@ -155,12 +172,25 @@ def test_a_level_is_coded_with_the_rows_before_it_as_they_start(monkeypatch):
         torch.testing.assert_close(rows[anchors[i - 20]] @ left[i], torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("levels", [[20], [20, 25], [20, 21, 29], [30], [0]])
-def test_codes_with_few_levels_or_nothing_to_code_are_codes_too(levels):
-    dense_rows = levels[0]
+def test_what_a_row_has_of_its_own_is_the_leading_part_of_what_its_anchors_leave(monkeypatch):
+    monkeypatch.setattr(order, "RIDGE", 1e-12)
+    monkeypatch.setattr(order, "_CHUNK_ROWS", 13)
+    vectors = torch.randn(120, 48, generator=torch.Generator().manual_seed(0))
+    anchors, rows = coded(vectors, [20, 40, 60, 80], 3, ranks=[48, 30, 10], first=2)
+    assert anchors.shape == (60, 3)
+    left = vectors.double() - rows
+    torch.testing.assert_close(left[:40], torch.zeros(40, 48, dtype=torch.float64), rtol=0, atol=1e-5)  # all 48 columns
+    assert left[40:60, :30].abs().max() < 1e-5 < left[40:60, 30:].square().mean() and left[60:80, :10].abs().max() < 1e-5
+    _, without = coded(vectors, [20, 40, 60, 80], 3, first=2)
+    assert left.square().sum() < 0.8 * (vectors - without).square().sum()
+
+
+@pytest.mark.parametrize("starts", [[20], [20, 25], [20, 21, 29], [30], [0]])
+def test_codes_with_few_levels_or_nothing_to_code_are_codes_too(starts):
+    dense_rows = starts[0]
     vectors = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
-    anchors, rows = coded(vectors, levels, min(2, dense_rows))
-    assert anchors.shape == (30 - dense_rows, min(2, dense_rows))
+    anchors, rows = coded(vectors, starts, min(2, dense_rows))
+    assert anchors.shape == (30 - dense_rows if dense_rows else 0, min(2, dense_rows))
     assert (rows - vectors).norm() <= vectors.double().norm()
 
 

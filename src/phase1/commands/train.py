@@ -14,7 +14,7 @@ from phase1.checkpoint import INDEX, check_configs, read_index, resume, save_che
 from phase1.config import DataConfig, ModelConfig, PerplexityRun, TrainConfig, TrainRun, flags, part_of, report_key
 from phase1.data import Corpus, Windows, frequency_order, load_corpus, token_counts, token_statistics
 from phase1.errors import Unavailable
-from phase1.layers.embedding import VECTOR_DIM, anchor_count, levels
+from phase1.layers.embedding import VECTOR_DIM, levels
 from phase1.measure.isolate import is_out_of_memory, reason
 from phase1.model import LanguageModel
 from phase1.train import TrainState, make_train_state, total_steps, train
@@ -94,9 +94,8 @@ def make_state(model_config: ModelConfig, train_config: TrainConfig, seen: np.nd
         statistics = token_statistics(
             seen,
             vocab_size=model_config.vocab_size,
-            levels=levels(model_config.htt_dense_rows, model_config.vocab_size)[:-1],
+            levels=levels(model_config.vocab_size, model_config.d_model, model_config.htt_rank, model_config.htt_dense_rows),
             dim=min(VECTOR_DIM, model_config.d_model),
-            anchors=anchor_count(model_config.htt_rank, model_config.htt_dense_rows),
             seed=train_config.seed,
             device=device,
         )

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from phase1.vocabulary import TokenStatistics
+from phase1.vocabulary import Level, TokenStatistics
 
 CONTEXTS = 2048  # most frequent tokens that count as neighbours, on each side
 NEIGHBOURS = (1, 2)  # distances at which they count
@@ -26,21 +26,20 @@ def token_statistics(
     train_ids: np.ndarray,
     *,
     vocab_size: int,
-    levels: Sequence[int],
+    levels: Sequence[Level],
     dim: int,
-    anchors: int,
     seed: int,
     device: str = "cpu",
 ) -> TokenStatistics:
     """What `phase1.layers.embedding.HTTTable` needs to know, from the training text only.
 
-    Positions: ids before the last of `levels` by frequency (ties: smaller id first), then the other ids that occur in
-    `tree_order` of their vectors, then those that never occur, by id. Rows, anchors and weights: `sparse_code` of the `dim`
-    leading columns of U √Σ (`neighbour_vectors`), scaled to rows of mean square 1, with `anchors` anchors.
+    Positions: ids before the last level by frequency (ties: smaller id first), then the other ids that occur in
+    `tree_order` of their vectors, then those that never occur, by id. Rows, anchors, weights and rest: `sparse_code`
+    of the `dim` leading columns of U √Σ (`neighbour_vectors`), scaled to rows of mean square 1.
     Deterministic for a seed. Peak memory: 16 kB per id that occurs (0.8 GB for GPT-2's).
     Raises ValueError for an id of V or more.
     """
-    frequent = levels[-1]
+    frequent = levels[-1].start
     counts = token_counts(train_ids, vocab_size)
     by_frequency = frequency_order(counts)  # rank -> id
     used = int(np.count_nonzero(counts))
@@ -59,30 +58,36 @@ def token_statistics(
     positions[by_frequency[places]] = np.arange(vocab_size)
     log_frequency = np.log((counts[by_frequency[places]] + 1) / (counts.sum() + vocab_size)).astype(np.float32)
     vectors = start[places]
-    code = sparse_code(torch.from_numpy(vectors).to(device), levels, anchors)
-    return TokenStatistics(positions, log_frequency, vectors[: levels[0]], *(part.cpu().numpy() for part in code))
+    code = sparse_code(torch.from_numpy(vectors).to(device), levels)
+    return TokenStatistics(positions, log_frequency, vectors[: levels[0].start], *(part.cpu().numpy() for part in code))
 
 
-def sparse_code(vectors: Tensor, levels: Sequence[int], anchors: int) -> tuple[Tensor, Tensor]:
-    """Anchors (n, k) and weights (n, k) that put vectors (V, m) past the first K near
+def sparse_code(vectors: Tensor, levels: Sequence[Level]) -> tuple[Tensor, Tensor, Tensor]:
+    """Anchors (n, k), weights (n, k) and rest (V - K, m) that put vectors (V, m) past the first K near
 
-        E_i = Σ_j w_ij E_a_ij,   E_i = vectors[i] for i < K
+        E_i = Σ_j w_ij E_a_ij + rest_i,   E_i = vectors[i] for i < K
 
-    `levels` are the rows at which levels begin, K the first of them. The anchors of a row are among all rows before its
-    level, taken as this code makes them: those of orthogonal matching pursuit, one at a time the row of largest |cosine|
+    rest_i being the first ρ columns of what the sum leaves, the others 0; n are the rows with anchors. The anchors of a row
+    are among all rows before its level, as this code makes them: those of orthogonal matching pursuit, one at a time the row of largest |cosine|
     with what is left, then all weights again by (slightly ridged) least squares.
 
     Source: Pati, Rezaiifar and Krishnaprasad 1993, "Orthogonal matching pursuit".
     """
-    made, codes = vectors[: levels[0]].double(), []
-    for start, end in zip(levels, [*levels[1:], len(vectors)]):
-        targets, unit = vectors[start:end].double(), F.normalize(made)
-        parts = [_pursuit(target, made, unit, anchors) for target in targets.split(_CHUNK_ROWS)]
+    k = max(level.anchors for level in levels)
+    made = vectors[: levels[0].start].double()
+    codes, rests = [(made.new_zeros(0, k, dtype=torch.int64), made.new_zeros(0, k))], []
+    for level in levels:
+        targets, unit = vectors[level.start : level.end].double(), F.normalize(made)
+        parts = [_pursuit(target, made, unit, level.anchors) for target in targets.split(_CHUNK_ROWS)]
         chosen, weights, left = (torch.cat(part) for part in zip(*parts))
-        made = torch.cat([made, targets - left])
-        codes.append((chosen, weights))
+        rest = left.clone()
+        rest[:, level.rank :] = 0
+        made = torch.cat([made, targets - left + rest])
+        rests.append(rest)
+        if level.anchors:
+            codes.append((chosen, weights))
     chosen, weights = (torch.cat(part) for part in zip(*codes))
-    return chosen, weights.float()
+    return chosen, weights.float(), torch.cat(rests).float()
 
 
 def _pursuit(target: Tensor, rows: Tensor, unit: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

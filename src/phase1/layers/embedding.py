@@ -1,6 +1,7 @@
 """Token tables, tied to the output: a dense one, and HTT, whose rows past the frequent ones cost a few numbers each."""
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -9,10 +10,10 @@ from torch import Tensor, nn
 
 from phase1.ops.anchored_table import Users, anchored_table, users_of
 from phase1.ops.htt import Cores, htt_table
-from phase1.vocabulary import TokenStatistics
+from phase1.vocabulary import Level, TokenStatistics
 
-TAIL_START = 8  # the tail begins at this multiple of the dense rows, a power of 2
-BAND_RANK = 2  # rank of the band between dense rows and tail, as a multiple of r
+BAND_RANKS = (11, 8, 6, 3)  # ranks of the rows from K, 2K, 4K and 8K on, as multiples of r; the tail begins at 16K
+ANCHORED_LEVEL = 2  # the first whose rows have anchors: from 4K on
 VECTOR_DIM = 192  # of the vectors that decide anchors and where rows start
 
 
@@ -33,32 +34,46 @@ class DenseTable(nn.Module):
         return self.rows
 
 
-class LowRankBand(nn.Module):
-    """n rows coefficients @ basis, (n, k) @ (k, D), that start at 0: a tensor train with one slot in its second core."""
+class NestedBand(nn.Module):
+    """Rows c_i B[:ρ], coefficients (ρ,) times the leading rows of one basis B for all, fewer for rarer tokens."""
 
-    def __init__(self, n: int, d_model: int, rank: int) -> None:
+    def __init__(self, levels: Sequence[Level], d_model: int) -> None:
         super().__init__()
-        self.n = n
-        self.coefficients = nn.Parameter(torch.zeros(n, rank))
-        self.basis = nn.Parameter(torch.randn(rank, d_model) / math.sqrt(rank))
+        self.n = levels[-1].end - levels[0].start
+        ranks = [level.rank for level in levels]
+        # a step of all coefficients of a row moves it about as far as a step of a dense row moves that
+        size = 1 / math.sqrt(sum(ranks) / len(ranks))
+        self.basis = nn.Parameter(torch.randn(max(ranks), d_model) * size)
+        self.coefficients = nn.ParameterList(
+            torch.randn(level.end - level.start, level.rank) * _start_std(level, d_model) / math.sqrt(level.rank) / size
+            for level in levels
+        )
+
+    @torch.no_grad()
+    def start_at(self, vectors: Tensor, basis: Tensor) -> None:
+        """Start at vectors (n, m) @ basis (m, D), as far as ρ columns reach, with a basis of the size it has."""
+        m = min(len(basis), len(self.basis))
+        scale = self.basis.std() / basis.std()
+        self.basis[:m] = basis[:m] * scale
+        for part, start in zip(self.coefficients, vectors.split([len(part) for part in self.coefficients]), strict=True):
+            start = start[:, : part.shape[1]]
+            part.zero_()[:, : start.shape[1]] = start / scale
 
     def table(self, dtype: torch.dtype) -> Tensor:
-        return self.coefficients.to(dtype) @ self.basis.to(dtype)
+        basis = self.basis.to(dtype)
+        return torch.cat([part.to(dtype) @ basis[: part.shape[1]] for part in self.coefficients])
 
 
 class TensorTrainTail(nn.Module):
-    """n rows as a holographic tensor train of r terms on a grid of `groups` x ceil(n / groups) (ops/htt/reference.py).
+    """n rows as a holographic tensor train of r terms on a grid of `groups` x ceil(n / groups) (ops/htt/reference.py)."""
 
-    Rows start with standard deviation `std`.
-    """
-
-    def __init__(self, n: int, d_model: int, rank: int, groups: int, std: float) -> None:
+    def __init__(self, level: Level, d_model: int, rank: int, groups: int) -> None:
         super().__init__()
-        self.n = n
+        self.n = n = level.end - level.start
         v1 = min(groups, n)
         v2 = math.ceil(n / v1)
         d1 = max(d for d in range(1, math.isqrt(d_model) + 1) if d_model % d == 0)
-        start = (std**2 * 2 / rank) ** 0.25  # a cosine has mean square 1/2
+        start = (_start_std(level, d_model) ** 2 * 2 / rank) ** 0.25  # a cosine has mean square 1/2
         self.core_a = nn.Parameter(torch.randn(v1, rank, d1) * start)
         self.core_b = nn.Parameter(torch.randn(v2, rank, d_model // d1) * start)
         self.phase_a = nn.Parameter(torch.rand(v1, rank) * 2 * math.pi)
@@ -74,12 +89,12 @@ class TensorTrainTail(nn.Module):
 
 
 class HTTTable(nn.Module):
-    """K dense rows for frequent tokens; each other row is a weighted sum of rows before it, and a small row of its own.
+    """K dense rows for frequent tokens, rows of falling rank for others, a tensor train for rare ones; from 4K on, sums too.
 
-    E_i = Σ_j w_ij E_a_ij + (K ≤ i < 8K: row of a band of rank 2r; above: tensor train of r terms)
+    E_i = (i ≥ 4K: Σ_j w_ij E_a_ij) + (K ≤ i < 16K: c_i B[:ρ_i]; above: tensor train of 2r terms)
 
-    with r anchors a_ij, rows that are used like i. Levels begin at K, 2K, 4K and 8K (`levels`); anchors are of an earlier
-    level, so the table is made level by level. Every token also has an output bias.
+    The rank ρ is 11r, 8r, 6r and 3r, D at most, from K, 2K, 4K and 8K on (`levels`). The 3r/8 anchors a_ij are rows that are
+    used like i, of an earlier level, so the table is made level by level. Every token also has an output bias.
 
     Args:
         vocab_size, d_model: V and D.
@@ -96,19 +111,18 @@ class HTTTable(nn.Module):
         self, vocab_size: int, d_model: int, rank: int, dense_rows: int, groups: int, statistics: TokenStatistics | None = None
     ) -> None:
         super().__init__()
-        past, k = vocab_size - dense_rows, anchor_count(rank, dense_rows)
-        self.dense_rows, self.tail_start = dense_rows, min(TAIL_START * dense_rows, vocab_size)
-        band, tail = self.tail_start - dense_rows, vocab_size - self.tail_start
+        every = levels(vocab_size, d_model, rank, dense_rows)
+        self.levels = [*(level.start for level in every if level.anchors), vocab_size]
+        k = every[-1].anchors
         self.register_buffer("positions_of", torch.arange(vocab_size))
-        self.levels = levels(dense_rows, vocab_size)
-        anchors = [torch.randint(max(1, start), (end - start, k)) for start, end in pairwise(self.levels)]
-        self.register_buffer("anchors", torch.cat(anchors))
+        anchors = [torch.randint(level.start, (level.end - level.start, k)) for level in every if level.anchors]
+        self.register_buffer("anchors", torch.cat([torch.empty(0, k, dtype=torch.int64), *anchors]))
         self.rows = nn.Parameter(torch.randn(dense_rows, d_model) / math.sqrt(d_model))
-        self.weights = nn.Parameter(torch.randn(past, k) / math.sqrt(max(1, k)))
+        self.weights = nn.Parameter(torch.randn(len(self.anchors), k) / math.sqrt(max(1, k)))
         self.output_bias = nn.Parameter(torch.zeros(vocab_size))
-        self.band = LowRankBand(band, d_model, min(BAND_RANK * rank, d_model)) if band else None
-        std = (0.1 if k else 1.0) / math.sqrt(d_model)  # next to anchors the tensor train is a correction
-        self.tail = TensorTrainTail(tail, d_model, rank, groups, std) if tail else None
+        band, tail = [level for level in every if level.rank], [level for level in every if not level.rank]
+        self.band = NestedBand(band, d_model) if band else None
+        self.tail = TensorTrainTail(tail[0], d_model, 2 * rank, groups) if tail else None
         if statistics is not None:
             self._use(statistics)
         self._turn_anchors()
@@ -125,6 +139,8 @@ class HTTTable(nn.Module):
             self.output_bias.copy_(torch.from_numpy(statistics.log_frequency))
             self.rows.copy_(torch.from_numpy(statistics.rows) @ basis)
             self.weights.copy_(torch.from_numpy(statistics.weights))
+        if self.band is not None:
+            self.band.start_at(torch.from_numpy(statistics.rest[: self.band.n]), basis)
 
     def _turn_anchors(self) -> None:
         for level, users in enumerate(users_of(self.anchors, self.levels)):
@@ -142,18 +158,24 @@ class HTTTable(nn.Module):
     def table(self, dtype: torch.dtype) -> Tensor:
         """All V rows in the order of their positions."""
         own = [self.rows.to(dtype), *(part.table(dtype) for part in (self.band, self.tail) if part is not None)]
-        if not self.dense_rows:  # no anchors either
+        if not len(self.anchors):
             return own[-1]
         users = [Users(getattr(self, f"places_{i}"), getattr(self, f"starts_{i}")) for i in range(len(self.levels) - 1)]
         return anchored_table(torch.cat(own), self.weights, self.anchors, self.levels, users)
 
 
-def levels(dense_rows: int, vocab_size: int) -> list[int]:
-    """Where the levels of an HTT table begin: at K, 2K, 4K, ... and, the last, the tail, at 8K; and where that ends, at V."""
-    starts = [dense_rows * 2**j for j in range(TAIL_START.bit_length())] if dense_rows else [0]
-    return [*(start for start in starts if start < vocab_size), vocab_size]
+def levels(vocab_size: int, d_model: int, rank: int, dense_rows: int) -> list[Level]:
+    """The levels of an HTT table past its dense rows: from K, 2K, 4K, 8K and 16K on, as far as V reaches."""
+    starts, ranks = [0], [0]
+    if dense_rows:
+        starts = [dense_rows * 2**j for j in range(len(BAND_RANKS) + 1) if dense_rows * 2**j < vocab_size]
+        ranks = [*(min(multiple * rank, d_model) for multiple in BAND_RANKS), 0]
+    anchored = starts[min(ANCHORED_LEVEL, len(starts) - 1)]
+    k = min(max(1, 3 * rank // 8), dense_rows)
+    stretches = zip(pairwise([*starts, vocab_size]), ranks)
+    return [Level(start, end, own, k if start >= anchored else 0) for (start, end), own in stretches]
 
 
-def anchor_count(rank: int, dense_rows: int) -> int:
-    """Rows that each row past the dense ones is a sum of, of an HTT table of rank r."""
-    return min(rank, dense_rows)
+def _start_std(level: Level, d_model: int) -> float:
+    """Of the part of a row that is its own: that of a dense row, a tenth of it next to anchors, of which it is a correction."""
+    return (0.1 if level.anchors else 1.0) / math.sqrt(d_model)
