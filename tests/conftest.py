@@ -1,3 +1,4 @@
+import gc
 import os
 
 import pytest
@@ -15,3 +16,12 @@ def uninitialized_memory_is_nan():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def gpu_memory_is_given_back():
+    """What a test leaves in PyTorch's cache would count as another program's memory in a test of a child process."""
+    yield
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()

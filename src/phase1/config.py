@@ -282,7 +282,7 @@ class ThroughputRun(Ranked, Output):
 class PerplexityRun(Shape, DataConfig, TrainConfig, Output):
     """Perplexity of trained models on one evaluation text, engine against the FP16 Transformer."""
 
-    baseline_learning_rate: float = option(1.5e-3, "--learning-rate of the baseline: its best is another")
+    baseline_learning_rate: float = option(1.5e-3, "--learning-rate of models with attention: their best is another")
     gradient_checkpointing: bool = option(True, "recompute the engine's activations in the backward pass: slower, less memory")
     max_samples: int | None = option(None, "windows of --seq-length tokens to evaluate; all by default")
     seq_length: int = option(512, "T, tokens per window in evaluation, and in the training of what is not trained yet")

@@ -92,6 +92,27 @@ def test_ablate_writes_and_prints_one_component_at_a_time(tmp_path, capsys):
     assert "with the engine's mixer" in capsys.readouterr().out
 
 
+@needs_no_gpu
+def test_an_interrupted_ablation_goes_on_with_the_model_it_was_at(tmp_path, monkeypatch):
+    calls, whole = [], memory.memory_result
+
+    def counted(role, case):
+        calls.append((role, case.model.config_id))
+        if len(calls) == 6:  # the three models, two rows, and in the third
+            raise KeyboardInterrupt
+        return whole(role, case)
+
+    monkeypatch.setattr(memory, "memory_result", counted)
+    with pytest.raises(KeyboardInterrupt):
+        memory.main(run(tmp_path, ablate=True))
+    memory.main(run(tmp_path, ablate=True, resume=True))
+    assert len(calls) == 12 and len(set(calls)) == 11 and calls[5] == calls[6]
+    resumed = read_report(tmp_path / "phase1_memory_validation.json", "memory").ablation
+    monkeypatch.undo()
+    memory.main(run(tmp_path, ablate=True))
+    assert read_report(tmp_path / "phase1_memory_validation.json", "memory").ablation == resumed
+
+
 def test_ablate_needs_the_baseline(tmp_path):
     with pytest.raises(ValueError, match="--no-baseline"):
         run(tmp_path, ablate=True, baseline=False)

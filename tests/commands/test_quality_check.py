@@ -79,13 +79,16 @@ def test_an_error_other_than_too_little_memory_ends_the_run(monkeypatch, error):
         perplexity.measure(run, model, [perplexity.Text(None, None)])
 
 
-def test_the_baseline_has_its_own_learning_rate_where_one_is_given(monkeypatch, tmp_path):
+def test_models_with_attention_have_their_own_learning_rate(monkeypatch, tmp_path):
     from types import SimpleNamespace
 
     seen = {}
     monkeypatch.setattr(perplexity, "train_to_checkpoint", lambda model, train, *rest, label: seen.update({label: train}))
-    run = PerplexityRun(learning_rate=1e-3, baseline_learning_rate=2e-3, checkpoint_dir=str(tmp_path))
+    run = PerplexityRun(
+        learning_rate=1e-3, baseline_learning_rate=2e-3, checkpoint_dir=str(tmp_path), variants=("attention_htt", "ar_ssm_dense")
+    )
     corpus = SimpleNamespace(splits={"train": SimpleNamespace(sha256="0")}, tokenizer=SimpleNamespace(fingerprint="0"))
     for model in perplexity.candidates(run):
         perplexity.train_candidate(run, model, corpus)
-    assert {key: train.learning_rate for key, train in seen.items()} == {"baseline": 2e-3, "phase1_htt16_ar32": 1e-3}
+    rates = {key: train.learning_rate for key, train in seen.items()}
+    assert rates == {"baseline": 2e-3, "attention_htt": 2e-3, "phase1_htt16_ar32": 1e-3, "ar_ssm_dense": 1e-3}

@@ -36,7 +36,9 @@ def test_the_environment_names_no_host_no_user_and_no_home():
     [
         (["/opt/venv/bin/phase1", "memory", "--batch-size", "4"], "phase1 memory --batch-size 4"),
         (["/x/site-packages/phase1/__main__.py", "doctor"], "phase1 doctor"),
-        (["/x/validate_phase1_memory.py", "--no-baseline"], "python scripts/validate_phase1_memory.py --no-baseline"),
+        (["/x/scripts/validate_phase1_memory.py", "--no-baseline"], "python scripts/validate_phase1_memory.py --no-baseline"),
+        (["/x/benchmarks/calibrate_memory.py"], "python benchmarks/calibrate_memory.py"),
+        (["/home/ann/own.py"], "python own.py"),
         (["phase1", "memory", "--out-dir", "/home/ann/my results"], "phase1 memory --out-dir '~/my results'"),
     ],
 )

@@ -42,7 +42,7 @@ def main(run: MemoryRun) -> int:
         run=settings(run) | {"free_gpu_bytes": free_bytes, "vram_limit_bytes": limit},
         results=results,
         checks=checks(results, free_bytes, limit, run.card),
-        ablation=journal.case("ablation", list[Ablation], partial(_ablation, run, cases, results)) if run.ablate else [],
+        ablation=with_one_change(cases, results, journal) if run.ablate else [],
     )
     write_report(report, path)
     written = [path]
@@ -54,9 +54,13 @@ def main(run: MemoryRun) -> int:
     return exit_code(report.checks)
 
 
-def _ablation(run: MemoryRun, cases: dict[str, MemoryCase], results: dict[str, MemoryResult]) -> list[Ablation]:
-    rows = ablation(cases, results, memory_result)
-    return list(tqdm(rows, desc="ablation", unit="row", total=ROWS, disable=None))
+def with_one_change(cases: dict[str, MemoryCase], results: dict[str, MemoryResult], journal: Journal) -> list[Ablation]:
+    """What each component saves, every changed model a case of the journal."""
+
+    def measure(role: str, case: MemoryCase) -> MemoryResult:
+        return journal.case(f"{role} as {case.model.config_id}", MemoryResult, partial(memory_result, role, case))
+
+    return list(tqdm(ablation(cases, results, measure), desc="ablation", unit="row", total=ROWS, disable=None))
 
 
 def models(run: MemoryRun) -> dict[str, ModelConfig]:

@@ -14,7 +14,7 @@ import torch
 from phase1.candidates import Candidate, candidates
 from phase1.checkpoint import load_model, load_token_order, read_index, training_facts
 from phase1.commands.train import train_to_checkpoint
-from phase1.config import PerplexityRun, Shape, TrainConfig, content_id, part_of, report_key
+from phase1.config import PerplexityRun, Shape, TrainConfig, content_id, part_of
 from phase1.data import Corpus, count_words, load_corpus
 from phase1.errors import Diverged
 from phase1.journal import open_journal
@@ -145,7 +145,7 @@ def measure(run: PerplexityRun, model: Candidate, texts: list[Text]) -> list[Per
 def train_candidate(run: PerplexityRun, model: Candidate, corpus: Corpus) -> Path:
     """Train `model`, or find it trained by an earlier run on the same config and data; its checkpoint folder."""
     train_config = replace(part_of(TrainConfig, run), seed=model.seed)
-    if report_key(model.config) == "baseline":
+    if model.config.mixer == "attention":
         train_config = replace(train_config, learning_rate=run.baseline_learning_rate)
     identity = {
         "model": model.config.config_id,

@@ -68,8 +68,8 @@ def sparse_code(vectors: Tensor, levels: Sequence[Level]) -> tuple[Tensor, Tenso
         E_i = Σ_j w_ij E_a_ij + rest_i,   E_i = vectors[i] for i < K
 
     rest_i being the first ρ columns of what the sum leaves, the others 0; n are the rows with anchors. The anchors of a row
-    are among all rows before its level, as this code makes them: those of orthogonal matching pursuit, one at a time the row of largest |cosine|
-    with what is left, then all weights again by (slightly ridged) least squares.
+    are among all rows before its level, as this code makes them: those of orthogonal matching pursuit, one at a time the row
+    of largest |cosine| with what is left, then all weights again by (slightly ridged) least squares.
 
     Source: Pati, Rezaiifar and Krishnaprasad 1993, "Orthogonal matching pursuit".
     """

@@ -166,12 +166,12 @@ def free_ram_bytes() -> int | None:
 
 
 def current_command() -> str:
-    """The command line of this process, fit to be typed again: base name of the program, nothing private in it."""
-    program = Path(sys.argv[0]).name
-    if program == "__main__.py":
-        program = "phase1"
-    elif program.endswith(".py"):
-        program = f"python scripts/{program}"
+    """The command line of this process, fit to be typed again: a script with its folder, nothing private in it."""
+    path = Path(sys.argv[0])
+    program = "phase1" if path.name == "__main__.py" else path.name
+    if program.endswith(".py"):
+        folder = path.absolute().parent.name
+        program = f"python {folder}/{program}" if folder in ("scripts", "benchmarks") else f"python {program}"
     return " ".join([program, *(shlex.quote(without_private(argument)) for argument in sys.argv[1:])])
 
 
