@@ -1,5 +1,8 @@
+from dataclasses import asdict, replace
+
 import pytest
 
+from phase1.config import ModelConfig
 from phase1.record import Ablation, Check, MemoryResult, PerplexityResult, ThroughputResult
 from phase1.tables import (
     build_tables,
@@ -197,6 +200,46 @@ def test_results_of_another_configuration_have_a_row_of_their_own():
         ("id-phase1", 2.31, None),
         ("other", None, 37.06),
     ]
+
+
+def trained_without_checkpointing(reports):
+    """`reports` of real configurations, the engine's perplexity that of a model trained without checkpointing."""
+    config = ModelConfig()
+    for report in reports.values():
+        key = next(key for key in report.results if key.startswith("phase1"))
+        mine = replace(config, checkpointing=report.kind != "perplexity")
+        update = {"config": asdict(mine), "config_id": mine.config_id}
+        report.results[key] = report.results[key].model_copy(update=update)
+    return reports
+
+
+@pytest.mark.parametrize("kinds", [("memory", "throughput", "perplexity"), ("perplexity", "memory", "throughput")], ids=str)
+def test_a_perplexity_belongs_to_its_model_with_or_without_checkpointing(kinds):
+    reports = trained_without_checkpointing(all_reports())
+    row = row_of(configuration_comparison({kind: reports[kind] for kind in kinds}), "phase1")
+    assert (row["Config id"], row["Peak allocated (GB)"], row["Perplexity"]) == (ModelConfig().config_id, 2.31, 37.06)
+
+
+def test_a_peak_belongs_to_one_way_of_training_alone_and_a_perplexity_to_its_own_first():
+    reports = trained_without_checkpointing(all_reports())
+    engine = reports["perplexity"].results["phase1_htt16_ar32"]
+    reports["throughput"].results["phase1"] = reports["throughput"].results["phase1"].model_copy(
+        update={"config": engine.config, "config_id": engine.config_id}
+    )
+    rows = [row for row in records(configuration_comparison(reports)) if row["Model"] == "phase1"]
+    found = [(row["Config id"], row["Peak allocated (GB)"], row["At T (tokens)"], row["Perplexity"]) for row in rows]
+    assert found == [(ModelConfig().config_id, 2.31, None, None), (engine.config_id, None, 4096, 37.06)]
+
+
+def test_a_perplexity_of_a_model_that_differs_in_more_has_a_row_of_its_own():
+    reports = trained_without_checkpointing(all_reports())
+    mine = ModelConfig(checkpointing=False, htt_rank=8)
+    engine = reports["perplexity"].results["phase1_htt16_ar32"]
+    reports["perplexity"].results["phase1_htt16_ar32"] = engine.model_copy(
+        update={"config": asdict(mine), "config_id": mine.config_id}
+    )
+    rows = [row for row in records(configuration_comparison(reports)) if row["Model"] == "phase1"]
+    assert [row["Perplexity"] for row in rows] == [None, 37.06]
 
 
 def test_results_against_another_baseline_have_a_row_of_their_own():

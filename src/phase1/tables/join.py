@@ -1,9 +1,10 @@
 """Which results of several reports are of one model."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from phase1.config import ModelConfig
 from phase1.record import Report, Result
 
 SIZES = ("vocab_size", "d_model", "n_layers")  # equal for all models of one comparison
@@ -44,7 +45,8 @@ def joined_rows(reports: Mapping[str, Report[Any]]) -> list[Row]:
     """One row per model and baseline, in the order of the reports; a row holds at most one result per kind.
 
     Results are of one row when label and configuration id are equal and they were compared with the same baseline. A result
-    that was compared with none joins the row of its configuration where there is exactly one.
+    that was compared with none joins the row of its configuration where there is exactly one. Where no row has the id, a
+    perplexity joins that of the model with or without checkpointing: it is the same model, trained faster or in less memory.
     Raises ValueError where one configuration id stands for two configurations.
     """
     rows: list[Row] = []
@@ -54,7 +56,7 @@ def joined_rows(reports: Mapping[str, Report[Any]]) -> list[Row]:
             if (baseline is not None) == with_baseline:
                 for key, result in report.results.items():
                     baseline_id = baseline.config_id if baseline else None
-                    _row_for(rows, _label(key), result.config_id, baseline_id, kind).results[kind] = result
+                    _row_for(rows, _label(key), result, baseline_id, kind).results[kind] = result
     for row in rows:
         _require_one_configuration(row)
     return rows
@@ -65,20 +67,45 @@ def _label(key: str) -> str:
     return "phase1" if key.startswith("phase1") else key
 
 
-def _row_for(rows: list[Row], label: str, config_id: str, baseline_id: str | None, kind: str) -> Row:
-    free = [row for row in rows if (row.label, row.config_id) == (label, config_id) and kind not in row.results]
+def _row_for(rows: list[Row], label: str, result: Result, baseline_id: str | None, kind: str) -> Row:
+    free = [row for row in rows if row.label == label and kind not in row.results]
     if baseline_id is not None:
         free = [row for row in free if row.baseline_id == baseline_id]
-    if len(free) == 1:
-        return free[0]
-    rows.append(Row(label, config_id, baseline_id))
+    for same in (_is_configuration, _is_quality):
+        if len(found := [row for row in free if same(row, result, kind)]) == 1:
+            if kind != "perplexity":  # what it costs depends on the way it is trained
+                found[0].config_id = result.config_id
+            return found[0]
+        if found:
+            break
+    rows.append(Row(label, result.config_id, baseline_id))
     return rows[-1]
+
+
+def _is_configuration(row: Row, result: Result, kind: str) -> bool:
+    return row.config_id == result.config_id
+
+
+def _is_quality(row: Row, result: Result, kind: str) -> bool:
+    """Whether one of the two is a perplexity alone, of the model of the other but for checkpointing."""
+    if kind != "perplexity" and set(row.results) != {"perplexity"}:
+        return False
+    one, other = (_checkpointed_id(config) for config in (result.config, next(iter(row.results.values())).config))
+    return one is not None and one == other
+
+
+def _checkpointed_id(config: Mapping[str, Any]) -> str | None:
+    try:
+        return replace(ModelConfig(**config), checkpointing=True).config_id
+    except (TypeError, ValueError):  # of another version or another program: its id has to do
+        return None
 
 
 def _require_one_configuration(row: Row) -> None:
     (first_kind, first), *others = row.results.items()
     for kind, other in others:
-        differing = [n for n in IDENTITY if n in first.config and n in other.config and first.config[n] != other.config[n]]
+        names = [name for name in IDENTITY if name != "checkpointing" or first.config_id == other.config_id]
+        differing = [n for n in names if n in first.config and n in other.config and first.config[n] != other.config[n]]
         if first.parameters and other.parameters and first.parameters != other.parameters:
             differing.append("parameters")
         if differing:
