@@ -55,10 +55,15 @@ def make_train_state(model: LanguageModel, config: TrainConfig, device: torch.de
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     passes = Passes(model, scaler, dtype)
     if config.cuda_graphs:
-        if device.type != "cuda":
-            raise ValueError("--cuda-graphs needs a GPU; got a run on the CPU; leave it out")
+        require_gpu_for_graphs(device.type)
         passes = Replay(passes)
     return TrainState(model, optimizer, scaler, dtype, device, config.grad_clip, config, passes)
+
+
+def require_gpu_for_graphs(device_type: str) -> None:
+    """Raise ValueError on the CPU, which has no CUDA graphs."""
+    if device_type != "cuda":
+        raise ValueError("--cuda-graphs needs a GPU; got a run on the CPU; leave it out")
 
 
 def parameter_groups(model: LanguageModel, config: TrainConfig) -> list[dict[str, Any]]:

@@ -70,6 +70,13 @@ def test_without_baselines_the_engine_is_measured_twice(tmp_path):
     assert report.checks[-1].name == "a_a_no_difference" and report.checks[-1].status == "inconclusive"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has graphs")
+def test_cuda_graphs_without_a_gpu_are_refused_before_anything_is_measured(tmp_path):
+    with pytest.raises(ValueError, match="--cuda-graphs needs a GPU; got a run on the CPU; leave it out"):
+        throughput.main(run(tmp_path / "out", cuda_graphs=True))
+    assert not (tmp_path / "out").exists()
+
+
 def test_warnings_of_the_run_and_of_models_are_written_printed_and_in_the_tables(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(throughput, "run_warnings", lambda samples, cpu: ["the room is on fire: leave"])
     monkeypatch.setattr(throughput, "model_warnings", lambda measurements, device: ["slow: hurry"])

@@ -17,15 +17,20 @@ from phase1.measure.scaling import MIN_LENGTHS
 from phase1.measure.throughput import Contender, ThroughputPlan, measure_throughput, throughput_results
 from phase1.record import FILES, Check, Report, ThroughputResult, exit_code, write_report
 from phase1.report import checks_text, plot_throughput, throughput_text
-from phase1.train import compute_dtype
+from phase1.train import compute_dtype, require_gpu_for_graphs
 
 R_SQUARED_LIMIT: Final = 0.95
 PLOT: Final = "phase1_throughput_comparison.png"
 
 
 def main(run: ThroughputRun) -> int:
-    """Write the throughput report, its plot if asked, and print it; see `ThroughputRun` for the flags."""
+    """Write the throughput report, its plot if asked, and print it; see `ThroughputRun` for the flags.
+
+    Raises ValueError for CUDA graphs without a GPU.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if run.cuda_graphs:
+        require_gpu_for_graphs(device)
     wanted, facts, precision = models(run), environment(), str(compute_dtype("auto", device)).removeprefix("torch.")
     path = Path(run.out_dir) / FILES["throughput"]
     journal = open_journal(path, settings(run), machine=machine(), resume=run.resume)
