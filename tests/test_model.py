@@ -202,6 +202,25 @@ def test_the_table_keeps_its_promise_at_the_documented_size():
     assert sum(p.numel() for p in table.parameters()) < 0.1 * 50257 * 512
 
 
+def test_the_table_starts_where_its_statistics_say():
+    V, D, r, K = 200, 16, 2, 20
+    rng, every = np.random.default_rng(0), levels(V, D, r, K)
+    assert [level.rank for level in every] == [16, 16, 12, 6]  # the last two have anchors, the last one not all columns
+    anchors = np.concatenate([rng.integers(0, level.start, (level.end - level.start, 1)) for level in every[2:]])
+    rows, rest, weights = (rng.normal(size=size).astype(np.float32) for size in ((K, 12), (V - K, 12), (len(anchors), 1)))
+    found = TokenStatistics(rng.permutation(V), np.zeros(V, dtype=np.float32), rows, anchors, weights, rest)
+    table = HTTTable(V, D, r, K, groups=6, statistics=found)
+    basis = torch.linalg.lstsq(torch.from_numpy(rows), table.rows.detach()).solution.numpy()
+    expected = list(rows @ basis)
+    for i in range(K, V):
+        rank = next(level.rank for level in every if i < level.end)
+        expected.append(rest[i - K, :rank] @ basis[:rank])
+        if i >= every[2].start:
+            place = i - every[2].start
+            expected[-1] = expected[-1] + weights[place, 0] * expected[anchors[place, 0]]
+    torch.testing.assert_close(table.table(torch.float32).detach().numpy(), np.stack(expected), rtol=1e-4, atol=1e-4)
+
+
 def test_a_token_order_that_is_no_permutation_is_refused():
     with pytest.raises(ValueError, match="once each"):
         LanguageModel(model_config("phase1", TINY), statistics()._replace(positions=np.zeros(50, dtype=np.int64)))
