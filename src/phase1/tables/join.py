@@ -71,22 +71,17 @@ def _row_for(rows: list[Row], label: str, result: Result, baseline_id: str | Non
     free = [row for row in rows if row.label == label and kind not in row.results]
     if baseline_id is not None:
         free = [row for row in free if row.baseline_id == baseline_id]
-    for same in (_is_configuration, _is_quality):
-        if len(found := [row for row in free if same(row, result, kind)]) == 1:
-            if kind != "perplexity":  # what it costs depends on the way it is trained
-                found[0].config_id = result.config_id
-            return found[0]
-        if found:
-            break
-    rows.append(Row(label, result.config_id, baseline_id))
-    return rows[-1]
+    found = [row for row in free if row.config_id == result.config_id]
+    found = found or [row for row in free if _has_weights_of(row, result, kind)]
+    if len(found) != 1:
+        rows.append(Row(label, result.config_id, baseline_id))
+        return rows[-1]
+    if kind != "perplexity":  # what it costs depends on the way it is trained
+        found[0].config_id = result.config_id
+    return found[0]
 
 
-def _is_configuration(row: Row, result: Result, kind: str) -> bool:
-    return row.config_id == result.config_id
-
-
-def _is_quality(row: Row, result: Result, kind: str) -> bool:
+def _has_weights_of(row: Row, result: Result, kind: str) -> bool:
     """Whether one of the two is a perplexity alone, of the model of the other but for checkpointing."""
     if kind != "perplexity" and set(row.results) != {"perplexity"}:
         return False
