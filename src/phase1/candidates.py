@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -11,7 +12,8 @@ from phase1.config import ROLES, ModelConfig, PerplexityRun, Variant, model_conf
 from phase1.model import LanguageModel
 from phase1.record import repetition
 
-_NAME = re.compile(r"(baseline|phase1_htt\d+_ar\d+|ar_ssm_dense|attention_htt|no_gate|equal_parameters)(_seed\d+)?")
+_NAME = re.compile(rf"(baseline|phase1_htt\d+_ar\d+|{'|'.join(get_args(Variant))})(_seed\d+)?")
+_ENGINES = ("no_gate", "no_copy", "equal_parameters")  # variants that a report would call phase1_...
 
 
 @dataclass(frozen=True)
@@ -45,16 +47,23 @@ def candidates(run: PerplexityRun) -> list[Candidate]:
 
 
 def variant(name: Variant, engine: ModelConfig) -> ModelConfig:
-    """The engine with one thing changed; `equal_parameters` is the deepest engine that is no larger than its baseline."""
+    """Engine or baseline with one thing changed; `equal_parameters` is the deepest engine no larger than the baseline."""
     if name == "ar_ssm_dense":
         return replace(engine, embedding="dense")
     if name == "attention_htt":
         return replace(engine, mixer="attention")
     if name == "no_gate":
         return replace(engine, ar_ssm_min_rank=engine.ar_ssm_max_rank)
+    if name == "no_copy":
+        return replace(engine, copy_head=False)
+    if name == "transformer_copy":
+        return replace(engine, **(ROLES["baseline"] | {"copy_head": True}))
     shallow = parameter_count(replace(engine, n_layers=1))
     layer = parameter_count(replace(engine, n_layers=2)) - shallow
-    return replace(engine, n_layers=1 + (parameter_count(replace(engine, **ROLES["baseline"])) - shallow) // layer)
+    n_layers = 1 + (parameter_count(replace(engine, **ROLES["baseline"])) - shallow) // layer
+    if n_layers < 1:
+        raise ValueError("--variants equal_parameters: an engine of one layer is larger than the baseline; raise --d-model")
+    return replace(engine, n_layers=n_layers)
 
 
 def parameter_count(config: ModelConfig) -> int:
@@ -76,6 +85,6 @@ def _given(argument: str) -> Candidate:
     index = read_index(path)
     config, plain = ModelConfig(**index["model_config"]), repetition(name)[0]
     found = report_key(config)
-    if plain != found and not (plain in ("no_gate", "equal_parameters") and found.startswith("phase1")):
+    if plain != found and not (plain in _ENGINES and found.startswith("phase1")):
         raise ValueError(f"--checkpoint {name}={path}: the model there is {found}; use that name")
     return Candidate(name, config, index["train_config"].get("seed", 0), Path(path))

@@ -47,13 +47,14 @@ class Shape(Config):
     n_heads: int = option(8, "H, heads of the mixer")
     ar_ssm_min_rank: int = option(4, "ranks of U and V that the rank gate cannot switch off")
     ar_ssm_window: int = option(64, "w, width of the sliding window of the local part T; 0 leaves only the diagonal")
+    copy_window: int = option(512, "last tokens that the copy head points to, the newest among them")
     rank_penalty: float = option(1e-2, "weight of the L1 term on the rank gate in the training loss")
     htt_dense_rows: int = option(1024, "K, most frequent tokens, a dense row each; falling ranks up to 16K, then the tail")
     htt_groups: int = option(512, "rows of the grid of the tail's tensor train, a group of similar tokens each")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_positive(self, "vocab_size", "d_model", "n_layers", "n_heads", "ar_ssm_min_rank", "htt_groups")
+        _require_positive(self, "vocab_size", "d_model", "n_layers", "n_heads", "ar_ssm_min_rank", "copy_window", "htt_groups")
         if self.d_model % (2 * self.n_heads):
             raise ValueError(
                 f"--d-model must be a multiple of 2 x --n-heads={2 * self.n_heads} (rotary pairs); got {self.d_model}; "
@@ -94,6 +95,7 @@ class ModelConfig(Ranked):
 
     mixer: Literal["ar_ssm", "attention"] = option("ar_ssm", "sequence layer of every block")
     embedding: Literal["htt", "dense"] = option("htt", "token table, tied to the output")
+    copy_head: bool = option(True, "mix the output's distribution with a pointer to the last tokens of the text")
     loss: Literal["chunked", "materialized"] = option("chunked", "cross-entropy without, or with, all logits in memory")
     checkpointing: bool = option(True, "recompute the activations of each block in the backward pass")
     attention: Literal["fused", "math"] = option("fused", "of attention: the fastest kernel, or all T x T scores in memory")
@@ -112,13 +114,15 @@ class ModelConfig(Ranked):
         unused: tuple[str, ...] = ("ar_ssm_", "rank_penalty") if self.mixer == "attention" else ()
         unused += ("htt_",) if self.embedding == "dense" else ()
         unused += () if (self.mixer, self.attention) == ("attention", "math") else ("attention",)
+        unused += () if self.copy_head else ("copy_",)
         return content_id({name: value for name, value in asdict(self).items() if not name.startswith(unused)})
 
 
+TRANSFORMER: dict[str, Any] = {"mixer": "attention", "embedding": "dense", "copy_head": False}
 ROLES: dict[str, dict[str, Any]] = {
-    "baseline": {"mixer": "attention", "embedding": "dense", "loss": "materialized", "checkpointing": False},
-    "baseline_optimized": {"mixer": "attention", "embedding": "dense", "loss": "chunked", "checkpointing": True},
-    "phase1": {"mixer": "ar_ssm", "embedding": "htt", "loss": "chunked", "checkpointing": True},
+    "baseline": TRANSFORMER | {"loss": "materialized", "checkpointing": False},
+    "baseline_optimized": TRANSFORMER | {"loss": "chunked", "checkpointing": True},
+    "phase1": {"mixer": "ar_ssm", "embedding": "htt", "copy_head": True, "loss": "chunked", "checkpointing": True},
 }
 """The models a run compares, by the key they have in a result file (docs/design.md, "Definitions")."""
 
@@ -136,13 +140,13 @@ def model_config(role: str, shape: Shape, **overrides: Any) -> ModelConfig:
     return ModelConfig(**(sizes | (ROLES | CONTROLS)[role] | overrides))
 
 
-Variant = Literal["ar_ssm_dense", "attention_htt", "no_gate", "equal_parameters"]
+Variant = Literal["ar_ssm_dense", "attention_htt", "no_gate", "no_copy", "transformer_copy", "equal_parameters"]
 
 
 def report_key(config: ModelConfig) -> str:
     """The key of a model in a perplexity report."""
     names = {
-        ("attention", "dense"): "baseline",
+        ("attention", "dense"): "transformer_copy" if config.copy_head else "baseline",
         ("attention", "htt"): "attention_htt",
         ("ar_ssm", "dense"): "ar_ssm_dense",
         ("ar_ssm", "htt"): f"phase1_htt{config.htt_rank}_ar{config.ar_ssm_max_rank}",
@@ -292,8 +296,8 @@ class PerplexityRun(Shape, DataConfig, TrainConfig, Output):
     test_ar_ssm_ranks: tuple[int, ...] = option((32,), "AR-SSM ranks to test")
     variants: tuple[Variant, ...] = option(
         (),
-        "further models, with the first rank of each kind: AR-SSM with a dense table, attention with the HTT table, the engine "
-        "with all ranks always on, the engine with as many layers as the baseline's parameters pay for",
+        "further models, with the first rank of each kind: the engine with a dense table, with attention, with all ranks "
+        "always on, without its copy head; the Transformer with one; the engine with as many layers as fit into the baseline",
     )
     repeats: int = option(1, "trainings of every model, with --seed, --seed + 1, ...: how much of a difference is chance")
     checkpoint: tuple[str, ...] = option(
@@ -374,6 +378,7 @@ SMOKE_SHAPE: dict[str, Any] = {
     "n_layers": 3,
     "n_heads": 4,
     "ar_ssm_window": 32,
+    "copy_window": 64,
     "htt_dense_rows": 64,
     "htt_groups": 64,
 }

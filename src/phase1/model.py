@@ -11,9 +11,10 @@ from torch.utils.checkpoint import checkpoint
 from phase1.config import ModelConfig
 from phase1.layers.ar_ssm import ARSSM
 from phase1.layers.attention import Attention
+from phase1.layers.copy_head import CopyHead
 from phase1.layers.embedding import DenseTable, HTTTable
 from phase1.layers.mlp import MLP
-from phase1.ops.cross_entropy import tied_cross_entropy, tied_cross_entropy_reference, tied_nll
+from phase1.ops.cross_entropy import IGNORE, tied_cross_entropy, tied_cross_entropy_reference, tied_nll
 from phase1.vocabulary import TokenStatistics
 
 
@@ -69,6 +70,9 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.d_model)
         self._initialize()
+        # last, so that equal seeds give the rest of the model equal weights with and without it
+        key_dim = config.d_model // config.n_heads  # as wide as a head of the mixer
+        self.copy_head = CopyHead(config.d_model, key_dim, config.copy_window) if config.copy_head else None
 
     def _initialize(self) -> None:
         std = 0.02 * math.sqrt(512 / self.config.d_model)
@@ -83,24 +87,41 @@ class LanguageModel(nn.Module):
         return self.continue_from(ids, None)[0]
 
     def continue_from(self, ids: Tensor, states: list[Any] | None) -> tuple[Tensor, list[Any]]:
-        """Logits (B, T, V) for `ids` that follow the text that left `states` (None: the beginning), and the new states."""
+        """Logits (B, T, V) for `ids` that follow the text that left `states` (None: the beginning), and the new states.
+
+        With a copy head they are the log-probabilities of its mixture.
+        """
         table = self._table()
+        past = None if states is None or self.copy_head is None else states[-1]  # the others are the blocks'
         hidden, states, _ = self._hidden(ids, table, states, keep_states=True)
         dtype = _compute_dtype(hidden)
         logits = hidden.to(dtype) @ table.to(dtype).T
         if self.embedding.output_bias is not None:
             logits = logits + self.embedding.output_bias
         every_id = torch.arange(self.config.vocab_size, device=ids.device)
-        return logits[..., self.embedding.positions(every_id)], states
+        logits = logits[..., self.embedding.positions(every_id)]
+        if self.copy_head is None:
+            return logits, states
+        logits, state = self.copy_head.mixture(hidden, ids, logits, past)
+        return logits, [*states, state]
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of `targets` (B, T), -100 not scored; in training plus the penalty of the rank gate."""
+        """Mean cross-entropy in nats of `targets` (B, T), -100 not scored; in training plus the penalty of the rank gate.
+
+        With a copy head it is that of the mixture, mean of nll - log(1 - g) - softplus(nll + o).
+        """
         # A table of its own for the output: the gradient of one for both would wait, V x D, for that of all blocks.
         shared = None if self.config.checkpointing and torch.is_grad_enabled() else self._table()
         hidden, _, effective_rank = self._hidden(ids, shared)
         table = self._table() if shared is None else shared
         op = tied_cross_entropy if self.config.loss == "chunked" else tied_cross_entropy_reference
-        loss = op(*self._output(hidden, table, targets))
+        if self.copy_head is None:
+            loss = op(*self._output(hidden, table, targets))
+        else:
+            log_odds, gate = self.copy_head(hidden, ids, targets)
+            scored = targets != IGNORE
+            loss = op(*self._output(hidden, table, targets), log_odds.flatten())
+            loss = loss + (F.softplus(gate) * scored).sum() / scored.sum()
         if self.training and effective_rank is not None:
             loss = loss + self.config.rank_penalty * effective_rank / self.config.ar_ssm_max_rank
         return loss
@@ -110,7 +131,11 @@ class LanguageModel(nn.Module):
         """Loss in nats of each target (B, T), 0 where it is -100, and the mean effective rank (None without a gate)."""
         table = self._table()
         hidden, _, effective_rank = self._hidden(ids, table)
-        return tied_nll(*self._output(hidden, table, targets)).view(targets.shape), effective_rank
+        nll = tied_nll(*self._output(hidden, table, targets)).view(targets.shape)
+        if self.copy_head is not None:
+            log_odds, gate = self.copy_head(hidden, ids, targets)
+            nll = (nll + F.softplus(gate) - F.softplus(nll + log_odds)).where(targets != IGNORE, 0)
+        return nll, effective_rank
 
     def _table(self) -> Tensor:
         """All rows (V, D), in the order of positions: the input's and, transposed, the output's."""
@@ -162,11 +187,12 @@ class LanguageModel(nn.Module):
                 )
 
     def parameter_counts(self) -> dict[str, int]:
-        """Numbers of parameters: total, and those of the token table, the mixers and the MLPs."""
+        """Numbers of parameters: total, and those of the token table, the mixers, the MLPs and the copy head."""
         parts: dict[str, list[Any]] = {
             "embedding": [self.embedding],
             "mixer": [b.mixer for b in self.blocks],
             "mlp": [b.mlp for b in self.blocks],
+            "copy_head": [] if self.copy_head is None else [self.copy_head],
         }
         counts = {name: sum(p.numel() for m in modules for p in m.parameters()) for name, modules in parts.items()}
         return {"total": sum(p.numel() for p in self.parameters())} | counts

@@ -66,6 +66,7 @@ class Parameters(_Record):
     embedding: int
     mixer: int
     mlp: int
+    copy_head: int = 0
 
 
 class Result(_Record):

@@ -67,7 +67,7 @@ def require_gpu_for_graphs(device_type: str) -> None:
 
 
 def parameter_groups(model: LanguageModel, config: TrainConfig) -> list[dict[str, Any]]:
-    """Matrices of the blocks decay; the token table learns `table_learning_rate` times as fast; vectors do neither."""
+    """Matrices decay, but for the token table, which learns `table_learning_rate` times as fast; vectors do neither."""
     matrices: list[Tensor] = []
     table: list[Tensor] = []
     vectors: list[Tensor] = []

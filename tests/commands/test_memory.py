@@ -82,11 +82,13 @@ def test_ablate_writes_and_prints_one_component_at_a_time(tmp_path, capsys):
         ("baseline", "with the engine's checkpointing"),
         ("baseline", "with the engine's mixer"),
         ("baseline", "with the engine's table"),
+        ("baseline", "with the engine's copy head"),
         ("baseline", "without optimizer state"),
         ("phase1", "without the engine's loss"),
         ("phase1", "without the engine's checkpointing"),
         ("phase1", "without the engine's mixer"),
         ("phase1", "without the engine's table"),
+        ("phase1", "without the engine's copy head"),
         ("phase1", "without optimizer state"),
     ]
     assert "with the engine's mixer" in capsys.readouterr().out
@@ -106,7 +108,7 @@ def test_an_interrupted_ablation_goes_on_with_the_model_it_was_at(tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         memory.main(run(tmp_path, ablate=True))
     memory.main(run(tmp_path, ablate=True, resume=True))
-    assert len(calls) == 12 and len(set(calls)) == 11 and calls[5] == calls[6]
+    assert len(calls) == 14 and len(set(calls)) == 13 and calls[5] == calls[6]
     resumed = read_report(tmp_path / "phase1_memory_validation.json", "memory").ablation
     monkeypatch.undo()
     memory.main(run(tmp_path, ablate=True))

@@ -42,6 +42,52 @@ def test_gradcheck_in_float64():
     assert torch.autograd.gradcheck(lambda h, t: tied_cross_entropy(h, t, targets), (hidden, table))
 
 
+def odds_like(targets, dtype=torch.float64):
+    """Log-odds between certain and impossible, impossible for one that is scored and one that is not."""
+    odds = torch.linspace(-6, 5, len(targets), dtype=dtype, device=DEVICE)
+    odds[1] = odds[2] = -torch.inf
+    return odds.requires_grad_()
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_with_log_odds_loss_and_gradients_are_those_of_the_sum_of_probabilities(chunk_tokens, biased):
+    hidden, table, targets = operands()
+    bias, odds, scored = bias_like(table) if biased else None, odds_like(targets), targets != IGNORE
+    leaves = tuple(leaf for leaf in (hidden, table, odds, bias) if leaf is not None)
+    p = (hidden @ table.T + (bias if biased else 0)).softmax(1).gather(1, targets.where(scored, 0)[:, None])[:, 0]
+    direct = -(p + odds.exp())[scored].log().mean()
+    outcomes = [(direct, *torch.autograd.grad(direct * 3, leaves))]
+    for op in (tied_cross_entropy, tied_cross_entropy_reference):
+        loss = op(hidden, table, targets, bias, odds)
+        outcomes.append((loss, *torch.autograd.grad(loss * 3, leaves)))
+    for outcome in outcomes[1:]:
+        for got, expected in zip(outcome, outcomes[0], strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)  # softplus is x above 20
+    assert outcomes[1][3][1] == outcomes[1][3][2] == 0
+
+
+@pytest.mark.parametrize("op", [tied_cross_entropy, tied_cross_entropy_reference])
+def test_log_odds_that_are_all_impossible_leave_the_loss_and_wrong_shapes_are_named(op):
+    hidden, table, targets = operands()
+    none = torch.full_like(targets, -torch.inf, dtype=torch.float64).requires_grad_()
+    losses = op(hidden, table, targets), op(hidden, table, targets, None, none)
+    torch.testing.assert_close(*losses, rtol=1e-14, atol=0)
+    for got, expected in zip(*(torch.autograd.grad(loss, (hidden, table)) for loss in losses), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-14, atol=1e-16)
+    with pytest.raises(ValueError, match="log_odds must be"):
+        op(hidden, table, targets, None, none[:3])
+
+
+def test_gradcheck_with_log_odds_in_float64():
+    hidden, table, targets = operands(N=4, V=5, D=3)
+    bias, finite = bias_like(table), torch.tensor([-3.0, 0.5, 1.0], dtype=torch.float64, device=DEVICE).requires_grad_()
+
+    def loss(h, t, b, o):
+        return tied_cross_entropy(h, t, targets, b, torch.cat([o, o.new_full((1,), -torch.inf)]))
+
+    assert torch.autograd.gradcheck(loss, (hidden, table, bias, finite))
+
+
 def test_losses_of_single_tokens_sum_to_the_mean(chunk_tokens):
     hidden, table, targets = operands()
     bias = bias_like(table)
@@ -50,14 +96,19 @@ def test_losses_of_single_tokens_sum_to_the_mean(chunk_tokens):
     torch.testing.assert_close(nll.sum() / 6, tied_cross_entropy_reference(hidden, table, targets, bias))
 
 
-def test_half_precision_gradients_are_those_of_float64():
+@pytest.mark.parametrize("with_odds", [True, False])
+def test_half_precision_gradients_are_those_of_float64(with_odds):
     hidden, table, targets = operands(N=64, V=500, D=32, dtype=torch.float32)
     bias = bias_like(table)
     half = hidden.half().detach().requires_grad_()
-    tied_cross_entropy(half, table, targets, bias).backward()
-    leaves = hidden, table, bias
-    loss = tied_cross_entropy_reference(hidden.double(), table.double(), targets, bias.double())
-    for got, wanted in zip((half.grad, table.grad, bias.grad), torch.autograd.grad(loss, leaves), strict=True):
+    odds = odds_like(targets, torch.float32) if with_odds else None
+    tied_cross_entropy(half, table, targets, bias, odds).backward()
+    leaves = (hidden, table, bias, odds)[: 3 + with_odds]
+    loss = tied_cross_entropy_reference(
+        hidden.double(), table.double(), targets, bias.double(), odds.double() if with_odds else None
+    )
+    gradients = (half.grad, *(leaf.grad for leaf in leaves[1:]))
+    for got, wanted in zip(gradients, torch.autograd.grad(loss, leaves), strict=True):
         # fp16 rounds operands and logits (2^-11 of numbers up to ~20): about 1e-2 relative
         assert (got.double() - wanted.double()).norm() / wanted.double().norm() < 2e-2
 

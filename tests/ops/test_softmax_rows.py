@@ -38,6 +38,22 @@ def test_the_kernel_writes_what_the_definition_writes(n, V, gap, dtype, biased, 
     assert (logits[:, V:] == 7).all(), "nothing between the rows is touched"
 
 
+@pytest.mark.parametrize("n,V,gap", [(1, 1, 0), (5, 7, 1), (4, 4097, 7)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gradient", [True, False])
+def test_the_kernel_weighs_gradients_by_log_odds_as_the_definition_does(n, V, gap, dtype, gradient):
+    logits, bias, column, picked, weights = operands(n, V, dtype, gap)
+    odds = torch.tensor([-5.0, -torch.inf, 0.5, 200.0, -200.0], dtype=picked.dtype, device=DEVICE)[:n]
+    expected, expected_picked = logits.double()[:, :V], picked.double()
+    weights = weights if gradient else None
+    softmax_rows_reference(expected, bias.double(), column, expected_picked, weights, odds.double())
+    softmax_rows_kernel(logits[:, :V], bias, column, picked, weights, odds)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(picked.double(), expected_picked, rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-5)
+    rounding = eps if dtype in (torch.float16, torch.bfloat16) else 32 * eps
+    torch.testing.assert_close(logits[:, :V].double(), expected, rtol=rounding, atol=max(eps * 1e-3, 1e-14))
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_logit_that_is_no_number_makes_its_row_and_no_other_one_nan(value):
     logits, bias, column, picked, weights = operands(3, 100, torch.float16)

@@ -80,9 +80,7 @@ def limit_of(run: MemoryRun) -> int | None:
     return limit
 
 
-def with_fits(
-    results: dict[str, MemoryResult], cases: dict[str, MemoryCase], journal: Journal
-) -> dict[str, MemoryResult]:
+def with_fits(results: dict[str, MemoryResult], cases: dict[str, MemoryCase], journal: Journal) -> dict[str, MemoryResult]:
     """The results with the largest sizes of their models that train on the card."""
     fitted, total = {}, total_gpu_bytes()
     with tqdm(desc="fit", unit="probe", disable=None) as bar:

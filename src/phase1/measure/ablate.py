@@ -11,7 +11,13 @@ from phase1.record import Ablation, MemoryResult
 Measure = Callable[[str, MemoryCase], MemoryResult]
 
 # a component of the engine, and the fields of ModelConfig that are it
-COMPONENTS = {"loss": "loss", "checkpointing": "checkpointing", "mixer": "mixer", "table": "embedding"}
+COMPONENTS = {
+    "loss": "loss",
+    "checkpointing": "checkpointing",
+    "mixer": "mixer",
+    "table": "embedding",
+    "copy head": "copy_head",
+}
 ROWS = 2 * (len(COMPONENTS) + 1)  # with the optimizer's
 
 

@@ -13,6 +13,7 @@ from phase1.record import Check, PerplexityResult, repetition
 LIMIT_PERCENT = 5.0
 LIMITS = {"ar_ssm_dense": 3.0, "equal_parameters": 0.0}  # percent, of variants with a claim of their own
 GATE_LIMIT_PERCENT = 1.0
+UNJUDGED = ("baseline", "no_gate", "no_copy", "transformer_copy")  # what others are measured against: no claims of ours
 
 
 def compared(results: Mapping[str, PerplexityResult], seq_length: int) -> dict[str, PerplexityResult]:
@@ -68,7 +69,7 @@ def why_no_verdict(baseline: PerplexityResult, seq_length: int) -> str:
 
 def quality_checks(results: Mapping[str, PerplexityResult], seq_length: int) -> list[Check]:
     """Every model against its baseline, the means over seeds, and what the rank gate costs."""
-    judged = [key for key in results if key != baseline_of(key) and repetition(key)[0] != "no_gate"]
+    judged = [key for key in results if repetition(key)[0] not in UNJUDGED]
     single = {key: _within(key, results[key], results.get(baseline_of(key)), seq_length) for key in judged}
     means = []
     for name in dict.fromkeys(repetition(key)[0] for key in judged):

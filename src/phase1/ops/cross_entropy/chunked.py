@@ -12,10 +12,12 @@ from phase1.ops.cross_entropy.rows import softmax_rows
 CHUNK_BYTES = 128 * 2**20  # of logits held at once: 1335 tokens of 50257 in half precision
 
 
-def tied_cross_entropy(hidden: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
+def tied_cross_entropy(
+    hidden: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None = None, log_odds: Tensor | None = None
+) -> Tensor:
     """Fast form of `tied_cross_entropy_reference`: same arguments, result, gradients and errors."""
-    check_arguments(hidden, table, targets, bias)
-    return _TiedCrossEntropy.apply(hidden, table, targets, bias)
+    check_arguments(hidden, table, targets, bias, log_odds)
+    return _TiedCrossEntropy.apply(hidden, table, targets, bias, log_odds)
 
 
 @torch.no_grad()
@@ -38,10 +40,13 @@ class _TiedCrossEntropy(torch.autograd.Function):
     (so that half precision sees numbers of order 1), and scaled by the incoming gradient in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
-        need_hidden, need_table, _, need_bias = ctx.needs_input_grad
+    def forward(
+        ctx: Any, hidden: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None, log_odds: Tensor | None
+    ) -> Tensor:
+        need_hidden, need_table, _, need_bias, _ = ctx.needs_input_grad
         wide = torch.promote_types(hidden.dtype, torch.float32)
         scored, column = _columns(targets)
+        log_odds = None if log_odds is None else log_odds.to(wide).contiguous()
         with torch.autocast(hidden.device.type, enabled=False):
             rows = table.to(hidden.dtype)
             d_hidden = torch.zeros_like(hidden) if need_hidden else None
@@ -51,7 +56,8 @@ class _TiedCrossEntropy(torch.autograd.Function):
             logits = _room(hidden, table)
             for part in _parts(hidden, logits):
                 d_logits = _logits(hidden[part], rows, logits)  # the same memory: logits are not needed when it is written
-                softmax_rows(d_logits, bias, column[part], picked[part], scored[part])
+                odds = None if log_odds is None else log_odds[part]
+                softmax_rows(d_logits, bias, column[part], picked[part], scored[part], odds)
                 factors = hidden[part] if d_bias is None else _with_ones(hidden[part])
                 for block in _blocks(rows):
                     if d_hidden is not None:
@@ -67,17 +73,21 @@ class _TiedCrossEntropy(torch.autograd.Function):
             del logits
         ctx.table_dtype = table.dtype
         count = scored.sum()
-        ctx.save_for_backward(d_hidden, d_table, d_bias, count)
+        d_odds = None if log_odds is None else -(log_odds - picked).sigmoid() * scored
+        ctx.save_for_backward(d_hidden, d_table, d_bias, d_odds, count)
+        if log_odds is not None:
+            picked = picked + F.softplus(log_odds - picked)
         return -(picked * scored).sum() / count
 
     @staticmethod
-    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, Tensor | None]:
-        d_hidden, d_table, d_bias, count = ctx.saved_tensors
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_table, d_bias, d_odds, count = ctx.saved_tensors
         scale = d_loss / count
         d_hidden = None if d_hidden is None else torch.mul(d_hidden, scale, out=torch.empty_like(d_hidden))
         if d_table is not None:  # straight into the table's dtype: a float32 product would be a table more at the peak
             d_table = torch.mul(d_table, scale, out=torch.empty_like(d_table, dtype=ctx.table_dtype))
-        return d_hidden, d_table, None, None if d_bias is None else d_bias * scale
+        d_bias, d_odds = (None if part is None else part * scale for part in (d_bias, d_odds))
+        return d_hidden, d_table, None, d_bias, d_odds
 
 
 def _columns(targets: Tensor) -> tuple[Tensor, Tensor]:

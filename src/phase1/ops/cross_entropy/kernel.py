@@ -9,7 +9,18 @@ BLOCK = 4096  # columns at a time
 
 @triton.jit
 def _softmax_rows(  # type: ignore[no-untyped-def]
-    logits, stride, bias, column, picked, weights, V, BIASED: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
+    logits,
+    stride,
+    bias,
+    column,
+    picked,
+    weights,
+    log_odds,
+    V,
+    BIASED: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    ODDS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
@@ -32,9 +43,12 @@ def _softmax_rows(  # type: ignore[no-untyped-def]
     chosen = tl.load(logits + target).to(wide)
     if BIASED:
         chosen += tl.load(bias + target)
-    tl.store(picked + row, chosen - peak - tl.log(total))
+    chosen = chosen - peak - tl.log(total)
+    tl.store(picked + row, chosen)
     if GRADIENT:
         weight = tl.load(weights + row).to(wide)
+        if ODDS:
+            weight /= 1.0 + tl.exp(tl.load(log_odds + row).to(wide) - chosen)
         for start in range(0, V, BLOCK):
             j = start + lanes
             z = tl.load(logits + j, mask=j < V, other=-1e30).to(wide)
@@ -44,11 +58,18 @@ def _softmax_rows(  # type: ignore[no-untyped-def]
             tl.store(logits + j, (weight * d).to(logits.dtype.element_ty), mask=j < V)
 
 
-def softmax_rows_kernel(logits: Tensor, bias: Tensor | None, column: Tensor, picked: Tensor, weights: Tensor | None) -> None:
+def softmax_rows_kernel(
+    logits: Tensor,
+    bias: Tensor | None,
+    column: Tensor,
+    picked: Tensor,
+    weights: Tensor | None,
+    log_odds: Tensor | None = None,
+) -> None:
     """`softmax_rows`, one program a row, in the precision of `picked`."""
-    parts = (column, picked, *(part for part in (bias, weights) if part is not None))
+    parts = (column, picked, *(part for part in (bias, weights, log_odds) if part is not None))
     assert logits.stride(1) == 1 and all(part.is_contiguous() for part in parts)
     n, V = logits.shape
     if n:
-        flags = {"BIASED": bias is not None, "GRADIENT": weights is not None, "BLOCK": BLOCK}
-        _softmax_rows[(n,)](logits, logits.stride(0), bias, column, picked, weights, V, **flags, num_warps=8)
+        flags = {"BIASED": bias is not None, "GRADIENT": weights is not None, "ODDS": log_odds is not None, "BLOCK": BLOCK}
+        _softmax_rows[(n,)](logits, logits.stride(0), bias, column, picked, weights, log_odds, V, **flags, num_warps=8)

@@ -12,7 +12,9 @@ ALIGNMENT = 8
 """Sizes of products in half precision: tensor cores are several times slower where one is no multiple of it."""
 
 
-def check_arguments(hidden: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None) -> None:
+def check_arguments(
+    hidden: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None, log_odds: Tensor | None = None
+) -> None:
     """Raise ValueError unless the shapes are those of `tied_cross_entropy_reference`."""
     if hidden.ndim != 2 or table.ndim != 2 or hidden.shape[1] != table.shape[1]:
         raise ValueError(f"hidden (N, D) and table (V, D) must share D; got {tuple(hidden.shape)} and {tuple(table.shape)}")
@@ -20,24 +22,36 @@ def check_arguments(hidden: Tensor, table: Tensor, targets: Tensor, bias: Tensor
         raise ValueError(f"targets must be (N,) = ({hidden.shape[0]},); got {tuple(targets.shape)}")
     if bias is not None and bias.shape != table.shape[:1]:
         raise ValueError(f"bias must be (V,) = ({table.shape[0]},); got {tuple(bias.shape)}")
+    if log_odds is not None and log_odds.shape != targets.shape:
+        raise ValueError(f"log_odds must be (N,) = ({hidden.shape[0]},); got {tuple(log_odds.shape)}")
 
 
-def tied_cross_entropy_reference(hidden: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Mean over scored positions n of log Σ_j exp(z_nj) - z_n,target_n with z_nj = h_n · E_j + b_j, in nats.
+def tied_cross_entropy_reference(
+    hidden: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None = None, log_odds: Tensor | None = None
+) -> Tensor:
+    """Mean over scored positions n of nll_n = log Σ_j exp(z_nj) - z_n,target_n with z_nj = h_n · E_j + b_j, in nats.
+
+    With log-odds o_n it is the mean of nll_n - softplus(nll_n + o_n) = -log(p_n + exp(o_n)), p_n = exp(-nll_n): what is left
+    of the loss of a mixture with a second distribution, o_n = log(weight · probability there), without its normalization.
 
     Args:
         hidden: final states, (N, D).
         table: one row per token, (V, D); taken in the dtype of `hidden`.
         targets: (N,) integers in [0, V), or IGNORE for positions that are not scored.
         bias: b, (V,); zero if None.
+        log_odds: o, (N,), at least float32; -inf, also where it is None, leaves the cross-entropy.
     Returns:
         loss: scalar, at least float32; nan if no position is scored.
     Raises:
         ValueError: the shapes do not fit together.
     """
-    check_arguments(hidden, table, targets, bias)
+    check_arguments(hidden, table, targets, bias, log_odds)
     V = len(table)
     rows = F.pad(table.to(hidden.dtype), (0, 0, 0, -V % ALIGNMENT))  # as is usual for a vocabulary of odd size
     logits = (hidden @ rows.T)[:, :V].to(torch.promote_types(hidden.dtype, torch.float32))
     logits = logits if bias is None else logits + bias
-    return F.cross_entropy(logits, targets, ignore_index=IGNORE)
+    if log_odds is None:
+        return F.cross_entropy(logits, targets, ignore_index=IGNORE)
+    nll = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
+    scored = targets != IGNORE
+    return (nll - F.softplus(nll + log_odds)).where(scored, 0).sum() / scored.sum()

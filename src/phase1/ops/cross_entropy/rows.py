@@ -6,10 +6,18 @@ import torch
 from torch import Tensor
 
 
-def softmax_rows_reference(logits: Tensor, bias: Tensor | None, column: Tensor, picked: Tensor, weights: Tensor | None) -> None:
+def softmax_rows_reference(
+    logits: Tensor,
+    bias: Tensor | None,
+    column: Tensor,
+    picked: Tensor,
+    weights: Tensor | None,
+    log_odds: Tensor | None = None,
+) -> None:
     """picked_n = log softmax(z_n)[column_n] with z = logits + bias; if there are weights, logits_n becomes its gradient.
 
-    That is weights_n (softmax(z_n) - onehot(column_n)), of -weights_n picked_n.
+    That is weights_n (softmax(z_n) - onehot(column_n)), of -weights_n picked_n, and with
+    log_odds o that times sigmoid(picked_n - o_n), of weights_n (-picked_n - softplus(o_n - picked_n)).
 
     Args:
         logits: (n, V), any dtype and distance between rows; overwritten if there are weights.
@@ -17,6 +25,7 @@ def softmax_rows_reference(logits: Tensor, bias: Tensor | None, column: Tensor, 
         column: (n,) integers in [0, V).
         picked: (n,), at least float32; all of it is written.
         weights: (n,) numbers or booleans: 0 for a row without gradient; None for no gradient at all.
+        log_odds: (n,), at least float32, -inf allowed, or None.
     """
     z = logits.to(picked.dtype, copy=True) if bias is None else logits + bias
     z -= z.amax(1, keepdim=True)
@@ -25,6 +34,8 @@ def softmax_rows_reference(logits: Tensor, bias: Tensor | None, column: Tensor, 
     total = z.exp_().sum(1, keepdim=True)
     torch.sub(chosen, total.log(), out=picked[:, None])
     if weights is not None:
+        if log_odds is not None:
+            weights = weights * (picked - log_odds).sigmoid()
         z.scatter_add_(1, column, -total)  # times 1 / total: softmax - one-hot
         torch.mul(z, weights[:, None] / total, out=logits)
 
@@ -35,14 +46,28 @@ softmax_rows = torch.library.custom_op("phase1::softmax_rows", softmax_rows_refe
 
 
 @softmax_rows.register_fake
-def _(logits: Tensor, bias: Tensor | None, column: Tensor, picked: Tensor, weights: Tensor | None) -> None:
+def _(
+    logits: Tensor,
+    bias: Tensor | None,
+    column: Tensor,
+    picked: Tensor,
+    weights: Tensor | None,
+    log_odds: Tensor | None = None,
+) -> None:
     pass
 
 
 if find_spec("triton"):
 
     @softmax_rows.register_kernel("cuda")
-    def _(logits: Tensor, bias: Tensor | None, column: Tensor, picked: Tensor, weights: Tensor | None) -> None:
+    def _(
+        logits: Tensor,
+        bias: Tensor | None,
+        column: Tensor,
+        picked: Tensor,
+        weights: Tensor | None,
+        log_odds: Tensor | None = None,
+    ) -> None:
         from phase1.ops.cross_entropy.kernel import softmax_rows_kernel  # Triton takes a second to import
 
-        softmax_rows_kernel(logits, bias, column, picked, weights)
+        softmax_rows_kernel(logits, bias, column, picked, weights, log_odds)
