@@ -47,6 +47,7 @@ class Shape(Config):
     n_heads: int = option(8, "H, heads of the mixer")
     ar_ssm_min_rank: int = option(4, "ranks of U and V that the rank gate cannot switch off")
     ar_ssm_window: int = option(64, "w, width of the sliding window of the local part T; 0 leaves only the diagonal")
+    ar_ssm_memory: int = option(1024, "M, positions in which the state fades at least to 1/e, whatever the input")
     copy_window: int = option(512, "last tokens that the copy head points to, the newest among them")
     rank_penalty: float = option(1e-2, "weight of the L1 term on the rank gate in the training loss")
     htt_dense_rows: int = option(1024, "K, most frequent tokens, a dense row each; falling ranks up to 16K, then the tail")
@@ -54,7 +55,8 @@ class Shape(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_positive(self, "vocab_size", "d_model", "n_layers", "n_heads", "ar_ssm_min_rank", "copy_window", "htt_groups")
+        _require_positive(self, "vocab_size", "d_model", "n_layers", "n_heads")
+        _require_positive(self, "ar_ssm_min_rank", "ar_ssm_memory", "copy_window", "htt_groups")
         if self.d_model % (2 * self.n_heads):
             raise ValueError(
                 f"--d-model must be a multiple of 2 x --n-heads={2 * self.n_heads} (rotary pairs); got {self.d_model}; "

@@ -33,6 +33,7 @@ class Block(nn.Module):
                 max_rank=config.ar_ssm_max_rank,
                 min_rank=config.ar_ssm_min_rank,
                 window=config.ar_ssm_window,
+                memory=config.ar_ssm_memory,
             )
         )
         self.mlp = MLP(config.d_model)

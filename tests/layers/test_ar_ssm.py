@@ -8,7 +8,7 @@ from phase1.ops.window_attention import window_attention_matrix
 
 def layer(window=5, max_rank=4, min_rank=2):
     torch.manual_seed(0)
-    return ARSSM(16, n_heads=2, max_rank=max_rank, min_rank=min_rank, window=window).double()
+    return ARSSM(16, n_heads=2, max_rank=max_rank, min_rank=min_rank, window=window, memory=50).double()
 
 
 @pytest.mark.parametrize("T", [1, 7, 130])
@@ -73,3 +73,10 @@ def test_the_gate_changes_the_output_and_learns():
     with torch.no_grad():
         mixer.rank_gate.out.bias.fill_(-3)
     assert not torch.allclose(mixer(h)[0], before)
+
+
+def test_the_state_fades_with_the_memory_even_where_the_input_lets_it_not():
+    mixer, h = layer(), torch.randn(1, 200, 16, dtype=torch.float64)
+    with torch.no_grad():
+        mixer.step_bias.fill_(-1e9)
+    assert torch.equal(mixer.operands(h)[0].log_decay.unique(), torch.tensor([-1 / 50], dtype=torch.float64))

@@ -33,7 +33,7 @@ class Operands(NamedTuple):
     k: Tensor  # (B, T, H, R), rotated key of the window
     x: Tensor  # (B, T, H, P)
     step: Tensor  # (B, T, H), input scale of the state
-    log_decay: Tensor  # (B, T, H), ≤ 0
+    log_decay: Tensor  # (B, T, H), < 0
     rank_gate: Tensor  # (B, T, R) in [0, 1]
 
 
@@ -63,16 +63,17 @@ class ARSSM(nn.Module):
     """Mixer with U, V, the values x, the decay and the output gate all computed from the input.
 
     S_t = a_t S_{t-1} + v_t (Δ_t x_t)ᵀ,  y_t = c ⊙ rms(S_tᵀ u_t) + (T x)_t,  u_t = g_t ⊙ u'_t,  v_t = g_t ⊙ v'_t
-    a_t = exp(-exp(A) Δ_t),  Δ_t = softplus(W h_t + b),  (T x)_t = window attention + skip ⊙ x_t
+    a_t = exp(-exp(A) Δ_t - 1/M),  Δ_t = softplus(W h_t + b),  (T x)_t = window attention + skip ⊙ x_t
 
     u' and v' are RMS-normalised per head; rotated, and u' scaled by γ, they are also the queries and keys of the window,
     which so costs no projection of its own. rms is over the channels of a head: it takes the size out of Σ, not the rank.
+    The state fades to 1/e in `memory` M positions at least, so that contexts longer than those of training leave it as it was.
     Source: docs/design.md; Dao and Gu 2024, "Transformers are SSMs", section 7 (the block).
     """
 
-    def __init__(self, d_model: int, n_heads: int, max_rank: int, min_rank: int, window: int) -> None:
+    def __init__(self, d_model: int, n_heads: int, max_rank: int, min_rank: int, window: int, memory: int) -> None:
         super().__init__()
-        self.n_heads, self.max_rank, self.window = n_heads, max_rank, window
+        self.n_heads, self.max_rank, self.window, self.memory = n_heads, max_rank, window, memory
         self.channels = d_model + 2 * n_heads * max_rank
         self.rank_gate = RankGate(d_model, max_rank, min_rank)
         self.parts = [self.channels, d_model, n_heads, self.rank_gate.hidden]  # x, u, v for the convolution; gate; step; ranks
@@ -109,7 +110,8 @@ class ARSSM(nn.Module):
             angles = rotary(u, start)
             q, k = rotate(u * self.q_scale.to(u.dtype), *angles), rotate(v, *angles)
         u, v = (uv * rank_gate[:, :, None].to(uv.dtype)).chunk(2, 2)
-        return Operands(u, v, q, k, x, step, -self.log_rate.exp() * step, rank_gate), gate, mixed[:, T:]
+        log_decay = -self.log_rate.exp() * step - 1 / self.memory
+        return Operands(u, v, q, k, x, step, log_decay, rank_gate), gate, mixed[:, T:]
 
     def forward(self, h: Tensor, state: ARSSMState | None = None) -> tuple[Tensor, ARSSMState, Tensor]:
         """(B, T, D) -> (B, T, D), the state after the last position, and the effective rank (mean of Σ g)."""
