@@ -72,7 +72,8 @@ def test_replayed_steps_are_the_steps_of_eager_training(role, compiled):
     for graphs in (False, True):
         model, ids, targets = pair(role, T=256)
         start = {name: value.clone() for name, value in model.state_dict().items()}
-        state = make_train_state(model, TrainConfig(compile=compiled, cuda_graphs=graphs), "cuda")
+        # a small rate: at the usual one, without its warm-up, rounding errors grow with every step
+        state = make_train_state(model, TrainConfig(compile=compiled, cuda_graphs=graphs, learning_rate=3e-4), "cuda")
         # few tokens have large gradients: at the first scale it is up to rounding which steps overflow and are skipped
         state.scaler.load_state_dict(state.scaler.state_dict() | {"scale": 1024.0})
         batches = [[(ids[:1], targets[:1]), (ids[1:], targets[1:])]] * 4 + [[(ids[:, :64], targets[:, :64])]] * 4
