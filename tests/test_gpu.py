@@ -67,23 +67,34 @@ def test_half_precision_training_learns(role, compiled):
 @pytest.mark.parametrize("role", ["baseline", "phase1"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_replayed_steps_are_the_steps_of_eager_training(role, compiled):
-    """Two micro batches a step, and a change of length: each its own capture."""
-    trained, losses = [], []
-    for graphs in (False, True):
-        model, ids, targets = pair(role, T=256)
-        start = {name: value.clone() for name, value in model.state_dict().items()}
-        # a small rate: at the usual one, without its warm-up, rounding errors grow with every step
-        state = make_train_state(model, TrainConfig(compile=compiled, cuda_graphs=graphs, learning_rate=3e-4), "cuda")
-        # few tokens have large gradients: at the first scale it is up to rounding which steps overflow and are skipped
-        state.scaler.load_state_dict(state.scaler.state_dict() | {"scale": 1024.0})
-        batches = [[(ids[:1], targets[:1]), (ids[1:], targets[1:])]] * 4 + [[(ids[:, :64], targets[:, :64])]] * 4
-        losses.append([train_step(state, batch).item() for batch in batches])
-        trained.append(state.model.state_dict())
-    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
-    for name, value in trained[0].items():
-        # Adam's first steps are as long for a gradient of rounding errors as for a real one: not one by one, but together
-        moved = (value.cpu() - start[name]).float().norm()
-        assert (trained[1][name] - value).float().norm() <= 0.05 * moved, name
+    """Two micro batches a step, and a change of length: each its own capture.
+
+    The eager model takes the other's weights before each step: left alone, the two drift apart by rounding errors, for
+    Adam's first steps are as long for a gradient of rounding errors as for a real one.
+    """
+    ids, targets = pair(role, T=256)[1:]
+    states = [
+        make_train_state(pair(role)[0], TrainConfig(compile=compiled, cuda_graphs=graphs), "cuda") for graphs in (False, True)
+    ]
+    batches = [[(ids[:1], targets[:1]), (ids[1:], targets[1:])]] * 4 + [[(ids[:, :64], targets[:, :64])]] * 4
+    for step, batch in enumerate(batches):
+        states[0].model.load_state_dict(states[1].model.state_dict())
+        (expected, wanted), (loss, gradient) = (loss_and_gradient(state, batch) for state in states)
+        assert loss == pytest.approx(expected, rel=1e-3), step
+        assert (gradient - wanted).norm() <= 0.02 * wanted.norm(), step
+    assert loss < 9, "it has learned"
+
+
+def loss_and_gradient(state, batch):
+    """Of one step, at a loss scale of 1,024: at the first one it is up to rounding which steps overflow and are skipped."""
+    gradients = []
+
+    def mark(phase):
+        if phase == "backward":
+            gradients.append(torch.cat([parameter.grad.flatten() for parameter in state.model.parameters()]))
+
+    state.scaler.load_state_dict(state.scaler.state_dict() | {"scale": 1024.0})
+    return train_step(state, batch, mark).item(), gradients[-1]
 
 
 def test_a_replayed_overflow_skips_the_step_and_lowers_the_loss_scale():
