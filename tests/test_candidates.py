@@ -16,9 +16,21 @@ def test_parameters_are_counted_without_making_the_model():
 
 
 def test_every_variant_changes_one_thing_of_the_engine():
-    for name, field in (("ar_ssm_dense", "embedding"), ("attention_htt", "mixer"), ("no_gate", "ar_ssm_min_rank"), ("equal_parameters", "n_layers")):
+    for name, field in (("ar_ssm_dense", "embedding"), ("attention_htt", "mixer"), ("no_gate", "ar_ssm_min_rank"), ("no_copy", "copy_head"), ("equal_parameters", "n_layers")):
         changed = variant(name, ENGINE)
         assert changed != ENGINE and replace(changed, **{field: getattr(ENGINE, field)}) == ENGINE
+
+
+def test_the_transformer_with_a_copy_head_is_the_baseline_with_that_changed():
+    run = PerplexityRun(variants=("transformer_copy",))
+    baseline, changed = (candidate.config for candidate in candidates(run) if candidate.key in ("baseline", "transformer_copy"))
+    assert changed == replace(baseline, copy_head=True)
+
+
+def test_where_even_one_layer_is_too_many_equal_parameters_says_so():
+    tiny = replace(ENGINE, vocab_size=60, n_layers=1, htt_rank=8)
+    with pytest.raises(ValueError, match="raise --d-model"):
+        variant("equal_parameters", tiny)
 
 
 def test_equal_parameters_is_the_deepest_engine_no_larger_than_the_baseline():
@@ -45,6 +57,11 @@ def test_checkpoints_are_evaluated_alone_and_each_once(monkeypatch):
     monkeypatch.setattr("phase1.candidates.read_index", lambda path: index)
     found = candidates(PerplexityRun(checkpoint=("phase1_htt2_ar6=a", "no_gate=b", "phase1_htt2_ar6_seed5=c")))
     assert [(c.key, str(c.checkpoint), c.seed) for c in found] == [("phase1_htt2_ar6", "a", 5), ("no_gate", "b", 5), ("phase1_htt2_ar6_seed5", "c", 5)]
+    copying = {"model_config": index["model_config"] | {"mixer": "attention", "embedding": "dense"}, "train_config": {}}
+    monkeypatch.setattr("phase1.candidates.read_index", lambda path: copying if path == "t" else index)
+    assert [c.key for c in candidates(PerplexityRun(checkpoint=("transformer_copy=t", "no_copy=a")))] == ["transformer_copy", "no_copy"]
+    with pytest.raises(ValueError, match="the model there is transformer_copy; use that name"):
+        candidates(PerplexityRun(checkpoint=("baseline=t",)))
     with pytest.raises(ValueError, match="every model once"):
         candidates(PerplexityRun(checkpoint=("no_gate=a", "no_gate=b")))
     with pytest.raises(ValueError, match="the model there is phase1_htt2_ar6; use that name"):

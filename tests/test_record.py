@@ -43,7 +43,7 @@ def test_the_file_has_the_keys_of_the_schema(tmp_path):
     assert set(content["checks"][0]) == {"name", "value", "limit", "status", "detail"}
     phase1 = content["results"]["phase1"]
     assert {"model_name", "config", "config_id", "status", "measured", "parameters", "peak_allocated_bytes"} <= set(phase1)
-    assert set(phase1["parameters"]) == {"total", "embedding", "mixer", "mlp"}
+    assert set(phase1["parameters"]) == {"total", "embedding", "mixer", "mlp", "copy_head"}
 
 
 def test_tuples_in_settings_become_lists_so_that_a_report_equals_its_file():

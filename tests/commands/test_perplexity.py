@@ -183,13 +183,13 @@ def test_a_variant_can_be_trained_alone_and_evaluated_under_its_name(run, tmp_pa
 
 
 def test_variants_and_repetitions_are_trained_and_compared_with_the_baseline_of_their_seed(run):
-    variants = ("ar_ssm_dense", "attention_htt", "no_gate", "equal_parameters")
+    variants = ("ar_ssm_dense", "attention_htt", "no_gate", "no_copy", "transformer_copy", "equal_parameters")
     short = replace(run, variants=variants, repeats=2, test_htt_ranks=(2,), train_tokens=16 * 32 * 25)
     assert perplexity.main(short) in (0, 1)
     report = read_report(f"{run.out_dir}/{FILE}", "perplexity")
     plain = ["baseline", "phase1_htt2_ar4", *variants]
     assert list(report.results) == plain + [f"{key}_seed1" for key in plain]
-    assert [r.training["seed"] for r in report.results.values()] == [0] * 6 + [1] * 6
+    assert [r.training["seed"] for r in report.results.values()] == [0] * 8 + [1] * 8
     first, again = report.results["phase1_htt2_ar4"], report.results["phase1_htt2_ar4_seed1"]
     assert first.perplexity != again.perplexity and first.config_id == again.config_id
     expected = again.perplexity / report.results["baseline_seed1"].perplexity
@@ -198,7 +198,7 @@ def test_variants_and_repetitions_are_trained_and_compared_with_the_baseline_of_
     assert {
         "ar_ssm_dense_within_3_percent", "equal_parameters_seed1_within_0_percent", "gate_costs_at_most_1_percent",
         "effective_rank_at_most_half_seed1", "phase1_htt2_ar4_mean_of_seeds_within_5_percent",
-    } <= names and "no_gate_within_5_percent" not in names  # fmt: skip
+    } <= names and not {"no_gate_within_5_percent", "no_copy_within_5_percent", "transformer_copy_within_5_percent"} & names  # fmt: skip
 
 
 def test_a_model_that_diverges_is_recorded_and_the_others_go_on(run):

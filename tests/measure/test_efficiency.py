@@ -9,7 +9,7 @@ from phase1.model import LanguageModel
 from tests.reports import throughput_result
 
 SHAPE = Ranked(
-    copy_window=16,
+    copy_window=4,
     vocab_size=300, d_model=32, n_layers=3, n_heads=2, ar_ssm_max_rank=8, ar_ssm_window=8, htt_rank=4, htt_dense_rows=64,
     htt_groups=16,
 )  # fmt: skip

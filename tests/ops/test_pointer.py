@@ -8,9 +8,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = [pointer_log_probability, pointer_log_probability_reference]
 
 
-@pytest.fixture(params=[blocked.CHUNK_BYTES, 1], ids=["one chunk", "a chunk a block"], autouse=True)
-def chunk_bytes(request, monkeypatch):
-    monkeypatch.setattr(blocked, "CHUNK_BYTES", request.param)
+@pytest.fixture(params=[512, 6, 1], autouse=True)
+def block(request, monkeypatch):
+    monkeypatch.setattr(blocked, "BLOCK", request.param)
 
 
 def operands(T, past=0, B=3, d=4, V=5, dtype=torch.float64):
@@ -105,6 +105,15 @@ def test_no_positions_give_no_probabilities():
     q, k, ids, targets = operands(0, past=3)
     for op in FORMS:
         assert op(q, k, ids, targets, window=4, past=3).shape == (3, 0)
+
+
+def test_a_block_of_scores_is_no_larger_than_its_limit_while_it_has_enough_queries(monkeypatch):
+    monkeypatch.setattr(blocked, "BLOCK", 512)
+    for B, T, window in ((64, 512, 2048), (39, 2048, 2048), (2, 16384, 4096), (4, 2048, 512)):
+        blocks = list(blocked._blocks((B, T), window, 0))
+        sizes = [(rows.stop - rows.start, keys.stop - keys.start) for rows, keys in blocks]
+        assert max(4 * B * C * S for C, S in sizes) <= blocked.CHUNK_BYTES and min(C for C, _ in sizes[:-1]) >= 64
+        assert all(C % 8 == S % 8 == 0 for C, S in sizes[:-1]) and len(blocks) <= T // 64
 
 
 def test_memory_of_the_backward_pass_does_not_hold_scores():
