@@ -26,6 +26,8 @@ def model(dtype=torch.float64, **overrides):
         with torch.no_grad():
             net.copy_head.gate.normal_()
             net.copy_head.gate_bias.fill_(-0.5)
+            net.copy_head.forget.normal_()
+            net.copy_head.forget_bias.fill_(-0.5)
             net.copy_head.qkk.weight.normal_()
     return net
 
@@ -49,7 +51,9 @@ def mixture_by_hand(net, ids):
             g = torch.sigmoid(head.gate @ h[t] + head.gate_bias[0])
             seen = range(max(0, t - WINDOW + 1), t + 1)
             keys = torch.stack([W1 @ h[j] + (W2 @ h[j - 1] if j else 0) for j in seen])
-            a = (keys @ (Wq @ h[t]) / d**0.5).softmax(0)
+            f = torch.nn.functional.softplus(h @ head.forget + head.forget_bias)
+            forgotten = torch.stack([f[j + 1 : t + 1].sum() for j in seen])
+            a = (keys @ (Wq @ h[t]) / d**0.5 - forgotten).softmax(0)
             p[b, t] = (1 - g) * (table @ h[t]).softmax(0)
             for weight, j in zip(a, seen):
                 p[b, t, ids[b, j]] += g * weight
@@ -123,7 +127,8 @@ def test_what_decays_and_learns_like_the_blocks():
     groups = parameter_groups(net, TrainConfig())
     group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
     assert group_of[id(net.copy_head.qkk.weight)] == group_of[id(net.blocks[0].mixer.qkv.weight)]
-    for vector in (net.copy_head.gate, net.copy_head.gate_bias):
+    for name in ("gate", "gate_bias", "forget", "forget_bias"):
+        vector = net.get_parameter(f"copy_head.{name}")
         assert groups[group_of[id(vector)]]["weight_decay"] == 0 and groups[group_of[id(vector)]]["lr_scale"] == 1
 
 
@@ -145,7 +150,7 @@ def test_a_model_with_the_head_trains_and_is_read_back(mixer, precision, checkpo
     train(state, lambda step: (ids, targets), 3, lambda step, loss: losses.append(loss))
     assert torch.stack(losses).isfinite().all() and losses[-1] < losses[0]
     assert all(p.isfinite().all() for p in net.parameters())
-    for name in ("copy_head.qkk.weight", "copy_head.gate", "copy_head.gate_bias"):
+    for name in ("copy_head.qkk.weight", "copy_head.gate", "copy_head.gate_bias", "copy_head.forget", "copy_head.forget_bias"):
         assert not torch.equal(net.get_parameter(name), begin[name]), name
     net.loss(ids, targets).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.copy_head.parameters())

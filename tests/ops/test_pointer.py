@@ -18,17 +18,18 @@ def operands(T, past=0, B=3, d=4, V=5, dtype=torch.float64):
     like = {"dtype": dtype, "device": DEVICE}
     q = (2 * torch.randn(B, d, T, **like)).transpose(1, 2).requires_grad_()  # strided
     k = torch.randn(B, past + T, 2 * d, **like)[..., ::2].requires_grad_()
+    bias = torch.randn(past + T, B, **like).T.requires_grad_()
     ids = torch.randint(0, V, (past + T, B), device=DEVICE).T  # strided
     targets = torch.randint(0, V, (B, T), device=DEVICE)
     targets[:, ::3] = -100
-    return q, k, ids, targets
+    return q, k, bias, ids, targets
 
 
 def outcome(op, inputs, **settings):
-    """The result, with -inf as -1000, and the gradients of q and k."""
-    q, k, *_ = inputs
+    """The result, with -inf as -1000, and the gradients of q, k and bias."""
+    q, k, bias, *_ = inputs
     y = op(*inputs, **settings)
-    gradients = torch.autograd.grad(y, (q, k), torch.linspace(-1, 2, y.numel(), dtype=y.dtype, device=DEVICE).view_as(y))
+    gradients = torch.autograd.grad(y, (q, k, bias), torch.linspace(-1, 2, y.numel(), dtype=y.dtype, device=DEVICE).view_as(y))
     return y.nan_to_num(neginf=-1000.0), *gradients
 
 
@@ -44,12 +45,12 @@ def test_output_and_gradients_match_the_definition(T, window, past):
 
 @pytest.mark.parametrize("op", FORMS)
 def test_the_definition_written_out(op):
-    q, k, ids, targets = operands(7, past=2)
-    got = op(q, k, ids, targets, window=4, past=2)
+    q, k, bias, ids, targets = operands(7, past=2)
+    got = op(q, k, bias, ids, targets, window=4, past=2)
     for b in range(len(q)):
         for t in range(7):
             seen = range(max(0, t + 2 - 3), t + 3)
-            a = torch.stack([q[b, t] @ k[b, s] / 2 for s in seen]).softmax(0)
+            a = torch.stack([q[b, t] @ k[b, s] / 2 + bias[b, s] for s in seen]).softmax(0)
             p = sum(weight for weight, s in zip(a, seen) if ids[b, s] == targets[b, t])
             torch.testing.assert_close(got[b, t].exp(), torch.as_tensor(p, dtype=q.dtype, device=DEVICE), rtol=1e-12, atol=0)
 
@@ -57,54 +58,55 @@ def test_the_definition_written_out(op):
 @pytest.mark.parametrize("op", FORMS)
 @pytest.mark.parametrize("T", [1, 9, 16])
 def test_where_nothing_matches_there_is_no_probability_and_no_gradient(op, T):
-    q, k, ids, targets = operands(T)
-    y = op(q, k, ids, targets.fill_(6), window=4)
+    q, k, bias, ids, targets = operands(T)
+    y = op(q, k, bias, ids, targets.fill_(6), window=4)
     assert (y == -torch.inf).all()
-    assert all((gradient == 0).all() for gradient in torch.autograd.grad(y, (q, k), torch.ones_like(y)))
+    assert all((gradient == 0).all() for gradient in torch.autograd.grad(y, (q, k, bias), torch.ones_like(y)))
 
 
 @pytest.mark.parametrize("op", FORMS)
 def test_where_everything_matches_the_probability_is_one(op):
-    q, k, ids, targets = operands(11)
-    y = op(q, k, ids.clone().fill_(2), targets.fill_(2), window=4)
+    q, k, bias, ids, targets = operands(11)
+    y = op(q, k, bias, ids.clone().fill_(2), targets.fill_(2), window=4)
     torch.testing.assert_close(y, torch.zeros_like(y), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("op", FORMS)
 def test_later_positions_and_those_before_the_window_do_not_count(op):
-    q, k, ids, targets = operands(40)
-    before = op(q, k, ids, targets, window=8)
+    q, k, bias, ids, targets = operands(40)
+    before = op(q, k, bias, ids, targets, window=8)
     with torch.no_grad():
-        for tensor in (q, k, ids, targets):
+        for tensor in (q, k, bias, ids, targets):
             tensor[:, 30:] += 1
         k[:, :10] += 1
-    after = op(q, k, ids, targets, window=8)
+        bias[:, :10] += 1
+    after = op(q, k, bias, ids, targets, window=8)
     assert torch.equal(after[:, 17:30], before[:, 17:30]) and not torch.equal(after[:, :17], before[:, :17])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_near_float64(dtype):
     inputs = operands(40, d=16, dtype=torch.float32)
-    half = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs[:2]]
+    half = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs[:2]] + [inputs[2]]
     exact = [tensor.detach().double().requires_grad_() for tensor in half]
-    got = outcome(pointer_log_probability, (*half, *inputs[2:]), window=8)
-    expected = outcome(pointer_log_probability_reference, (*exact, *inputs[2:]), window=8)
+    got = outcome(pointer_log_probability, (*half, *inputs[3:]), window=8)
+    expected = outcome(pointer_log_probability_reference, (*exact, *inputs[3:]), window=8)
     assert got[0].dtype == torch.float32 and got[1].dtype == dtype
     for mine, wanted in zip(got, expected, strict=True):
         assert (mine.double() - wanted).norm() / wanted.norm() < 8 * torch.finfo(dtype).eps
 
 
 def test_large_scores_stay_numbers():
-    q, k, ids, targets = operands(20, dtype=torch.float32)
-    scaled = [(1e4 * tensor).detach().requires_grad_() for tensor in (q, k)]
+    q, k, bias, ids, targets = operands(20, dtype=torch.float32)
+    scaled = [(1e4 * tensor).detach().requires_grad_() for tensor in (q, k, bias)]
     for result in outcome(pointer_log_probability, (*scaled, ids, targets), window=8):
         assert result.isfinite().all()
 
 
 def test_no_positions_give_no_probabilities():
-    q, k, ids, targets = operands(0, past=3)
+    q, k, bias, ids, targets = operands(0, past=3)
     for op in FORMS:
-        assert op(q, k, ids, targets, window=4, past=3).shape == (3, 0)
+        assert op(q, k, bias, ids, targets, window=4, past=3).shape == (3, 0)
 
 
 def test_a_block_of_scores_is_no_larger_than_its_limit_while_it_has_enough_queries(monkeypatch):
@@ -118,27 +120,27 @@ def test_a_block_of_scores_is_no_larger_than_its_limit_while_it_has_enough_queri
 
 def test_memory_of_the_backward_pass_does_not_hold_scores():
     saved = []
-    q, k, ids, targets = operands(64)
+    q, k, bias, ids, targets = operands(64)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()) or tensor, lambda tensor: tensor):
-        pointer_log_probability(q, k, ids, targets, window=16)
+        pointer_log_probability(q, k, bias, ids, targets, window=16)
     assert max(saved) <= q.numel()
 
 
 def test_the_matrix_is_banded_and_its_rows_sum_to_one():
-    q, k, *_ = operands(12)
-    matrix = pointer_matrix(q, k, 0, window=4).exp()
+    q, k, bias, *_ = operands(12)
+    matrix = pointer_matrix(q, k, bias, 0, window=4).exp()
     assert torch.equal(matrix, matrix.tril().triu(-3))
     torch.testing.assert_close(matrix.sum(-1), torch.ones_like(matrix[..., 0]))
 
 
 @pytest.mark.parametrize("op", FORMS)
 def test_wrong_arguments_are_named(op):
-    q, k, ids, targets = operands(5)
+    q, k, bias, ids, targets = operands(5)
     with pytest.raises(ValueError, match="window must be at least 1"):
-        op(q, k, ids, targets, window=0)
+        op(q, k, bias, ids, targets, window=0)
     with pytest.raises(ValueError, match="must hold past"):
-        op(q, k, ids, targets, window=2, past=1)
+        op(q, k, bias, ids, targets, window=2, past=1)
     with pytest.raises(ValueError, match="expected"):
-        op(q, k, ids, targets[:, :4], window=2)
+        op(q, k, bias, ids, targets[:, :4], window=2)
     with pytest.raises(ValueError, match="expected"):
-        op(q, k, ids[:, :4], targets, window=2)
+        op(q, k, bias, ids[:, :4], targets, window=2)

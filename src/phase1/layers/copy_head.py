@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from phase1.ops.pointer import pointer_log_probability, pointer_matrix
 
 GATE_BIAS = -3.0  # the head begins with 5% of the probability, so that it disturbs an untrained output little
+FORGET_BIAS = -8.0  # and forgets to 1/e in 3,000 positions
 
 
 class CopyState(NamedTuple):
@@ -17,16 +18,19 @@ class CopyState(NamedTuple):
 
     before: Tensor  # (B, 1, d) W2 h of the last position
     k: Tensor  # (B, ≤ w, d)
+    bias: Tensor  # (B, ≤ w) -f summed over the positions after each
     ids: Tensor  # (B, ≤ w)
 
 
 class CopyHead(nn.Module):
     """p(v) = (1 - g_t) softmax(logits_t)_v + g_t Σ_s a_ts [x_s = v], a_t a pointer to the last `window` tokens, x_t among them.
 
-    a_ts = softmax_s(q_t · k_s / sqrt(d)) with q_t = Wq h_t and k_s = W1 h_s + W2 h_{s-1}, h_{-1} = 0: a key knows the token
-    and what came before it. g_t = sigmoid(w · h_t + b).
+    a_ts = softmax_s(q_t · k_s / sqrt(d) - Σ_{s<i≤t} f_i) with q_t = Wq h_t and k_s = W1 h_s + W2 h_{s-1}, h_{-1} = 0: a key
+    knows the token and what came before it. f_i = softplus(w' · h_i + b') ≥ 0 forgets what precedes i: the end of an article
+    may hide it all. g_t = sigmoid(w · h_t + b).
 
-    Source: Merity et al. 2017, "Pointer sentinel mixture models", section 2; See et al. 2017, "Get to the point", section 2.2.
+    Source: Merity et al. 2017, "Pointer sentinel mixture models", section 2; See et al. 2017, "Get to the point", section 2.2;
+    f: Lin et al. 2025, "Forgetting Transformer", section 3.
     """
 
     def __init__(self, d_model: int, key_dim: int, window: int) -> None:
@@ -36,6 +40,8 @@ class CopyHead(nn.Module):
         nn.init.normal_(self.qkk.weight, std=0.02 * math.sqrt(512 / d_model))
         self.gate = nn.Parameter(torch.zeros(d_model))
         self.gate_bias = nn.Parameter(torch.full((1,), GATE_BIAS))
+        self.forget = nn.Parameter(torch.zeros(d_model))
+        self.forget_bias = nn.Parameter(torch.full((1,), FORGET_BIAS))
 
     def forward(self, hidden: Tensor, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Log-odds o and gate logit log(g / (1 - g)), (B, T) each, at least float32, for a text from its beginning.
@@ -47,30 +53,36 @@ class CopyHead(nn.Module):
             ids: x, (B, T).
             targets: y, (B, T); -100 matches nothing.
         """
-        q, k, _ = self._pointer(hidden, None)
+        q, k, bias, _ = self._pointer(hidden, None)
         gate = self._gate(hidden)
-        return gate + pointer_log_probability(q, k, ids, targets, window=self.window), gate
+        return gate + pointer_log_probability(q, k, bias, ids, targets, window=self.window), gate
 
     def mixture(self, hidden: Tensor, ids: Tensor, logits: Tensor, state: CopyState | None) -> tuple[Tensor, CopyState]:
         """log p, (B, T, V), with the output's `logits` (B, T, V), for `ids` that follow those of `state`; and the new state."""
-        q, k, before = self._pointer(hidden, state)
+        q, k, bias, before = self._pointer(hidden, state)
         if state is not None:
-            k, ids = torch.cat([state.k, k], 1), torch.cat([state.ids, ids], 1)
+            k, bias, ids = (torch.cat(pair, 1) for pair in ((state.k, k), (state.bias, bias), (state.ids, ids)))
         past, gate = k.shape[1] - q.shape[1], self._gate(hidden)[..., None]
-        pointer = pointer_matrix(q, k, past, self.window).exp()
+        pointer = pointer_matrix(q, k, bias, past, self.window).exp()
         logits = logits.to(pointer.dtype)
         copied = torch.zeros_like(logits).scatter_add(2, ids[:, None, :].expand_as(pointer), pointer)
         copied = copied.clamp_min(torch.finfo(copied.dtype).tiny).log()
         log_p = torch.logaddexp(F.logsigmoid(-gate) + logits.log_softmax(-1), F.logsigmoid(gate) + copied)
         keep = slice(max(0, k.shape[1] - self.window), None)
-        return log_p, CopyState(before, k[:, keep], ids[:, keep])
+        return log_p, CopyState(before, k[:, keep], bias[:, keep] - bias[:, -1:], ids[:, keep])
 
-    def _pointer(self, hidden: Tensor, state: CopyState | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys, (B, T, d) each, and W2 h of the last position."""
+    def _pointer(self, hidden: Tensor, state: CopyState | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries and keys, (B, T, d) each, Σ_{i≤s} f_i, (B, T), and W2 h of the last position."""
         q, k, before = self.qkk(hidden).chunk(3, -1)
         shifted = F.pad(before, (0, 0, 1, 0)) if state is None else torch.cat([state.before, before], 1)
-        return q, k + shifted[:, :-1], shifted[:, -1:]
+        bias = F.softplus(_dot(hidden, self.forget) + self.forget_bias).cumsum(1)
+        return q, k + shifted[:, :-1], bias, shifted[:, -1:]
 
     def _gate(self, hidden: Tensor) -> Tensor:
-        """w · h + b, (B, T): elementwise, because autocast would take a product in half precision."""
-        return (hidden * self.gate).sum(-1) + self.gate_bias
+        """w · h + b, (B, T)."""
+        return _dot(hidden, self.gate) + self.gate_bias
+
+
+def _dot(hidden: Tensor, w: Tensor) -> Tensor:
+    """w · h, (B, T): elementwise, because autocast would take a product in half precision."""
+    return (hidden * w).sum(-1)
