@@ -230,7 +230,8 @@ def test_parameter_counts_add_up():
     counts = net.parameter_counts()
     norms = sum(p.numel() for name, p in net.named_parameters() if "_norm" in name or name.startswith("norm"))
     assert counts["total"] == counts["embedding"] + counts["mixer"] + counts["mlp"] + counts["copy_head"] + norms
-    assert counts["copy_head"] == 3 * net.config.d_model**2 // net.config.n_heads + net.config.d_model + 1
+    d_model = net.config.d_model
+    assert counts["copy_head"] == 3 * d_model**2 // net.config.n_heads + 2 * (d_model + 1)  # projections, gate, forgetting
 
 
 @pytest.mark.parametrize(
