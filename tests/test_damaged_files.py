@@ -23,7 +23,20 @@ from tests.test_train import as_tensors, batch_at, state
 CASES = 5400  # damaged result files
 INDEX_CASES = 200  # damaged indexes of checkpoints
 JOURNAL_CASES = 600
-SECONDS = 1.0  # of processor time that a refusal may take
+SECONDS = 1.0  # of processor time that an answer may take
+
+
+def at_once(read):
+    """What read() returns, or the ValueError it raises, within SECONDS; a busy machine is slow now and then, slow code each time."""
+    for _ in range(3):
+        start = time.process_time()
+        try:
+            answer = read()
+        except ValueError as error:
+            answer = error
+        if time.process_time() - start < SECONDS:
+            return answer
+    raise AssertionError(f"expected an answer within {SECONDS} s of processor time, got none in three tries")
 
 
 def test_a_result_file_damaged_in_any_way_is_read_as_a_valid_one_or_refused_at_once_in_one_line(tmp_path):
@@ -35,21 +48,15 @@ def test_a_result_file_damaged_in_any_way_is_read_as_a_valid_one_or_refused_at_o
             break
         how, data, kind = damaged(rng, reports)
         path.write_bytes(data)
-        start = time.process_time()
-        try:
-            report = read_report(path, kind)
-        except ValueError as error:
+        answer = at_once(lambda kind=kind: read_report(path, kind))
+        if isinstance(answer, ValueError):
             refused[how] += 1
-            message = str(error)
-            assert message.isprintable() and message.startswith(f"{path}: expected ") and len(message) < 1000, (
-                case,
-                how,
-                message,
-            )
+            message = str(answer)
+            assert message.isprintable() and message.startswith(f"{path}: expected "), (case, how, message)
+            assert len(message) < 1000, (case, how, message)
         else:
-            assert report.kind == kind
-            json.dumps(report.model_dump(), allow_nan=False)
-        assert time.process_time() - start < SECONDS, (case, how)
+            assert answer.kind == kind
+            json.dumps(answer.model_dump(), allow_nan=False)
     assert all(count > CASES / 100 for count in refused.values()), refused
     assert sum(refused.values()) < CASES  # and some damage is only another valid report
 
@@ -144,10 +151,8 @@ def test_a_checkpoint_that_declares_other_sizes_than_its_tensors_have_is_refused
     monkeypatch.setattr(checkpoint, "LanguageModel", lambda config: made.append(build(config)) or made[-1])
     for value in SIZES[name]:
         (tmp_path / INDEX).write_text(json.dumps(index | {"model_config": index["model_config"] | {name: value}}))
-        start = time.process_time()
-        with pytest.raises(ValueError) as error:
-            load_model(tmp_path)
-        assert str(error.value).isprintable() and time.process_time() - start < SECONDS, (name, value)
+        answer = at_once(lambda: load_model(tmp_path))
+        assert isinstance(answer, ValueError) and str(answer).isprintable(), (name, value)
     assert all(parameter.is_meta for model in made for parameter in model.parameters())
 
 
@@ -160,15 +165,12 @@ def test_the_index_of_a_checkpoint_damaged_in_any_way_is_refused_in_one_line_or_
     for case in range(INDEX_CASES):
         how, data, _ = damaged(rng, reports)
         (tmp_path / INDEX).write_bytes(data)
-        start = time.process_time()
-        try:
-            model, _ = load_model(tmp_path)
-        except ValueError as error:
+        answer = at_once(lambda: load_model(tmp_path))
+        if isinstance(answer, ValueError):
             refused += 1
-            assert str(error).isprintable() and len(str(error)) < 1000, (case, how)
+            assert str(answer).isprintable() and len(str(answer)) < 1000, (case, how)
         else:
-            assert model.state_dict().keys() == load_file(tmp_path / content["files"]["model"]).keys()
-        assert time.process_time() - start < SECONDS, (case, how)
+            assert answer[0].state_dict().keys() == load_file(tmp_path / content["files"]["model"]).keys()
     assert INDEX_CASES / 2 < refused < INDEX_CASES
 
 
@@ -181,18 +183,21 @@ def test_a_journal_damaged_in_any_way_is_used_as_a_valid_one_or_refused_at_once_
         journal.case(case, MemoryResult, lambda result=result: result)
     good, refused = journal.path.read_bytes(), 0
     reports = [("memory", good, json.loads(good))]
+
+    def used(data):
+        journal.path.write_bytes(data)
+        again = open_journal(report, settings, machine=machine, resume=True, data={"train": "ab"})
+        return [again.case(case, MemoryResult, lambda result=result: result) for case, result in results.items()]
+
     for number in range(JOURNAL_CASES):
         how, data, _ = damaged(rng, reports)
-        journal.path.write_bytes(data)
-        start = time.process_time()
-        try:
-            again = open_journal(report, settings, machine=machine, resume=True, data={"train": "ab"})
-            for case, result in results.items():
-                assert isinstance(again.case(case, MemoryResult, lambda result=result: result), MemoryResult)
-        except ValueError as error:
+        answer = at_once(lambda data=data: used(data))
+        if isinstance(answer, ValueError):
             refused += 1
-            assert str(error).isprintable() and "leave out --resume" in str(error) and len(str(error)) < 1000, (number, how)
-        assert time.process_time() - start < SECONDS, (number, how)
+            message = str(answer)
+            assert message.isprintable() and "leave out --resume" in message and len(message) < 1000, (number, how)
+        else:
+            assert all(isinstance(result, MemoryResult) for result in answer), (number, how)
     assert JOURNAL_CASES / 2 < refused < JOURNAL_CASES
 
 
