@@ -1,5 +1,6 @@
 import gc
 import os
+import signal
 
 import pytest
 import torch
@@ -25,3 +26,11 @@ def gpu_memory_is_given_back():
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         gc.collect()
         torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def interrupts_arrive():
+    """A shell starts what it puts in the background with interrupts ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -28,6 +28,7 @@ def commands(page):
             words = shlex.split(line, comments=True)
             while words and re.fullmatch(r"[A-Z_0-9]+=.*", words[0]):
                 words = words[1:]
+            words = words[:-1] if words[-1:] == ["&"] else words
             if words[:1] == ["python"] and len(words) > 1 and Path(words[1]).name in SCRIPTS:
                 yield SCRIPTS[Path(words[1]).name], words[2:]
             elif words[:1] == ["phase1"] and words[1:2] != ["--help"]:

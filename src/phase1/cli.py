@@ -47,8 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = parse(name, argv[1:])
         return _run(name, run)
     except KeyboardInterrupt:
-        resume = "; --resume goes on with what is finished" if hasattr(COMMANDS[name], "resume") else ""
-        print(f"phase1 {name}: interrupted; older results are untouched{resume}", file=sys.stderr)
+        again = "; --resume goes on with what is finished" if hasattr(COMMANDS[name], "resume") else ""
+        again = "; the same command goes on from its checkpoint" if name == "train" else again
+        print(f"phase1 {name}: interrupted; older results are untouched{again}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, `head` for example, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

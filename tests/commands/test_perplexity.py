@@ -3,6 +3,7 @@ import math
 import random
 import shlex
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,29 +103,35 @@ def test_without_a_baseline_there_is_no_verdict(run):
     assert list(report.results) == ["phase1_htt2_ar4"] and report.checks[0].detail == "no baseline in this run"
 
 
+@pytest.mark.usefixtures("interrupts_arrive")
 def test_an_interrupted_training_goes_on_where_it_stopped(run, monkeypatch, tmp_path):
     whole = replace(run, baseline=False, test_htt_ranks=(2,), train_tokens=16 * 32 * 6)
     perplexity.main(whole)
     expected = json.loads(Path(run.out_dir, FILE).read_text())["results"]["phase1_htt2_ar4"]["window_nll_nats"]
     again = replace(whole, checkpoint_dir=str(tmp_path / "again"))
-    monkeypatch.setattr(train, "SAVE_SECONDS", 0.0)
-    steps = train.train
+    started, steps = [], train.train
 
-    def interrupted(state, batch_at, total, on_step):
-        def stop(step, loss):
-            on_step(step, loss)
-            if step == 4:
-                raise KeyboardInterrupt
+    def interrupted(after, number):
+        """Training that receives a signal, as of Ctrl-C or of a scheduler that needs the machine, while a step is taken."""
 
-        return steps(state, batch_at, total, stop)
+        def train(state, batch_at, total, on_step):
+            started.append(state.step)
 
-    monkeypatch.setattr(train, "train", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        perplexity.main(again)
-    seen = []
-    monkeypatch.setattr(train, "train", lambda state, *rest: seen.append(state.step) or steps(state, *rest))
+            def batch(step):
+                if step + 1 == after:
+                    signal.raise_signal(number)
+                return batch_at(step)
+
+            return steps(state, batch, total, on_step)
+
+        return train
+
+    for after, number in ((2, signal.SIGINT), (5, signal.SIGTERM), (6, signal.SIGINT)):
+        monkeypatch.setattr(train, "train", interrupted(after, number))
+        with pytest.raises(KeyboardInterrupt):
+            perplexity.main(again)
     perplexity.main(again)
-    assert seen == [4]
+    assert started == [0, 2, 5]  # the signal in the last step came when all was trained
     assert json.loads(Path(run.out_dir, FILE).read_text())["results"]["phase1_htt2_ar4"]["window_nll_nats"] == expected
 
 

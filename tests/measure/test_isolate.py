@@ -14,15 +14,9 @@ import torch
 from phase1.measure import isolate
 from phase1.measure.isolate import KILL_SECONDS, Outcome, is_out_of_memory, run_here, run_isolated
 
+pytestmark = pytest.mark.usefixtures("interrupts_arrive")  # children inherit who ignores what
+
 # The isolated functions are builtins: a fresh process can import them whatever the test runner's import mode.
-
-
-@pytest.fixture(autouse=True)
-def interrupts_arrive():
-    """A shell starts what it puts in the background with interrupts ignored, and children would inherit that."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def test_a_value_comes_back_from_another_process():
@@ -110,10 +104,11 @@ def test_a_child_that_hangs_is_killed_after_its_time_and_the_outcome_says_timeou
 )
 def test_grandchildren_are_gone_however_the_child_ends(tmp_path, then, word):
     path = tmp_path / "pid"
+    limit = 1.5 if word == "timeout" else 60  # on a busy machine the others may take longer than they should
     began = time.monotonic()
-    outcome = run_isolated(exec, WITH_GRANDCHILD.format(path=str(path)) + then, timeout_s=1.5)
+    outcome = run_isolated(exec, WITH_GRANDCHILD.format(path=str(path)) + then, timeout_s=limit)
     assert (outcome.status == "ok") == (then == "pass") and word in outcome.message
-    assert time.monotonic() - began < 1.5 + KILL_SECONDS
+    assert time.monotonic() - began < limit + KILL_SECONDS
     assert gone(int(path.read_text()))
 
 

@@ -1,10 +1,13 @@
+import os
+import sys
 import time
+from collections import namedtuple
 from types import SimpleNamespace
 
 import pytest
 
 from phase1.measure import monitor
-from phase1.measure.conditions import GpuSample
+from phase1.measure.conditions import CpuUse, GpuSample
 from phase1.measure.monitor import Monitor, gpu_sample
 
 
@@ -69,22 +72,43 @@ def test_a_run_on_the_cpu_asks_no_driver(monkeypatch):
     assert watch.samples == []
 
 
-def test_cpu_use_is_of_this_program_and_of_all():
-    def spin():
-        watch, end = Monitor("cpu"), time.perf_counter() + 0.3
-        while time.perf_counter() < end:
-            pass
-        use = watch.cpu_use()
-        assert use is not None and use.cores >= 1 and use.seconds >= 0.3
-        return use
+def system(user, idle, own):
+    """What psutil says of a machine and of this program, which has two children, one of which ends when it is asked."""
 
-    def consistent(use):
-        return 0.1 <= use.own_seconds <= min(use.seconds, use.busy_seconds) + 0.1  # clocks of 10 ms, twice
+    class Ended(Exception):
+        pass
 
-    # A virtual machine whose host takes its cores away counts that time for the process and not for the system.
-    assert any(consistent(spin()) for _ in range(5))
+    def process(seconds, children=()):
+        def cpu_times():
+            if seconds is None:
+                raise Ended
+            return SimpleNamespace(user=seconds, system=seconds / 2)
+
+        return SimpleNamespace(cpu_times=cpu_times, children=lambda recursive: children if recursive else pytest.fail("one level"))
+
+    every = namedtuple("every", "user system idle iowait steal guest")(user, 1.0, idle, 5.0, 0.5, 0.25)
+    this = process(own, [process(own), process(None)])
+    return SimpleNamespace(Error=Ended, cpu_times=lambda: every, Process=lambda: this)
+
+
+def test_cpu_use_is_of_this_program_with_its_children_and_of_all(monkeypatch):
+    monkeypatch.setitem(sys.modules, "psutil", system(user=10.0, idle=100.0, own=1.0))
+    monkeypatch.setattr(monitor.time, "perf_counter", lambda: 50.0)
+    watch = Monitor("cpu")
+    monkeypatch.setitem(sys.modules, "psutil", system(user=13.0, idle=101.0, own=1.5))
+    monkeypatch.setattr(monitor.time, "perf_counter", lambda: 52.0)
+    assert watch.cpu_use() == CpuUse(seconds=2.0, busy_seconds=3.0, own_seconds=2 * 0.5 * 1.5, cores=os.cpu_count())
+
+
+def test_work_of_this_program_is_seen():
+    watch, end = Monitor("cpu"), time.process_time() + 0.2
+    while time.process_time() < end:
+        pass
+    use = watch.cpu_use()
+    # The system's own count can be below it: what a host takes away may be counted for the process alone.
+    assert use is not None and use.own_seconds >= 0.1 and use.seconds > 0 and use.busy_seconds >= 0
 
 
 def test_without_psutil_the_cpu_is_unknown(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "psutil", None)
+    monkeypatch.setitem(sys.modules, "psutil", None)
     assert Monitor("cpu").cpu_use() is None

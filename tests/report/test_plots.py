@@ -7,6 +7,7 @@ import pytest
 
 from phase1.record import Check, MemoryResult, MemoryTimeline, Parameters, ThroughputResult
 from phase1.report import plot_memory, plot_memory_timeline, plot_perplexity, plot_throughput
+from phase1.report.perplexity import looks
 from tests.reports import failed, memory_report, memory_result, perplexity_report, perplexity_result, throughput_report
 
 PLOTS = {"memory": (plot_memory, memory_report), "throughput": (plot_throughput, throughput_report)}
@@ -22,11 +23,12 @@ def size_of(path):
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that are drawn, to look at what is in them."""
-    from phase1.report import plots
+    from phase1.report import perplexity, plots
 
     figures = []
     save = plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, path: (figures.append(figure), save(figure, path))[1])
+    for module in (plots, perplexity):
+        monkeypatch.setattr(module, "_save", lambda figure, path: (figures.append(figure), save(figure, path))[1])
     return figures
 
 
@@ -109,14 +111,54 @@ def test_a_model_that_ran_out_of_memory_is_marked_in_the_memory_plot(tmp_path, d
     assert "OOM" in words(drawn[0])
 
 
+def engine(htt, change, **changes):
+    size = Parameters(total=1, embedding=htt * 100_000, mixer=0, mlp=0)
+    interval = (change - 1, change + 1)
+    numbers = {"parameters": size, "ppl_degradation_percent": change, "degradation_ci95": interval}
+    return perplexity_result("phase1", 33.0 + change, **(numbers | changes))
+
+
 def test_perplexity_shows_only_models_that_can_be_compared(tmp_path, drawn):
     report = perplexity_report()
     report.results["phase1_htt8_ar32"] = perplexity_result("phase1", 9000.0, untrained=True)
-    small = Parameters(total=1, embedding=1, mixer=0, mlp=0)
-    report.results["phase1_htt4_ar32"] = perplexity_result("phase1", 33.0, ppl_degradation_percent=-5.0, parameters=small)
+    report.results["phase1_htt4_ar32"] = engine(4, -5.0)
     plot_perplexity(report, tmp_path / "plot.png")
     text = words(drawn[0])
-    assert "htt16" in text and "htt4" in text and "htt8" not in text and "limit: 5 %" in text
+    assert "HTT 16" in text and "HTT 4" in text and "HTT 8" not in text and "limit: 5 %" in text
+    assert "baseline: 34.90" in text and "phase1, AR-SSM rank 32" in text
+
+
+def test_a_single_engine_is_named_with_its_perplexity_of_every_seed(tmp_path, drawn):
+    report = perplexity_report()
+    report.results["phase1_htt16_ar32_seed1"] = engine(16, 4.0)
+    plot_perplexity(report, tmp_path / "plot.png")
+    assert "phase1_htt16_ar32: 37.06, 37.00" in words(drawn[0])
+
+
+def test_a_grid_of_ranks_is_a_series_per_ar_ssm_rank_joined_by_seed_at_the_sizes_of_the_tables(tmp_path, drawn):
+    grid = {(htt, ar): htt / 10 - ar / 100 for htt in (8, 16, 32) for ar in (16, 64)}
+    results = {"baseline": perplexity_result("baseline", 34.9)}
+    results |= {f"phase1_htt{htt}_ar{ar}": engine(htt, change) for (htt, ar), change in grid.items()}
+    results |= {f"phase1_htt{htt}_ar16_seed1": engine(htt, 3.0) for htt in (8, 16)}
+    results |= {"no_gate": engine(16, 1.0)}
+    plot_perplexity(perplexity_report(results=results), tmp_path / "plot.png")
+    (axes,) = drawn[0].axes
+    (legend,) = drawn[0].legends
+    entries = ["baseline: 34.90", "phase1, AR-SSM rank 16", "phase1, AR-SSM rank 64", "no_gate: 34.00"]
+    assert [text.get_text() for text in legend.get_texts()] == entries
+    joined = sorted(tuple(line.get_ydata()) for line in axes.lines if line.get_alpha() and len(line.get_xdata()) > 1)
+    assert joined == sorted([tuple(grid[htt, 16] for htt in (8, 16, 32)), tuple(grid[htt, 64] for htt in (8, 16, 32)), (3.0, 3.0)])
+    places = sorted(x for line in axes.lines if line.get_alpha() for x in line.get_xdata() if 1 < x < 2)
+    assert len(places) == 4 and len(set(places)) == 3  # two seeds of rank 16 at one place, rank 64 and no_gate beside it
+    assert all(abs(x / 1.6 - 1) < 0.1 for x in places) and min(places) * max(places) == pytest.approx(1.6**2)
+
+
+def test_models_look_different_and_seeds_of_one_alike():
+    names = ["baseline", *(f"phase1_htt{htt}_ar{ar}" for htt in (8, 16, 32) for ar in (16, 32, 64))]
+    names += ["ar_ssm_dense", "attention_htt", "no_gate", "no_copy", "transformer_copy", "equal_parameters"]
+    found = looks([*names, *(f"{name}_seed1" for name in names)])
+    assert len({tuple(found[name].values()) for name in names}) == len(names)
+    assert all(found[name] == found[f"{name}_seed1"] for name in names)
 
 
 def test_a_report_of_failures_still_makes_a_plot(tmp_path):

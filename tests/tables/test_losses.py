@@ -1,3 +1,5 @@
+import pytest
+
 from phase1.record import LossPart
 from phase1.report import perplexity_text, plot_losses
 from phase1.tables import build_tables, loss_comparison
@@ -64,15 +66,37 @@ def test_reports_without_losses_have_no_such_table():
     assert "frequency rank" not in perplexity_text(perplexity_report()) and "frequency rank" in perplexity_text(report())
 
 
-def test_the_plot_shows_the_models_of_the_table(tmp_path, monkeypatch):
+@pytest.fixture
+def lines(monkeypatch, tmp_path):
+    """Names and values of the lines that are drawn of a report: by context, by frequency."""
     from phase1.report import losses
 
-    drawn = []
+    figures = []
     save = losses._save
-    monkeypatch.setattr(losses, "_save", lambda figure, path: (drawn.append(figure), save(figure, path))[1])
-    path = plot_losses(report(order="p"), tmp_path / "plot.png")
-    assert path.read_bytes().startswith(b"\x89PNG")
-    context, frequency = drawn[0].axes
-    assert [line.get_label() for line in context.lines] == ["baseline", "phase1_htt16_ar32"]
-    assert [line.get_label() for line in frequency.lines] == ["baseline"]
-    assert list(context.lines[0].get_ydata()) == [6.0, 5.0]
+    monkeypatch.setattr(losses, "_save", lambda figure, path: (figures.append(figure), save(figure, path))[1])
+
+    def drawn(report):
+        assert plot_losses(report, tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+        return [{line.get_label(): list(line.get_ydata()) for line in axes.lines} for axes in figures[-1].axes]
+
+    return drawn
+
+
+def test_the_plot_shows_the_models_of_the_table_less_the_baseline(lines):
+    better = {"loss_by_position": [part(0, 0, 2, 5.5), part(1, 1, 2, 5.25)]}
+    context, frequency = lines(report(order="p", **better))
+    assert context == {"baseline": [0.0, 0.0], "phase1_htt16_ar32": [-0.5, 0.25]}
+    assert frequency == {"baseline": [0.0, 0.0]}
+
+
+def test_the_plot_of_one_model_shows_its_losses(lines):
+    context, frequency = lines(perplexity_report(results={"phase1_htt16_ar32": result("phase1")}, checks=[]))
+    assert context == {"phase1_htt16_ar32": [6.0, 5.0]} and frequency == {"phase1_htt16_ar32": [2.5, 7.0]}
+
+
+def test_the_plot_takes_the_baseline_of_the_same_seed(lines):
+    lower = [part(0, 0, 2, 4.0), part(1, 1, 2, 3.0)]
+    results = {"baseline": result("baseline"), "baseline_seed1": result("baseline", loss_by_position=lower)}
+    results |= {"no_gate_seed1": result("phase1")}
+    context, _ = lines(perplexity_report(results=results, checks=[]))
+    assert context["no_gate_seed1"] == [2.0, 2.0] and set(context) == {"baseline", "_", "no_gate_seed1"}

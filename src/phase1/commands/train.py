@@ -1,6 +1,7 @@
 """`phase1 train`: one model, from text to checkpoint, resumed where an earlier run stopped."""
 
 import time
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from phase1.checkpoint import INDEX, check_configs, read_index, resume, save_che
 from phase1.config import DataConfig, ModelConfig, PerplexityRun, TrainConfig, TrainRun, flags, part_of, report_key
 from phase1.data import Corpus, Windows, frequency_order, load_corpus, token_counts, token_statistics
 from phase1.errors import Unavailable
+from phase1.interrupts import interrupts_wait
 from phase1.layers.embedding import VECTOR_DIM, levels
 from phase1.measure.isolate import is_out_of_memory, reason
 from phase1.model import LanguageModel
@@ -76,9 +78,10 @@ def train_to_checkpoint(
     order = torch.from_numpy(frequency_order(token_counts(seen, model_config.vocab_size))).int()
     del seen
     seconds = resume(folder, state)["train_seconds"] if begun else 0.0
-    facts = {"data": data, "seq_length": seq_length, "tokenizer": corpus.tokenizer.fingerprint}
-    facts |= run_schedule(state, windows, steps, folder, facts, seconds, label)
-    save_checkpoint(folder, state, facts, resumable=False, token_order=order)
+    facts = {"data": data, "seq_length": seq_length, "tokenizer": corpus.tokenizer.fingerprint, "train_seconds": seconds}
+    with interrupts_wait() as interrupted:
+        facts |= run_schedule(state, windows, steps, folder, facts, label, interrupted)
+        save_checkpoint(folder, state, facts, resumable=False, token_order=order)
     return facts
 
 
@@ -109,17 +112,21 @@ def run_schedule(
     steps: int,
     folder: Path,
     facts: dict[str, Any],
-    before: float,
     label: str,
+    interrupted: Callable[[], bool],
 ) -> dict[str, Any]:
-    """Train to `steps` with a progress bar and a checkpoint every SAVE_SECONDS; what the run adds to the facts."""
+    """Train to `steps` with a progress bar and a checkpoint every SAVE_SECONDS; what the run adds to the facts.
+
+    Raises KeyboardInterrupt after the step in which `interrupted` becomes true, with a checkpoint of it; after the last step
+    there is none to go on from.
+    """
     config = state.config
     tokens_per_step = config.train_batch_size * windows.seq_length
     began = saved = time.perf_counter()
     last = torch.zeros(())
 
     def progress() -> dict[str, Any]:
-        seconds = before + time.perf_counter() - began
+        seconds = facts["train_seconds"] + time.perf_counter() - began
         done = {"trained_tokens": state.step * tokens_per_step, "train_seconds": seconds, "finished": state.step == steps}
         return done | {"loss": last.item()}
 
@@ -129,9 +136,12 @@ def run_schedule(
         bar.update(tokens_per_step)
         if step % SHOW_EVERY == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-        if time.perf_counter() - saved > SAVE_SECONDS and step < steps:
+        stop = interrupted()
+        if step < steps and (stop or time.perf_counter() - saved > SAVE_SECONDS):
             save_checkpoint(folder, state, facts | progress())
             saved = time.perf_counter()
+            if stop:
+                raise KeyboardInterrupt
 
     total = steps * tokens_per_step
     initial = state.step * tokens_per_step

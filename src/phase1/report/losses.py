@@ -2,35 +2,47 @@
 
 from pathlib import Path
 
-from phase1.record import PerplexityResult, Report
-from phase1.report.plots import MARKERS, _clean, _color, _conditions, _figure, _save, _text, _trained_on
+from phase1.record import LossPart, PerplexityResult, Report, repetition
+from phase1.report.perplexity import looks
+from phase1.report.plots import _clean, _conditions, _figure, _save, _text, _trained_on
 from phase1.tables.losses import bands, comparable
 
 
 def plot_losses(report: Report[PerplexityResult], path: Path | str) -> Path:
-    """Mean loss over octaves of the context, and over bands of frequency, a line per model. Returns `path`."""
-    figure = _figure(11, 4.6, f"Loss by context and by frequency\n{_trained_on(report)}, {_conditions(report)}")
-    context, frequency = figure.subplots(1, 2, sharey=False)
+    """Mean loss over octaves of the context, and over bands of frequency, a line per model. Returns `path`.
+
+    Where there are further models beside a baseline, less the loss of the baseline of their seed: what tells models apart is
+    a hundredth of what tells groups apart.
+    """
     shown = comparable(report)
-    ranks = bands(shown)
     positions = {key: result.loss_by_position or [] for key, result in shown.items()}
-    titles = ((context, positions, "tokens of the window before the target"), (frequency, ranks, "frequency rank in training"))
-    for axes, by_model, label in titles:
+    panels = (positions, "tokens of the window before the target"), (bands(shown), "frequency rank in training")
+    against = len(shown) > 1 and "baseline" in shown
+    first = {repetition(key)[0]: key for key in reversed(shown)}  # one of the repetitions, which look alike, is in the legend
+    figure = _figure(12, 4.6, f"Loss by context and by frequency\n{_trained_on(report)}, {_conditions(report)}")
+    for axes, (by_model, label) in zip(figure.subplots(1, 2), panels):
         groups = sorted({(part.first, part.last) for parts in by_model.values() for part in parts})
-        for key, parts in by_model.items():
-            index = list(report.results).index(key)
-            axes.plot(
-                [groups.index((part.first, part.last)) for part in parts],
-                [part.avg_loss for part in parts],
-                color=_color(key, index),
-                marker=MARKERS[index % len(MARKERS)],
-                label=_text(key),
-            )
+        for key, losses in _losses(by_model, against).items():
+            places = [groups.index(group) for group in losses]
+            entry = _text(key) if key in first.values() else "_"
+            axes.plot(places, list(losses.values()), **looks(shown)[key], markersize=5, linewidth=1.3, label=entry)
         names = [f"{first:,}" if first == last else f"{first:,}–{last:,}" for first, last in groups]
         axes.set_xticks(range(len(groups)), names, rotation=30, ha="right", fontsize=8)
         axes.set_xlabel(label)
-        axes.set_ylabel("loss (nats per token)")
+        axes.set_ylabel(f"loss{' less that of the baseline' if against else ''} (nats per token)")
         _clean(axes)
-        if by_model:
-            axes.legend(frameon=False, fontsize=9)
+    if shown:
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
     return _save(figure, path)
+
+
+def _losses(by_model: dict[str, list[LossPart]], against: bool) -> dict[str, dict[tuple[int, int], float]]:
+    """Losses by group of every model; if `against`, less those of the baseline of its seed, of models that have one."""
+    losses = {key: {(part.first, part.last): part.avg_loss for part in parts} for key, parts in by_model.items()}
+    if not against:
+        return losses
+    found = {}
+    for key, by_group in losses.items():
+        base = losses.get(f"baseline{repetition(key)[1]}", {})
+        found[key] = {group: loss - base[group] for group, loss in by_group.items() if group in base}
+    return found

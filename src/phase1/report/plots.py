@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phase1.files import atomic_write, one_line
-from phase1.record import Measurement, MemoryResult, PerplexityResult, Report, ThroughputResult, repetition
+from phase1.record import Measurement, MemoryResult, PerplexityResult, Report, ThroughputResult
 from phase1.tables.common import basis_of, hardware_of
 
 if TYPE_CHECKING:
@@ -151,51 +151,6 @@ def _bar_label(axes: "Axes", x: int, top: float, result: MemoryResult) -> None:
     axes.annotate(
         text, (x, top), xytext=(0, 3), textcoords="offset points", ha="center", va="bottom", fontsize=8.5, color=color
     )
-
-
-def plot_perplexity(report: Report[PerplexityResult], path: Path | str) -> Path:
-    """Size of the token table against the change of perplexity, with the 5 % line; engines of one AR-SSM rank are joined.
-
-    Returns `path`.
-    """
-    figure = _figure(8, 4.8, f"Perplexity against size of the token table\n{_trained_on(report)}, {_conditions(report)}")
-    axes = figure.subplots()
-    for index, (key, result) in enumerate(report.results.items()):
-        if result.parameters is None or result.perplexity is None:
-            continue
-        value = 0.0 if key == "baseline" else result.ppl_degradation_percent
-        if value is None:  # untrained, or nothing to compare with
-            continue
-        size = result.parameters.embedding / 1e6
-        low, high = result.degradation_ci95 or (value, value)
-        color = _color(key, index)
-        axes.errorbar(
-            [size], [value], yerr=[[max(value - low, 0)], [max(high - value, 0)]], marker=MARKERS[index % len(MARKERS)],
-            markersize=8, capsize=4, color=color, linestyle="none",
-        )  # fmt: skip
-        label = f"{_text(key)}\nperplexity {result.perplexity:,.2f}"
-        axes.annotate(label, (size, value), xytext=(9, 5), textcoords="offset points", fontsize=8, color=color)
-    for line in _ranks_joined(report):
-        axes.plot(*zip(*line), color="#BBBBBB", linewidth=1, zorder=0)
-    _limit_line(axes, "limit: 5 %", 5)
-    axes.axhline(0, color="#BBBBBB", linewidth=1, zorder=0)
-    axes.set_xscale("log")
-    axes.margins(x=0.4, y=0.2)
-    _log_ticks(axes.xaxis)
-    axes.set_xlabel("parameters of the token table (millions), log scale")
-    axes.set_ylabel("perplexity against baseline (%), 95 % interval")
-    _clean(axes)
-    return _save(figure, path)
-
-
-def _ranks_joined(report: Report[PerplexityResult]) -> list[list[tuple[float, float]]]:
-    """Points of the engines with two or more table ranks, by AR-SSM rank and seed, in the order of their size."""
-    lines: dict[tuple[object, str], list[tuple[float, float]]] = {}
-    for key, result in report.results.items():
-        if key.startswith("phase1") and result.parameters and result.ppl_degradation_percent is not None:
-            series = (result.config.get("ar_ssm_max_rank"), repetition(key)[1])
-            lines.setdefault(series, []).append((result.parameters.embedding / 1e6, result.ppl_degradation_percent))
-    return [sorted(line) for line in lines.values() if len(line) > 1]
 
 
 def _color(key: str, index: int) -> str:
