@@ -14,7 +14,7 @@ from phase1.layers.attention import Attention
 from phase1.layers.copy_head import CopyHead
 from phase1.layers.embedding import DenseTable, HTTTable
 from phase1.layers.mlp import MLP
-from phase1.ops.cross_entropy import IGNORE, tied_cross_entropy, tied_cross_entropy_reference, tied_nll
+from phase1.ops.cross_entropy import IGNORE, Factors, tied_cross_entropy, tied_cross_entropy_reference, tied_nll
 from phase1.vocabulary import TokenStatistics
 
 
@@ -142,10 +142,11 @@ class LanguageModel(nn.Module):
         """All rows (V, D), in the order of positions: the input's and, transposed, the output's."""
         return self.embedding.table(_compute_dtype(self.norm.weight))
 
-    def _output(self, hidden: Tensor, table: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Arguments of the cross-entropy: states (N, D), the table, the targets' positions in it, and its bias."""
+    def _output(self, hidden: Tensor, table: Tensor, targets: Tensor) -> tuple[Factors, Tensor, Tensor | None]:
+        """Arguments of the cross-entropy: states (N, D) times the table, the targets' positions in it, and its bias."""
+        states = hidden.flatten(0, 1).to(_compute_dtype(hidden))
         positions = self.embedding.positions(targets).flatten()
-        return hidden.flatten(0, 1).to(_compute_dtype(hidden)), table, positions, self.embedding.output_bias
+        return self.embedding.factors(states, table), positions, self.embedding.output_bias
 
     def _hidden(
         self, ids: Tensor, table: Tensor | None, states: list[Any] | None = None, keep_states: bool = False

@@ -224,6 +224,19 @@ def test_gradients_that_something_else_holds_are_summed_apart():
     assert seen == pytest.approx([2 + math.cos(1), 2 * math.e])
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (2, 1, 0)])
+def test_tensors_that_end_together_end_in_one_order_whatever_theirs_was(order):
+    with MemoryTracker(V, "cpu") as tracker:
+        tracker.mark("start")
+        held = {i: torch.ones(10 + i) for i in range(3)}
+        tracker.mark("forward")
+        late = torch.ones(5)
+        for i in order:
+            del held[i]
+        del late
+    assert tracker.trace.events == [0, 1, 2, 3, ~0, ~1, ~2, ~3]
+
+
 class Counted:
     """Surroundings of a device whose every product keeps 100 bytes, and whose every operator has 7 of scratch."""
 

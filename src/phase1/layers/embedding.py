@@ -33,6 +33,10 @@ class DenseTable(nn.Module):
         """All rows; a parameter, so in its own dtype: the ops cast it."""
         return self.rows
 
+    def factors(self, hidden: Tensor, table: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The output, hidden (N, D) times the `table` of this."""
+        return [(hidden, table)]
+
 
 class NestedBand(nn.Module):
     """Rows c_i B[:ρ], coefficients (ρ,) times the leading rows of one basis B for all, fewer for rarer tokens."""
@@ -62,6 +66,12 @@ class NestedBand(nn.Module):
     def table(self, dtype: torch.dtype) -> Tensor:
         basis = self.basis.to(dtype)
         return torch.cat([part.to(dtype) @ basis[: part.shape[1]] for part in self.coefficients])
+
+    def factors(self, hidden: Tensor, parts: int) -> list[tuple[Tensor, Tensor]]:
+        """Output of the first `parts` stretches of rows: products of `hidden` (N, D) with the basis, and coefficients."""
+        coefficients = self.coefficients[:parts]
+        states = hidden @ self.basis[: max(part.shape[1] for part in coefficients)].to(hidden.dtype).T
+        return [(states[:, : part.shape[1]], part) for part in coefficients]
 
 
 class TensorTrainTail(nn.Module):
@@ -123,6 +133,7 @@ class HTTTable(nn.Module):
         band, tail = [level for level in every if level.rank], [level for level in every if not level.rank]
         self.band = NestedBand(band, d_model) if band else None
         self.tail = TensorTrainTail(tail[0], d_model, 2 * rank, groups) if tail else None
+        self.plain = sum(not level.anchors for level in band)  # levels of rows without anchors
         if statistics is not None:
             self._use(statistics)
         self._turn_anchors()
@@ -162,6 +173,13 @@ class HTTTable(nn.Module):
             return own[-1]
         users = [Users(getattr(self, f"places_{i}"), getattr(self, f"starts_{i}")) for i in range(len(self.levels) - 1)]
         return anchored_table(torch.cat(own), self.weights, self.anchors, self.levels, users)
+
+    def factors(self, hidden: Tensor, table: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The output, hidden (N, D) times the `table` of this; rows without anchors by their coefficients, which are fewer."""
+        if not self.plain:
+            return [(hidden, table)]
+        assert self.band is not None
+        return [(hidden, self.rows), *self.band.factors(hidden, self.plain), (hidden, table[self.levels[0] :])]
 
 
 def levels(vocab_size: int, d_model: int, rank: int, dense_rows: int) -> list[Level]:

@@ -168,7 +168,13 @@ class MemoryTracker(TorchDispatchMode):
         return "activations" if self.phase == "forward" else "temporary"
 
     def _freed(self, key: int, _: Any) -> None:
-        self.trace.events.append(~self._alive.pop(key).index)
+        """Of blocks that end with nothing between them the oldest first: in what order they do differs from run to run."""
+        events, end = self.trace.events, ~self._alive.pop(key).index
+        first, place = max(self.trace.begins.values(), default=0), len(self.trace.events)
+        # past the ends of younger blocks (a birth is above every end), but for one just born, as the scratch of an operator is
+        while place > first and events[place - 1] < end and events[place - 2] != ~events[place - 1]:
+            place -= 1
+        events.insert(place, end)
 
 
 def site_of(name: str) -> str:

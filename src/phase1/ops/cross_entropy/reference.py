@@ -1,5 +1,7 @@
 """The definition of the tied cross-entropy, with all logits in memory."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,31 +14,37 @@ ALIGNMENT = 8
 """Sizes of products in half precision: tensor cores are several times slower where one is no multiple of it."""
 
 
-def check_arguments(
-    hidden: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None, log_odds: Tensor | None = None
-) -> None:
+Factors = Sequence[tuple[Tensor, Tensor]]
+"""Logits as products side by side: states (N, d_j) and rows (V_j, d_j) of each stretch of the vocabulary, V = Σ V_j."""
+
+
+def check_arguments(factors: Factors, targets: Tensor, bias: Tensor | None, log_odds: Tensor | None = None) -> None:
     """Raise ValueError unless the shapes are those of `tied_cross_entropy_reference`."""
-    if hidden.ndim != 2 or table.ndim != 2 or hidden.shape[1] != table.shape[1]:
-        raise ValueError(f"hidden (N, D) and table (V, D) must share D; got {tuple(hidden.shape)} and {tuple(table.shape)}")
-    if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"targets must be (N,) = ({hidden.shape[0]},); got {tuple(targets.shape)}")
-    if bias is not None and bias.shape != table.shape[:1]:
-        raise ValueError(f"bias must be (V,) = ({table.shape[0]},); got {tuple(bias.shape)}")
+    N, V = len(factors[0][0]), sum(len(rows) for _, rows in factors)
+    for states, rows in factors:
+        if states.ndim != 2 or rows.ndim != 2 or states.shape[1] != rows.shape[1] or len(states) != N:
+            raise ValueError(
+                f"states (N, d) = ({N}, d) and rows (V, d) must share d; got {tuple(states.shape)} and {tuple(rows.shape)}"
+            )
+    if targets.shape != (N,):
+        raise ValueError(f"targets must be (N,) = ({N},); got {tuple(targets.shape)}")
+    if bias is not None and bias.shape != (V,):
+        raise ValueError(f"bias must be (V,) = ({V},); got {tuple(bias.shape)}")
     if log_odds is not None and log_odds.shape != targets.shape:
-        raise ValueError(f"log_odds must be (N,) = ({hidden.shape[0]},); got {tuple(log_odds.shape)}")
+        raise ValueError(f"log_odds must be (N,) = ({N},); got {tuple(log_odds.shape)}")
 
 
 def tied_cross_entropy_reference(
-    hidden: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None = None, log_odds: Tensor | None = None
+    factors: Factors, targets: Tensor, bias: Tensor | None = None, log_odds: Tensor | None = None
 ) -> Tensor:
-    """Mean over scored positions n of nll_n = log Σ_j exp(z_nj) - z_n,target_n with z_nj = h_n · E_j + b_j, in nats.
+    """Mean over scored positions n of nll_n = log Σ_j exp(z_nj) - z_n,target_n with z_n = [h¹_n E¹ᵀ | h²_n E²ᵀ | …] + b (nats).
 
     With log-odds o_n it is the mean of nll_n - softplus(nll_n + o_n) = -log(p_n + exp(o_n)), p_n = exp(-nll_n): what is left
     of the loss of a mixture with a second distribution, o_n = log(weight · probability there), without its normalization.
 
     Args:
-        hidden: final states, (N, D).
-        table: one row per token, (V, D); taken in the dtype of `hidden`.
+        factors: hʲ and Eʲ of the stretches of the vocabulary, one after the other: final states (N, D) and a table (V, D), or
+            several, also of less width, with projections as states. Rows are taken in the dtype of their states.
         targets: (N,) integers in [0, V), or IGNORE for positions that are not scored.
         bias: b, (V,); zero if None.
         log_odds: o, (N,), at least float32; -inf, also where it is None, leaves the cross-entropy.
@@ -45,13 +53,19 @@ def tied_cross_entropy_reference(
     Raises:
         ValueError: the shapes do not fit together.
     """
-    check_arguments(hidden, table, targets, bias, log_odds)
-    V = len(table)
-    rows = F.pad(table.to(hidden.dtype), (0, 0, 0, -V % ALIGNMENT))  # as is usual for a vocabulary of odd size
-    logits = (hidden @ rows.T)[:, :V].to(torch.promote_types(hidden.dtype, torch.float32))
+    check_arguments(factors, targets, bias, log_odds)
+    parts = [_logits(states, rows) for states, rows in factors]
+    logits = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits = logits if bias is None else logits + bias
     if log_odds is None:
         return F.cross_entropy(logits, targets, ignore_index=IGNORE)
     nll = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
     scored = targets != IGNORE
     return (nll - F.softplus(nll + log_odds)).where(scored, 0).sum() / scored.sum()
+
+
+def _logits(states: Tensor, rows: Tensor) -> Tensor:
+    """states · rowsᵀ, with rows of zeros up to a multiple of ALIGNMENT, as is usual for a vocabulary of odd size."""
+    V = len(rows)
+    return (states @ F.pad(rows.to(states.dtype), (0, 0, 0, -V % ALIGNMENT)).T)[:, :V]

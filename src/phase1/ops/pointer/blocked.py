@@ -25,9 +25,7 @@ class _Pointer(torch.autograd.Function):
     """Keeps no scores: the backward pass computes them again, from the two normalizers of every query."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, bias: Tensor, ids: Tensor, targets: Tensor, window: int, past: int
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, bias: Tensor, ids: Tensor, targets: Tensor, window: int, past: int) -> Tensor:
         wide = torch.promote_types(q.dtype, torch.float32)
         total, copied = (torch.empty(targets.shape, dtype=wide, device=q.device) for _ in range(2))
         with torch.autocast(q.device.type, enabled=False):
