@@ -138,13 +138,13 @@ def test_a_single_engine_is_named_with_its_perplexity_of_every_seed(tmp_path, dr
 def test_a_grid_of_ranks_is_a_series_per_ar_ssm_rank_joined_by_seed_at_the_sizes_of_the_tables(tmp_path, drawn):
     grid = {(htt, ar): htt / 10 - ar / 100 for htt in (8, 16, 32) for ar in (16, 64)}
     results = {"baseline": perplexity_result("baseline", 34.9)}
-    results |= {f"phase1_htt{htt}_ar{ar}": engine(htt, change) for (htt, ar), change in grid.items()}
+    results |= {f"phase1_htt{htt}_ar{ar}": engine(htt, change) for (htt, ar), change in reversed(grid.items())}
     results |= {f"phase1_htt{htt}_ar16_seed1": engine(htt, 3.0) for htt in (8, 16)}
     results |= {"no_gate": engine(16, 1.0)}
     plot_perplexity(perplexity_report(results=results), tmp_path / "plot.png")
     (axes,) = drawn[0].axes
     (legend,) = drawn[0].legends
-    entries = ["baseline: 34.90", "phase1, AR-SSM rank 16", "phase1, AR-SSM rank 64", "no_gate: 34.00"]
+    entries = ["baseline: 34.90", "no_gate: 34.00", "phase1, AR-SSM rank 16", "phase1, AR-SSM rank 64"]
     assert [text.get_text() for text in legend.get_texts()] == entries
     joined = sorted(tuple(line.get_ydata()) for line in axes.lines if line.get_alpha() and len(line.get_xdata()) > 1)
     assert joined == sorted([tuple(grid[htt, 16] for htt in (8, 16, 32)), tuple(grid[htt, 64] for htt in (8, 16, 32)), (3.0, 3.0)])

@@ -38,7 +38,8 @@ def plot_perplexity(report: Report[PerplexityResult], path: Path | str) -> Path:
     """
     figure = _figure(9.5, 5, f"Perplexity against size of the token table\n{_trained_on(report)}, {_conditions(report)}")
     axes = figure.subplots()
-    changes = {key: change for key, result in report.results.items() if (change := _change(key, result))}
+    found = {key: change for key, result in report.results.items() if (change := _change(key, result))}
+    changes = dict(sorted(found.items(), key=lambda item: _place(item[0])))
     places, styles, series = _side_by_side(report, changes), looks(changes), _series(changes)
     for label, keys in series.items():
         points = {key: (places[key], *changes[key]) for key in keys}
@@ -84,6 +85,12 @@ def _ranks(name: str) -> tuple[int, int]:
     match = _ENGINE.fullmatch(name)
     assert match
     return int(match[1]), int(match[2])
+
+
+def _place(key: str) -> tuple[int, int]:
+    """To sort by: engines come last, by AR-SSM rank and by HTT rank."""
+    name = repetition(key)[0]
+    return _ranks(name)[::-1] if _ENGINE.fullmatch(name) else (0, 0)
 
 
 def _change(key: str, result: PerplexityResult) -> tuple[float, float, float] | None:
