@@ -34,3 +34,15 @@ def interrupts_arrive():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are drawn, to look at what is in them."""
+    from phase1.report import losses, perplexity, plots
+
+    figures = []
+    save = plots._save
+    for module in (plots, perplexity, losses):
+        monkeypatch.setattr(module, "_save", lambda figure, path: (figures.append(figure), save(figure, path))[1])
+    return figures

@@ -17,7 +17,7 @@ from phase1.data import load_corpus
 from phase1.measure.environment import current_command, environment, settings, without_private
 from phase1.measure.isolate import reason
 from phase1.record import FILES
-from phase1.report import plots
+from phase1.report import plot_losses, plot_memory, plot_perplexity, plot_throughput
 from phase1.train import train_step
 from tests.reports import all_reports, contents, make_tables, write_all
 from tests.test_train import as_tensors, batch_at, state
@@ -174,15 +174,13 @@ def test_hostile_text_in_results_is_neutral_in_every_table_and_on_the_console(tm
         assert all(line.isprintable() for line in text.splitlines())
 
 
-@pytest.mark.parametrize("kind", FILES)
-def test_hostile_text_is_neutral_in_the_titles_and_labels_of_plots(tmp_path, monkeypatch, kind):
-    figures = []
-    save = plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, path: (figures.append(figure), save(figure, path))[1])
-    getattr(plots, f"plot_{kind}")(hostile(all_reports()[kind]), tmp_path / "a.png")
+@pytest.mark.parametrize("plot", [plot_memory, plot_throughput, plot_perplexity, plot_losses], ids=lambda plot: plot.__name__)
+def test_hostile_text_is_neutral_in_the_titles_and_labels_of_plots(tmp_path, drawn, plot):
+    kind = next((kind for kind in FILES if kind in plot.__name__), "perplexity")
+    plot(hostile(all_reports()[kind]), tmp_path / "a.png")
     from matplotlib.text import Text
 
-    texts = [artist.get_text() for artist in figures[0].findobj(Text)]
+    texts = [artist.get_text() for artist in drawn[0].findobj(Text)]
     assert any("<b>=1+1" in text for text in texts)
     for line in (line for text in texts for line in text.split("\n")):
         assert line.isprintable() and "$x$" not in line.replace(r"\$", "")

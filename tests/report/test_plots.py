@@ -20,18 +20,6 @@ def size_of(path):
     return int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that are drawn, to look at what is in them."""
-    from phase1.report import perplexity, plots
-
-    figures = []
-    save = plots._save
-    for module in (plots, perplexity):
-        monkeypatch.setattr(module, "_save", lambda figure, path: (figures.append(figure), save(figure, path))[1])
-    return figures
-
-
 def words(figure):
     """All text of a figure."""
     import matplotlib.text

@@ -67,19 +67,14 @@ def test_reports_without_losses_have_no_such_table():
 
 
 @pytest.fixture
-def lines(monkeypatch, tmp_path):
-    """Names and values of the lines that are drawn of a report: by context, by frequency."""
-    from phase1.report import losses
+def lines(drawn, tmp_path):
+    """Names and values of the lines in the plot of a report: by context, by frequency."""
 
-    figures = []
-    save = losses._save
-    monkeypatch.setattr(losses, "_save", lambda figure, path: (figures.append(figure), save(figure, path))[1])
-
-    def drawn(report):
+    def lines_of(report):
         assert plot_losses(report, tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-        return [{line.get_label(): list(line.get_ydata()) for line in axes.lines} for axes in figures[-1].axes]
+        return [{line.get_label(): list(line.get_ydata()) for line in axes.lines} for axes in drawn[-1].axes]
 
-    return drawn
+    return lines_of
 
 
 def test_the_plot_shows_the_models_of_the_table_less_the_baseline(lines):
