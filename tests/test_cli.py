@@ -1,7 +1,7 @@
 import gc
-import resource
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -147,6 +147,6 @@ def test_a_programming_error_is_not_hidden(monkeypatch):
 
 @pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.py")), ids=lambda p: p.stem)
 def test_scripts_show_their_help_at_once(script):
-    began = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime  # not the clock's seconds: the machine may be busy
+    began = time.perf_counter()
     out = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True)
-    assert "exit status" in out.stdout and resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - began < 2
+    assert "exit status" in out.stdout and time.perf_counter() - began < 2

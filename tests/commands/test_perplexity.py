@@ -103,12 +103,43 @@ def test_without_a_baseline_there_is_no_verdict(run):
     assert list(report.results) == ["phase1_htt2_ar4"] and report.checks[0].detail == "no baseline in this run"
 
 
-@pytest.mark.usefixtures("interrupts_arrive")
-def test_an_interrupted_training_goes_on_where_it_stopped(run, monkeypatch, tmp_path):
+def losses_of(run):
+    return json.loads(Path(run.out_dir, FILE).read_text())["results"]["phase1_htt2_ar4"]["window_nll_nats"]
+
+
+def trained_whole(run, tmp_path):
+    """A short run, to be interrupted, and the losses of the same run when it is not."""
     whole = replace(run, baseline=False, test_htt_ranks=(2,), train_tokens=16 * 32 * 6)
     perplexity.main(whole)
-    expected = json.loads(Path(run.out_dir, FILE).read_text())["results"]["phase1_htt2_ar4"]["window_nll_nats"]
-    again = replace(whole, checkpoint_dir=str(tmp_path / "again"))
+    return replace(whole, checkpoint_dir=str(tmp_path / "again")), losses_of(run)
+
+
+def test_a_training_that_ends_at_once_goes_on_from_its_last_checkpoint(run, monkeypatch, tmp_path):
+    again, expected = trained_whole(run, tmp_path)
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0.0)
+    steps = train.train
+
+    def interrupted(state, batch_at, total, on_step):
+        def stop(step, loss):
+            on_step(step, loss)
+            if step == 4:
+                raise KeyboardInterrupt
+
+        return steps(state, batch_at, total, stop)
+
+    monkeypatch.setattr(train, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        perplexity.main(again)
+    seen = []
+    monkeypatch.setattr(train, "train", lambda state, *rest: seen.append(state.step) or steps(state, *rest))
+    perplexity.main(again)
+    assert seen == [4]
+    assert losses_of(run) == expected
+
+
+@pytest.mark.usefixtures("interrupts_arrive")
+def test_an_interrupted_training_goes_on_where_it_stopped(run, monkeypatch, tmp_path):
+    again, expected = trained_whole(run, tmp_path)
     started, steps = [], train.train
 
     def interrupted(after, number):
@@ -132,7 +163,7 @@ def test_an_interrupted_training_goes_on_where_it_stopped(run, monkeypatch, tmp_
             perplexity.main(again)
     perplexity.main(again)
     assert started == [0, 2, 5]  # the signal in the last step came when all was trained
-    assert json.loads(Path(run.out_dir, FILE).read_text())["results"]["phase1_htt2_ar4"]["window_nll_nats"] == expected
+    assert losses_of(run) == expected
 
 
 def test_a_baseline_is_shared_by_engines_of_different_ranks(run):

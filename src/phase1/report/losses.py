@@ -18,6 +18,7 @@ def plot_losses(report: Report[PerplexityResult], path: Path | str) -> Path:
     positions = {key: result.loss_by_position or [] for key, result in shown.items()}
     panels = (positions, "tokens of the window before the target"), (bands(shown), "frequency rank in training")
     against = len(shown) > 1 and "baseline" in shown
+    styles = looks(shown)
     first = {repetition(key)[0]: key for key in reversed(shown)}  # one of the repetitions, which look alike, is in the legend
     figure = _figure(12, 4.6, f"Loss by context and by frequency\n{_trained_on(report)}, {_conditions(report)}")
     for axes, (by_model, label) in zip(figure.subplots(1, 2), panels):
@@ -25,7 +26,7 @@ def plot_losses(report: Report[PerplexityResult], path: Path | str) -> Path:
         for key, losses in _losses(by_model, against).items():
             places = [groups.index(group) for group in losses]
             entry = _text(key) if key in first.values() else "_"
-            axes.plot(places, list(losses.values()), **looks(shown)[key], markersize=5, linewidth=1.3, label=entry)
+            axes.plot(places, list(losses.values()), **styles[key], markersize=5, linewidth=1.3, label=entry)
         names = [f"{first:,}" if first == last else f"{first:,}–{last:,}" for first, last in groups]
         axes.set_xticks(range(len(groups)), names, rotation=30, ha="right", fontsize=8)
         axes.set_xlabel(label)
@@ -43,6 +44,6 @@ def _losses(by_model: dict[str, list[LossPart]], against: bool) -> dict[str, dic
         return losses
     found = {}
     for key, by_group in losses.items():
-        base = losses.get(f"baseline{repetition(key)[1]}", {})
-        found[key] = {group: loss - base[group] for group, loss in by_group.items() if group in base}
+        if base := losses.get(f"baseline{repetition(key)[1]}"):
+            found[key] = {group: loss - base[group] for group, loss in by_group.items() if group in base}
     return found

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from phase1.record import PerplexityResult, Report, repetition
 from phase1.report.plots import (
+    COLORS,
     ROLE_COLORS,
     _clean,
     _conditions,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 ENGINE_COLORS = ("#0072B2", "#56B4E9", "#003B5C", "#7FA8C9")  # by AR-SSM rank
 ENGINE_MARKERS = "sDoh"
 ENGINE_LINES = ("-", "--", ":", "-.")  # by HTT rank
-OTHER_COLORS = ("#009E73", "#CC79A7", "#000000", "#E69F00", "#882255", "#999999")
+OTHER_COLORS = tuple(c for c in COLORS if c not in (*ENGINE_COLORS, ROLE_COLORS["baseline"], "#F0E442"))  # yellow is faint
 OTHER_MARKERS = "^vPX*"
 BESIDE = 0.02  # decades between models whose tables are equally large
 _ENGINE = re.compile(r"phase1_htt(\d+)_ar(\d+)")
@@ -39,7 +40,7 @@ def plot_perplexity(report: Report[PerplexityResult], path: Path | str) -> Path:
     figure = _figure(9.5, 5, f"Perplexity against size of the token table\n{_trained_on(report)}, {_conditions(report)}")
     axes = figure.subplots()
     found = {key: change for key, result in report.results.items() if (change := _change(key, result))}
-    changes = dict(sorted(found.items(), key=lambda item: _place(item[0])))
+    changes = dict(sorted(found.items(), key=lambda item: (_ranks(item[0]) or (0, 0))[::-1]))  # engines last, by their ranks
     places, styles, series = _side_by_side(report, changes), looks(changes), _series(changes)
     for label, keys in series.items():
         points = {key: (places[key], *changes[key]) for key in keys}
@@ -63,34 +64,27 @@ def plot_perplexity(report: Report[PerplexityResult], path: Path | str) -> Path:
 def looks(keys: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Color, marker and line of every key: by the ranks of an engine, by the name of any other model, by no seed."""
     names = {key: repetition(key)[0] for key in keys}
-    ranks = {name: _ranks(name) for name in names.values() if _ENGINE.fullmatch(name)}
-    htt_ranks, ar_ranks = (sorted({pair[i] for pair in ranks.values()}) for i in (0, 1))
-    others = [name for name in dict.fromkeys(names.values()) if name not in ranks and name != "baseline"]
+    engines = [ranks for name in names.values() if (ranks := _ranks(name))]
+    htt_ranks, ar_ranks = (sorted({ranks[i] for ranks in engines}) for i in (0, 1))
+    others = [name for name in dict.fromkeys(names.values()) if not _ranks(name) and name != "baseline"]
 
     def look(name: str) -> dict[str, Any]:
-        if name == "baseline":
-            return {"color": ROLE_COLORS[name], "marker": "o", "linestyle": "-"}
-        if name in others:
+        color, marker, line = ROLE_COLORS["baseline"], "o", "-"
+        if ranks := _ranks(name):
+            htt, ar = htt_ranks.index(ranks[0]), ar_ranks.index(ranks[1])
+            color, marker = (of[ar % len(of)] for of in (ENGINE_COLORS, ENGINE_MARKERS))
+            line = ENGINE_LINES[htt % len(ENGINE_LINES)]
+        elif name in others:
             color, marker = (of[others.index(name) % len(of)] for of in (OTHER_COLORS, OTHER_MARKERS))
-            return {"color": color, "marker": marker, "linestyle": "-"}
-        htt, ar = htt_ranks.index(ranks[name][0]), ar_ranks.index(ranks[name][1])
-        color, marker = (of[ar % len(of)] for of in (ENGINE_COLORS, ENGINE_MARKERS))
-        return {"color": color, "marker": marker, "linestyle": ENGINE_LINES[htt % len(ENGINE_LINES)]}
+        return {"color": color, "marker": marker, "linestyle": line}
 
     return {key: look(name) for key, name in names.items()}
 
 
-def _ranks(name: str) -> tuple[int, int]:
-    """HTT rank and AR-SSM rank of an engine."""
-    match = _ENGINE.fullmatch(name)
-    assert match
-    return int(match[1]), int(match[2])
-
-
-def _place(key: str) -> tuple[int, int]:
-    """To sort by: engines come last, by AR-SSM rank and by HTT rank."""
-    name = repetition(key)[0]
-    return _ranks(name)[::-1] if _ENGINE.fullmatch(name) else (0, 0)
+def _ranks(key: str) -> tuple[int, int] | None:
+    """HTT rank and AR-SSM rank of an engine, of any seed; None for another model."""
+    match = _ENGINE.fullmatch(repetition(key)[0])
+    return (int(match[1]), int(match[2])) if match else None
 
 
 def _change(key: str, result: PerplexityResult) -> tuple[float, float, float] | None:
@@ -103,12 +97,12 @@ def _change(key: str, result: PerplexityResult) -> tuple[float, float, float] | 
 
 def _series(keys: Iterable[str]) -> dict[str, list[str]]:
     """Keys by what they are called in the legend: engines by AR-SSM rank if there are several, other models by name."""
-    names = {key: repetition(key)[0] for key in keys}
-    several = len({name for name in names.values() if _ENGINE.fullmatch(name)}) > 1
+    keys = list(keys)
+    several = len({ranks for key in keys if (ranks := _ranks(key))}) > 1
     found: dict[str, list[str]] = {}
-    for key, name in names.items():
-        label = f"phase1, AR-SSM rank {_ranks(name)[1]}" if several and _ENGINE.fullmatch(name) else name
-        found.setdefault(label, []).append(key)
+    for key in keys:
+        ranks = _ranks(key)
+        found.setdefault(f"phase1, AR-SSM rank {ranks[1]}" if ranks and several else repetition(key)[0], []).append(key)
     return found
 
 
@@ -137,9 +131,9 @@ def _name_tables(axes: "Axes", report: Report[PerplexityResult], keys: Iterable[
     """Above every size of a table, what table that is."""
     names = {}
     for key in keys:
-        parameters, engine = report.results[key].parameters, _ENGINE.fullmatch(repetition(key)[0])
-        if parameters and (engine or repetition(key)[0] == "baseline"):
-            names[parameters.embedding / 1e6] = f"HTT {engine[1]}" if engine else "dense"
+        parameters, ranks = report.results[key].parameters, _ranks(key)
+        if parameters and (ranks or repetition(key)[0] == "baseline"):
+            names[parameters.embedding / 1e6] = f"HTT {ranks[0]}" if ranks else "dense"
     for size, name in names.items():
         axes.axvline(size, color="#E4E4E4", linewidth=0.8, zorder=0)
         axes.annotate(

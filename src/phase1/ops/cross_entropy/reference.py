@@ -54,8 +54,7 @@ def tied_cross_entropy_reference(
         ValueError: the shapes do not fit together.
     """
     check_arguments(factors, targets, bias, log_odds)
-    parts = [_logits(states, rows) for states, rows in factors]
-    logits = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    logits = _logits(factors)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits = logits if bias is None else logits + bias
     if log_odds is None:
@@ -65,7 +64,8 @@ def tied_cross_entropy_reference(
     return (nll - F.softplus(nll + log_odds)).where(scored, 0).sum() / scored.sum()
 
 
-def _logits(states: Tensor, rows: Tensor) -> Tensor:
-    """states · rowsᵀ, with rows of zeros up to a multiple of ALIGNMENT, as is usual for a vocabulary of odd size."""
-    V = len(rows)
-    return (states @ F.pad(rows.to(states.dtype), (0, 0, 0, -V % ALIGNMENT)).T)[:, :V]
+def _logits(factors: Factors) -> Tensor:
+    """(N, V), products with rows of zeros up to a multiple of ALIGNMENT, as is usual for a vocabulary of odd size."""
+    padded = [(h, F.pad(rows.to(h.dtype), (0, 0, 0, -len(rows) % ALIGNMENT)), len(rows)) for h, rows in factors]
+    parts = [(h @ rows.T)[:, :V] for h, rows, V in padded]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
