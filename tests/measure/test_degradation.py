@@ -59,6 +59,20 @@ def test_the_gate_is_judged_against_the_engine_without_it(ratio, rank, expected)
     assert checks["phase1_htt16_ar32_within_5_percent"].status == "inconclusive"
 
 
+def test_the_gate_is_judged_over_its_seeds_too():
+    seeds, ratios = ("", "_seed1", "_seed2"), (0.997, 1.014, 1.004)
+    models = [result(f"no_gate{seed}", 1 + 0.5 * i) for i, seed in enumerate(seeds)]
+    models += [result(f"phase1_htt16_ar32{seed}", (1 + 0.5 * i) * r) for i, (seed, r) in enumerate(zip(seeds, ratios))]
+    _, checks = checks_of(*models)
+    assert [checks[f"gate_costs_at_most_1_percent{seed}"].status for seed in seeds] == ["pass", "fail", "pass"]
+    mean = checks["gate_costs_mean_of_seeds_within_1_percent"]
+    assert mean.status == "pass" and mean.value == pytest.approx(100 * (math.prod(ratios) ** (1 / 3) - 1), abs=0.1)
+    assert "with all ranks on, geometric mean of 3 seeds" in mean.detail
+    _, checks = checks_of(*models[:2], models[3])
+    assert checks["gate_costs_mean_of_seeds_within_1_percent"].status == "inconclusive"
+    assert "gate_costs_mean_of_seeds_within_1_percent" not in checks_of(models[0], models[3])[1]
+
+
 def test_a_gate_without_its_engine_or_with_another_protocol_is_undecided():
     for others in ([], [result("phase1_htt16_ar32", 1.0, protocol_hash="q")]):
         _, checks = checks_of(result("no_gate"), *others)

@@ -13,6 +13,7 @@ from phase1.record import Check, PerplexityResult, repetition
 LIMIT_PERCENT = 5.0
 LIMITS = {"ar_ssm_dense": 3.0, "equal_parameters": 0.0}  # percent, of variants with a claim of their own
 GATE_LIMIT_PERCENT = 1.0
+_UNGATED = "the engine with all ranks on"
 UNJUDGED = ("baseline", "no_gate", "no_copy", "transformer_copy")  # what others are measured against: no claims of ours
 
 
@@ -74,7 +75,7 @@ def quality_checks(results: Mapping[str, PerplexityResult], seq_length: int) -> 
     means = []
     for name in dict.fromkeys(repetition(key)[0] for key in judged):
         seeds = [check for key, check in single.items() if repetition(key)[0] == name]
-        means += [_mean(name, seeds)] if len(seeds) > 1 else []
+        means += [_mean(f"{name}_mean_of_seeds_within_{seeds[0].limit:g}_percent", seeds)] if len(seeds) > 1 else []
     return [*single.values(), *means, *_gate(results)]
 
 
@@ -94,25 +95,23 @@ def _interval(interval: Bounds | None) -> str:
     return "from one window: no interval" if interval is None else "95 % interval {:.2f} to {:.2f}".format(*interval)
 
 
-def _mean(name: str, seeds: list[Check]) -> Check:
+def _mean(name: str, seeds: list[Check], reference: str = "the baseline") -> Check:
     """The geometric mean of the ratios over seeds, with Student's interval: what is left when chance is averaged out."""
     limit = seeds[0].limit
-    mean: dict[str, Any] = {"name": f"{name}_mean_of_seeds_within_{limit:g}_percent", "limit": limit}
     undecided = sum(check.status == "inconclusive" for check in seeds)
-    if undecided:
+    if undecided or limit is None:
         detail = f"{undecided} of {len(seeds)} seeds have no verdict"
-        return Check(**mean, value=None, status="inconclusive", detail=detail)
+        return Check(name=name, value=None, limit=limit, status="inconclusive", detail=detail)
     logs = [math.log1p(check.value / 100) for check in seeds if check.value is not None]
     half = float(stdtrit(len(logs) - 1, 0.975)) * stdev(logs) / math.sqrt(len(logs))
     value, low, high = (100 * math.expm1(fmean(logs) + shift) for shift in (0.0, -half, half))
-    over = f"geometric mean of {len(logs)} seeds, 95 % interval over seeds {low:.2f} to {high:.2f}"
-    mean |= {"value": value, "status": "pass" if limit is not None and value < limit else "fail"}
-    return Check(**mean, detail=f"percent above the baseline, {over}")
+    detail = f"percent above {reference}, geometric mean of {len(logs)} seeds, 95 % interval over seeds {low:.2f} to {high:.2f}"
+    return Check(name=name, value=value, limit=limit, status="pass" if value < limit else "fail", detail=detail)
 
 
 def _gate(results: Mapping[str, PerplexityResult]) -> list[Check]:
-    """What the rank gate costs the engine of each `no_gate`, and whether it closes half of the ranks."""
-    checks = []
+    """What the rank gate costs the engine of each `no_gate`, with the mean over seeds, and whether it closes half of the ranks."""
+    costs, ranks = [], []
     for key, ungated in results.items():
         plain, seed = repetition(key)
         if plain != "no_gate":
@@ -122,11 +121,12 @@ def _gate(results: Mapping[str, PerplexityResult]) -> list[Check]:
         reason = "no such engine with a gate in this run" if engine is None else why_not_comparable(engine, ungated)
         cost, interval = (None, None) if engine is None or reason else degradation(engine, ungated)
         rank = None if engine is None or reason else engine.effective_rank
-        detail = reason or f"percent above the engine with all ranks on, {_interval(interval)}"
-        checks.append(_limited(f"gate_costs_at_most_1_percent{seed}", cost, GATE_LIMIT_PERCENT, detail))
+        detail = reason or f"percent above {_UNGATED}, {_interval(interval)}"
+        costs.append(_limited(f"gate_costs_at_most_1_percent{seed}", cost, GATE_LIMIT_PERCENT, detail))
         detail = reason or "mean over tokens of the sum of rank gates"
-        checks.append(_limited(f"effective_rank_at_most_half{seed}", rank, max_rank / 2, detail))
-    return checks
+        ranks.append(_limited(f"effective_rank_at_most_half{seed}", rank, max_rank / 2, detail))
+    name = "gate_costs_mean_of_seeds_within_1_percent"
+    return [*costs, *([_mean(name, costs, _UNGATED)] if len(costs) > 1 else []), *ranks]
 
 
 def _limited(name: str, value: float | None, limit: float, detail: str) -> Check:
