@@ -110,7 +110,7 @@ def _mean(name: str, seeds: list[Check], reference: str = "the baseline") -> Che
 
 
 def _gate(results: Mapping[str, PerplexityResult]) -> list[Check]:
-    """What the rank gate costs the engine of each `no_gate`, with the mean over seeds, and whether it closes half of the ranks."""
+    """What the rank gate costs the engine of each `no_gate`, over seeds too, and whether it closes half of the ranks."""
     costs, ranks = [], []
     for key, ungated in results.items():
         plain, seed = repetition(key)
