@@ -75,7 +75,7 @@ def quality_checks(results: Mapping[str, PerplexityResult], seq_length: int) -> 
     means = []
     for name in dict.fromkeys(repetition(key)[0] for key in judged):
         seeds = [check for key, check in single.items() if repetition(key)[0] == name]
-        means += [_mean(f"{name}_mean_of_seeds_within_{seeds[0].limit:g}_percent", seeds)] if len(seeds) > 1 else []
+        means += _mean(f"{name}_mean_of_seeds_within_{seeds[0].limit:g}_percent", seeds, "the baseline")
     return [*single.values(), *means, *_gate(results)]
 
 
@@ -95,18 +95,24 @@ def _interval(interval: Bounds | None) -> str:
     return "from one window: no interval" if interval is None else "95 % interval {:.2f} to {:.2f}".format(*interval)
 
 
-def _mean(name: str, seeds: list[Check], reference: str = "the baseline") -> Check:
-    """The geometric mean of the ratios over seeds, with Student's interval: what is left when chance is averaged out."""
+def _mean(name: str, seeds: list[Check], reference: str) -> list[Check]:
+    """The geometric mean of the ratios over seeds, with Student's interval: what is left when chance is averaged out.
+
+    No check where there are fewer than two seeds.
+    """
+    if len(seeds) < 2:
+        return []
     limit = seeds[0].limit
+    assert limit is not None
     undecided = sum(check.status == "inconclusive" for check in seeds)
-    if undecided or limit is None:
+    if undecided:
         detail = f"{undecided} of {len(seeds)} seeds have no verdict"
-        return Check(name=name, value=None, limit=limit, status="inconclusive", detail=detail)
+        return [Check(name=name, value=None, limit=limit, status="inconclusive", detail=detail)]
     logs = [math.log1p(check.value / 100) for check in seeds if check.value is not None]
     half = float(stdtrit(len(logs) - 1, 0.975)) * stdev(logs) / math.sqrt(len(logs))
     value, low, high = (100 * math.expm1(fmean(logs) + shift) for shift in (0.0, -half, half))
     detail = f"percent above {reference}, geometric mean of {len(logs)} seeds, 95 % interval over seeds {low:.2f} to {high:.2f}"
-    return Check(name=name, value=value, limit=limit, status="pass" if value < limit else "fail", detail=detail)
+    return [Check(name=name, value=value, limit=limit, status="pass" if value < limit else "fail", detail=detail)]
 
 
 def _gate(results: Mapping[str, PerplexityResult]) -> list[Check]:
@@ -125,8 +131,7 @@ def _gate(results: Mapping[str, PerplexityResult]) -> list[Check]:
         costs.append(_limited(f"gate_costs_at_most_1_percent{seed}", cost, GATE_LIMIT_PERCENT, detail))
         detail = reason or "mean over tokens of the sum of rank gates"
         ranks.append(_limited(f"effective_rank_at_most_half{seed}", rank, max_rank / 2, detail))
-    name = "gate_costs_mean_of_seeds_within_1_percent"
-    return [*costs, *([_mean(name, costs, _UNGATED)] if len(costs) > 1 else []), *ranks]
+    return [*costs, *_mean("gate_costs_mean_of_seeds_within_1_percent", costs, _UNGATED), *ranks]
 
 
 def _limited(name: str, value: float | None, limit: float, detail: str) -> Check:
