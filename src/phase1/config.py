@@ -91,6 +91,10 @@ class Ranked(Shape):
         check_ranks(self, self.ar_ssm_max_rank, self.htt_rank)
 
 
+HTT_FORM = "coordinates"
+"""Of the HTT rows from K to 16K: in the ids of models, so that no table is taken for one of an earlier form."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Ranked):
     """One model. Engine and baseline differ in the fields below and in nothing else."""
@@ -117,7 +121,8 @@ class ModelConfig(Ranked):
         unused += ("htt_",) if self.embedding == "dense" else ()
         unused += () if (self.mixer, self.attention) == ("attention", "math") else ("attention",)
         unused += () if self.copy_head else ("copy_",)
-        return content_id({name: value for name, value in asdict(self).items() if not name.startswith(unused)})
+        every = asdict(self) | {"htt_form": HTT_FORM}
+        return content_id({name: value for name, value in every.items() if not name.startswith(unused)})
 
 
 TRANSFORMER: dict[str, Any] = {"mixer": "attention", "embedding": "dense", "copy_head": False}

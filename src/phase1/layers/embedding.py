@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phase1.ops.anchored_table import Users, anchored_table, users_of
@@ -38,40 +39,29 @@ class DenseTable(nn.Module):
         return [(hidden, table)]
 
 
-class NestedBand(nn.Module):
-    """Rows c_i B[:ρ], coefficients (ρ,) times the leading rows of one basis B for all, fewer for rarer tokens."""
+class CoordinateBand(nn.Module):
+    """Rows that live on the leading ρ coordinates of the states and are 0 elsewhere, on fewer for rarer tokens."""
 
     def __init__(self, levels: Sequence[Level], d_model: int) -> None:
         super().__init__()
-        self.n = levels[-1].end - levels[0].start
-        ranks = [level.rank for level in levels]
-        # a step of all coefficients of a row moves it about as far as a step of a dense row moves that
-        size = 1 / math.sqrt(sum(ranks) / len(ranks))
-        self.basis = nn.Parameter(torch.randn(max(ranks), d_model) * size)
-        self.coefficients = nn.ParameterList(
-            torch.randn(level.end - level.start, level.rank) * _start_std(level, d_model) / math.sqrt(level.rank) / size
+        self.n, self.d_model = levels[-1].end - levels[0].start, d_model
+        self.coordinates = nn.ParameterList(
+            torch.randn(level.end - level.start, level.rank) * _start_std(level, d_model) * math.sqrt(d_model / level.rank)
             for level in levels
         )
 
     @torch.no_grad()
-    def start_at(self, vectors: Tensor, basis: Tensor) -> None:
-        """Start at vectors (n, m) @ basis (m, D), as far as ρ columns reach, with a basis of the size it has."""
-        m = min(len(basis), len(self.basis))
-        scale = self.basis.std() / basis.std()
-        self.basis[:m] = basis[:m] * scale
-        for part, start in zip(self.coefficients, vectors.split([len(part) for part in self.coefficients]), strict=True):
-            start = start[:, : part.shape[1]]
-            part.zero_()[:, : start.shape[1]] = start / scale
+    def start_at(self, rows: Tensor) -> None:
+        """Start at `rows` (n, m), as far as their coordinates and those of this reach."""
+        for part, start in zip(self.coordinates, rows.split([len(part) for part in self.coordinates]), strict=True):
+            part.copy_(_to_width(start, part.shape[1]))
 
     def table(self, dtype: torch.dtype) -> Tensor:
-        basis = self.basis.to(dtype)
-        return torch.cat([part.to(dtype) @ basis[: part.shape[1]] for part in self.coefficients])
+        return torch.cat([_to_width(part.to(dtype), self.d_model) for part in self.coordinates])
 
     def factors(self, hidden: Tensor, parts: int) -> list[tuple[Tensor, Tensor]]:
-        """Output of the first `parts` stretches of rows: products of `hidden` (N, D) with the basis, and coefficients."""
-        coefficients = self.coefficients[:parts]
-        states = hidden @ self.basis[: max(part.shape[1] for part in coefficients)].to(hidden.dtype).T
-        return [(states[:, : part.shape[1]], part) for part in coefficients]
+        """Output of the first `parts` stretches of rows: the coordinates of `hidden` (N, D) that they have, and theirs."""
+        return [(hidden[:, : part.shape[1]], part) for part in self.coordinates[:parts]]
 
 
 class TensorTrainTail(nn.Module):
@@ -101,7 +91,7 @@ class TensorTrainTail(nn.Module):
 class HTTTable(nn.Module):
     """K dense rows for frequent tokens, rows of falling rank for others, a tensor train for rare ones; from 4K on, sums too.
 
-    E_i = (i ≥ 4K: Σ_j w_ij E_a_ij) + (K ≤ i < 16K: c_i B[:ρ_i]; above: tensor train of 2r terms)
+    E_i = (i ≥ 4K: Σ_j w_ij E_a_ij) + (K ≤ i < 16K: c_i in the first ρ_i coordinates; above: tensor train of 2r terms)
 
     The rank ρ is 11r, 8r, 6r and 3r, D at most, from K, 2K, 4K and 8K on (`levels`). The 3r/8 anchors a_ij are rows that are
     used like i, of an earlier level, so the table is made level by level. Every token also has an output bias.
@@ -131,7 +121,7 @@ class HTTTable(nn.Module):
         self.weights = nn.Parameter(torch.randn(len(self.anchors), k) / math.sqrt(max(1, k)))
         self.output_bias = nn.Parameter(torch.zeros(vocab_size))
         band, tail = [level for level in every if level.rank], [level for level in every if not level.rank]
-        self.band = NestedBand(band, d_model) if band else None
+        self.band = CoordinateBand(band, d_model) if band else None
         self.tail = TensorTrainTail(tail[0], d_model, 2 * rank, groups) if tail else None
         self.plain = sum(not level.anchors for level in band)  # levels of rows without anchors
         if statistics is not None:
@@ -144,14 +134,14 @@ class HTTTable(nn.Module):
             raise ValueError(f"positions must hold 0 to {len(self.positions_of) - 1} once each; they do not")
         self.positions_of.copy_(positions)
         self.anchors.copy_(torch.from_numpy(statistics.anchors))
-        dim, d_model = statistics.rows.shape[1], self.rows.shape[1]
-        basis = torch.randn(dim, d_model) / math.sqrt(dim * d_model)  # rows of mean square 1 get std 1/sqrt(D)
+        d_model = self.rows.shape[1]
+        scale = 1 / math.sqrt(statistics.rows.shape[1])  # vectors of mean square 1 get the norm of a dense row
         with torch.no_grad():
             self.output_bias.copy_(torch.from_numpy(statistics.log_frequency))
-            self.rows.copy_(torch.from_numpy(statistics.rows) @ basis)
+            self.rows.copy_(_to_width(torch.from_numpy(statistics.rows) * scale, d_model))
             self.weights.copy_(torch.from_numpy(statistics.weights))
         if self.band is not None:
-            self.band.start_at(torch.from_numpy(statistics.rest[: self.band.n]), basis)
+            self.band.start_at(torch.from_numpy(statistics.rest[: self.band.n]) * scale)
 
     def _turn_anchors(self) -> None:
         for level, users in enumerate(users_of(self.anchors, self.levels)):
@@ -197,3 +187,8 @@ def levels(vocab_size: int, d_model: int, rank: int, dense_rows: int) -> list[Le
 def _start_std(level: Level, d_model: int) -> float:
     """Of the part of a row that is its own: that of a dense row, a tenth of it next to anchors, of which it is a correction."""
     return (0.1 if level.anchors else 1.0) / math.sqrt(d_model)
+
+
+def _to_width(rows: Tensor, width: int) -> Tensor:
+    """`rows` (n, m) with the coordinates that are missing as zeros, or without those that are too many."""
+    return F.pad(rows, (0, width - rows.shape[1]))
