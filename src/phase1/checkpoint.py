@@ -179,7 +179,10 @@ def _misfit(folder: Path | str, error: Exception) -> ValueError:
 
 
 def check_configs(folder: Path | str, index: dict[str, Any], model: ModelConfig, train: TrainConfig) -> None:
-    """Raise ValueError, naming the flags, if the checkpoint is of another model or training; unused settings may differ."""
+    """Raise ValueError, naming the flags, if the checkpoint is of another model or training; unused settings may differ.
+
+    Also where its tensors are not those of `model`: an earlier version may have made another model of the same settings.
+    """
     if ModelConfig(**index["model_config"]).config_id == model.config_id:
         index["model_config"] = asdict(model)
     for name, mine in (("model_config", model), ("train_config", train)):
@@ -188,6 +191,10 @@ def check_configs(folder: Path | str, index: dict[str, Any], model: ModelConfig,
         if different:
             flags = ", ".join("--" + key.replace("_", "-") for key in different)
             raise ValueError(f"the checkpoint in {folder} was made with other {flags}; use those, or another --out-dir")
+    try:
+        _require_shapes(model, _shapes(folder, index))
+    except RuntimeError as error:
+        raise _misfit(folder, error) from error
 
 
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:

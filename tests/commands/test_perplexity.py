@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from phase1.checkpoint import INDEX, load_token_order
 from phase1.cli import parse
@@ -211,6 +211,16 @@ def test_a_finished_checkpoint_of_other_settings_is_not_taken_for_this_one(run, 
     train.main(settings_of(run, out_dir=str(tmp_path / "mine"), train_tokens=512))
     with pytest.raises(ValueError, match="made with other --seed; use those"):
         train.main(settings_of(run, out_dir=str(tmp_path / "mine"), train_tokens=512, seed=3))
+
+
+def test_a_finished_checkpoint_with_the_tensors_of_an_earlier_version_is_not_taken_for_this_one(run, tmp_path):
+    mine = tmp_path / "mine"
+    train.main(settings_of(run, out_dir=str(mine), train_tokens=512))
+    (file,) = mine.glob("model-*.safetensors")
+    tensors = load_file(file)
+    save_file({("embedding.band.basis" if "coordinates.0" in name else name): t for name, t in tensors.items()}, file)
+    with pytest.raises(ValueError, match=r"does not fit this version: embedding\.band\.coordinates\.0 must be .*; train again"):
+        train.main(settings_of(run, out_dir=str(mine), train_tokens=512))
 
 
 def test_a_variant_can_be_trained_alone_and_evaluated_under_its_name(run, tmp_path, capsys):

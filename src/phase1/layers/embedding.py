@@ -134,11 +134,10 @@ class HTTTable(nn.Module):
             raise ValueError(f"positions must hold 0 to {len(self.positions_of) - 1} once each; they do not")
         self.positions_of.copy_(positions)
         self.anchors.copy_(torch.from_numpy(statistics.anchors))
-        d_model = self.rows.shape[1]
         scale = 1 / math.sqrt(statistics.rows.shape[1])  # vectors of mean square 1 get the norm of a dense row
         with torch.no_grad():
             self.output_bias.copy_(torch.from_numpy(statistics.log_frequency))
-            self.rows.copy_(_to_width(torch.from_numpy(statistics.rows) * scale, d_model))
+            self.rows.copy_(_to_width(torch.from_numpy(statistics.rows) * scale, self.rows.shape[1]))
             self.weights.copy_(torch.from_numpy(statistics.weights))
         if self.band is not None:
             self.band.start_at(torch.from_numpy(statistics.rest[: self.band.n]) * scale)

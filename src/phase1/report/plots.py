@@ -28,7 +28,7 @@ GREY_PARTS = {
 
 def plot_throughput(report: Report[ThroughputResult], path: Path | str) -> Path:
     """Tokens per second and step time over T, with linear and quadratic guides. Returns `path`."""
-    figure = _figure(11, 4.6, f"Training throughput, {_conditions(report)}")
+    figure = _figure(12.5, 4.6, f"Training throughput, {_conditions(report)}")
     speed, time = figure.subplots(1, 2)
     for index, (key, result) in enumerate(report.results.items()):
         color = _color(key, index)
@@ -53,8 +53,7 @@ def plot_throughput(report: Report[ThroughputResult], path: Path | str) -> Path:
     if lengths:
         time.set_yscale("log")
         _log_ticks(time.yaxis)
-    for axes in (speed, time):
-        axes.legend(frameon=False, fontsize=9)
+    figure.legend(*time.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
     return _save(figure, path)
 
 
