@@ -9,16 +9,16 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from phase1 import checkpoint
-from phase1.checkpoint import INDEX, load_model, read_index, resume, save_checkpoint, training_facts
 from phase1.commands import perplexity
-from phase1.config import PerplexityRun
-from phase1.journal import open_journal
-from phase1.record import FILES, MemoryResult, read_report
-from phase1.train import train_step
+from phase1.records.journal import open_journal
+from phase1.records.schema import FILES, MemoryResult, read_report
+from phase1.runs import PerplexityRun
+from phase1.training import checkpoint
+from phase1.training.checkpoint import INDEX, load_model, read_index, resume, save_checkpoint, training_facts
+from phase1.training.step import train_step
 from tests.damage import at, cut, damaged, flipped, places, real_reports, renamed, replaced, spliced
 from tests.reports import all_reports, assert_one_line, contents, make_tables, memory_result, write_all
-from tests.test_train import as_tensors, batch_at, state
+from tests.training.test_step import as_tensors, batch_at, state
 
 CASES = 5400  # damaged result files
 INDEX_CASES = 200  # damaged indexes of checkpoints

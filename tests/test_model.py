@@ -5,11 +5,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from phase1.config import ROLES, ModelConfig, Ranked, model_config
-from phase1.layers.embedding import HTTTable, levels
+from phase1.config import ModelConfig, Ranked
+from phase1.layers.token_table import HTTTable
 from phase1.model import LanguageModel
 from phase1.ops.htt import htt_lookup_reference
-from phase1.vocabulary import TokenStatistics
+from phase1.roster import ROLES, model_config
+from phase1.vocabulary.levels import levels
+from phase1.vocabulary.statistics import TokenStatistics
 
 TINY = Ranked(
     vocab_size=50, d_model=16, n_layers=2, n_heads=2, ar_ssm_max_rank=4, ar_ssm_min_rank=2, ar_ssm_window=4,

@@ -1,6 +1,7 @@
 """The language model: token table, L blocks of mixer and MLP, tied output, loss."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,10 +13,36 @@ from phase1.config import ModelConfig
 from phase1.layers.ar_ssm import ARSSM
 from phase1.layers.attention import Attention
 from phase1.layers.copy_head import CopyHead
-from phase1.layers.embedding import DenseTable, HTTTable
 from phase1.layers.mlp import MLP
+from phase1.layers.token_table import DenseTable, HTTTable
 from phase1.ops.cross_entropy import IGNORE, Factors, tied_cross_entropy, tied_cross_entropy_reference, tied_nll
-from phase1.vocabulary import TokenStatistics
+from phase1.vocabulary.statistics import TokenStatistics
+
+MIXERS: dict[str, Callable[[ModelConfig], nn.Module]] = {
+    "attention": lambda c: Attention(c.d_model, c.n_heads, fused=c.attention == "fused"),
+    "ar_ssm": lambda c: ARSSM(
+        c.d_model,
+        c.n_heads,
+        max_rank=c.ar_ssm_max_rank,
+        min_rank=c.ar_ssm_min_rank,
+        window=c.ar_ssm_window,
+        memory=c.ar_ssm_memory,
+    ),
+}
+"""Sequence layers by the name they have in `ModelConfig.mixer`: (x (B, T, D), state) -> (y, state, effective rank or None)."""
+
+TABLES: dict[str, Callable[[ModelConfig, TokenStatistics | None], DenseTable | HTTTable]] = {
+    "dense": lambda c, statistics: DenseTable(c.vocab_size, c.d_model),
+    "htt": lambda c, statistics: HTTTable(
+        c.vocab_size,
+        c.d_model,
+        rank=c.htt_rank,
+        dense_rows=c.htt_dense_rows,
+        groups=c.htt_groups,
+        statistics=statistics,
+    ),
+}
+"""Token tables by the name they have in `ModelConfig.embedding`; only an HTT table starts from `statistics`."""
 
 
 class Block(nn.Module):
@@ -24,18 +51,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.mixer_norm, self.mlp_norm = nn.RMSNorm(config.d_model), nn.RMSNorm(config.d_model)
-        self.mixer: nn.Module = (
-            Attention(config.d_model, config.n_heads, fused=config.attention == "fused")
-            if config.mixer == "attention"
-            else ARSSM(
-                config.d_model,
-                config.n_heads,
-                max_rank=config.ar_ssm_max_rank,
-                min_rank=config.ar_ssm_min_rank,
-                window=config.ar_ssm_window,
-                memory=config.ar_ssm_memory,
-            )
-        )
+        self.mixer = MIXERS[config.mixer](config)
         self.mlp = MLP(config.d_model)
 
     def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any, Tensor | None]:
@@ -50,24 +66,13 @@ class LanguageModel(nn.Module):
 
     Args:
         config: sizes, mixer, table, loss and checkpointing.
-        statistics: of the training text, for an HTT table (phase1.data.token_statistics); a dense table needs none.
+        statistics: of the training text, for an HTT table (phase1.vocabulary.statistics); a dense table needs none.
     """
 
     def __init__(self, config: ModelConfig, statistics: TokenStatistics | None = None) -> None:
         super().__init__()
         self.config = config
-        self.embedding: DenseTable | HTTTable = (
-            DenseTable(config.vocab_size, config.d_model)
-            if config.embedding == "dense"
-            else HTTTable(
-                config.vocab_size,
-                config.d_model,
-                rank=config.htt_rank,
-                dense_rows=config.htt_dense_rows,
-                groups=config.htt_groups,
-                statistics=statistics,
-            )
-        )
+        self.embedding = TABLES[config.embedding](config, statistics)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.d_model)
         self._initialize()

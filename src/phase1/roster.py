@@ -1,0 +1,47 @@
+"""Every model that a run compares: what it changes, and the key it has in a result file."""
+
+from dataclasses import fields
+from typing import Any, Literal
+
+from phase1.config import ModelConfig, Ranked, Shape
+
+TRANSFORMER: dict[str, Any] = {"mixer": "attention", "embedding": "dense", "copy_head": False}
+ROLES: dict[str, dict[str, Any]] = {
+    "baseline": TRANSFORMER | {"loss": "materialized", "checkpointing": False},
+    "baseline_optimized": TRANSFORMER | {"loss": "chunked", "checkpointing": True},
+    "phase1": {"mixer": "ar_ssm", "embedding": "htt", "copy_head": True, "loss": "chunked", "checkpointing": True},
+}
+"""The models a run compares, by the key they have in a result file (docs/design.md, "Definitions")."""
+
+CONTROLS: dict[str, dict[str, Any]] = {
+    "quadratic_control": ROLES["baseline_optimized"] | {"attention": "math"},
+    "baseline_again": ROLES["baseline"],
+    "engine_again": ROLES["phase1"],
+}
+"""Models that test the measurement, not the engine: one that is quadratic beyond doubt, and second copies."""
+
+
+def model_config(role: str, shape: Shape, **overrides: Any) -> ModelConfig:
+    """The model of `role` with the sizes of `shape` (ranks too, where `shape` has them)."""
+    sizes = {f.name: getattr(shape, f.name) for f in fields(Ranked) if hasattr(shape, f.name)}
+    return ModelConfig(**(sizes | (ROLES | CONTROLS)[role] | overrides))
+
+
+Variant = Literal["ar_ssm_dense", "attention_htt", "no_gate", "no_copy", "transformer_copy", "equal_parameters"]
+
+
+def report_key(config: ModelConfig) -> str:
+    """The key of a model in a perplexity report."""
+    names = {
+        ("attention", "dense"): "transformer_copy" if config.copy_head else "baseline",
+        ("attention", "htt"): "attention_htt",
+        ("ar_ssm", "dense"): "ar_ssm_dense",
+        ("ar_ssm", "htt"): f"phase1_htt{config.htt_rank}_ar{config.ar_ssm_max_rank}",
+    }
+    return names[config.mixer, config.embedding]
+
+
+def repetition(key: str) -> tuple[str, str]:
+    """The plain part of a perplexity result's key, and its `_seed…` or nothing: models of one repetition belong together."""
+    plain, mark, seed = key.partition("_seed")
+    return plain, mark + seed

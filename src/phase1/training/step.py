@@ -1,0 +1,171 @@
+"""One training step, and the loop that repeats it over a corpus."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phase1.config import TrainConfig
+from phase1.errors import Diverged
+from phase1.model import LanguageModel
+from phase1.training.micro_batch import Passes, Replay
+
+CHECK_EVERY = 100  # steps between looks at the loss: each look waits for the GPU
+Batch = tuple[Tensor, Tensor]
+"""Inputs and targets, (B, T) int64 each."""
+
+
+@dataclass
+class TrainState:
+    """A model with all that its next step needs."""
+
+    model: LanguageModel
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    dtype: torch.dtype  # of the autocast region; float32 is no autocast
+    device: torch.device
+    grad_clip: float
+    config: TrainConfig
+    passes: Passes
+    step: int = 0  # optimizer steps taken
+
+
+def compute_dtype(precision: str, device: torch.device | str) -> torch.dtype:
+    """The autocast type that `precision` means on `device`: auto is float16 on CUDA and float32 elsewhere."""
+    if precision == "auto":
+        precision = "fp16" if torch.device(device).type == "cuda" else "fp32"
+    return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
+def make_train_state(model: LanguageModel, config: TrainConfig, device: torch.device | str) -> TrainState:
+    """Move `model` to `device` and give it AdamW (fused on CUDA), loss scaling for fp16 and, if asked, compiled blocks."""
+    device = torch.device(device)
+    model = model.to(device)
+    if config.compile:
+        for block in model.blocks:
+            block.compile(dynamic=False)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config), lr=config.learning_rate, betas=(0.9, 0.95), fused=device.type == "cuda"
+    )
+    dtype = compute_dtype(config.precision, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    passes = Passes(model, scaler, dtype)
+    if config.cuda_graphs:
+        require_gpu_for_graphs(device.type)
+        passes = Replay(passes)
+    return TrainState(model, optimizer, scaler, dtype, device, config.grad_clip, config, passes)
+
+
+def require_gpu_for_graphs(device_type: str) -> None:
+    """Raise ValueError on the CPU, which has no CUDA graphs."""
+    if device_type != "cuda":
+        raise ValueError("--cuda-graphs needs a GPU; got a run on the CPU; leave it out")
+
+
+def parameter_groups(model: LanguageModel, config: TrainConfig) -> list[dict[str, Any]]:
+    """Matrices decay, but for the token table, which learns `table_learning_rate` times as fast; vectors do neither."""
+    matrices: list[Tensor] = []
+    table: list[Tensor] = []
+    vectors: list[Tensor] = []
+    for name, parameter in model.named_parameters():
+        kind = vectors if parameter.ndim < 2 else table if name.startswith("embedding.") else matrices
+        kind.append(parameter)
+    return [
+        {"params": matrices, "weight_decay": config.weight_decay, "lr_scale": 1.0},
+        {"params": table, "weight_decay": 0.0, "lr_scale": config.table_learning_rate},
+        {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0},
+    ]
+
+
+def ignore(phase: str) -> None:
+    """A `mark` that measures nothing."""
+
+
+def train_step(state: TrainState, micro_batches: list[Batch], mark: Callable[[str], None] = ignore) -> Tensor:
+    """Forward, loss, backward over the micro batches; then clip, optimizer step, gradients freed.
+
+    The one step that training, memory and throughput share. `mark` is called with "start", then "forward" and
+    "backward" after those of each micro batch, and "optimizer" at the end. Micro batches weigh by their number of
+    tokens, so that their split does not change the step.
+
+    Returns:
+        The mean loss in nats per token, detached: reading it waits for the GPU, so read it rarely.
+    """
+    mark("start")
+    total = sum(targets.numel() for _, targets in micro_batches)
+    mean = torch.zeros((), device=state.device)
+    state.model.train()
+    for inputs, targets in micro_batches:
+        share = torch.full((), targets.numel() / total, device=state.device)
+        loss = state.passes.forward(inputs.to(state.device), targets.to(state.device), share)
+        mark("forward")
+        state.passes.backward(loss)
+        mean += loss.detach()
+        del loss
+        mark("backward")
+    state.scaler.unscale_(state.optimizer)
+    torch.nn.utils.clip_grad_norm_(state.model.parameters(), state.grad_clip)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=not state.config.cuda_graphs)  # graphs add to the tensors they were made with
+    state.step += 1
+    mark("optimizer")
+    return mean
+
+
+def total_steps(config: TrainConfig, seq_length: int) -> int:
+    """Optimizer steps for `train_tokens`, rounded up to whole steps."""
+    return math.ceil(config.train_tokens / (config.train_batch_size * seq_length))
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
+    """Linear warm-up over min(warmup_steps, steps/10), then a cosine from the peak to a tenth of it."""
+    warmup = max(1, min(config.warmup_steps, steps // 10))
+    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+    return config.learning_rate * min(1.0, (step + 1) / warmup) * (0.1 + 0.9 * cosine)
+
+
+def train(
+    state: TrainState,
+    batch_at: Callable[[int], Batch],
+    steps: int,
+    on_step: Callable[[int, Tensor], Any] = lambda step, loss: None,
+) -> float:
+    """Train from `state.step` to `steps`.
+
+    Args:
+        batch_at: inputs and targets (train_batch_size, T) of a step; the same for every model of a comparison.
+        on_step: called with the number of steps taken and the loss after each, for progress and checkpoints.
+    Returns:
+        Seconds spent, waiting for the device at the end.
+    Raises:
+        Diverged: the loss is no longer a finite number.
+    """
+    began = time.perf_counter()
+    while state.step < steps:
+        for group in state.optimizer.param_groups:
+            group["lr"] = group["lr_scale"] * learning_rate(state.config, state.step, steps)
+        loss = train_step(state, list(_micro_batches(batch_at(state.step), state.config.micro_batch_size, state.device)))
+        if state.step % CHECK_EVERY == 0 or state.step == steps:
+            check_finite(loss, state.step)
+        on_step(state.step, loss)
+    if state.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def check_finite(loss: Tensor, step: int) -> None:
+    """Raise Diverged unless `loss` is a number."""
+    if not math.isfinite(loss.item()):
+        raise Diverged(f"the loss is {loss.item()} at step {step}; lower --learning-rate or use --precision bf16")
+
+
+def _micro_batches(batch: Batch, size: int, device: torch.device) -> Iterator[Batch]:
+    inputs, targets = batch
+    if device.type == "cuda":  # pinned, so that the copy does not wait for the steps before it
+        inputs, targets = (part.pin_memory().to(device, non_blocking=True) for part in batch)
+    yield from zip(inputs.split(size), targets.split(size), strict=True)

@@ -1,0 +1,1 @@
+"""What an HTT table starts from: its levels, and the statistics of the training text."""
