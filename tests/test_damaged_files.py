@@ -9,7 +9,7 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from phase1.commands import perplexity
+from phase1.measure.perplexity.result import Text, evaluate_checkpoint
 from phase1.records.journal import open_journal
 from phase1.records.schema import FILES, MemoryResult, read_report
 from phase1.runs import PerplexityRun
@@ -213,8 +213,8 @@ def test_a_checkpoint_with_damaged_facts_is_refused_in_one_line(tmp_path, name):
     for wrong in (None, "\x1b[2J" if name != "tokenizer" else 3, [], {}, {"name": 1, "split": "x", "sha256": "x"}):
         save_checkpoint(tmp_path, state(), FACTS | {name: wrong}, resumable=False)
         with pytest.raises(ValueError, match=f"{INDEX} must say .* no such value for {name}") as error:
-            perplexity.evaluate_checkpoint(PerplexityRun(), "baseline", tmp_path, perplexity.Text(None, None))
+            evaluate_checkpoint(PerplexityRun(), "baseline", tmp_path, Text(None, None))
         assert str(error.value).isprintable()
     save_checkpoint(tmp_path, state(), {key: value for key, value in FACTS.items() if key != name}, resumable=False)
     with pytest.raises(ValueError, match=f"value for {name}; train again"):
-        perplexity.evaluate_checkpoint(PerplexityRun(), "baseline", tmp_path, perplexity.Text(None, None))
+        evaluate_checkpoint(PerplexityRun(), "baseline", tmp_path, Text(None, None))

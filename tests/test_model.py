@@ -287,3 +287,9 @@ def test_the_table_is_its_definition_row_by_row_even_without_dense_rows_band_or_
     for got, expected in zip(*outcomes, strict=True):
         assert expected.any()
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("flag", ["mixer", "embedding"])
+def test_a_mixer_or_table_that_does_not_exist_is_refused_by_the_names_of_those_that_do(flag):
+    with pytest.raises(ValueError, match=f"--{flag} must be one of .*, .*; got 'mamba\\\\n'; correct it"):
+        model(**{flag: "mamba\n"})

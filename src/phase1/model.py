@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from phase1.layers.mlp import MLP
 from phase1.layers.token_table import DenseTable, HTTTable
 from phase1.ops.cross_entropy import IGNORE, Factors, tied_cross_entropy, tied_cross_entropy_reference, tied_nll
 from phase1.vocabulary.statistics import TokenStatistics
+
+Choice = TypeVar("Choice")
 
 MIXERS: dict[str, Callable[[ModelConfig], nn.Module]] = {
     "attention": lambda c: Attention(c.d_model, c.n_heads, fused=c.attention == "fused"),
@@ -51,7 +53,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.mixer_norm, self.mlp_norm = nn.RMSNorm(config.d_model), nn.RMSNorm(config.d_model)
-        self.mixer = MIXERS[config.mixer](config)
+        self.mixer = _named(MIXERS, "--mixer", config.mixer)(config)
         self.mlp = MLP(config.d_model)
 
     def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any, Tensor | None]:
@@ -72,7 +74,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ModelConfig, statistics: TokenStatistics | None = None) -> None:
         super().__init__()
         self.config = config
-        self.embedding = TABLES[config.embedding](config, statistics)
+        self.embedding = _named(TABLES, "--embedding", config.embedding)(config, statistics)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.d_model)
         self._initialize()
@@ -203,6 +205,13 @@ class LanguageModel(nn.Module):
         }
         counts = {name: sum(p.numel() for m in modules for p in m.parameters()) for name, modules in parts.items()}
         return {"total": sum(p.numel() for p in self.parameters())} | counts
+
+
+def _named(choices: dict[str, Choice], flag: str, name: str) -> Choice:
+    """The choice called `name`; a config from a file may name one that does not exist."""
+    if name not in choices:
+        raise ValueError(f"{flag} must be one of {', '.join(choices)}; got {name!r:.80}; correct it")
+    return choices[name]
 
 
 def _run(function: Any, argument: Tensor, recompute: bool) -> Any:

@@ -115,7 +115,7 @@ def test_grandchildren_are_gone_however_the_child_ends(tmp_path, then, word):
 
 PARENT = """
 import sys
-from phase1.measure.isolate import run_isolated
+from phase1.machine.isolate import run_isolated
 if __name__ == "__main__":
     run_isolated(exec, sys.argv[1])
 """
