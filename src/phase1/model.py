@@ -129,7 +129,7 @@ class LanguageModel(nn.Module):
             log_odds, gate = self.copy_head(hidden, ids, targets)
             scored = targets != IGNORE
             loss = op(*self._output(hidden, table, targets), log_odds.flatten())
-            loss = loss + (F.softplus(gate) * scored).sum() / scored.sum()
+            loss = loss + (F.softplus(gate) * scored).sum() / scored.sum().clamp(min=1)
         if self.training and effective_rank is not None:
             loss = loss + self.config.rank_penalty * effective_rank / self.config.ar_ssm_max_rank
         return loss
@@ -186,7 +186,8 @@ class LanguageModel(nn.Module):
         # Only where reading the values is free: on a GPU it would stall every step, and indexing asserts there.
         if ids.ndim != 2:
             raise ValueError(f"ids must be (B, T); got shape {tuple(ids.shape)}")
-        if type(ids) is Tensor and ids.device.type == "cpu" and ids.numel():
+        readable = type(ids) is Tensor and ids.device.type == "cpu" and not torch.compiler.is_compiling()
+        if readable and ids.numel():
             low, high = int(ids.min()), int(ids.max())
             if low < 0 or high >= self.config.vocab_size:
                 found = low if low < 0 else high
