@@ -40,7 +40,9 @@ def _counted(config: ModelConfig, batch_size: int, seq_length: int) -> int:
         ids = torch.zeros(batch_size, seq_length, dtype=torch.int64)
         with FlopCounterMode(display=False) as counter:
             model.loss(ids, ids).backward()
-        _, rows = model.embedding.factors(torch.zeros(1, config.d_model), model.embedding.table(torch.float32))[-1]
+        hidden, table = torch.zeros(1, 1, config.d_model), model.embedding.table(torch.float32)
+        (factors, *_), _ = model.output(hidden, table, ids[:1, :1])
+        rows = factors[-1][1]
         padding = -len(rows) % ALIGNMENT * rows.shape[1]  # rows of zeros, in all three products of the output
     return int(counter.get_total_flops()) - 3 * 2 * ids.numel() * padding
 

@@ -149,7 +149,7 @@ def gradients(
     d_states = torch.zeros_like(states, memory_format=torch.contiguous_format)  # most tokens are in no group
     d_rows, d_bias = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (rows, bias))
     D, groups = states.shape[1], len(starts) - 1
-    tile = {"D": D, "DEPTH": DEPTH, "PART": PART, "BT": TOKENS, "num_warps": 4}
+    tile = {"D": D, "DEPTH": DEPTH, "PART": PART, "BT": TOKENS, "num_warps": 4, "num_stages": 2}
     inputs = (*_operands(states, rows, bias, targets), order, starts, normalizer, d_nll.contiguous())
     parts = triton.cdiv(D, PART)
     slots = max(16, triton.next_power_of_2(size))
