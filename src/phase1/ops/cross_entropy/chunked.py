@@ -13,7 +13,8 @@ from phase1.ops.cross_entropy.products import add_product
 from phase1.ops.cross_entropy.reference import ALIGNMENT, IGNORE, Factors, check_arguments
 from phase1.ops.cross_entropy.rows import softmax_rows
 
-CHUNK_BYTES = 128 * 2**20  # of logits held at once: 1335 tokens of 50257 in half precision
+CHUNK_BYTES = 128 * 2**20  # of logits held at once: 1280 tokens of 50257 in half precision
+TILE = 128  # rows of a tile in cuBLAS' larger products
 LINE = 64  # numbers: rows of logits begin at multiples of it, so that kernels read them in whole lines
 
 
@@ -162,7 +163,9 @@ def _columns(targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _chunk_tokens(element_size: int, V: int) -> int:
-    return max(1, CHUNK_BYTES // (element_size * V))
+    """As many as CHUNK_BYTES hold, whole tiles of a product of them."""
+    tokens = max(1, CHUNK_BYTES // (element_size * V))
+    return tokens - tokens % TILE if tokens > TILE else tokens
 
 
 def _room(stretches: list[_Stretch], V: int) -> Tensor:
