@@ -16,15 +16,22 @@ try:
 except ImportError:
     pass
 
-from phase1.config import Ranked, model_config
+from phase1.config import Ranked
 from phase1.model import LanguageModel
 from phase1.ops.cross_entropy import IGNORE, tied_cross_entropy, tied_cross_entropy_reference
 from phase1.ops.cross_entropy.products import _adds_in_float32, add_product
 from phase1.ops.group_nll import group_nll, group_nll_reference
 from phase1.ops.pointer import pointer_log_probability, pointer_log_probability_reference
+from phase1.roster import model_config
 
 HALF = {torch.float16: 2**-11, torch.bfloat16: 2**-8}  # and their rounding errors
 SMALL = Ranked(vocab_size=3001, d_model=128, n_layers=2, n_heads=2, htt_dense_rows=60, htt_groups=100)
+
+POINTERS = (  # B, T, past, window, d
+    (1, 1, 0, 1, 16), (2, 45, 0, 20, 8), (3, 1000, 500, 700, 64), (8, 512, 0, 2048, 64), (1, 4099, 3, 2048, 128), (2, 777, 0, 256, 48),
+)  # fmt: skip
+GROUPS = (1, 1, 1, 16), (33, 239, 67, 64), (5000, 33873, 67, 512), (700, 500, 200, 130), (3000, 40, 40, 64)  # N, n, size, D
+LOSSES = (1, 1, 16), (1003, 50257, 512), (4096, 16890, 512), (257, 999, 64)  # N, V, D
 
 
 def leaf(*shape, dtype=torch.float32, scale=1.0):
@@ -46,32 +53,34 @@ def near(got, wanted, tolerance):
         assert error < tolerance, f"output {i}: relative error {error:.1e}, limit {tolerance:.1e}"
 
 
+def pointer(form, window, past):
+    return lambda q, k, bias, ids, targets: form(q, k, bias, ids, targets, window=window, past=past)
+
+
+def whole(form):
+    return lambda h, table, bias, odds, targets: form([(h, table)], targets, bias, odds)
+
+
 def cases(dtype):
     """Name, fast form, definition, leaves in `dtype`, other arguments; sizes as in training, and odd ones."""
     torch.manual_seed(0)
-    for B, T, past, window, d in ((1, 1, 0, 1, 16), (2, 45, 0, 20, 8), (3, 1000, 500, 700, 64), (8, 512, 0, 2048, 64), (1, 4099, 3, 2048, 128), (2, 777, 0, 256, 48)):
+    for B, T, past, window, d in POINTERS:
         q, k = leaf(B, T, d, dtype=dtype), leaf(B, past + T, d, dtype=dtype)
         bias = (torch.rand(B, past + T, device="cuda") * 1e-2).cumsum(1).requires_grad_()
         ids, targets = torch.randint(50, (B, past + T), device="cuda"), torch.randint(-9, 60, (B, T), device="cuda")
-
-        def settings(form, window=window, past=past):
-            return lambda q, k, bias, ids, targets: form(q, k, bias, ids, targets, window=window, past=past)
-
-        yield f"pointer {B, T, past, window, d}", settings(pointer_log_probability), settings(pointer_log_probability_reference), [q, k, bias], [ids, targets]
-    for N, n, size, D in ((1, 1, 1, 16), (33, 239, 67, 64), (5000, 33873, 67, 512), (700, 500, 200, 130), (3000, 40, 40, 64)):
+        forms = (pointer(form, window, past) for form in (pointer_log_probability, pointer_log_probability_reference))
+        yield f"pointer {B, T, past, window, d}", *forms, [q, k, bias], [ids, targets]
+    for N, n, size, D in GROUPS:
         h, rows, bias = leaf(N, D, dtype=dtype), leaf(n, D, dtype=dtype, scale=D**-0.5), leaf(n)
         targets = torch.randint(0, n, (N,), device="cuda").masked_fill(torch.rand(N, device="cuda") < 0.5, -100)
         targets[0] = n - 1
         yield f"groups {N, n, size, D}", group_nll, group_nll_reference, [h, rows, bias], [targets, size]
-    for N, V, D in ((1, 1, 16), (1003, 50257, 512), (4096, 16890, 512), (257, 999, 64)):
+    for N, V, D in LOSSES:
         h, table, bias, odds = leaf(N, D, dtype=dtype), leaf(V, D, scale=D**-0.5), leaf(V), leaf(N)
         targets = torch.randint(0, V, (N,), device="cuda")
         targets[1::5] = IGNORE
-
-        def joined(form):
-            return lambda h, table, bias, odds, targets: form([(h, table)], targets, bias, odds)
-
-        yield f"loss {N, V, D}", joined(tied_cross_entropy), joined(tied_cross_entropy_reference), [h, table, bias, odds], [targets]
+        forms = (whole(form) for form in (tied_cross_entropy, tied_cross_entropy_reference))
+        yield f"loss {N, V, D}", *forms, [h, table, bias, odds], [targets]
 
 
 def test_every_form_has_the_result_and_the_gradients_of_float64():
