@@ -87,7 +87,8 @@ def _compute(
                 if d_h is not None:
                     torch.mm(d_z, stretch.rows, out=d_h[part])
                 if total is not None:
-                    add_product(total, d_z.T, F.pad(stretch.states[part], (0, ones), value=1.0))
+                    factors = stretch.states[part]
+                    add_product(total, d_z.T, F.pad(factors, (0, ones), value=1.0) if ones else factors)
         del room
     d_odds = -(log_odds - picked).sigmoid() * scored if log_odds is not None and wanted[-1] else None
     if log_odds is not None:

@@ -29,7 +29,8 @@ def _targets(targets, b, t, valid, T):  # type: ignore[no-untyped-def]
 def _keys(bias, ids, b, s, valid, S):  # type: ignore[no-untyped-def]
     """Bias of the keys s in base 2, and their ids; -2, which is no target, past the last."""
     row = b * S + s
-    return tl.load(bias + row, mask=valid, other=0.0) * LOG2E, tl.load(ids + row, mask=valid, other=-2).to(tl.int32)
+    key_bias = tl.load(bias + row, mask=valid, other=0.0).to(tl.float32) * LOG2E
+    return key_bias, tl.load(ids + row, mask=valid, other=-2).to(tl.int32)
 
 
 @triton.jit
