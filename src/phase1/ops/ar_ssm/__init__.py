@@ -10,18 +10,21 @@ from phase1.ops.ar_ssm.reference import Parameters, State, ar_ssm_reference
 __all__ = ["Parameters", "State", "ar_ssm_reference", "fused_ar_ssm", "fused_runs"]
 
 OLDEST = (8, 0)  # compute capability: tensor cores that the kernels' products of bfloat16 and float32 need
+TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def fused_runs(proj: Tensor, p: Parameters, window: int) -> bool:
     """Whether `fused_ar_ssm` can take these arguments on this machine."""
     (_, R), P = p.q_scale.shape, p.state_scale.shape[1]
-    fits = proj.is_cuda and proj.shape[1] > 0 and window > 0 and R % 2 == 0 and 8 <= R <= 128 and 16 <= P <= 128
-    types = (torch.float16, torch.bfloat16, torch.float32)
-    return fits and proj.dtype in types and find_spec("triton") is not None and _capability(proj.device) >= OLDEST
+    fits = proj.shape[1] > 0 and window > 0 and R % 2 == 0 and 8 <= R <= 128 and 16 <= P <= 128 and proj.dtype in TYPES
+    return fits and proj.is_cuda and _card_runs_them(proj.device.index)
 
 
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else OLDEST
+@torch.compiler.assume_constant_result  # a question to the driver: not a part of any graph
+def _card_runs_them(index: int | None) -> bool:
+    if find_spec("triton") is None:
+        return False
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(index) >= OLDEST
 
 
 def fused_ar_ssm(

@@ -17,6 +17,7 @@ ROWS = 16  # positions of a tile in front of the core
 GATE_ROWS = 32  # tokens of a tile of the gate
 COLUMNS = 128  # of the convolution, at a time
 TILES = 16  # of ROWS positions in a program of the convolution's gradient
+WARPS = 8  # of the kernels in front of the core
 PROGRAMS = 264  # that add up the gradients of parameters
 
 
@@ -88,7 +89,7 @@ def fused_forward(
         angles_kernel[grid](cos, sin, position, s.T, HALF=s.R // 2, HB=triton.next_power_of_2(s.R // 2), BT=64)
     operands_kernel[(triton.cdiv(s.T, ROWS), 3, s.B)](
         proj, past_conv if past_conv is not None else proj, conv_weight, conv_bias, q_scale, gate, cos, sin, u, v, q, k, x,
-        s.T, L, *proj.stride()[:2], eps, **_operand_blocks(s), PAST=past_conv is not None, WINDOWED=window > 0, num_warps=8,
+        s.T, L, *proj.stride()[:2], eps, **_operand_blocks(s), PAST=past_conv is not None, WINDOWED=window > 0, num_warps=WARPS,
     )  # fmt: skip
     core = core_forward(u, v, q, k, x, dt, log_a, state_scale, skip, past_S, window, eps)
     D = s.H * s.P
@@ -141,7 +142,7 @@ def fused_backward(
     d_gate_u, d_gate_v = (torch.empty(s.B, s.T, s.R, **f32) for _ in range(2))
     operands_backward_kernel[(programs, 3, s.B)](
         proj, first, conv_weight, conv_bias, q_scale, gate, cos, sin, g.u, g.v, g.q, g.k, g.x, d_gate_u, d_gate_v, scale_sums,
-        s.T, L, *strides[:2], tiles, eps, **_operand_blocks(s), PAST=past_conv is not None, WINDOWED=window > 0, num_warps=8,
+        s.T, L, *strides[:2], tiles, eps, **_operand_blocks(s), PAST=past_conv is not None, WINDOWED=window > 0, num_warps=WARPS,
     )  # fmt: skip
     gate_sums = torch.empty(min(triton.cdiv(n, GATE_ROWS), PROGRAMS), sum(sizes[3:8]), **f32)
     gate_backward_kernel[(len(gate_sums),)](
@@ -155,7 +156,7 @@ def fused_backward(
     columns = triton.cdiv(D, COLUMNS) + 2 * triton.cdiv(s.H * s.R, COLUMNS)
     conv_backward_kernel[(stretches, columns, s.B)](
         g.u, g.v, g.x, proj, first, d_proj, d_past, conv_weight, conv_sums, s.T, L, *strides,
-        H=s.H, R=s.R, P=s.P, BC=COLUMNS, BT=ROWS, TILES=TILES, PAST=past_conv is not None, num_warps=8,
+        H=s.H, R=s.R, P=s.P, BC=COLUMNS, BT=ROWS, TILES=TILES, PAST=past_conv is not None, num_warps=WARPS,
     )  # fmt: skip
     flat, begin = torch.empty(sum(sizes), **f32), 0
     for parts in (conv_sums, scale_sums, gate_sums, norm_sums, g.scale_and_skip):
@@ -238,8 +239,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     d_out, d_gate, d_states, d_k, d_x, *unused = grads
     assert all(grad is None for grad in unused), "results that only the backward pass uses have gradients"
-    proj, *rest = ctx.saved_tensors[:14]
-    gate, *saved = ctx.saved_tensors[14:]
+    tensors = ctx.saved_tensors  # once: recomputation unpacks them once
+    (proj, *rest), (gate, *saved) = tensors[:14], tensors[14:]
     conv, S = rest[11], rest[12]
     s = _sizes(proj, rest[5], rest[6], rest[9])
     d_last = None if d_states is None else d_states[:, -1].contiguous()
