@@ -9,22 +9,19 @@ from phase1.ops.ar_ssm.reference import Parameters, State, ar_ssm_reference
 
 __all__ = ["Parameters", "State", "ar_ssm_reference", "fused_ar_ssm", "fused_runs"]
 
-OLDEST = (8, 0)  # compute capability: tensor cores that the kernels' products of bfloat16 and float32 need
+OLDEST = 8  # compute capability: Ampere's products of bfloat16 and float32
 TYPES = (torch.float16, torch.bfloat16, torch.float32)
+HAS_TRITON = find_spec("triton") is not None
 
 
 def fused_runs(proj: Tensor, p: Parameters, window: int) -> bool:
-    """Whether `fused_ar_ssm` can take these arguments on this machine."""
+    """Whether `fused_ar_ssm` can take these arguments on this machine: a constant of a compiled graph."""
     (_, R), P = p.q_scale.shape, p.state_scale.shape[1]
     fits = proj.shape[1] > 0 and window > 0 and R % 2 == 0 and 8 <= R <= 128 and 16 <= P <= 128 and proj.dtype in TYPES
-    return fits and proj.is_cuda and _card_runs_them(proj.device.index)
-
-
-@torch.compiler.assume_constant_result  # a question to the driver: not a part of any graph
-def _card_runs_them(index: int | None) -> bool:
-    if find_spec("triton") is None:
+    if not (fits and proj.is_cuda and HAS_TRITON):
         return False
-    return not torch.cuda.is_available() or torch.cuda.get_device_capability(index) >= OLDEST
+    # without a card the tensors are imitations, which an estimate of memory makes
+    return not torch.cuda.is_available() or torch.cuda.get_device_properties(proj.device).major >= OLDEST
 
 
 def fused_ar_ssm(

@@ -301,20 +301,27 @@ def near_backward_q_kernel(  # type: ignore[no-untyped-def]
     store_rows(dq, row, m, o_r, (by_dprob - b_delta[:, None] * by_prob) * R**-0.5, R)
 
 
-@triton.jit
-def _near_backward_keys(  # type: ignore[no-untyped-def]
-    q, k, dy, lse, delta, s, ms, b_x, i_bh, T, L, W,
+@triton.jit(do_not_specialize=["T", "L", "W"])
+def near_backward_keys_kernel(  # type: ignore[no-untyped-def]
+    q, k, x, dy, skip, lse, delta, dk, dx, T, L, W,
     H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, RB: tl.constexpr, PB: tl.constexpr,
-    C: tl.constexpr, KB: tl.constexpr, NK: tl.constexpr, first,
+    C: tl.constexpr, KB: tl.constexpr, NK: tl.constexpr,
 ):  # fmt: skip
-    """dk (without R^-1/2) and dx of a block of keys `s`, whose first is `first`, from NK blocks of KB queries from there on."""
+    """dk, and what the window and D x add to dx, of each block of C of the L keys, from NK blocks of KB queries."""
+    i_t, i_bh = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     b, h = i_bh // H, i_bh % H
-    o_r, o_p, o_k = tl.arange(0, RB), tl.arange(0, PB), tl.arange(0, KB)
+    o_r, o_p, o_c, o_k = tl.arange(0, RB), tl.arange(0, PB), tl.arange(0, C), tl.arange(0, KB)
+    past = L - T
+    first = i_t * C - past
+    s = first + o_c
+    ms = s < T
+    row_s = i_bh * L + past + s
     to_log2: tl.constexpr = R**-0.5 * LOG2E
-    b_k = load_rows(k, i_bh * L + (L - T) + s, ms, o_r, R)
-    dk = tl.zeros([C, RB], tl.float32)
-    dx = tl.zeros([C, PB], tl.float32)
-    for j in tl.static_range(NK):
+    b_k = load_rows(k, row_s, ms, o_r, R)
+    b_x = load_rows(x, row_s, ms, o_p, P)
+    b_dk = tl.zeros([C, RB], tl.float32)
+    b_dx = load_rows(dy, (b * T + s) * H + h, ms & (s >= 0), o_p, P).to(tl.float32) * tl.load(skip + h)
+    for j in range(NK):
         t = first + j * KB + o_k
         mt = (t < T) & (t >= 0)
         row, row_y = i_bh * T + t, (b * T + t) * H + h
@@ -326,37 +333,20 @@ def _near_backward_keys(  # type: ignore[no-untyped-def]
         b_delta = tl.load(delta + row, mask=mt, other=0.0)
         seen = (s[:, None] <= t[None, :]) & (s[:, None] > t[None, :] - W) & mt[None, :]
         prob = tl.where(seen, tl.exp2(tl.dot(b_k, b_qT, input_precision="ieee") * to_log2 - b_lse[None, :]), 0.0)
-        dx = tl.dot(prob.to(b_x.dtype), b_dy, dx, input_precision="ieee")
+        b_dx = tl.dot(prob.to(b_x.dtype), b_dy, b_dx, input_precision="ieee")
         ds = prob * (tl.dot(b_x, b_dyT, input_precision="ieee") - b_delta[None, :])
-        dk = tl.dot(ds.to(b_x.dtype), b_q, dk, input_precision="ieee")
-    return dk, dx
+        b_dk = tl.dot(ds.to(b_x.dtype), b_q, b_dk, input_precision="ieee")
+    store_rows(dk, row_s, ms, o_r, b_dk * R**-0.5, R)
+    store_rows(dx, row_s, ms, o_p, b_dx, P)
 
 
-@triton.jit(do_not_specialize=["T", "L", "W"])
-def near_backward_past_kernel(  # type: ignore[no-untyped-def]
-    q, k, x, dy, lse, delta, dk, dx, T, L, W,
-    H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, RB: tl.constexpr, PB: tl.constexpr,
-    C: tl.constexpr, KB: tl.constexpr, NK: tl.constexpr,
-):  # fmt: skip
-    """dk and dx of the `past` rows, which no position of this call has."""
-    i_t, i_bh = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    o_r, o_p, o_c = tl.arange(0, RB), tl.arange(0, PB), tl.arange(0, C)
-    past = L - T
-    s = i_t * C + o_c - past
-    ms = s < 0
-    b_x = load_rows(x, i_bh * L + past + s, ms, o_p, P)
-    b_dk, b_dx = _near_backward_keys(q, k, dy, lse, delta, s, ms, b_x, i_bh, T, L, W, H, R, P, RB, PB, C, KB, NK, i_t * C - past)
-    store_rows(dk, i_bh * L + past + s, ms, o_r, b_dk * R**-0.5, R)
-    store_rows(dx, i_bh * L + past + s, ms, o_p, b_dx, P)
-
-
-@triton.jit(do_not_specialize=["T", "L", "NS", "W", "has_last"])
-def backward_v_kernel(  # type: ignore[no-untyped-def]
-    u, v, q, k, x, dt, log_a, skip, states, d_states, dy, df, uw, lse, delta, dv, dk, dx, d_dt, d_log_a, sums, T, L, NS, W, has_last,
+@triton.jit(do_not_specialize=["T", "L", "NS", "has_last"])
+def far_backward_v_kernel(  # type: ignore[no-untyped-def]
+    u, v, x, dt, log_a, skip, states, d_states, dy, df, uw, dv, dx, d_dt, d_log_a, sums, T, L, NS, has_last,
     H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, RB: tl.constexpr, PB: tl.constexpr, C: tl.constexpr,
-    NC: tl.constexpr, KB: tl.constexpr, NK: tl.constexpr, WINDOWED: tl.constexpr,
+    NC: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """Against the order of time: dv, dk, dx, d_dt and d_log_a.
+    """Against the order of time: dv, dx (if ADD added to what is there, else with D x), d_dt, d_log_a, and the gradient of skip.
 
     Row i + 1 of `d_states` is the gradient of the state that stretch i ends with; none unless `has_last`.
     With G_t = Σ_{j≤t} log a_j, d loss / d G_t = u·du - v·dv at t, and at the end of the stretch S·dS as well.
@@ -377,12 +367,11 @@ def backward_v_kernel(  # type: ignore[no-untyped-def]
         row, row_x = i_bh * T + t, i_bh * L + past + t
         b_x = load_rows(x, row_x, m, o_p, P)
         b_dy = load_rows(dy, (b * T + t) * H + h, m, o_p, P)
-        dx_ = b_dy.to(tl.float32) * b_skip
         d_skip += tl.sum(b_dy.to(tl.float32) * b_x.to(tl.float32), 1)
-        if WINDOWED:
-            b_dk, dx_near = _near_backward_keys(q, k, dy, lse, delta, t, m, b_x, i_bh, T, L, W, H, R, P, RB, PB, C, KB, NK, t0)
-            store_rows(dk, row_x, m, o_r, b_dk * R**-0.5, R)
-            dx_ += dx_near
+        if ADD:
+            b_dx = load_rows(dx, row_x, m, o_p, P).to(tl.float32)
+        else:
+            b_dx = b_dy.to(tl.float32) * b_skip
         b_uT = load_columns(u, row, m, o_r, R)
         b_v = load_rows(v, row, m, o_r, R)
         b_df = load_rows(df, row, m, o_p, P)
@@ -397,7 +386,7 @@ def backward_v_kernel(  # type: ignore[no-untyped-def]
         dxs = tl.dot(b_v, dS.to(b_x.dtype), input_precision="ieee") * to_end[:, None]
         dxs = tl.dot(A, b_df, dxs, input_precision="ieee")
         tl.store(d_dt + row, tl.sum(dxs * b_x.to(tl.float32), 1), mask=m)
-        store_rows(dx, row_x, m, o_p, dx_ + dxs * b_dt[:, None], P)
+        store_rows(dx, row_x, m, o_p, b_dx + dxs * b_dt[:, None], P)
         # dv is made transposed, so that dS serves as it is
         b_xT = load_columns(x, row_x, m, o_p, P)
         b_vT = load_columns(v, row, m, o_r, R)

@@ -13,11 +13,10 @@ from phase1.ops.ar_ssm.operands_kernel import angles_kernel, conv_backward_kerne
 from phase1.ops.ar_ssm.sum_kernel import sum_kernel
 
 TAPS = 4
-ROWS = 16  # positions of a tile in front of the core
+ROWS, BACKWARD_ROWS = 16, 8  # positions of a tile in front of the core, and in its backward pass
 GATE_ROWS = 32  # tokens of a tile of the gate
 COLUMNS = 128  # of the convolution, at a time
-TILES = 16  # of ROWS positions in a program of the convolution's gradient
-WARPS = 8  # of the kernels in front of the core
+TILES = 32  # of BACKWARD_ROWS positions in a program of the convolution's gradient
 PROGRAMS = 264  # that add up the gradients of parameters
 
 
@@ -51,7 +50,7 @@ def _gate_blocks(s: Sizes) -> dict[str, int]:
 
 def _operand_blocks(s: Sizes) -> dict[str, int]:
     pad = triton.next_power_of_2
-    return {"H": s.H, "R": s.R, "P": s.P, "HEADS": pad(s.H), "HB": max(1, pad(s.R // 2)), "BT": ROWS, "BC": COLUMNS}
+    return {"H": s.H, "R": s.R, "P": s.P, "HEADS": pad(s.H), "HB": pad(s.R // 2), "BC": COLUMNS}
 
 
 @torch.library.custom_op("phase1::ar_ssm", mutates_args=())
@@ -89,7 +88,7 @@ def fused_forward(
         angles_kernel[grid](cos, sin, position, s.T, HALF=s.R // 2, HB=triton.next_power_of_2(s.R // 2), BT=64)
     operands_kernel[(triton.cdiv(s.T, ROWS), 3, s.B)](
         proj, past_conv if past_conv is not None else proj, conv_weight, conv_bias, q_scale, gate, cos, sin, u, v, q, k, x,
-        s.T, L, *proj.stride()[:2], eps, **_operand_blocks(s), PAST=past_conv is not None, WINDOWED=window > 0, num_warps=WARPS,
+        s.T, L, *proj.stride()[:2], eps, **_operand_blocks(s), BT=ROWS, PAST=past_conv is not None, WINDOWED=window > 0, num_warps=4,
     )  # fmt: skip
     core = core_forward(u, v, q, k, x, dt, log_a, state_scale, skip, past_S, window, eps)
     D = s.H * s.P
@@ -104,7 +103,7 @@ def fused_forward(
 
 
 def _norm_rows(D: int) -> int:
-    return max(1, 2048 // triton.next_power_of_2(D))
+    return max(1, 1024 // triton.next_power_of_2(D))
 
 
 @torch.library.custom_op("phase1::ar_ssm_backward", mutates_args=())
@@ -136,13 +135,13 @@ def fused_backward(
     if d_x is not None:
         g.x.add_(d_x)
     sizes = parameter_sizes(s)
-    first, tiles = past_conv if past_conv is not None else proj, triton.cdiv(s.T, ROWS)
+    first, tiles = past_conv if past_conv is not None else proj, triton.cdiv(s.T, BACKWARD_ROWS)
     programs = min(tiles, max(1, 2 * PROGRAMS // s.B))
     scale_sums = torch.empty(s.B * programs, s.H * s.R, **f32)
     d_gate_u, d_gate_v = (torch.empty(s.B, s.T, s.R, **f32) for _ in range(2))
     operands_backward_kernel[(programs, 3, s.B)](
         proj, first, conv_weight, conv_bias, q_scale, gate, cos, sin, g.u, g.v, g.q, g.k, g.x, d_gate_u, d_gate_v, scale_sums,
-        s.T, L, *strides[:2], tiles, eps, **_operand_blocks(s), PAST=past_conv is not None, WINDOWED=window > 0, num_warps=WARPS,
+        s.T, L, *strides[:2], tiles, eps, **_operand_blocks(s), BT=BACKWARD_ROWS, PAST=past_conv is not None, WINDOWED=window > 0, num_warps=4,
     )  # fmt: skip
     gate_sums = torch.empty(min(triton.cdiv(n, GATE_ROWS), PROGRAMS), sum(sizes[3:8]), **f32)
     gate_backward_kernel[(len(gate_sums),)](
@@ -151,17 +150,17 @@ def fused_backward(
         TOTAL=sum(sizes[3:8]), GATE_USED=d_gate is not None, num_warps=4,
     )  # fmt: skip
     d_past = torch.empty_like(past_conv) if past_conv is not None else proj.new_empty(0)
-    stretches = triton.cdiv(s.T + (TAPS - 1 if past_conv is not None else 0), ROWS * TILES)
+    stretches = triton.cdiv(s.T + (TAPS - 1 if past_conv is not None else 0), BACKWARD_ROWS * TILES)
     conv_sums = torch.empty(s.B * stretches, (TAPS + 1) * s.conv, **f32)
     columns = triton.cdiv(D, COLUMNS) + 2 * triton.cdiv(s.H * s.R, COLUMNS)
     conv_backward_kernel[(stretches, columns, s.B)](
         g.u, g.v, g.x, proj, first, d_proj, d_past, conv_weight, conv_sums, s.T, L, *strides,
-        H=s.H, R=s.R, P=s.P, BC=COLUMNS, BT=ROWS, TILES=TILES, PAST=past_conv is not None, num_warps=WARPS,
+        H=s.H, R=s.R, P=s.P, BC=COLUMNS, BT=BACKWARD_ROWS, TILES=TILES, PAST=past_conv is not None, num_warps=4,
     )  # fmt: skip
     flat, begin = torch.empty(sum(sizes), **f32), 0
     for parts in (conv_sums, scale_sums, gate_sums, norm_sums, g.scale_and_skip):
         width = parts.shape[1]
-        sum_kernel[(triton.cdiv(width, 32),)](parts, flat[begin:], len(parts), N=width, ROWS=32, COLS=32, num_warps=4)
+        sum_kernel[(triton.cdiv(width, 32),)](parts, flat[begin:], len(parts), N=width, ROWS=128, COLS=32, num_warps=4)
         begin += width
     if not window:
         flat[sum(sizes[:2]) : sum(sizes[:3])].zero_()
