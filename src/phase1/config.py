@@ -94,6 +94,14 @@ class Ranked(Shape):
 HTT_FORM = "coordinates"
 """Of the HTT rows from K to 16K: in the ids of models, so that no table is taken for one of an earlier form."""
 
+YOUNGER: dict[str, Any] = {
+    "dense_start": "random",
+    "attention_qk_norm": False,
+    "attention_conv": False,
+    "attention_gate": False,
+}
+"""Settings younger than the published results, with the value that all models had before: it is left out of their ids."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Ranked):
@@ -101,10 +109,16 @@ class ModelConfig(Ranked):
 
     mixer: Literal["ar_ssm", "attention"] = option("ar_ssm", "sequence layer of every block")
     embedding: Literal["htt", "dense"] = option("htt", "token table, tied to the output")
+    dense_start: Literal["random", "statistics"] = option(
+        "random", "of a dense table: random rows, or what an HTT table starts from, vectors of use and biases at log frequency"
+    )
     copy_head: bool = option(True, "mix the output's distribution with a pointer to the last tokens of the text")
     loss: Literal["chunked", "materialized"] = option("chunked", "cross-entropy without, or with, all logits in memory")
     checkpointing: bool = option(True, "recompute the activations of each block in the backward pass")
     attention: Literal["fused", "math"] = option("fused", "of attention: the fastest kernel, or all T x T scores in memory")
+    attention_qk_norm: bool = option(False, "of attention: RMS norm of queries and keys, queries times a learnt scale")
+    attention_conv: bool = option(False, "of attention: causal convolution of 4 taps on queries, keys and values")
+    attention_gate: bool = option(False, "of attention: its result times the SiLU of a projection, and a norm of that")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,11 +131,14 @@ class ModelConfig(Ranked):
     @property
     def config_id(self) -> str:
         """Twelve hex digits of the SHA-256 of every field this model uses: equal ids mean equal models."""
-        unused: tuple[str, ...] = ("ar_ssm_", "rank_penalty") if self.mixer == "attention" else ()
-        unused += ("htt_",) if self.embedding == "dense" else ()
-        unused += () if (self.mixer, self.attention) == ("attention", "math") else ("attention",)
+        unused: tuple[str, ...] = ("ar_ssm_", "rank_penalty") if self.mixer == "attention" else ("attention_",)
+        unused += ("htt_",) if self.embedding == "dense" else ("dense_start",)
         unused += () if self.copy_head else ("copy_",)
-        every = asdict(self) | {"htt_form": HTT_FORM}
+        every = {name: value for name, value in asdict(self).items() if (name, value) not in YOUNGER.items()} | {
+            "htt_form": HTT_FORM
+        }
+        if (self.mixer, self.attention) != ("attention", "math"):
+            del every["attention"]
         return content_id({name: value for name, value in every.items() if not name.startswith(unused)})
 
 
@@ -147,18 +164,36 @@ def model_config(role: str, shape: Shape, **overrides: Any) -> ModelConfig:
     return ModelConfig(**(sizes | (ROLES | CONTROLS)[role] | overrides))
 
 
-Variant = Literal["ar_ssm_dense", "attention_htt", "no_gate", "no_copy", "transformer_copy", "equal_parameters"]
+Variant = Literal[
+    "ar_ssm_dense", "ar_ssm_dense_no_copy", "attention_htt", "no_gate", "no_copy", "equal_parameters",
+    "transformer_copy", "transformer_start", "transformer_start_copy", "transformer_fair", "transformer_fair_copy",
+]  # fmt: skip
+
+START: dict[str, Any] = {"dense_start": "statistics"}
+FAIR: dict[str, Any] = START | {"attention_qk_norm": True, "attention_conv": True, "attention_gate": True}
+RIVALS: dict[str, dict[str, Any]] = {
+    "transformer_copy": {"copy_head": True},
+    "transformer_start": START,
+    "transformer_start_copy": START | {"copy_head": True},
+    "transformer_fair": FAIR,
+    "transformer_fair_copy": FAIR | {"copy_head": True},
+}
+"""What Transformers have that the baseline lacks: the engine's start, and all that AR-SSM's block has and attention lacks."""
 
 
 def report_key(config: ModelConfig) -> str:
-    """The key of a model in a perplexity report."""
-    names = {
-        ("attention", "dense"): "transformer_copy" if config.copy_head else "baseline",
-        ("attention", "htt"): "attention_htt",
-        ("ar_ssm", "dense"): "ar_ssm_dense",
-        ("ar_ssm", "htt"): f"phase1_htt{config.htt_rank}_ar{config.ar_ssm_max_rank}",
-    }
-    return names[config.mixer, config.embedding]
+    """The key of a model in a perplexity report; `transformer` is one that no run of a comparison makes."""
+    if (config.mixer, config.embedding) == ("attention", "dense"):
+        extras = {name: getattr(config, name) for name in FAIR | {"copy_head": True}}
+        plain = {name: YOUNGER.get(name, False) for name in extras}
+        if extras == plain:
+            return "baseline"
+        return next((key for key, own in RIVALS.items() if plain | own == extras), "transformer")
+    if config.mixer == "attention":
+        return "attention_htt"
+    if config.embedding == "dense":
+        return "ar_ssm_dense" if config.copy_head else "ar_ssm_dense_no_copy"
+    return f"phase1_htt{config.htt_rank}_ar{config.ar_ssm_max_rank}"
 
 
 def flags(config: Config) -> str:
@@ -303,8 +338,9 @@ class PerplexityRun(Shape, DataConfig, TrainConfig, Output):
     test_ar_ssm_ranks: tuple[int, ...] = option((32,), "AR-SSM ranks to test")
     variants: tuple[Variant, ...] = option(
         (),
-        "further models, with the first rank of each kind: the engine with a dense table, with attention, with all ranks "
-        "always on, without its copy head; the Transformer with one; the engine with as many layers as fit into the baseline",
+        "further models, with the first rank of each kind: the engine with a dense table that starts like its own, with and "
+        "without copy head, with attention, with all ranks always on, without copy head, with as many layers as fit into the "
+        "baseline; the Transformer with a copy head, with the engine's start, with all that AR-SSM's block has (fair)",
     )
     repeats: int = option(1, "trainings of every model, with --seed, --seed + 1, ...: how much of a difference is chance")
     checkpoint: tuple[str, ...] = option(

@@ -15,7 +15,7 @@ from phase1.layers.copy_head import CopyHead
 from phase1.layers.embedding import DenseTable, HTTTable
 from phase1.layers.mlp import MLP
 from phase1.ops.cross_entropy import IGNORE, Factors, tied_cross_entropy, tied_cross_entropy_reference, tied_nll
-from phase1.vocabulary import TokenStatistics
+from phase1.vocabulary import TokenStatistics, TokenVectors
 
 
 class Block(nn.Module):
@@ -25,7 +25,14 @@ class Block(nn.Module):
         super().__init__()
         self.mixer_norm, self.mlp_norm = nn.RMSNorm(config.d_model), nn.RMSNorm(config.d_model)
         self.mixer: nn.Module = (
-            Attention(config.d_model, config.n_heads, fused=config.attention == "fused")
+            Attention(
+                config.d_model,
+                config.n_heads,
+                fused=config.attention == "fused",
+                qk_norm=config.attention_qk_norm,
+                conv=config.attention_conv,
+                gate=config.attention_gate,
+            )
             if config.mixer == "attention"
             else ARSSM(
                 config.d_model,
@@ -50,14 +57,20 @@ class LanguageModel(nn.Module):
 
     Args:
         config: sizes, mixer, table, loss and checkpointing.
-        statistics: of the training text, for an HTT table (phase1.data.token_statistics); a dense table needs none.
+        statistics: of the training text: TokenStatistics for an HTT table, TokenVectors for a dense one that starts from them
+            (phase1.data.token_statistics, token_vectors); None: random, where costs are measured or a checkpoint is loaded.
     """
 
-    def __init__(self, config: ModelConfig, statistics: TokenStatistics | None = None) -> None:
+    def __init__(self, config: ModelConfig, statistics: TokenStatistics | TokenVectors | None = None) -> None:
         super().__init__()
         self.config = config
         self.embedding: DenseTable | HTTTable = (
-            DenseTable(config.vocab_size, config.d_model)
+            DenseTable(
+                config.vocab_size,
+                config.d_model,
+                output_bias=config.dense_start == "statistics",
+                vectors=statistics if isinstance(statistics, TokenVectors) else None,
+            )
             if config.embedding == "dense"
             else HTTTable(
                 config.vocab_size,
@@ -65,7 +78,7 @@ class LanguageModel(nn.Module):
                 rank=config.htt_rank,
                 dense_rows=config.htt_dense_rows,
                 groups=config.htt_groups,
-                statistics=statistics,
+                statistics=statistics if isinstance(statistics, TokenStatistics) else None,
             )
         )
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))

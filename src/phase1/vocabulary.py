@@ -1,4 +1,4 @@
-"""What the HTT table knows of its vocabulary: statistics of the training text, one row per token."""
+"""What a token table knows of its vocabulary: statistics of the training text, one row per token."""
 
 from typing import NamedTuple
 
@@ -14,6 +14,15 @@ class Level(NamedTuple):
     """ρ, coefficients of each row; 0 in the tail."""
     anchors: int
     """k, rows before `start` that each row is a weighted sum of, besides; one number for all levels that have any."""
+
+
+class TokenVectors(NamedTuple):
+    """What is known of every token, in the order of ids: a dense table starts there, and the HTT table starts near it."""
+
+    log_frequency: np.ndarray
+    """(V,) float32: log((count + 1) / (N + V))."""
+    rows: np.ndarray
+    """(V, m) float32 of mean square 1. Similar use, similar direction; random where never used."""
 
 
 class TokenStatistics(NamedTuple):

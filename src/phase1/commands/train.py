@@ -13,13 +13,14 @@ from tqdm import tqdm
 
 from phase1.checkpoint import INDEX, check_configs, read_index, resume, save_checkpoint, training_facts
 from phase1.config import DataConfig, ModelConfig, PerplexityRun, TrainConfig, TrainRun, flags, part_of, report_key
-from phase1.data import Corpus, Windows, frequency_order, load_corpus, token_counts, token_statistics
+from phase1.data import Corpus, Windows, frequency_order, load_corpus, token_counts, token_statistics, token_vectors
 from phase1.errors import Unavailable
 from phase1.interrupts import interrupts_wait
 from phase1.layers.embedding import VECTOR_DIM, levels
 from phase1.measure.isolate import is_out_of_memory, reason
 from phase1.model import LanguageModel
 from phase1.train import TrainState, make_train_state, total_steps, train
+from phase1.vocabulary import TokenStatistics, TokenVectors
 
 SAVE_SECONDS = 300.0  # between checkpoints of an unfinished run
 SHOW_EVERY = 20  # steps between looks at the loss for the progress bar: each look waits for the GPU
@@ -88,22 +89,22 @@ def train_to_checkpoint(
 def make_state(model_config: ModelConfig, train_config: TrainConfig, seen: np.ndarray | None) -> TrainState:
     """A fresh model, ready to train; the same for equal seeds.
 
-    An HTT table gets the statistics of the tokens `seen` in training and of no others, so that no model of a comparison
-    knows more text than another; None where a checkpoint brings them.
+    A table that starts from statistics gets those of the tokens `seen` in training and of no others, so that no model of a
+    comparison knows more text than another; None where a checkpoint brings them.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    statistics = None
-    if model_config.embedding == "htt" and seen is not None:
-        statistics = token_statistics(
-            seen,
-            vocab_size=model_config.vocab_size,
-            levels=levels(model_config.vocab_size, model_config.d_model, model_config.htt_rank, model_config.htt_dense_rows),
-            dim=min(VECTOR_DIM, model_config.d_model),
-            seed=train_config.seed,
-            device=device,
-        )
+    statistics = None if seen is None else start_of(model_config, seen, train_config.seed, device)
     torch.manual_seed(train_config.seed)
     return make_train_state(LanguageModel(model_config, statistics), train_config, device)
+
+
+def start_of(config: ModelConfig, seen: np.ndarray, seed: int, device: str) -> TokenStatistics | TokenVectors | None:
+    """What the table of a new model starts from: the same counts and vectors for either kind, or None for random rows."""
+    sizes: dict[str, Any] = {"vocab_size": config.vocab_size, "dim": min(VECTOR_DIM, config.d_model)}
+    if config.embedding == "htt":
+        every = levels(config.vocab_size, config.d_model, config.htt_rank, config.htt_dense_rows)
+        return token_statistics(seen, levels=every, seed=seed, device=device, **sizes)
+    return token_vectors(seen, seed=seed, device=device, **sizes) if config.dense_start == "statistics" else None
 
 
 def run_schedule(

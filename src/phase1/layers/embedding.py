@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from phase1.ops.anchored_table import Users, anchored_table, users_of
 from phase1.ops.htt import Cores, htt_table
-from phase1.vocabulary import Level, TokenStatistics
+from phase1.vocabulary import Level, TokenStatistics, TokenVectors
 
 BAND_RANKS = (11, 8, 6, 3)  # ranks of the rows from K, 2K, 4K and 8K on, as multiples of r; the tail begins at 16K
 ANCHORED_LEVEL = 2  # the first whose rows have anchors: from 4K on
@@ -19,13 +19,22 @@ VECTOR_DIM = 192  # of the vectors that decide anchors and where rows start
 
 
 class DenseTable(nn.Module):
-    """One row of width D per token; the position of a token in the table is its id."""
+    """One row of width D per token; the position of a token in the table is its id.
 
-    output_bias = None
+    Args:
+        vocab_size, d_model: V and D.
+        output_bias: whether every token has one, as in HTT.
+        vectors: of the training text, where rows and biases start; None: random rows, biases of 0.
+    """
 
-    def __init__(self, vocab_size: int, d_model: int) -> None:
+    def __init__(self, vocab_size: int, d_model: int, output_bias: bool = False, vectors: TokenVectors | None = None) -> None:
         super().__init__()
         self.rows = nn.Parameter(torch.randn(vocab_size, d_model) / math.sqrt(d_model))
+        self.output_bias = nn.Parameter(torch.zeros(vocab_size)) if output_bias else None
+        if self.output_bias is not None and vectors is not None:
+            with torch.no_grad():
+                self.output_bias.copy_(torch.from_numpy(vectors.log_frequency))
+                self.rows.copy_(_to_width(torch.from_numpy(vectors.rows) * (1 / math.sqrt(vectors.rows.shape[1])), d_model))
 
     def positions(self, ids: Tensor) -> Tensor:
         return ids

@@ -7,6 +7,7 @@ from typing import Any
 
 from scipy.special import stdtrit
 
+from phase1.config import RIVALS
 from phase1.measure.stats import Bounds, paired_ratio_interval
 from phase1.record import Check, PerplexityResult, repetition
 
@@ -14,7 +15,13 @@ LIMIT_PERCENT = 5.0
 LIMITS = {"ar_ssm_dense": 3.0, "equal_parameters": 0.0}  # percent, of variants with a claim of their own
 GATE_LIMIT_PERCENT = 1.0
 _UNGATED = "the engine with all ranks on"
-UNJUDGED = ("baseline", "no_gate", "no_copy", "transformer_copy")  # what others are measured against: no claims of ours
+UNJUDGED = (
+    "baseline",
+    "no_gate",
+    "no_copy",
+    "ar_ssm_dense_no_copy",
+    *RIVALS,
+)  # what others are measured against: no claims of ours
 
 
 def compared(results: Mapping[str, PerplexityResult], seq_length: int) -> dict[str, PerplexityResult]:
