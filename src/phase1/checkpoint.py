@@ -15,6 +15,7 @@ from torch import Tensor
 from phase1.config import ModelConfig, TrainConfig
 from phase1.files import atomic_write, one_line, read_json
 from phase1.model import LanguageModel
+from phase1.optimizers import kept
 from phase1.train import TrainState
 
 INDEX = "checkpoint.json"  # written last; names the tensor files that belong together
@@ -207,11 +208,10 @@ def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
 
 
 def _restore_optimizer(state: TrainState, tensors: dict[str, Tensor]) -> None:
+    names = kept(state.optimizer)
     for name, parameter in state.model.named_parameters():
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            value = tensors[f"{name}:{key}"]
-            on_cpu = key == "step" and not state.optimizer.defaults["fused"]
-            state.optimizer.state[parameter][key] = value if on_cpu else value.to(parameter.device)
+        for key in names[parameter]:
+            state.optimizer.state[parameter][key] = tensors[f"{name}:{key}"].to(parameter.device)
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -81,6 +81,10 @@ class LanguageModel(nn.Module):
                 statistics=statistics if isinstance(statistics, TokenStatistics) else None,
             )
         )
+        if config.row_norm != 1:
+            self.embedding.scale(config.row_norm)
+        self.input_scale = math.sqrt(config.d_model) if config.input_scale is None else config.input_scale
+        self.logit_scale = nn.Parameter(torch.full((1,), config.logit_scale)) if config.learnt_logit_scale else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.d_model)
         self._initialize()
@@ -109,7 +113,7 @@ class LanguageModel(nn.Module):
         past = None if states is None or self.copy_head is None else states[-1]  # the others are the blocks'
         hidden, states, _ = self._hidden(ids, table, states, keep_states=True)
         dtype = _compute_dtype(hidden)
-        logits = hidden.to(dtype) @ table.to(dtype).T
+        logits = self._scaled(hidden).to(dtype) @ table.to(dtype).T
         if self.embedding.output_bias is not None:
             logits = logits + self.embedding.output_bias
         every_id = torch.arange(self.config.vocab_size, device=ids.device)
@@ -120,9 +124,14 @@ class LanguageModel(nn.Module):
         return logits, [*states, state]
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of `targets` (B, T), -100 not scored; in training plus the penalty of the rank gate.
+        """What training minimises: the cross-entropy of `losses` and, in training, the penalty of the rank gate."""
+        loss, penalty = self.losses(ids, targets)
+        return loss if penalty is None else loss + penalty
 
-        With a copy head it is that of the mixture, mean of nll - log(1 - g) - softplus(nll + o).
+    def losses(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean cross-entropy in nats of `targets` (B, T), -100 not scored, and in training the penalty of the rank gate.
+
+        With a copy head it is that of the mixture, mean of nll - log(1 - g) - softplus(nll + o); nan if nothing is scored.
         """
         # A table of its own for the output: the gradient of one for both would wait, V x D, for that of all blocks.
         shared = None if self.config.checkpointing and torch.is_grad_enabled() else self._table()
@@ -135,10 +144,10 @@ class LanguageModel(nn.Module):
             log_odds, gate = self.copy_head(hidden, ids, targets)
             scored = targets != IGNORE
             loss = op(*self._output(hidden, table, targets), log_odds.flatten())
-            loss = loss + (F.softplus(gate) * scored).sum() / scored.sum()
-        if self.training and effective_rank is not None:
-            loss = loss + self.config.rank_penalty * effective_rank / self.config.ar_ssm_max_rank
-        return loss
+            loss = loss + (F.softplus(gate) * scored).sum() / scored.sum().clamp(min=1)
+        if not self.training or effective_rank is None:
+            return loss, None
+        return loss, self.config.rank_penalty * effective_rank / self.config.ar_ssm_max_rank
 
     @torch.no_grad()
     def nll(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -157,9 +166,15 @@ class LanguageModel(nn.Module):
 
     def _output(self, hidden: Tensor, table: Tensor, targets: Tensor) -> tuple[Factors, Tensor, Tensor | None]:
         """Arguments of the cross-entropy: states (N, D) times the table, the targets' positions in it, and its bias."""
-        states = hidden.flatten(0, 1).to(_compute_dtype(hidden))
+        states = self._scaled(hidden).flatten(0, 1).to(_compute_dtype(hidden))
         positions = self.embedding.positions(targets).flatten()
         return self.embedding.factors(states, table), positions, self.embedding.output_bias
+
+    def _scaled(self, hidden: Tensor) -> Tensor:
+        """States times the factor of the logits."""
+        if self.logit_scale is not None:
+            return hidden * self.logit_scale
+        return hidden if self.config.logit_scale == 1 else hidden * self.config.logit_scale
 
     def _hidden(
         self, ids: Tensor, table: Tensor | None, states: list[Any] | None = None, keep_states: bool = False
@@ -170,7 +185,7 @@ class LanguageModel(nn.Module):
         """
         self._check(ids)
         recompute = table is None
-        x = _run(lambda ids: self._embed(ids, table), ids, recompute) * math.sqrt(self.config.d_model)
+        x = _run(lambda ids: self._embed(ids, table), ids, recompute) * self.input_scale
         new_states, ranks = [], []
         for i, block in enumerate(self.blocks):
             if recompute:

@@ -36,6 +36,11 @@ class DenseTable(nn.Module):
                 self.output_bias.copy_(torch.from_numpy(vectors.log_frequency))
                 self.rows.copy_(_to_width(torch.from_numpy(vectors.rows) * (1 / math.sqrt(vectors.rows.shape[1])), d_model))
 
+    @torch.no_grad()
+    def scale(self, factor: float) -> None:
+        """Make every row `factor` times as long."""
+        self.rows.mul_(factor)
+
     def positions(self, ids: Tensor) -> Tensor:
         return ids
 
@@ -150,6 +155,14 @@ class HTTTable(nn.Module):
             self.weights.copy_(torch.from_numpy(statistics.weights))
         if self.band is not None:
             self.band.start_at(torch.from_numpy(statistics.rest[: self.band.n]) * scale)
+
+    @torch.no_grad()
+    def scale(self, factor: float) -> None:
+        """Make every row `factor` times as long: rows are linear in these, and a sum of anchors in them."""
+        linear = [self.rows, *([] if self.band is None else self.band.coordinates)]
+        linear += [] if self.tail is None else [self.tail.core_a, self.tail.bias_b]
+        for parameter in linear:
+            parameter.mul_(factor)
 
     def _turn_anchors(self) -> None:
         for level, users in enumerate(users_of(self.anchors, self.levels)):

@@ -73,7 +73,7 @@ class _TiedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         d_bias, d_odds, count, *sums = ctx.saved_tensors
         d_hidden, d_tables = sums[: len(ctx.dtypes)], sums[len(ctx.dtypes) :]
-        scale = d_loss / count
+        scale = d_loss / count.clamp(min=1)  # where nothing is scored, the sums are 0, and so are the gradients
         pairs = zip(d_hidden, d_tables, ctx.dtypes, strict=True)
         scaled = [gradient for h, t, dtype in pairs for gradient in (_scaled(h, scale), _scaled(t, scale, dtype))]
         d_bias, d_odds = (None if part is None else part * scale for part in (d_bias, d_odds))
