@@ -9,9 +9,10 @@ import torch
 from tqdm import tqdm
 
 from phase1.files import atomic_write
-from phase1.measure.calibrate import MEDIAN_LIMIT, WORST_LIMIT, Calibration, calibrate, calibration_cases, judge
-from phase1.measure.environment import current_command, environment
-from phase1.tables import Column, Table, console, render
+from phase1.machine.environment import current_command, environment
+from phase1.measure.memory.calibrate import MEDIAN_LIMIT, WORST_LIMIT, Calibration, calibrate, calibration_cases, judge
+from phase1.tables import Column, Table, render
+from phase1.tables.console import console
 
 COLUMNS = (
     Column("Configuration"),

@@ -39,10 +39,10 @@ def interrupts_arrive():
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that are drawn, to look at what is in them."""
-    from phase1.report import losses, perplexity, plots
+    from phase1.plots import figure, losses, memory, perplexity, throughput, timeline
 
     figures = []
-    save = plots._save
-    for module in (plots, perplexity, losses):
-        monkeypatch.setattr(module, "_save", lambda figure, path: (figures.append(figure), save(figure, path))[1])
+    save = figure.save
+    for module in (losses, memory, perplexity, throughput, timeline):
+        monkeypatch.setattr(module, "save", lambda figure, path: (figures.append(figure), save(figure, path))[1])
     return figures

@@ -4,7 +4,7 @@ import copy
 import json
 from pathlib import Path
 
-from phase1.record import FILES
+from phase1.records.schema import FILES
 from tests.reports import all_reports
 
 MEASURED = Path(__file__).parents[1] / "results" / "h100"

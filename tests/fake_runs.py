@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from phase1.cli import COMMANDS
 from phase1.commands import memory, perplexity, throughput
-from phase1.measure import throughput as measure_throughput
-from phase1.measure.timing import StepTime
-from phase1.record import FILES
+from phase1.measure.throughput import interleaved as measure_throughput
+from phase1.measure.throughput.timing import StepTime
+from phase1.records.schema import FILES
 from tests.reports import MODELS, memory_result, perplexity_result
 
 LENGTHS = (8, 16, 32)  # too few for a fit, which takes longer than all else

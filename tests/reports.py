@@ -4,8 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from phase1.cli import main
-from phase1.measure.scaling import fit_scaling
-from phase1.record import (
+from phase1.records.schema import (
     FILES,
     Check,
     Dataset,
@@ -17,6 +16,7 @@ from phase1.record import (
     ThroughputResult,
     write_report,
 )
+from phase1.stats.scaling import fit_scaling
 
 ENVIRONMENT = {"device": "cuda", "gpu": "NVIDIA Test 10GB", "gpu_memory_bytes": 10 * 10**9, "cpu": "Test CPU", "cpu_cores": 2}
 SIZES = {"vocab_size": 50257, "d_model": 512, "n_layers": 8, "n_heads": 8}

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from phase1 import cli, config
+from phase1 import cli
 from phase1.cli import COMMANDS, main, parse
+from phase1.config import flags
 from phase1.errors import Unavailable
+from phase1.presets import PRESETS
+from phase1.runs import CompareRun
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 DOCUMENTED = {
@@ -74,10 +77,10 @@ def test_a_preset_sets_what_the_guide_recommends(command, preset, expected):
 
 
 def test_arguments_by_place_come_with_flags_on_either_side():
-    expected = config.CompareRun(old="a b", new="c", fail_on="peak:+2%")
+    expected = CompareRun(old="a b", new="c", fail_on="peak:+2%")
     assert parse("compare", ["a b", "c", "--fail-on", "peak:+2%"]) == expected
     assert parse("compare", ["--fail-on", "peak:+2%", "a b", "c"]) == expected
-    assert config.flags(expected) == "'a b' c --fail-on peak:+2%"
+    assert flags(expected) == "'a b' c --fail-on peak:+2%"
 
 
 def test_a_flag_wins_over_the_preset():
@@ -85,9 +88,9 @@ def test_a_flag_wins_over_the_preset():
     assert parse("memory", ["--batch-size", "3", "--preset", "rtx4090-24g"]).batch_size == 3
 
 
-@pytest.mark.parametrize("preset", config.PRESETS)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_fits_its_commands(preset):
-    for command, values in config.PRESETS[preset].items():
+    for command, values in PRESETS[preset].items():
         assert parse(command, ["--preset", preset]) == COMMANDS[command](**values)
 
 

@@ -9,16 +9,16 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from phase1 import checkpoint
-from phase1.checkpoint import INDEX, load_model, read_index, resume, save_checkpoint, training_facts
-from phase1.commands import perplexity
-from phase1.config import PerplexityRun
-from phase1.journal import open_journal
-from phase1.record import FILES, MemoryResult, read_report
-from phase1.train import train_step
+from phase1.measure.perplexity.result import Text, evaluate_checkpoint
+from phase1.records.journal import open_journal
+from phase1.records.schema import FILES, MemoryResult, read_report
+from phase1.runs import PerplexityRun
+from phase1.training import checkpoint
+from phase1.training.checkpoint import INDEX, load_model, read_index, resume, save_checkpoint, training_facts
+from phase1.training.step import train_step
 from tests.damage import at, cut, damaged, flipped, places, real_reports, renamed, replaced, spliced
 from tests.reports import all_reports, assert_one_line, contents, make_tables, memory_result, write_all
-from tests.test_train import as_tensors, batch_at, state
+from tests.training.test_step import as_tensors, batch_at, state
 
 CASES = 5400  # damaged result files
 INDEX_CASES = 200  # damaged indexes of checkpoints
@@ -213,8 +213,11 @@ def test_a_checkpoint_with_damaged_facts_is_refused_in_one_line(tmp_path, name):
     for wrong in (None, "\x1b[2J" if name != "tokenizer" else 3, [], {}, {"name": 1, "split": "x", "sha256": "x"}):
         save_checkpoint(tmp_path, state(), FACTS | {name: wrong}, resumable=False)
         with pytest.raises(ValueError, match=f"{INDEX} must say .* no such value for {name}") as error:
-            perplexity.evaluate_checkpoint(PerplexityRun(), "baseline", tmp_path, perplexity.Text(None, None))
+            evaluate_checkpoint(PerplexityRun(), "baseline", tmp_path, Text(None, None))
         assert str(error.value).isprintable()
+    save_checkpoint(tmp_path, state(), FACTS | {"skipped_steps": "many"}, resumable=False)
+    with pytest.raises(ValueError, match="no such value for skipped_steps"):
+        evaluate_checkpoint(PerplexityRun(), "baseline", tmp_path, Text(None, None))
     save_checkpoint(tmp_path, state(), {key: value for key, value in FACTS.items() if key != name}, resumable=False)
     with pytest.raises(ValueError, match=f"value for {name}; train again"):
-        perplexity.evaluate_checkpoint(PerplexityRun(), "baseline", tmp_path, perplexity.Text(None, None))
+        evaluate_checkpoint(PerplexityRun(), "baseline", tmp_path, Text(None, None))

@@ -11,7 +11,7 @@ import pytest
 
 from phase1.errors import error_line, exit_status
 from phase1.files import atomic_write
-from phase1.record import FILES
+from phase1.records.schema import FILES
 from tests.fake_runs import CASES, fake, journal_of, result_of, run
 from tests.reports import assert_one_line, contents, make_tables, write_all
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from phase1 import files
-from phase1.files import MAX_JSON_BYTES, atomic_write, one_line, read_json
+from phase1.files import MAX_JSON_BYTES, atomic_write, read_json
+from phase1.text import one_line
 
 
 def test_a_written_file_has_the_new_content_and_leaves_no_other_file(tmp_path):

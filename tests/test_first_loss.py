@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from phase1.commands.train import start_of
-from phase1.config import START, Ranked, model_config
+from phase1.config import Ranked
 from phase1.model import LanguageModel
+from phase1.roster import START, model_config
+from phase1.training.job import start_of
 
 V = 3000
 SHAPE = Ranked(vocab_size=V, d_model=256, n_layers=2, n_heads=4, copy_window=16, htt_dense_rows=100, htt_groups=50, ar_ssm_window=8)

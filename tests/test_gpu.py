@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from phase1.config import ROLES, Ranked, TrainConfig, model_config
+from phase1.config import Ranked, TrainConfig
 from phase1.model import LanguageModel
-from phase1.train import make_train_state, train_step
+from phase1.roster import ROLES, model_config
+from phase1.training.step import make_train_state, train_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -8,52 +8,87 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "phase1"
-LEAVES = {"config", "errors", "files", "interrupts", "vocabulary"}
+LEAVES = {"errors", "files", "text"}
+SETTINGS = {"config", "presets", "roster", "runs"}
 MAY_IMPORT = {
+    "text": set(),
+    "errors": {"text"},
+    "files": {"text"},
     "config": set(),
-    "errors": {"files"},
-    "migrate": set(),
-    "files": set(),
-    "interrupts": set(),
-    "vocabulary": set(),
+    "presets": set(),
+    "roster": {"config"},
+    "runs": {"config", "roster"},
+    "cli": LEAVES | SETTINGS,
+    "__main__": {"cli"},
     "ops": set(),
+    "vocabulary": set(),
     "layers": {"ops", "vocabulary"},
     "model": {"config", "layers", "ops", "vocabulary"},
-    "data": LEAVES,
-    "passes": {"model"},
-    "optimizers": LEAVES,
-    "train": LEAVES | {"model", "ops", "optimizers", "passes"},
-    "checkpoint": LEAVES | {"model", "optimizers", "train"},
-    "candidates": LEAVES | {"checkpoint", "model", "record"},
-    "record": LEAVES | {"migrate"},
-    "journal": LEAVES,
-    "compare": LEAVES | {"record"},
-    "schema": LEAVES | {"migrate", "record"},
-    "tables": LEAVES | {"record"},
-    "report": LEAVES | {"record", "tables"},
-    "measure": LEAVES | {"data", "journal", "model", "ops", "record", "train"},
+    "data": LEAVES | {"config"},
+    "training": LEAVES | {"config", "data", "model", "ops", "vocabulary"},
+    "machine": LEAVES | {"config"},
+    "records": LEAVES,
+    "stats": {"records"},
+    "checks": {"machine", "records", "roster", "stats"},
+    "tables": {"config", "records", "roster", "text"},
+    "plots": {"files", "records", "roster", "tables", "text"},
+    "measure": LEAVES | SETTINGS | {"data", "machine", "model", "ops", "records", "stats", "training"},
     "commands": LEAVES
-    | {"candidates", "checkpoint", "compare", "data", "journal", "layers", "measure", "model", "record", "report", "tables", "train"},
-    "cli": LEAVES,
-    "__main__": {"cli"},
+    | SETTINGS
+    | {"checks", "data", "machine", "measure", "model", "plots", "records", "stats", "tables", "training"},
+}
+WINGS = {
+    "workload": set(),
+    "memory": {"workload"},
+    "throughput": {"workload", "memory.estimate.allocator"},  # which rounds sizes as the CUDA allocator does
+    "perplexity": set(),
 }
 
 
-def imports(path):
+def modules(path):
+    """Every module of phase1 that the file at `path` imports, anywhere in it, by its dotted name."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("phase1."):
-            yield node.module.split(".")[1]
-        elif isinstance(node, ast.ImportFrom) and node.module == "phase1":
-            yield from (a.name for a in node.names if (PACKAGE / f"{a.name}.py").exists())
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "phase1":
+            names = [f"{node.module}.{a.name}" for a in node.names]
+            yield from (name if is_module(name) else node.module for name in names)
         elif isinstance(node, ast.Import):
-            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("phase1."))
+            yield from (a.name for a in node.names if a.name.startswith("phase1."))
+
+
+def is_module(name):
+    path = PACKAGE.parent.joinpath(*name.split("."))
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
+def imports(path):
+    return {name.split(".")[1] for name in modules(path) if "." in name}
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_point_one_way(path):
     part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     if part != "__init__":
-        assert set(imports(path)) <= MAY_IMPORT[part] | {part}
+        assert imports(path) <= MAY_IMPORT[part] | {part}
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "measure").rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_the_wings_of_measure_know_each_other_only_by_the_step_they_share(path):
+    wing = path.relative_to(PACKAGE / "measure").parts[0].removesuffix(".py")
+    inside = {name.removeprefix("phase1.measure.") for name in modules(path) if name.startswith("phase1.measure.")}
+    others = {name for name in inside if name.split(".")[0] != wing}
+    assert wing == "__init__" or others <= WINGS[wing]
+
+
+def test_no_command_imports_another():
+    for path in (PACKAGE / "commands").glob("*.py"):
+        assert not any(name.startswith("phase1.commands") for name in modules(path))
+
+
+def test_no_private_name_crosses_a_file():
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("phase1"):
+                assert not [a.name for a in node.names if a.name.startswith("_") and not a.name.endswith("__")], path
 
 
 def test_no_module_imports_the_scripts():
@@ -64,7 +99,7 @@ def test_no_module_imports_the_scripts():
     )
 
 
-@pytest.mark.parametrize("module", ["phase1.cli", "phase1.config", "phase1.errors", "phase1.commands"])
+@pytest.mark.parametrize("module", ["phase1.cli", "phase1.runs", "phase1.errors", "phase1.commands"])
 def test_starting_the_command_line_loads_no_heavy_library(module):
     heavy = ["torch", "numpy", "scipy", "pydantic", "datasets", "tokenizers", "matplotlib", "pandas", "tqdm"]
     code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
@@ -72,7 +107,23 @@ def test_starting_the_command_line_loads_no_heavy_library(module):
     assert out.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("module", ["phase1.tables", "phase1.commands.tables", "phase1.commands.compare", "phase1.schema"])
-def test_work_on_result_files_needs_no_torch(module):
-    code = f"import sys, {module}; print('torch' in sys.modules)"
+@pytest.mark.parametrize(
+    "path",
+    sorted(path for part in ("records", "stats", "checks", "tables", "plots") for path in (PACKAGE / part).glob("*.py")),
+    ids=lambda p: str(p.relative_to(PACKAGE)),
+)
+def test_work_on_result_files_imports_no_torch(path):
+    assert not any(
+        name.split(".")[0] == "torch"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
+    )
+
+
+def test_work_on_result_files_loads_no_torch():
+    parts = ["records.json_schema", "records.journal", "stats.scaling", "stats.perplexity_ratio"]
+    parts += [f"checks.{name}" for name in ("memory", "throughput", "perplexity", "controls", "regression", "limits")]
+    parts += ["tables.console", "plots", "commands.tables", "commands.compare"]
+    code = f"import sys, importlib; [importlib.import_module('phase1.' + p) for p in {parts}]; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"

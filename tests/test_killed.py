@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from phase1.checkpoint import INDEX, load_model, resume, save_checkpoint
-from phase1.record import FILES, read_report, write_report
+from phase1.records.schema import FILES, read_report, write_report
+from phase1.training.checkpoint import INDEX, load_model, resume, save_checkpoint
 from tests.fake_runs import CASES, fake, journal_of, killed_child, result_of, run
 from tests.reports import memory_report
-from tests.test_train import state
+from tests.training.test_step import state
 
 ROOT = Path(__file__).parents[1]
 MEASURED = ROOT / "results" / "h100"
@@ -33,7 +33,7 @@ POSIX = pytest.mark.skipif(os.name != "posix", reason="SIGKILL is of POSIX")
 WRITER = """
 import itertools, os, signal, sys
 from phase1 import files
-from phase1.record import FILES, read_report, write_report
+from phase1.records.schema import FILES, read_report, write_report
 
 path, number, moment = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 reports = [read_report(f"{sys.argv[4]}/{FILES[kind]}", kind) for kind in ("memory", "throughput")]
@@ -60,9 +60,9 @@ for number in itertools.count(number):
 SAVER = """
 import itertools, os, sys
 import torch
-from phase1.checkpoint import save_checkpoint
-from phase1.train import train_step
-from tests.test_train import as_tensors, batch_at, state
+from phase1.training.checkpoint import save_checkpoint
+from phase1.training.step import train_step
+from tests.training.test_step import as_tensors, batch_at, state
 
 s = state()
 train_step(s, as_tensors(batch_at(0), 4))

@@ -5,11 +5,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from phase1.config import ROLES, ModelConfig, Ranked, model_config
-from phase1.layers.embedding import HTTTable, levels
+from phase1.config import ModelConfig, Ranked
+from phase1.layers.token_table import HTTTable
 from phase1.model import LanguageModel
 from phase1.ops.htt import htt_lookup_reference
-from phase1.vocabulary import TokenStatistics
+from phase1.roster import ROLES, model_config
+from phase1.vocabulary.levels import levels
+from phase1.vocabulary.statistics import TokenStatistics
 
 TINY = Ranked(
     vocab_size=50, d_model=16, n_layers=2, n_heads=2, ar_ssm_max_rank=4, ar_ssm_min_rank=2, ar_ssm_window=4,
@@ -165,7 +167,7 @@ def test_the_gate_penalty_is_in_the_training_loss_alone():
     [
         {"n_layers": 1}, {"n_heads": 4}, {"ar_ssm_min_rank": 1}, {"ar_ssm_window": 3}, {"ar_ssm_window": 0}, {"rank_penalty": 0.5},
         {"htt_dense_rows": 3}, {"htt_groups": 7}, {"ar_ssm_max_rank": 2}, {"htt_rank": 2}, {"mixer": "attention"},
-        {"embedding": "dense"}, {"vocab_size": 51}, {"d_model": 32},
+        {"embedding": "dense"}, {"vocab_size": 51}, {"d_model": 32}, {"row_norm": 0.5}, {"input_scale": 2.0}, {"logit_scale": 0.5},
     ],
     ids=str,
 )  # fmt: skip
@@ -285,3 +287,9 @@ def test_the_table_is_its_definition_row_by_row_even_without_dense_rows_band_or_
     for got, expected in zip(*outcomes, strict=True):
         assert expected.any()
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("flag", ["mixer", "embedding"])
+def test_a_mixer_or_table_that_does_not_exist_is_refused_by_the_names_of_those_that_do(flag):
+    with pytest.raises(ValueError, match=f"--{flag} must be one of .*, .*; got 'mamba\\\\n'; correct it"):
+        model(**{flag: "mamba\n"})

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from phase1.commands import pipeline
-from phase1.config import PipelineRun
+from phase1.runs import PipelineRun
 from tests.data.test_hub import CARD, COMMIT, downloaded, json_lines
 
 # argv: a JSON list of command lines. Prints [exit statuses, sockets that were asked for] as JSON on the last line.

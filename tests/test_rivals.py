@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from phase1.candidates import candidates, variant
-from phase1.commands.train import make_state, start_of
-from phase1.config import FAIR, RIVALS, PerplexityRun, Ranked, TrainConfig, model_config, report_key
-from phase1.data import token_statistics, token_vectors
+from phase1.config import Ranked, TrainConfig
 from phase1.layers.attention import Attention
-from phase1.layers.embedding import levels
 from phase1.layers.norm import rms_norm
 from phase1.layers.rotary import rotary, rotate
+from phase1.measure.perplexity.candidates import candidates, variant
 from phase1.model import LanguageModel
+from phase1.roster import FAIR, RIVALS, model_config, report_key
+from phase1.runs import PerplexityRun
+from phase1.training.job import make_state, start_of
+from phase1.vocabulary.levels import levels
+from phase1.vocabulary.statistics import token_statistics, token_vectors
 
 V = 300
 TINY = Ranked(

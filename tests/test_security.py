@@ -9,18 +9,19 @@ from pathlib import Path
 import pytest
 
 import phase1
-from phase1.checkpoint import INDEX, load_model, read_index, resume, save_checkpoint
 from phase1.cli import main
 from phase1.commands import perplexity
-from phase1.config import PerplexityRun
 from phase1.data import load_corpus
-from phase1.measure.environment import current_command, environment, settings, without_private
-from phase1.measure.isolate import reason
-from phase1.record import FILES
-from phase1.report import plot_losses, plot_memory, plot_perplexity, plot_throughput
-from phase1.train import train_step
+from phase1.errors import reason
+from phase1.machine.environment import current_command, environment, settings
+from phase1.plots import plot_losses, plot_memory, plot_perplexity, plot_throughput
+from phase1.records.schema import FILES
+from phase1.runs import PerplexityRun
+from phase1.text import without_private
+from phase1.training.checkpoint import INDEX, load_model, read_index, resume, save_checkpoint
+from phase1.training.step import train_step
 from tests.reports import all_reports, contents, make_tables, write_all
-from tests.test_train import as_tensors, batch_at, state
+from tests.training.test_step import as_tensors, batch_at, state
 
 PACKAGE = Path(phase1.__file__).parent
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *(PACKAGE.parents[1] / "scripts").glob("*.py")])

@@ -10,19 +10,21 @@ from dataclasses import MISSING, fields
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from phase1 import __version__, config
+from phase1 import __version__, runs
+from phase1.config import Config
 from phase1.errors import FAILURES, error_line, exit_status
-from phase1.files import one_line
+from phase1.presets import PRESETS
+from phase1.text import one_line
 
-COMMANDS: dict[str, type[config.Config]] = {
-    "memory": config.MemoryRun,
-    "throughput": config.ThroughputRun,
-    "perplexity": config.PerplexityRun,
-    "tables": config.TablesRun,
-    "compare": config.CompareRun,
-    "pipeline": config.PipelineRun,
-    "train": config.TrainRun,
-    "doctor": config.DoctorRun,
+COMMANDS: dict[str, type[Config]] = {
+    "memory": runs.MemoryRun,
+    "throughput": runs.ThroughputRun,
+    "perplexity": runs.PerplexityRun,
+    "tables": runs.TablesRun,
+    "compare": runs.CompareRun,
+    "pipeline": runs.PipelineRun,
+    "train": runs.TrainRun,
+    "doctor": runs.DoctorRun,
 }
 EXIT_STATUS = (
     "exit status: 0 every check passes, 1 a check fails, 2 wrong usage or input, 3 undecided or unavailable, "
@@ -59,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exit_status(error)
 
 
-def _run(name: str, run: config.Config) -> int:
+def _run(name: str, run: Config) -> int:
     """The exit status of a command. What it imports is no garbage: to look through it, over and over, takes seconds."""
     gc.disable()
     try:
@@ -97,14 +99,14 @@ def parse(command: str, argv: Sequence[str]) -> Any:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    presets = [name for name, commands in config.PRESETS.items() if command in commands]
+    presets = [name for name, commands in PRESETS.items() if command in commands]
     if presets:
         parser.add_argument("--preset", choices=presets, default=None, help="defaults for a card; other flags win over it")
     for field in fields(cls):
         parser.add_argument(_spelling(field), help=field.metadata["help"], **_argument(field))
     values = vars(parser.parse_args(argv))
     if presets and values["preset"] is not None:
-        parser.set_defaults(**config.PRESETS[values["preset"]][command])
+        parser.set_defaults(**PRESETS[values["preset"]][command])
         values = vars(parser.parse_args(argv))
     if presets:
         del values["preset"]

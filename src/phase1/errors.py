@@ -1,6 +1,6 @@
-"""The error that is not the user's mistake, and the exit status of every kind of failure."""
+"""The errors that are not the user's mistake, what an error says, and the exit status of every kind of failure."""
 
-from phase1.files import one_line
+from phase1.text import one_line, without_private
 
 
 class Unavailable(RuntimeError):
@@ -24,3 +24,19 @@ def error_line(command: str, error: Exception) -> str:
 def exit_status(error: Exception) -> int:
     """The exit status of an expected failure."""
     return next(code for kind, code in FAILURES.items() if isinstance(error, kind))
+
+
+# what PyTorch says, other than torch.OutOfMemoryError, when memory runs out
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory, of the GPU or of the machine, ran out."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without importing it
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def reason(error: BaseException) -> str:
+    """What `error` says, on one line without what is private; its type where it says nothing."""
+    return without_private(" ".join(str(error).split()))[:600] or type(error).__name__

@@ -8,6 +8,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from phase1.text import one_line
+
 MAX_JSON_BYTES = 64 * 2**20  # a report is some kilobytes; a file this large is not one
 
 
@@ -65,11 +67,6 @@ def read_json(path: Path | str) -> Any:
     except ValueError as error:
         raise ValueError(f"no strict JSON ({one_line(error)})") from error
     return content
-
-
-def one_line(text: object, limit: int = 300) -> str:
-    """`text` as one line of printable characters: what comes from files may hold newlines and terminal escapes."""
-    return "".join(c if c.isprintable() else "?" for c in str(text)[:limit])
 
 
 def _finite(literal: str) -> float:

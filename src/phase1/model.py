@@ -1,7 +1,8 @@
 """The language model: token table, L blocks of mixer and MLP, tied output, loss."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +13,50 @@ from phase1.config import ModelConfig
 from phase1.layers.ar_ssm import ARSSM
 from phase1.layers.attention import Attention
 from phase1.layers.copy_head import CopyHead
-from phase1.layers.embedding import DenseTable, HTTTable
 from phase1.layers.mlp import MLP
+from phase1.layers.token_table import DenseTable, HTTTable
 from phase1.ops.cross_entropy import IGNORE, Factors, tied_cross_entropy, tied_cross_entropy_reference, tied_nll
-from phase1.vocabulary import TokenStatistics, TokenVectors
+from phase1.vocabulary.statistics import TokenStatistics, TokenVectors
+
+Choice = TypeVar("Choice")
+
+MIXERS: dict[str, Callable[[ModelConfig], nn.Module]] = {
+    "attention": lambda c: Attention(
+        c.d_model,
+        c.n_heads,
+        fused=c.attention == "fused",
+        qk_norm=c.attention_qk_norm,
+        conv=c.attention_conv,
+        gate=c.attention_gate,
+    ),
+    "ar_ssm": lambda c: ARSSM(
+        c.d_model,
+        c.n_heads,
+        max_rank=c.ar_ssm_max_rank,
+        min_rank=c.ar_ssm_min_rank,
+        window=c.ar_ssm_window,
+        memory=c.ar_ssm_memory,
+    ),
+}
+"""Sequence layers by the name they have in `ModelConfig.mixer`: (x (B, T, D), state) -> (y, state, effective rank or None)."""
+
+TABLES: dict[str, Callable[[ModelConfig, TokenStatistics | TokenVectors | None], DenseTable | HTTTable]] = {
+    "dense": lambda c, known: DenseTable(
+        c.vocab_size,
+        c.d_model,
+        output_bias=c.dense_start == "statistics",
+        vectors=known if isinstance(known, TokenVectors) else None,
+    ),
+    "htt": lambda c, known: HTTTable(
+        c.vocab_size,
+        c.d_model,
+        rank=c.htt_rank,
+        dense_rows=c.htt_dense_rows,
+        groups=c.htt_groups,
+        statistics=known if isinstance(known, TokenStatistics) else None,
+    ),
+}
+"""Token tables by the name they have in `ModelConfig.embedding`, started from what is `known` of the text; None: random."""
 
 
 class Block(nn.Module):
@@ -24,25 +65,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.mixer_norm, self.mlp_norm = nn.RMSNorm(config.d_model), nn.RMSNorm(config.d_model)
-        self.mixer: nn.Module = (
-            Attention(
-                config.d_model,
-                config.n_heads,
-                fused=config.attention == "fused",
-                qk_norm=config.attention_qk_norm,
-                conv=config.attention_conv,
-                gate=config.attention_gate,
-            )
-            if config.mixer == "attention"
-            else ARSSM(
-                config.d_model,
-                config.n_heads,
-                max_rank=config.ar_ssm_max_rank,
-                min_rank=config.ar_ssm_min_rank,
-                window=config.ar_ssm_window,
-                memory=config.ar_ssm_memory,
-            )
-        )
+        self.mixer = _named(MIXERS, "--mixer", config.mixer)(config)
         self.mlp = MLP(config.d_model)
 
     def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any, Tensor | None]:
@@ -57,30 +80,14 @@ class LanguageModel(nn.Module):
 
     Args:
         config: sizes, mixer, table, loss and checkpointing.
-        statistics: of the training text: TokenStatistics for an HTT table, TokenVectors for a dense one that starts from them
-            (phase1.data.token_statistics, token_vectors); None: random, where costs are measured or a checkpoint is loaded.
+        statistics: of the training text (phase1.vocabulary.statistics): TokenStatistics for an HTT table, TokenVectors for a
+            dense one that starts from them; None: random, where costs are measured or a checkpoint is loaded.
     """
 
     def __init__(self, config: ModelConfig, statistics: TokenStatistics | TokenVectors | None = None) -> None:
         super().__init__()
         self.config = config
-        self.embedding: DenseTable | HTTTable = (
-            DenseTable(
-                config.vocab_size,
-                config.d_model,
-                output_bias=config.dense_start == "statistics",
-                vectors=statistics if isinstance(statistics, TokenVectors) else None,
-            )
-            if config.embedding == "dense"
-            else HTTTable(
-                config.vocab_size,
-                config.d_model,
-                rank=config.htt_rank,
-                dense_rows=config.htt_dense_rows,
-                groups=config.htt_groups,
-                statistics=statistics if isinstance(statistics, TokenStatistics) else None,
-            )
-        )
+        self.embedding = _named(TABLES, "--embedding", config.embedding)(config, statistics)
         if config.row_norm != 1:
             self.embedding.scale(config.row_norm)
         self.input_scale = math.sqrt(config.d_model) if config.input_scale is None else config.input_scale
@@ -226,6 +233,13 @@ class LanguageModel(nn.Module):
         }
         counts = {name: sum(p.numel() for m in modules for p in m.parameters()) for name, modules in parts.items()}
         return {"total": sum(p.numel() for p in self.parameters())} | counts
+
+
+def _named(choices: dict[str, Choice], flag: str, name: str) -> Choice:
+    """The choice called `name`; a config from a file may name one that does not exist."""
+    if name not in choices:
+        raise ValueError(f"{flag} must be one of {', '.join(choices)}; got {name!r:.80}; correct it")
+    return choices[name]
 
 
 def _run(function: Any, argument: Tensor, recompute: bool) -> Any:

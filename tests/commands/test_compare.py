@@ -3,7 +3,7 @@ import json
 import pytest
 
 from phase1.cli import main
-from phase1.record import FILES, Dataset, write_report
+from phase1.records.schema import FILES, Dataset, write_report
 from tests.reports import (
     ENVIRONMENT,
     all_reports,

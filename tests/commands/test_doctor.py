@@ -4,7 +4,7 @@ import torch
 
 from phase1 import __version__
 from phase1.commands import doctor
-from phase1.config import DoctorRun
+from phase1.runs import DoctorRun
 
 
 def test_doctor_prints_what_a_bug_report_needs(capsys):

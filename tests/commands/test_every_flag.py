@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from phase1.commands import compare, memory, perplexity, pipeline, tables, throughput, train
-from phase1.config import CompareRun, MemoryRun, PerplexityRun, PipelineRun, TablesRun, ThroughputRun, TrainRun
+from phase1.runs import CompareRun, MemoryRun, PerplexityRun, PipelineRun, TablesRun, ThroughputRun, TrainRun
 
 SHAPE = {
     "vocab_size": 300, "d_model": 16, "n_layers": 1, "n_heads": 2, "ar_ssm_min_rank": 2, "ar_ssm_window": 4, "htt_dense_rows": 4,

@@ -5,14 +5,15 @@ import re
 import pytest
 import torch
 
+from phase1.checks.memory import memory_checks
 from phase1.cli import main as phase1
 from phase1.commands import memory
-from phase1.config import MemoryRun
-from phase1.measure.isolate import Outcome
-from phase1.measure.memory import as_result
-from phase1.record import Fit, MemoryResult, read_report
-from phase1.report import memory_text
+from phase1.machine.isolate import Outcome
+from phase1.measure.memory.measured import as_result
+from phase1.records.schema import Fit, MemoryResult, read_report
+from phase1.runs import MemoryRun
 from phase1.tables import build_tables
+from phase1.tables.console import memory_text
 from phase1.tables.memory import fit_comparison
 from tests.reports import memory_report
 
@@ -126,18 +127,18 @@ def found(status, **fields) -> Fit:
 @pytest.mark.parametrize("status, verdict, value", [("ok", "pass", 7), ("oom", "fail", 0), ("error", "inconclusive", None)])
 def test_one_sequence_trains_is_decided_by_the_search(status, verdict, value):
     sizes = {"batch_size": 7, "seq_length": 64} if status == "ok" else {}
-    checks = by_name(memory.checks({"phase1": engine(fits=[found(status, **sizes)])}, None, 7_200_000_000))
+    checks = by_name(memory_checks({"phase1": engine(fits=[found(status, **sizes)])}, None, 7_200_000_000))
     assert (checks["one_sequence_trains"].status, checks["one_sequence_trains"].value) == (verdict, value)
     assert checks["one_sequence_trains"].detail.startswith("emulated: ")
 
 
 def test_every_verdict_on_a_capped_card_says_emulated():
-    checks = memory.checks(
+    checks = memory_checks(
         {"baseline": engine(), "phase1": engine(memory_reduction_percent=60.0)}, 80 * 10**9, 7_200_000_000, "rtx4060"
     )
     assert [check.name for check in checks] == ["fits_8gb", "fits_10gb", "fits_rtx4060", "reduction_50_percent"]
     assert all(check.detail.startswith("emulated: ") for check in checks)
-    over = by_name(memory.checks({"phase1": engine("oom")}, 80 * 10**9, 7_200_000_000, "rtx4060"))
+    over = by_name(memory_checks({"phase1": engine("oom")}, 80 * 10**9, 7_200_000_000, "rtx4060"))
     assert [over[name].status for name in ("fits_8gb", "fits_10gb", "fits_rtx4060")] == ["fail", "inconclusive", "fail"]
     assert over["fits_8gb"].detail == "emulated: out of memory with 7.20 GB of the card to use"
 

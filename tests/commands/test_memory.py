@@ -4,11 +4,13 @@ import sys
 import pytest
 import torch
 
+from phase1.checks.memory import memory_checks, with_reductions
 from phase1.commands import memory
-from phase1.config import MemoryRun
-from phase1.measure.isolate import Outcome
-from phase1.measure.memory import as_result, estimate_memory
-from phase1.record import MemoryResult, read_report
+from phase1.machine.isolate import Outcome
+from phase1.measure.memory.estimate.estimate import estimate_memory
+from phase1.measure.memory.measured import as_result
+from phase1.records.schema import MemoryResult, read_report
+from phase1.runs import MemoryRun
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tests the estimate")
 SIZES = {
@@ -32,7 +34,7 @@ def peaks(allocated: int, **fields) -> MemoryResult:
 
 
 def by_name(results, free_bytes=None):
-    return {check.name: check for check in memory.checks(memory.with_reductions(results), free_bytes)}
+    return {check.name: check for check in memory_checks(with_reductions(results), free_bytes)}
 
 
 @needs_no_gpu

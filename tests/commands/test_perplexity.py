@@ -5,6 +5,7 @@ import shlex
 import shutil
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from phase1.checkpoint import INDEX, load_token_order
 from phase1.cli import parse
 from phase1.commands import perplexity, train
-from phase1.config import PerplexityRun, TrainRun
 from phase1.data import load_corpus
 from phase1.errors import Unavailable
-from phase1.measure.stats import paired_ratio_interval
-from phase1.record import read_report
+from phase1.measure.perplexity import result as one_case
+from phase1.records.schema import read_report
+from phase1.runs import PerplexityRun, TrainRun
+from phase1.stats.perplexity_ratio import paired_ratio_interval
+from phase1.training import job
+from phase1.training.checkpoint import INDEX, load_token_order
 
 FILE = "phase1_perplexity_validation.json"
 
@@ -71,7 +74,7 @@ def test_models_are_trained_once_and_compared_on_the_same_targets(run, capsys, m
     def fail(*args, **kwargs):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(train, "make_state", fail)
+    monkeypatch.setattr(job, "make_state", fail)
     perplexity.main(run)
     second = read_report(f"{run.out_dir}/{FILE}", "perplexity")
     assert second.results == first.results
@@ -116,8 +119,8 @@ def trained_whole(run, tmp_path):
 
 def test_a_training_that_ends_at_once_goes_on_from_its_last_checkpoint(run, monkeypatch, tmp_path):
     again, expected = trained_whole(run, tmp_path)
-    monkeypatch.setattr(train, "SAVE_SECONDS", 0.0)
-    steps = train.train
+    monkeypatch.setattr(job, "SAVE_SECONDS", 0.0)
+    steps = job.train
 
     def interrupted(state, batch_at, total, on_step):
         def stop(step, loss):
@@ -127,11 +130,11 @@ def test_a_training_that_ends_at_once_goes_on_from_its_last_checkpoint(run, monk
 
         return steps(state, batch_at, total, stop)
 
-    monkeypatch.setattr(train, "train", interrupted)
+    monkeypatch.setattr(job, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
         perplexity.main(again)
     seen = []
-    monkeypatch.setattr(train, "train", lambda state, *rest: seen.append(state.step) or steps(state, *rest))
+    monkeypatch.setattr(job, "train", lambda state, *rest: seen.append(state.step) or steps(state, *rest))
     perplexity.main(again)
     assert seen == [4]
     assert losses_of(run) == expected
@@ -140,7 +143,7 @@ def test_a_training_that_ends_at_once_goes_on_from_its_last_checkpoint(run, monk
 @pytest.mark.usefixtures("interrupts_arrive")
 def test_an_interrupted_training_goes_on_where_it_stopped(run, monkeypatch, tmp_path):
     again, expected = trained_whole(run, tmp_path)
-    started, steps = [], train.train
+    started, steps = [], job.train
 
     def interrupted(after, number):
         """Training that receives a signal, as of Ctrl-C or of a scheduler that needs the machine, while a step is taken."""
@@ -158,7 +161,7 @@ def test_an_interrupted_training_goes_on_where_it_stopped(run, monkeypatch, tmp_
         return train
 
     for after, number in ((2, signal.SIGINT), (5, signal.SIGTERM), (6, signal.SIGINT)):
-        monkeypatch.setattr(train, "train", interrupted(after, number))
+        monkeypatch.setattr(job, "train", interrupted(after, number))
         with pytest.raises(KeyboardInterrupt):
             perplexity.main(again)
     perplexity.main(again)
@@ -179,8 +182,8 @@ def test_a_baseline_is_shared_by_engines_of_different_ranks(run):
 
 def test_the_table_knows_only_the_tokens_its_model_is_trained_on(run, monkeypatch):
     seen = []
-    statistics = train.token_statistics
-    monkeypatch.setattr(train, "token_statistics", lambda ids, **sizes: seen.append(len(ids)) or statistics(ids, **sizes))
+    statistics = job.token_statistics
+    monkeypatch.setattr(job, "token_statistics", lambda ids, **sizes: seen.append(len(ids)) or statistics(ids, **sizes))
     perplexity.main(replace(run, test_htt_ranks=(2,), train_tokens=16 * 32 * 2, baseline=False))
     assert seen == [2 * 16 * 33]  # windows of 32 and their last targets
 
@@ -205,6 +208,25 @@ def test_train_writes_a_checkpoint_and_prints_the_command_that_evaluates_it(run,
     assert perplexity.main(evaluation) == 3  # one model, nothing to compare it with
     result = read_report(f"{run.out_dir}/{FILE}", "perplexity").results["phase1_htt2_ar4"]
     assert result.trained_tokens == 4096 and result.training["train_tokens"] == 4096
+
+
+def test_steps_whose_gradients_overflow_are_counted_where_the_trained_tokens_are(run, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**26))
+    settings = settings_of(run, out_dir=str(tmp_path / "mine"), train_tokens=40 * 512, precision="fp16")
+    assert train.main(settings) == 0
+    out = capsys.readouterr().out
+    index = json.loads((tmp_path / "mine" / INDEX).read_text())
+    skipped = 26 - int(math.log2(index["scaler"]["scale"]))  # every overflow halves the scale
+    assert 0 < skipped < 40 and index["facts"]["skipped_steps"] == skipped and index["facts"]["trained_tokens"] == 40 * 512
+    assert f"of these steps {skipped} changed nothing: their gradients overflowed" in out
+    perplexity.main(parse("perplexity", [*shlex.split(out.split("next: phase1 perplexity ")[1]), "--out-dir", run.out_dir]))
+    assert read_report(f"{run.out_dir}/{FILE}", "perplexity").results["phase1_htt2_ar4"].skipped_steps == skipped
+
+
+def test_a_training_without_overflow_speaks_of_no_skipped_step(run, capsys, tmp_path):
+    train.main(settings_of(run, out_dir=str(tmp_path / "mine"), train_tokens=512))
+    assert "changed nothing" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "mine" / INDEX).read_text())["facts"]["skipped_steps"] == 0
 
 
 def test_a_finished_checkpoint_of_other_settings_is_not_taken_for_this_one(run, tmp_path):
@@ -259,14 +281,14 @@ def test_a_model_that_diverges_is_recorded_and_the_others_go_on(run):
 
 
 def test_a_model_that_runs_out_of_memory_is_recorded_and_the_others_go_on(run, monkeypatch):
-    evaluate = perplexity.evaluate_checkpoint
+    evaluate = one_case.evaluate_checkpoint
 
     def full(run, key, *rest):
         if key == "baseline":
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
         return evaluate(run, key, *rest)
 
-    monkeypatch.setattr(perplexity, "evaluate_checkpoint", full)
+    monkeypatch.setattr(one_case, "evaluate_checkpoint", full)
     assert perplexity.main(replace(run, test_htt_ranks=(2,))) == 3
     report = read_report(f"{run.out_dir}/{FILE}", "perplexity")
     assert report.results["baseline"].status == "oom" and "try --micro-batch-size 8" in report.results["baseline"].detail
@@ -277,7 +299,7 @@ def test_out_of_memory_in_training_ends_with_sizes_to_try(run, monkeypatch, tmp_
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(train, "train", full)
+    monkeypatch.setattr(job, "train", full)
     with pytest.raises(Unavailable, match="try --micro-batch-size 8"):
         train.main(settings_of(run, out_dir=str(tmp_path / "mine")))
 
@@ -359,7 +381,7 @@ def test_a_checkpoint_brings_the_order_of_the_tokens_it_was_trained_on(trained):
     corpus = load_corpus(trained, vocab_size=300, need=("train",))
     for item in trained.checkpoint:
         order = load_token_order(item.partition("=")[2]).numpy()
-        seen = train.Windows(corpus.splits["train"].ids, 16, 0).seen(16 * 40)
+        seen = job.Windows(corpus.splits["train"].ids, 16, 0).seen(16 * 40)
         counts = np.bincount(seen, minlength=300)
         assert len(seen) < len(corpus.splits["train"].ids)
         assert sorted(order) == list(range(300)) and (np.diff(counts[order]) <= 0).all()

@@ -2,8 +2,10 @@ import pytest
 
 from phase1.cli import parse
 from phase1.commands import pipeline
-from phase1.config import PRESETS, PipelineRun, flags
+from phase1.config import flags
 from phase1.errors import Unavailable
+from phase1.presets import PRESETS
+from phase1.runs import PipelineRun
 
 
 class Step:

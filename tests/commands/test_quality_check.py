@@ -2,10 +2,11 @@
 
 import pytest
 
-from phase1.commands import perplexity
-from phase1.config import PerplexityRun
-from phase1.measure.degradation import compared, quality_checks
-from phase1.record import Dataset
+from phase1.checks.perplexity import compared, quality_checks
+from phase1.measure.perplexity import result as one_case
+from phase1.measure.perplexity.candidates import candidates
+from phase1.records.schema import Dataset
+from phase1.runs import PerplexityRun
 from tests.reports import perplexity_result
 
 LOSSES = {"window_nll_nats": [10.0, 12.0, 11.0], "window_tokens": [5, 5, 5]}
@@ -73,22 +74,22 @@ def test_an_error_other_than_too_little_memory_ends_the_run(monkeypatch, error):
         raise error
 
     run = PerplexityRun()
-    model = perplexity.candidates(run)[0]
-    monkeypatch.setattr(perplexity, "train_candidate", fails)
+    model = candidates(run)[0]
+    monkeypatch.setattr(one_case, "train_candidate", fails)
     with pytest.raises(type(error)):
-        perplexity.measure(run, model, [perplexity.Text(None, None)])
+        one_case.measure(run, model, [one_case.Text(None, None)])
 
 
 def test_models_with_attention_have_their_own_learning_rate(monkeypatch, tmp_path):
     from types import SimpleNamespace
 
     seen = {}
-    monkeypatch.setattr(perplexity, "train_to_checkpoint", lambda model, train, *rest, label: seen.update({label: train}))
+    monkeypatch.setattr(one_case, "train_to_checkpoint", lambda model, train, *rest, label: seen.update({label: train}))
     run = PerplexityRun(
         learning_rate=1e-3, baseline_learning_rate=2e-3, checkpoint_dir=str(tmp_path), variants=("attention_htt", "ar_ssm_dense")
     )
     corpus = SimpleNamespace(splits={"train": SimpleNamespace(sha256="0")}, tokenizer=SimpleNamespace(fingerprint="0"))
-    for model in perplexity.candidates(run):
-        perplexity.train_candidate(run, model, corpus)
+    for model in candidates(run):
+        one_case.train_candidate(run, model, corpus)
     rates = {key: train.learning_rate for key, train in seen.items()}
     assert rates == {"baseline": 2e-3, "attention_htt": 2e-3, "phase1_htt16_ar32": 1e-3, "ar_ssm_dense": 1e-3}

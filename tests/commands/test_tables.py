@@ -5,9 +5,9 @@ import os
 import pytest
 
 from phase1.commands.tables import main
-from phase1.config import TablesRun
 from phase1.errors import Unavailable
-from phase1.record import FILES, write_report
+from phase1.records.schema import FILES, write_report
+from phase1.runs import TablesRun
 from tests.reports import all_reports, memory_result
 
 NAMES = (

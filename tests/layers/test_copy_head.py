@@ -1,13 +1,13 @@
 import pytest
 import torch
 
-from phase1.checkpoint import load_model, save_checkpoint
 from phase1.config import ModelConfig, TrainConfig
 from phase1.layers.copy_head import CopyHead
 from phase1.model import LanguageModel
 from phase1.ops.cross_entropy import IGNORE
-from phase1.optimizers import parameter_groups
-from phase1.train import make_train_state, train
+from phase1.training.checkpoint import load_model, save_checkpoint
+from phase1.training.optimizers import parameter_groups
+from phase1.training.step import make_train_state, train
 
 B, T, D, V, WINDOW = 2, 13, 8, 6, 5
 d = D // 2  # two heads

@@ -3,7 +3,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from phase1.config import ModelConfig
-from phase1.record import Ablation, Check, MemoryResult, PerplexityResult, ThroughputResult
+from phase1.records.schema import Ablation, Check, MemoryResult, PerplexityResult, ThroughputResult
 from phase1.tables import (
     build_tables,
     configuration_comparison,

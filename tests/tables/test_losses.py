@@ -1,8 +1,9 @@
 import pytest
 
-from phase1.record import LossPart
-from phase1.report import perplexity_text, plot_losses
+from phase1.plots import plot_losses
+from phase1.records.schema import LossPart
 from phase1.tables import build_tables, loss_comparison
+from phase1.tables.console import perplexity_text
 from tests.reports import perplexity_report, perplexity_result
 
 

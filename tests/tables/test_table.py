@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phase1.tables import SUFFIXES, Column, Table, build_tables, console, render
+from phase1.tables import SUFFIXES, Column, Table, build_tables, render
+from phase1.tables.console import console
 from tests.reports import all_reports
 
 TABLES = build_tables(all_reports())

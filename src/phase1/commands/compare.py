@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from phase1.compare import METRICS, Difference, Outcome, Rule, differences, parse_rules
-from phase1.config import CompareRun
-from phase1.files import one_line, read_json
-from phase1.record import FILES, Kind, Report, read_report
+from phase1.checks.regression import METRICS, Difference, Outcome, Rule, differences, parse_rules
+from phase1.files import read_json
+from phase1.records.schema import FILES, Kind, Report, read_report
+from phase1.runs import CompareRun
+from phase1.text import one_line
 
 KINDS: tuple[Kind, ...] = ("memory", "throughput", "perplexity")
 HEADINGS = ("model", "metric", "T", "old", "new", "change %", "limit", "result")

@@ -1,8 +1,8 @@
 """`phase1 doctor`: the block that belongs in a bug report."""
 
-from phase1.config import DoctorRun
-from phase1.measure.environment import environment, free_gpu_bytes, free_ram_bytes, package_version
-from phase1.measure.probe import cuda_status, triton_status
+from phase1.machine.environment import environment, free_gpu_bytes, free_ram_bytes, package_version
+from phase1.machine.probe import cuda_status, triton_status
+from phase1.runs import DoctorRun
 
 PACKAGES = ("numpy", "scipy", "pydantic", "safetensors", "tokenizers", "datasets", "matplotlib", "tabulate", "tqdm")
 

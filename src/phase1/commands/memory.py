@@ -6,19 +6,21 @@ from typing import Final
 
 from tqdm import tqdm
 
-from phase1.config import MemoryRun, ModelConfig, model_config
-from phase1.journal import Journal, open_journal
-from phase1.measure.ablate import ROWS, ablation
-from phase1.measure.cards import card_for
-from phase1.measure.environment import current_command, environment, free_gpu_bytes, machine, settings, total_gpu_bytes
-from phase1.measure.fit import fit_sizes
-from phase1.measure.limit import basis, check_limit, limit_bytes
-from phase1.measure.memory import MemoryCase, memory_result
-from phase1.record import FILES, Ablation, Check, Fit, MemoryResult, Report, exit_code, write_report
-from phase1.report import checks_text, memory_text, plot_memory, plot_memory_timeline
+from phase1.checks.memory import memory_checks, with_reductions
+from phase1.config import ModelConfig
+from phase1.machine.environment import current_command, environment, free_gpu_bytes, machine, settings, total_gpu_bytes
+from phase1.measure.memory.ablation import ROWS, ablation
+from phase1.measure.memory.case import MemoryCase
+from phase1.measure.memory.largest import fit_sizes
+from phase1.measure.memory.limit import basis, check_limit, limit_bytes
+from phase1.measure.memory.measured import memory_result
+from phase1.plots import plot_memory, plot_memory_timeline
+from phase1.records.journal import Journal, open_journal
+from phase1.records.schema import FILES, Ablation, Fit, MemoryResult, Report, exit_code, write_report
+from phase1.roster import model_config
+from phase1.runs import MemoryRun
+from phase1.tables.console import checks_text, memory_text
 
-CARD_LIMITS: Final = {"fits_8gb": 7.2e9, "fits_10gb": 9.0e9}  # bytes, 90 % of the card (docs/design.md, "Definitions")
-REDUCTION_LIMIT: Final = 50.0  # percent
 PLOT: Final = "phase1_memory_breakdown.png"
 TIMELINE_PLOT: Final = "phase1_memory_timeline.png"
 
@@ -41,7 +43,7 @@ def main(run: MemoryRun) -> int:
         command=current_command(),
         run=settings(run) | {"free_gpu_bytes": free_bytes, "vram_limit_bytes": limit},
         results=results,
-        checks=checks(results, free_bytes, limit, run.card),
+        checks=memory_checks(results, free_bytes, limit, run.card),
         ablation=with_one_change(cases, results, journal) if run.ablate else [],
     )
     write_report(report, path)
@@ -89,67 +91,3 @@ def with_fits(results: dict[str, MemoryResult], cases: dict[str, MemoryCase], jo
             search = partial(fit_sizes, cases[role], result, total, bar.update)
             fitted[role] = result.model_copy(update={"fit": journal.case(f"fit {role}", list[Fit], search)})
     return fitted
-
-
-def with_reductions(results: dict[str, MemoryResult]) -> dict[str, MemoryResult]:
-    """The results with their reduction of allocated memory against `baseline`, 100 (1 - peak / baseline's peak)."""
-    base = results["baseline"].peak_allocated_bytes if "baseline" in results else None
-    reduced = {}
-    for role, result in results.items():
-        peak = result.peak_allocated_bytes
-        known = base is not None and peak is not None and role != "baseline"
-        percent = 100 * (1 - peak / base) if known else None  # type: ignore[operator]
-        reduced[role] = result.model_copy(update={"memory_reduction_percent": percent})
-    return reduced
-
-
-def checks(
-    results: dict[str, MemoryResult], free_bytes: int | None, limit: int | None = None, card: str | None = None
-) -> list[Check]:
-    """The claims of the engine: it fits both cards and the one asked for, and takes less than half of the baseline's memory."""
-    engine = results["phase1"]
-    limits: dict[str, float] = dict(CARD_LIMITS)
-    if limit is not None:
-        limits["fits_vram_limit" if card is None else "fits_" + card_for(card).key.replace("-", "_")] = limit
-        free_bytes = limit if free_bytes is None else min(free_bytes, limit)
-    fits = [_fits(name, limit, engine, free_bytes) for name, limit in limits.items()]
-    one = [_one_sequence(engine)] if engine.fit else []
-    return [*fits, *one, _reduction(engine, results.get("baseline"))]
-
-
-def _one_sequence(engine: MemoryResult) -> Check:
-    """Whether --fit found a batch at all."""
-    batch = engine.fit[0]
-    name, detail = "one_sequence_trains", f"{batch.measured}: largest batch at this sequence length"
-    if batch.status == "ok":
-        return Check(name=name, value=batch.batch_size, limit=1, status="pass", detail=detail)
-    if batch.status == "oom":
-        return Check(name=name, value=0, limit=1, status="fail", detail=f"{detail}; {batch.detail}")
-    return Check(name=name, value=None, limit=1, status="inconclusive", detail=f"{detail} is not known; {batch.detail}")
-
-
-def _fits(name: str, limit: float, engine: MemoryResult, free_bytes: int | None) -> Check:
-    if engine.status == "oom" and free_bytes is not None and free_bytes >= limit:
-        detail = f"{engine.measured}: out of memory with {free_bytes / 1e9:.2f} GB of the card to use"
-        return Check(name=name, value=None, limit=limit, status="fail", detail=detail)
-    if engine.status != "ok" or engine.peak_reserved_bytes is None or engine.outside_allocator_bytes is None:
-        detail = f"{engine.measured}: the engine's peak is not known ({engine.status}: {engine.detail})"
-        return Check(name=name, value=None, limit=limit, status="inconclusive", detail=detail)
-    value = engine.peak_reserved_bytes + engine.outside_allocator_bytes
-    detail = f"{engine.measured}: bytes reserved by the allocator at the peak, plus those outside it"
-    return Check(name=name, value=value, limit=limit, status="pass" if value <= limit else "fail", detail=detail)
-
-
-def _reduction(engine: MemoryResult, baseline: MemoryResult | None) -> Check:
-    name, limit = "reduction_50_percent", REDUCTION_LIMIT
-    value = engine.memory_reduction_percent
-    if value is not None:
-        detail = f"{engine.measured}: percent less peak_allocated_bytes than baseline"
-        return Check(name=name, value=value, limit=limit, status="pass" if value > limit else "fail", detail=detail)
-    if baseline is None:
-        why = "no baseline was measured (--no-baseline)"
-    elif baseline.status != "ok":
-        why = f"no reduction can be stated: the baseline ended with {baseline.status} ({baseline.detail})"
-    else:
-        why = f"no reduction can be stated: the engine ended with {engine.status} ({engine.detail})"
-    return Check(name=name, value=None, limit=limit, status="inconclusive", detail=f"{engine.measured}: {why}")

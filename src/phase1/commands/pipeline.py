@@ -6,10 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from phase1.config import PRESETS, Config, MemoryRun, PerplexityRun, PipelineRun, TablesRun, ThroughputRun, flags
+from phase1.config import Config, flags
 from phase1.errors import FAILURES, error_line, exit_status
-from phase1.journal import open_journal
-from phase1.measure.environment import machine, settings
+from phase1.machine.environment import machine, settings
+from phase1.presets import PRESETS
+from phase1.records.journal import open_journal
+from phase1.runs import MemoryRun, PerplexityRun, PipelineRun, TablesRun, ThroughputRun
 
 
 def main(run: PipelineRun) -> int:

@@ -4,11 +4,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from phase1.config import TablesRun
 from phase1.errors import Unavailable
-from phase1.files import one_line
-from phase1.record import FILES, Kind, Report, atomic_write, read_report
+from phase1.files import atomic_write
+from phase1.records.schema import FILES, Kind, Report, read_report
+from phase1.runs import TablesRun
 from phase1.tables import SUFFIXES, build_tables, render
+from phase1.text import one_line
 
 KINDS: tuple[Kind, ...] = ("memory", "throughput", "perplexity")
 

@@ -6,20 +6,22 @@ from typing import Final
 import torch
 from tqdm import tqdm
 
-from phase1.config import ROLES, ModelConfig, ThroughputRun, model_config
-from phase1.journal import Journal, open_journal
-from phase1.measure.conditions import model_warnings, run_warnings
-from phase1.measure.controls import COPIES, a_a_check, control_batch_size, control_check
-from phase1.measure.efficiency import card_of, with_efficiency
-from phase1.measure.environment import Fact, current_command, environment, machine, settings
-from phase1.measure.monitor import Monitor
-from phase1.measure.scaling import MIN_LENGTHS
-from phase1.measure.throughput import Contender, ThroughputPlan, measure_throughput, throughput_results
-from phase1.record import FILES, Check, Report, ThroughputResult, exit_code, write_report
-from phase1.report import checks_text, plot_throughput, throughput_text
-from phase1.train import compute_dtype, require_gpu_for_graphs
+from phase1.checks.throughput import control_checks, throughput_checks
+from phase1.config import ModelConfig
+from phase1.machine.environment import Fact, current_command, environment, machine, settings
+from phase1.measure.throughput.disturbances import model_warnings, run_warnings
+from phase1.measure.throughput.efficiency import card_of, with_efficiency
+from phase1.measure.throughput.interleaved import Contender, ThroughputPlan, measure_throughput, throughput_results
+from phase1.measure.throughput.monitor import Monitor
+from phase1.measure.workload import control_batch_size
+from phase1.plots import plot_throughput
+from phase1.records.journal import Journal, open_journal
+from phase1.records.schema import FILES, Report, ThroughputResult, exit_code, write_report
+from phase1.roster import ROLES, model_config
+from phase1.runs import ThroughputRun
+from phase1.tables.console import checks_text, throughput_text
+from phase1.training.step import compute_dtype, require_gpu_for_graphs
 
-R_SQUARED_LIMIT: Final = 0.95
 PLOT: Final = "phase1_throughput_comparison.png"
 
 
@@ -51,7 +53,7 @@ def main(run: ThroughputRun) -> int:
         command=current_command(),
         run=settings(run) | {"precision": precision},
         results=results,
-        checks=checks(results["phase1"]) + control_checks(results),
+        checks=throughput_checks(results["phase1"]) + control_checks(results),
         warnings=disturbed,
     )
     write_report(report, path)
@@ -85,41 +87,3 @@ def _measured(
     steps = len(wanted) * len(set(run.seq_lengths)) * (run.warmup_steps + run.measure_steps)
     with tqdm(total=steps, desc=f"throughput on {device}", unit="step", disable=None) as bar:
         return measure_throughput(wanted, plan, device, bar.update, monitor.sample, journal)
-
-
-def control_checks(results: dict[str, ThroughputResult]) -> list[Check]:
-    """The checks of the measurement itself, of the controls that were measured."""
-    copies = [(results[copy], results[original]) for copy, original in COPIES.items() if copy in results]
-    found = [a_a_check(*pair) for pair in copies]
-    return found + [control_check(results[role]) for role in ("quadratic_control",) if role in results]
-
-
-def checks(engine: ThroughputResult) -> list[Check]:
-    """The claims of the engine: its verdict is linear, and a straight line explains its times."""
-    fit = engine.scaling
-    if fit is None:
-        detail = f"the engine was measured at no length ({engine.status}: {engine.detail})"
-        return [
-            Check(name="scaling_linear", value=None, limit=None, status="inconclusive", detail=detail),
-            Check(name="r_squared", value=None, limit=R_SQUARED_LIMIT, status="inconclusive", detail=detail),
-        ]
-    verdict = {"linear": "pass", "not linear": "fail", "inconclusive": "inconclusive"}[fit.verdict]
-    linear = Check.model_validate(
-        {
-            "name": "scaling_linear",
-            "value": fit.exponent,
-            "limit": None,
-            "status": verdict,
-            "detail": f"exponent of the step time in T; {fit.verdict}{': ' if fit.detail else ''}{fit.detail}",
-        }
-    )
-    return [linear, _r_squared(fit.r_squared, sum(m.status == "ok" for m in engine.measurements))]
-
-
-def _r_squared(value: float | None, lengths: int) -> Check:
-    name, limit = "r_squared", R_SQUARED_LIMIT
-    if value is None or lengths < MIN_LENGTHS:  # a line through two points explains everything
-        detail = f"a line needs {MIN_LENGTHS} lengths to be tested; got {lengths}; give more --seq-lengths"
-        return Check(name=name, value=value, limit=limit, status="inconclusive", detail=detail)
-    detail = "of t = a + b T; necessary, not sufficient: T^2 over 512 to 4096 reaches 0.962"
-    return Check(name=name, value=value, limit=limit, status="pass" if value > limit else "fail", detail=detail)

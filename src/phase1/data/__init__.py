@@ -1,7 +1,6 @@
 """Text in, token ids out: corpora, tokenizers, token statistics and the order of training windows."""
 
 from phase1.data.corpora import Corpus, Split, load_corpus
-from phase1.data.order import frequency_order, token_counts, token_statistics, token_vectors
 from phase1.data.text import count_words
 from phase1.data.tokenizers import Tokenizer
 from phase1.data.windows import Windows
@@ -12,9 +11,5 @@ __all__ = [
     "Tokenizer",
     "Windows",
     "count_words",
-    "frequency_order",
     "load_corpus",
-    "token_counts",
-    "token_statistics",
-    "token_vectors",
 ]

@@ -13,8 +13,8 @@ from phase1.data.cache import cached_ids, ids_sha256
 from phase1.data.hub import go_offline, hub_set, hub_texts, quiet
 from phase1.data.local import file_text, local_files, read_token_file, split_file
 from phase1.data.text import Text
+from phase1.data.tokenizer_files import load_tokenizer, tokenizer_kind
 from phase1.data.tokenizers import Tokenizer
-from phase1.data.vocabularies import load_tokenizer, tokenizer_kind
 
 STREAMED_VALID_TOKENS = 500_000  # of a streamed set, valid and test are the first documents above this many tokens
 

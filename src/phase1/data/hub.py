@@ -13,7 +13,7 @@ from typing import Any
 
 from phase1.data.text import Document, Text
 from phase1.errors import Unavailable
-from phase1.files import one_line
+from phase1.text import one_line
 
 SPLITS = {"train": ("train",), "valid": ("validation", "valid", "dev"), "test": ("test",)}
 STREAM_RETRIES = {"MAX_RETRIES": 3, "INTERVAL": 1}  # the library's own wait minutes before they report a lost network

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from phase1.config import ModelConfig, TrainConfig
 from phase1.model import LanguageModel
-from phase1.train import TrainState, make_train_state
+from phase1.training.step import TrainState, make_train_state
 
 Precision = Literal["auto", "fp16", "bf16", "fp32"]
 SEED = 0
@@ -43,3 +43,10 @@ def optimizer_tensors(state: TrainState) -> Iterator[Tensor]:
     """Every tensor the optimizer keeps between steps."""
     for values in state.optimizer.state.values():
         yield from (value for value in values.values() if isinstance(value, Tensor))
+
+
+def control_batch_size(config: ModelConfig, batch_size: int, longest: int, memory_bytes: int | None) -> int:
+    """`batch_size`, halved until the scores of the longest length take at most half of the device's memory; 1 at least."""
+    while batch_size > 1 and memory_bytes is not None and 2 * scores_bytes(config, batch_size, longest) > memory_bytes:
+        batch_size //= 2
+    return batch_size

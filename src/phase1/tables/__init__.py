@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from phase1.record import Report
+from phase1.records.schema import Report
 from phase1.tables.configuration import configuration_comparison
 from phase1.tables.join import require_one_size
 from phase1.tables.losses import loss_comparison
 from phase1.tables.memory import memory_comparison, memory_tables
 from phase1.tables.perplexity import perplexity_comparison
-from phase1.tables.table import SUFFIXES, Column, Table, console, render
+from phase1.tables.table import SUFFIXES, Column, Table, render
 from phase1.tables.throughput import scaling_comparison, throughput_comparison
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "Table",
     "build_tables",
     "configuration_comparison",
-    "console",
     "loss_comparison",
     "memory_comparison",
     "memory_tables",

@@ -1,6 +1,6 @@
 """The table of the memory ablation: one component changed at a time."""
 
-from phase1.record import MemoryResult, Report
+from phase1.records.schema import MemoryResult, Report
 from phase1.tables.common import MODEL, caption_of, gigabytes, hardware_of, setting
 from phase1.tables.table import Column, Table
 

@@ -1,6 +1,6 @@
 """The table of what the peak of a training step is made of."""
 
-from phase1.record import MemoryResult, Report
+from phase1.records.schema import MemoryResult, Report
 from phase1.tables.common import caption_of, gigabytes, hardware_of, setting
 from phase1.tables.table import Cell, Column, Table
 

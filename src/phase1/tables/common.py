@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from phase1.record import Check, Report, Result
+from phase1.records.schema import Check, Report, Result
 from phase1.tables.table import Cell, Column
 
 FAILED = {"oom": "OOM", "error": "FAIL"}

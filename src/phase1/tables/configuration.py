@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from phase1.config import CONTROLS
-from phase1.record import MemoryResult, PerplexityResult, Report, Result, ThroughputResult
+from phase1.records.schema import MemoryResult, PerplexityResult, Report, Result, ThroughputResult
+from phase1.roster import CONTROLS
 from phase1.tables.common import CONFIG, MODEL, gigabytes, hardware_of, headline
 from phase1.tables.join import Row, joined_rows
 from phase1.tables.perplexity import perplexity_cells

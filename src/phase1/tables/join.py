@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from phase1.config import ModelConfig
-from phase1.record import Report, Result
+from phase1.records.schema import Report, Result
 
 SIZES = ("vocab_size", "d_model", "n_layers")  # equal for all models of one comparison
 IDENTITY = (*SIZES, "n_heads", "mixer", "embedding", "loss", "checkpointing")  # equal wherever the config id is

@@ -1,6 +1,6 @@
 """The table of losses by length of the context and by frequency of the target."""
 
-from phase1.record import LossPart, PerplexityResult, Report
+from phase1.records.schema import LossPart, PerplexityResult, Report
 from phase1.tables.common import caption_of, hardware_of, setting
 from phase1.tables.table import Column, Table
 

@@ -2,7 +2,7 @@
 
 import re
 
-from phase1.record import Check, Fit, MemoryResult, Report
+from phase1.records.schema import Check, Fit, MemoryResult, Report
 from phase1.tables.ablation import memory_ablation
 from phase1.tables.breakdown import memory_breakdown
 from phase1.tables.common import (

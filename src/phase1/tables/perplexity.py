@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from phase1.record import PerplexityResult, Report, repetition
+from phase1.records.schema import PerplexityResult, Report
+from phase1.roster import repetition
 from phase1.tables.common import CONFIG, MODEL, VERDICT, caption_of, hardware_of, headline, notes_of, setting
 from phase1.tables.table import Cell, Column, Table
 

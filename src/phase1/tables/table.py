@@ -1,4 +1,4 @@
-"""A table, and its four forms. Names in cells come from files, so every form neutralises what it would interpret."""
+"""A table, and its forms in files. Names in cells come from files, so every form neutralises what it would interpret."""
 
 import csv
 import io
@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from phase1.files import one_line
+from phase1.text import one_line
 
 Cell = str | float | int | None  # None: not measured, not applicable
 MISSING = "n/a"
@@ -101,7 +101,7 @@ def latex(table: Table) -> str:
     headings = [_latex_heading(column.heading) for column in table.columns]
     rows = table.texts(_latex)
     alignment = "".join("r" if table.is_numeric(i) else "l" for i in range(len(headings)))
-    if _is_wide(table):
+    if is_wide(table):
         headings, *rows = [[_latex(column.heading), *cells] for column, cells in zip(table.columns, zip(*rows))]
         alignment = "l" + "r" * (len(headings) - 1)
     lines = ["    " + " & ".join(row) + r" \\" for row in [headings, *rows]]
@@ -127,7 +127,7 @@ def latex(table: Table) -> str:
     )
 
 
-def _is_wide(table: Table) -> bool:
+def is_wide(table: Table) -> bool:
     """Too many columns for a page, and few enough rows to be the columns instead."""
     return len(table.columns) > 8 and 0 < len(table.rows) <= 5
 
@@ -161,23 +161,6 @@ def _latex(text: str) -> str:
     if re.fullmatch(r"-[\d,.]+", text):
         return f"$-${text[1:]}"
     return "".join(_LATEX.get(c, c if c.isascii() or "À" <= c <= "ÿ" else "?") for c in text)
-
-
-def console(table: Table) -> str:
-    """For a terminal: the caption, the rows (few models with many numbers stand side by side), and the notes."""
-    from tabulate import tabulate
-
-    headings = [column.heading for column in table.columns]
-    rows = table.texts(one_line)
-    if _is_wide(table):
-        rows = [list(row) for row in zip(headings, *rows)]
-        headings, rows = rows[0], rows[1:]
-        align = ["left"] + ["right"] * (len(headings) - 1)
-    else:
-        headings = ["\n".join(textwrap.wrap(heading, 12)) for heading in headings]
-        align = ["right" if table.is_numeric(i) else "left" for i in range(len(headings))]
-    body = tabulate(rows, headers=headings, tablefmt="simple", colalign=align if rows else None, disable_numparse=True)
-    return "\n".join([one_line(table.caption), "", body, *(f"- {one_line(note)}" for note in table.notes)])
 
 
 SUFFIXES = {"markdown": ".md", "csv": ".csv", "latex": ".tex"}

@@ -2,7 +2,7 @@
 
 from typing import cast
 
-from phase1.record import Measurement, Report, ThroughputResult
+from phase1.records.schema import Measurement, Report, ThroughputResult
 from phase1.tables.common import (
     BASIS,
     CONFIG,

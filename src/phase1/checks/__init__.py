@@ -1,0 +1,1 @@
+"""Verdicts: a number of a record against a limit. Needs no torch."""

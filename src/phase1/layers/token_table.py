@@ -1,0 +1,199 @@
+"""Token tables, tied to the output: a dense one, and HTT, whose rows past the frequent ones cost a few numbers each."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from phase1.ops.anchored_table import Users, anchored_table, users_of
+from phase1.ops.htt import Cores, htt_table
+from phase1.vocabulary.levels import Level, levels
+from phase1.vocabulary.statistics import TokenStatistics, TokenVectors
+
+
+class DenseTable(nn.Module):
+    """One row of width D per token; the position of a token in the table is its id.
+
+    Args:
+        vocab_size, d_model: V and D.
+        output_bias: whether every token has one, as in HTT.
+        vectors: of the training text, where rows and biases start; None: random rows, biases of 0.
+    """
+
+    def __init__(self, vocab_size: int, d_model: int, output_bias: bool = False, vectors: TokenVectors | None = None) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(vocab_size, d_model) / math.sqrt(d_model))
+        self.output_bias = nn.Parameter(torch.zeros(vocab_size)) if output_bias else None
+        if self.output_bias is not None and vectors is not None:
+            with torch.no_grad():
+                self.output_bias.copy_(torch.from_numpy(vectors.log_frequency))
+                self.rows.copy_(_to_width(torch.from_numpy(vectors.rows) * (1 / math.sqrt(vectors.rows.shape[1])), d_model))
+
+    @torch.no_grad()
+    def scale(self, factor: float) -> None:
+        """Make every row `factor` times as long."""
+        self.rows.mul_(factor)
+
+    def positions(self, ids: Tensor) -> Tensor:
+        return ids
+
+    def table(self, dtype: torch.dtype) -> Tensor:
+        """All rows; a parameter, so in its own dtype: the ops cast it."""
+        return self.rows
+
+    def factors(self, hidden: Tensor, table: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The output, hidden (N, D) times the `table` of this."""
+        return [(hidden, table)]
+
+
+class CoordinateBand(nn.Module):
+    """Rows that live on the leading ρ coordinates of the states and are 0 elsewhere, on fewer for rarer tokens."""
+
+    def __init__(self, levels: Sequence[Level], d_model: int) -> None:
+        super().__init__()
+        self.n, self.d_model = levels[-1].end - levels[0].start, d_model
+        self.coordinates = nn.ParameterList(
+            torch.randn(level.end - level.start, level.rank) * _start_std(level, d_model) * math.sqrt(d_model / level.rank)
+            for level in levels
+        )
+
+    @torch.no_grad()
+    def start_at(self, rows: Tensor) -> None:
+        """Start at `rows` (n, m), as far as their coordinates and those of this reach."""
+        for part, start in zip(self.coordinates, rows.split([len(part) for part in self.coordinates]), strict=True):
+            part.copy_(_to_width(start, part.shape[1]))
+
+    def table(self, dtype: torch.dtype) -> Tensor:
+        return torch.cat([_to_width(part.to(dtype), self.d_model) for part in self.coordinates])
+
+    def factors(self, hidden: Tensor, parts: int) -> list[tuple[Tensor, Tensor]]:
+        """Output of the first `parts` stretches of rows: the coordinates of `hidden` (N, D) that they have, and theirs."""
+        return [(hidden[:, : part.shape[1]], part) for part in self.coordinates[:parts]]
+
+
+class TensorTrainTail(nn.Module):
+    """n rows as a holographic tensor train of r terms on a grid of `groups` x ceil(n / groups) (ops/htt/reference.py)."""
+
+    def __init__(self, level: Level, d_model: int, rank: int, groups: int) -> None:
+        super().__init__()
+        self.n = n = level.end - level.start
+        v1 = min(groups, n)
+        v2 = math.ceil(n / v1)
+        d1 = max(d for d in range(1, math.isqrt(d_model) + 1) if d_model % d == 0)
+        start = (_start_std(level, d_model) ** 2 * 2 / rank) ** 0.25  # a cosine has mean square 1/2
+        self.core_a = nn.Parameter(torch.randn(v1, rank, d1) * start)
+        self.core_b = nn.Parameter(torch.randn(v2, rank, d_model // d1) * start)
+        self.phase_a = nn.Parameter(torch.rand(v1, rank) * 2 * math.pi)
+        self.phase_b = nn.Parameter(torch.rand(v2, rank) * 2 * math.pi)
+        self.bias_b = nn.Parameter(torch.zeros(v2, d_model))
+
+    @property
+    def cores(self) -> Cores:
+        return Cores(self.core_a, self.core_b, self.phase_a, self.phase_b, None, self.bias_b)
+
+    def table(self, dtype: torch.dtype) -> Tensor:
+        return htt_table(self.cores, dtype)[: self.n]
+
+
+class HTTTable(nn.Module):
+    """K dense rows for frequent tokens, rows of falling rank for others, a tensor train for rare ones; from 4K on, sums too.
+
+    E_i = (i ≥ 4K: Σ_j w_ij E_a_ij) + (K ≤ i < 16K: c_i in the first ρ_i coordinates; above: tensor train of 2r terms)
+
+    The rank ρ is 11r, 8r, 6r and 3r, D at most, from K, 2K, 4K and 8K on (`levels`). The 3r/8 anchors a_ij are rows that are
+    used like i, of an earlier level, so the table is made level by level. Every token also has an output bias.
+
+    Args:
+        vocab_size, d_model: V and D.
+        rank: r.
+        dense_rows: K.
+        groups: v1 of the tail's grid.
+        statistics: of the training text: order, frequencies, anchors, where rows start; None: ids in order, all random.
+    """
+
+    positions_of: Tensor
+    anchors: Tensor
+
+    def __init__(
+        self, vocab_size: int, d_model: int, rank: int, dense_rows: int, groups: int, statistics: TokenStatistics | None = None
+    ) -> None:
+        super().__init__()
+        every = levels(vocab_size, d_model, rank, dense_rows)
+        self.levels = [*(level.start for level in every if level.anchors), vocab_size]
+        k = every[-1].anchors
+        self.register_buffer("positions_of", torch.arange(vocab_size))
+        anchors = [torch.randint(level.start, (level.end - level.start, k)) for level in every if level.anchors]
+        self.register_buffer("anchors", torch.cat([torch.empty(0, k, dtype=torch.int64), *anchors]))
+        self.rows = nn.Parameter(torch.randn(dense_rows, d_model) / math.sqrt(d_model))
+        self.weights = nn.Parameter(torch.randn(len(self.anchors), k) / math.sqrt(max(1, k)))
+        self.output_bias = nn.Parameter(torch.zeros(vocab_size))
+        band, tail = [level for level in every if level.rank], [level for level in every if not level.rank]
+        self.band = CoordinateBand(band, d_model) if band else None
+        self.tail = TensorTrainTail(tail[0], d_model, 2 * rank, groups) if tail else None
+        self.plain = sum(not level.anchors for level in band)  # levels of rows without anchors
+        if statistics is not None:
+            self._use(statistics)
+        self._turn_anchors()
+
+    def _use(self, statistics: TokenStatistics) -> None:
+        positions = torch.from_numpy(statistics.positions)
+        if not torch.equal(positions.sort().values, self.positions_of):
+            raise ValueError(f"positions must hold 0 to {len(self.positions_of) - 1} once each; they do not")
+        self.positions_of.copy_(positions)
+        self.anchors.copy_(torch.from_numpy(statistics.anchors))
+        scale = 1 / math.sqrt(statistics.rows.shape[1])  # vectors of mean square 1 get the norm of a dense row
+        with torch.no_grad():
+            self.output_bias.copy_(torch.from_numpy(statistics.log_frequency))
+            self.rows.copy_(_to_width(torch.from_numpy(statistics.rows) * scale, self.rows.shape[1]))
+            self.weights.copy_(torch.from_numpy(statistics.weights))
+        if self.band is not None:
+            self.band.start_at(torch.from_numpy(statistics.rest[: self.band.n]) * scale)
+
+    @torch.no_grad()
+    def scale(self, factor: float) -> None:
+        """Make every row `factor` times as long: rows are linear in these, and a sum of anchors in them."""
+        linear = [self.rows, *([] if self.band is None else self.band.coordinates)]
+        linear += [] if self.tail is None else [self.tail.core_a, self.tail.bias_b]
+        for parameter in linear:
+            parameter.mul_(factor)
+
+    def _turn_anchors(self) -> None:
+        for level, users in enumerate(users_of(self.anchors, self.levels)):
+            self.register_buffer(f"places_{level}", users.places, persistent=False)
+            self.register_buffer(f"starts_{level}", users.starts, persistent=False)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._turn_anchors()
+
+    def positions(self, ids: Tensor) -> Tensor:
+        """Where ids stand in the table; ids below 0 (not scored) stay as they are."""
+        return torch.where(ids < 0, ids, self.positions_of[ids.clamp(min=0)])
+
+    def table(self, dtype: torch.dtype) -> Tensor:
+        """All V rows in the order of their positions."""
+        own = [self.rows.to(dtype), *(part.table(dtype) for part in (self.band, self.tail) if part is not None)]
+        if not len(self.anchors):
+            return own[-1]
+        users = [Users(getattr(self, f"places_{i}"), getattr(self, f"starts_{i}")) for i in range(len(self.levels) - 1)]
+        return anchored_table(torch.cat(own), self.weights, self.anchors, self.levels, users)
+
+    def factors(self, hidden: Tensor, table: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The output, hidden (N, D) times the `table` of this; rows without anchors by their coefficients, which are fewer."""
+        if not self.plain:
+            return [(hidden, table)]
+        assert self.band is not None
+        return [(hidden, self.rows), *self.band.factors(hidden, self.plain), (hidden, table[self.levels[0] :])]
+
+
+def _start_std(level: Level, d_model: int) -> float:
+    """Of the part of a row that is its own: that of a dense row, a tenth of it next to anchors, of which it is a correction."""
+    return (0.1 if level.anchors else 1.0) / math.sqrt(d_model)
+
+
+def _to_width(rows: Tensor, width: int) -> Tensor:
+    """`rows` (n, m) with the coordinates that are missing as zeros, or without those that are too many."""
+    return F.pad(rows, (0, width - rows.shape[1]))

@@ -1,0 +1,1 @@
+"""The machine: what it is, and processes of their own on it."""

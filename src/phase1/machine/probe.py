@@ -1,0 +1,45 @@
+"""Does this machine's CUDA, and its Triton, do what they are asked? For `phase1 doctor`."""
+
+import importlib
+from typing import Any
+
+from phase1.machine.environment import package_version
+from phase1.machine.isolate import run_isolated
+
+SECONDS = 120.0  # to load libraries, make a context and compile one kernel: a driver that takes longer hangs
+
+
+def cuda_status() -> str:
+    """Works, or why not: a small product is computed on the GPU and checked."""
+    import torch
+
+    if torch.version.cuda is None:
+        return "no: this PyTorch is built without CUDA"
+    if not torch.cuda.is_available():
+        return "no: PyTorch sees no GPU (no driver, too old a driver, or CUDA_VISIBLE_DEVICES hides it)"
+    outcome = run_isolated(_multiply, timeout_s=SECONDS)
+    return "works" if outcome.value else f"no: {outcome.message or 'wrong result of a matrix product'}"
+
+
+def triton_status() -> str:
+    """Works, or why not: a small kernel is compiled and run on the GPU and its result checked."""
+    import torch
+
+    if package_version("triton") is None:
+        return "no: not installed"
+    if not torch.cuda.is_available():
+        return "not tried: needs a GPU"
+    outcome = run_isolated(_run_kernel, timeout_s=SECONDS)
+    return "works" if outcome.value else f"no: {outcome.message or 'wrong result of a kernel'}"
+
+
+def _multiply() -> bool:
+    import torch
+
+    a = torch.arange(64.0, device="cuda").reshape(8, 8)
+    return bool(torch.equal((a @ a).cpu(), a.cpu() @ a.cpu()))
+
+
+def _run_kernel() -> bool:
+    kernel: Any = importlib.import_module("phase1.machine.probe_kernel")
+    return bool(kernel.doubles())

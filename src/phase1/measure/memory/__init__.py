@@ -1,0 +1,1 @@
+"""Peak memory of a training step: measured on a GPU, or estimated without one."""

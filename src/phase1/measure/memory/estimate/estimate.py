@@ -1,0 +1,87 @@
+"""Peak memory of a training step without a GPU: fake tensors, followed through PyTorch's CUDA allocator, simulated."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from phase1.measure.memory.case import MemoryCase, MemoryPeaks, timeline_record
+from phase1.measure.memory.estimate.cuda_autocast import imitated_cuda
+from phase1.measure.memory.estimate.simulate import simulated_timeline
+from phase1.measure.memory.estimate.workspaces import ModelledCuda, workspace_bytes
+from phase1.measure.memory.tracker import MemoryTracker
+from phase1.measure.workload import make_workload, optimizer_tensors, random_batch
+from phase1.model import LanguageModel
+from phase1.training.step import TrainState, train_step
+
+CONTEXT_BYTES = 500_000_000  # of an estimate: CUDA context and libraries take 0.3 to 0.6 GB on most cards
+CAPABILITY = (8, 6)  # of an estimate without a GPU: the RTX 30 series, for which the limits of 8 and 10 GB are
+WARMUP_STEPS = 2  # optimizer state exists after the first, the allocator has its blocks after the second
+
+
+def estimate_memory(case: MemoryCase, capability: tuple[int, int] = CAPABILITY) -> MemoryPeaks:
+    """Peaks of a training step on tensors that have sizes and no contents, so no GPU and no memory is needed.
+
+    It imitates the GPU's run (cuda_autocast.py): FP16 autocast, FP32 gradients, loss scaling, fused AdamW with its state;
+    cuBLAS workspaces and the scratch of some operators (workspaces.py); and the blocks and segments of the caching
+    allocator after two warm-up steps (allocator.py), so reserved bytes too. The memory outside the allocator is assumed,
+    not known.
+
+    Args:
+        capability: compute capability of the card, which decides the size of the workspaces and of shared sums.
+    """
+    surroundings = ModelledCuda(capability)
+    with imitated_cuda(), MemoryTracker(case.model.vocab_size, "cpu", surroundings) as tracker:
+        state = make_workload(case.model, "cpu", "fp16", model_class=_FakeModel)
+        _make_lasting_tensors(state)
+        moved = tracker.label(_moved(state.model), "parameters", "")  # for their order; `watch` names them
+        tracker.watch(state.model)
+        batch = random_batch(case.model.vocab_size, case.batch_size, case.seq_length, "cpu")
+        moved += tracker.label(batch, "activations", "(batch)")
+        tracker.label(optimizer_tensors(state), "optimizer_state", "(optimizer)")
+        train_step(state, [batch], tracker.mark)
+        parameters = state.model.parameter_counts()
+    timeline, reserved = simulated_timeline(tracker.trace, moved, WARMUP_STEPS)
+    assumptions = (
+        f"compute capability {capability[0]}.{capability[1]} ({workspace_bytes(capability) / 2**20:g} MiB of cuBLAS workspace "
+        f"per thread), {surroundings.card.multiprocessors} multiprocessors, {CONTEXT_BYTES / 1e9:g} GB outside the allocator, "
+        f"PyTorch {torch.__version__.split('+')[0]}"
+    )
+    return MemoryPeaks(
+        measured="estimated",
+        parameters=parameters,
+        phase_bytes=timeline.phase_peaks,
+        peak_reserved_bytes=reserved,
+        outside_allocator_bytes=CONTEXT_BYTES,
+        breakdown=timeline.parts_at_peak,
+        top_modules=timeline.top_modules,
+        timeline=timeline_record(timeline),
+        assumptions=assumptions,
+    )
+
+
+def _make_lasting_tensors(state: TrainState) -> None:
+    """What the warm-up steps leave behind, at the price of none: the optimizer's state and the loss scale."""
+    for group in state.optimizer.param_groups:
+        group.update(fused=True, foreach=False)  # as on CUDA; the CPU's default loop makes temporaries
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.scaler.scale(torch.zeros(()))
+
+
+def _moved(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers in the order in which `module.to(device)` moves them."""
+    for child in module.children():
+        yield from _moved(child)
+    yield from module.parameters(recurse=False)
+    yield from module.buffers(recurse=False)
+
+
+class _FakeModel(LanguageModel):
+    """Fake parameters cannot be moved, not even to the device they are on."""
+
+    def to(self, *args: Any, **kwargs: Any) -> "_FakeModel":
+        return self

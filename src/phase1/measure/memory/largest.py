@@ -1,0 +1,121 @@
+"""The largest batch and the longest sequence that train on a card: `phase1 memory --fit`."""
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any, Literal
+
+import torch
+
+from phase1.machine.isolate import run_here, run_isolated
+from phase1.measure.memory.case import MemoryCase
+from phase1.measure.memory.estimate.estimate import WARMUP_STEPS, estimate_memory
+from phase1.measure.memory.limit import basis, cap_memory, outside_bytes, within_limit
+from phase1.measure.memory.measured import PROBE_SECONDS, card_capability
+from phase1.measure.memory.search import Probe, edge, largest_size
+from phase1.measure.workload import make_workload, random_batch
+from phase1.records.schema import Fit, FitProbe, MemoryResult
+from phase1.training.step import train_step
+
+BATCH_BOUND = 4096  # sequences
+TOKENS_BOUND = 2**20  # of one step
+LENGTH_STEP = 64  # tokens
+_RESIDENT = ("parameters", "buffers", "optimizer_state")  # parts of a breakdown that do not depend on the batch
+
+
+def fit_sizes(case: MemoryCase, known: MemoryResult, card_bytes: int | None, on_probe: Callable[[], object]) -> list[Fit]:
+    """The largest batch at the sequence length of `case`, then the longest sequence at a batch of 1.
+
+    known: the result of `case` itself, which costs no further probe.
+    card_bytes: memory of the card; where `case` has no limit, it places the probes, and no verdict depends on it.
+    on_probe: called after every probe.
+    """
+    limit = card_bytes if case.vram_limit_bytes is None else case.vram_limit_bytes
+    resident, measured = _probes_of(known)
+
+    def batch(size: int) -> MemoryCase:
+        return replace(case, batch_size=size)
+
+    def length(size: int) -> MemoryCase:
+        return replace(case, batch_size=1, seq_length=LENGTH_STEP * size)
+
+    def search(sized: Callable[[int], MemoryCase], start: int, bound: int, more: dict[int, Probe]) -> dict[int, Probe]:
+        def counted(size: int) -> Probe:
+            probe = probe_size(sized(size))
+            on_probe()
+            return probe
+
+        return largest_size(counted, min(start, bound), bound, limit, resident | more)
+
+    bound = max(1, min(BATCH_BOUND, TOKENS_BOUND // case.seq_length))
+    usable = case.batch_size <= bound and measured.status != "error"  # a crash is worth a second try
+    probes = search(batch, case.batch_size, bound, {case.batch_size: measured} if usable else {})
+    batches = _as_fit("batch_size", batch, 1, bound, probes)
+    bound = TOKENS_BOUND // LENGTH_STEP
+    tokens = (batches.batch_size or 1) * case.seq_length  # a step of as many tokens is a good first guess
+    probes = search(length, max(1, tokens // LENGTH_STEP), bound, {})
+    return [batches, _as_fit("seq_length", length, LENGTH_STEP, bound, probes)]
+
+
+def probe_size(case: MemoryCase) -> Probe:
+    """Whether steps of `case` run within its limit: on a GPU in a fresh process, which leaves nothing behind; else estimated.
+
+    Nothing but `case` goes in and nothing but the answer comes out, so a probe cannot depend on the one before.
+    """
+    found_by = basis(case.vram_limit_bytes, case.dry_run)
+    if found_by == "estimated":
+        outcome = run_here(_estimated_bytes, case)
+    else:
+        outcome = run_isolated(train_briefly, case, timeout_s=PROBE_SECONDS)
+    needed = outcome.value
+    outcome = within_limit(outcome, needed, case.vram_limit_bytes, found_by)
+    return Probe(outcome.status, needed, outcome.message)
+
+
+def train_briefly(case: MemoryCase) -> int:
+    """Train as many steps as memory needs to reach its peak; the bytes of the card that took. In a fresh process."""
+    cap_memory(case.model, case.vram_limit_bytes)
+    state = make_workload(case.model, "cuda")
+    batch = random_batch(case.model.vocab_size, case.batch_size, case.seq_length, "cuda")
+    for _ in range(WARMUP_STEPS + 1):
+        train_step(state, [batch])
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_reserved() + outside_bytes()
+
+
+def _estimated_bytes(case: MemoryCase) -> int:
+    return estimate_memory(case, card_capability()).needed_bytes
+
+
+def _probes_of(result: MemoryResult) -> tuple[dict[int, Probe], Probe]:
+    """What a batch of size 0 would need, if that is known, and the probe that `result` amounts to."""
+    if result.peak_reserved_bytes is None or result.outside_allocator_bytes is None:
+        return {}, Probe(result.status, None, result.detail)
+    resident = result.outside_allocator_bytes + sum(result.breakdown.get(part, 0) for part in _RESIDENT)
+    return {0: Probe("ok", resident)}, Probe("ok", result.peak_reserved_bytes + result.outside_allocator_bytes)
+
+
+def _as_fit(
+    searched: Literal["batch_size", "seq_length"],
+    sized: Callable[[int], MemoryCase],
+    step: int,
+    bound: int,
+    probes: dict[int, Probe],
+) -> Fit:
+    """The record of a search; size 0 was a guide, not a probe."""
+    tried = [(sized(size), probe) for size, probe in probes.items() if size > 0]
+    failed = next((probe for _, probe in tried if probe.status == "error"), None)
+    best, _ = edge(probes, bound)
+    limit, dry_run = sized(1).vram_limit_bytes, sized(1).dry_run
+    common: dict[str, Any] = {
+        "searched": searched,
+        "step": step,
+        "bound": bound * step,
+        "limit_bytes": limit,
+        "measured": basis(limit, dry_run),
+        "probes": [FitProbe(batch_size=c.batch_size, seq_length=c.seq_length, **asdict(probe)) for c, probe in tried],
+    }
+    if failed is not None:
+        return Fit(**common, status="error", detail=failed.detail)
+    if best == 0:
+        return Fit(**common, status="oom", detail=f"not even {step} fits: {probes[1].detail}")
+    return Fit(**common, status="ok", batch_size=sized(best).batch_size, seq_length=sized(best).seq_length)

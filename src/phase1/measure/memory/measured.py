@@ -1,0 +1,166 @@
+"""Peak memory of a training step: measured on the GPU in a fresh process, or estimated where there is none."""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phase1.machine.isolate import Outcome, run_here, run_isolated
+from phase1.measure.memory.case import MemoryCase, MemoryPeaks, timeline_record
+from phase1.measure.memory.estimate.estimate import CAPABILITY, WARMUP_STEPS, estimate_memory
+from phase1.measure.memory.limit import Basis, basis, cap_memory, outside_bytes, within_limit
+from phase1.measure.memory.trace import PHASES, Timeline, measured_timeline
+from phase1.measure.memory.tracker import MemoryTracker
+from phase1.measure.workload import make_workload, optimizer_tensors, random_batch
+from phase1.records.schema import MemoryResult, Parameters
+from phase1.training.step import TrainState, train_step
+
+MEASURED_STEPS = 3
+PROBE_SECONDS = 900.0  # for a process of six steps: where they take longer the card swaps or hangs, and the other cases wait
+
+
+def memory_result(role: str, case: MemoryCase) -> MemoryResult:
+    """The record of `case`: measured in a fresh process where there is a GPU, estimated otherwise or for a dry run."""
+    found_by = basis(case.vram_limit_bytes, case.dry_run)
+    outcome: Outcome[MemoryPeaks]
+    if found_by == "estimated":
+        outcome = run_here(estimate_memory, case, card_capability())
+    else:
+        outcome = run_isolated(measure_memory, case, timeout_s=PROBE_SECONDS)
+    needed = None if outcome.value is None else outcome.value.needed_bytes
+    return as_result(role, case, within_limit(outcome, needed, case.vram_limit_bytes, found_by), found_by)
+
+
+def card_capability() -> tuple[int, int]:
+    """Compute capability of the first GPU, or the one that estimates assume."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else CAPABILITY
+
+
+def as_result(role: str, case: MemoryCase, outcome: Outcome[MemoryPeaks], measured: Basis) -> MemoryResult:
+    """The record of an outcome, whether it is a measurement, out of memory or a failure."""
+    common: dict[str, Any] = {
+        "model_name": role,
+        "config": asdict(case.model),
+        "config_id": case.model.config_id,
+        "status": outcome.status,
+        "measured": measured,
+    }
+    peaks = outcome.value
+    if peaks is None:
+        advice = f"; {sizes_to_try(case)}" if outcome.status == "oom" else ""
+        return MemoryResult(**common, detail=outcome.message + advice)
+    return MemoryResult(
+        **common,
+        parameters=Parameters(**peaks.parameters),
+        peak_allocated_bytes=peaks.peak_allocated_bytes,
+        peak_reserved_bytes=peaks.peak_reserved_bytes,
+        outside_allocator_bytes=peaks.outside_allocator_bytes,
+        peak_forward_bytes=peaks.phase_bytes["forward"],
+        peak_backward_bytes=peaks.phase_bytes["backward"],
+        peak_optimizer_bytes=peaks.phase_bytes["optimizer"],
+        breakdown=peaks.breakdown,
+        unattributed_bytes=peaks.unattributed_bytes,
+        fragmentation_bytes=peaks.peak_reserved_bytes - peaks.peak_allocated_bytes,
+        top_modules=peaks.top_modules,
+        timeline=peaks.timeline,
+        assumptions=peaks.assumptions,
+    )
+
+
+def measure_memory(case: MemoryCase) -> MemoryPeaks:
+    """Peaks of whole training steps on the first GPU, as the allocator and the driver count them.
+
+    Call it in a fresh process: the allocator's peaks and the driver's figures are of the process and of the card
+    (other programs on the card count as outside the allocator).
+    """
+    cap_memory(case.model, case.vram_limit_bytes)
+    state, batch = make_workload(case.model, "cuda"), _batch(case, "cuda")
+    for _ in range(WARMUP_STEPS):
+        train_step(state, [batch])
+    phase_bytes = dict.fromkeys(PHASES, 0)
+    reserved = torch.cuda.max_memory_reserved()
+
+    def mark(name: str) -> None:
+        nonlocal reserved
+        if name != "start":
+            phase_bytes[name] = max(phase_bytes[name], torch.cuda.max_memory_allocated())
+            reserved = max(reserved, torch.cuda.max_memory_reserved())
+        torch.cuda.reset_peak_memory_stats()
+
+    for _ in range(MEASURED_STEPS):
+        train_step(state, [batch], mark)
+    torch.cuda.synchronize()
+    outside = outside_bytes()
+    timeline = _timeline(case, state, batch)
+    return MemoryPeaks(
+        measured="measured",
+        parameters=state.model.parameter_counts(),
+        phase_bytes=phase_bytes,
+        peak_reserved_bytes=reserved,
+        outside_allocator_bytes=outside,
+        breakdown={} if timeline is None else timeline.parts_at_peak,
+        top_modules={} if timeline is None else timeline.top_modules,
+        timeline=None if timeline is None else timeline_record(timeline),
+    )
+
+
+class _CountedCuda:
+    """`Surroundings` (phase1.measure.memory.tracker) of a step on the GPU, from the counters of its allocator."""
+
+    def before(self, func: Any, phase: str) -> int:
+        torch.cuda.reset_peak_memory_stats()
+        return 0  # workspaces are there since the warm-up
+
+    def after(self, func: Any, args: Any) -> tuple[int, int]:
+        stats = torch.cuda.memory_stats_as_nested_dict()
+        allocated, requested = stats["allocated_bytes"]["all"], stats["requested_bytes"]["all"]
+        return allocated["peak"] - allocated["current"], allocated["current"] - requested["current"]
+
+
+def _timeline(case: MemoryCase, state: TrainState, batch: tuple[Tensor, Tensor]) -> Timeline | None:
+    """One more step, watched operator by operator. No part of it is derived from the peaks of the steps before.
+
+    None where that step runs out of memory, though those before it did not: they are the result, this is its anatomy.
+    """
+    try:
+        with MemoryTracker(case.model.vocab_size, "cuda", _CountedCuda()) as tracker:
+            tracker.watch(state.model)
+            tracker.label(optimizer_tensors(state), "optimizer_state", "(optimizer)")
+            tracker.label(batch, "activations", "(batch)")
+            train_step(state, [batch], tracker.mark)
+    except torch.OutOfMemoryError:
+        return None
+    return measured_timeline(tracker.trace, _workspace_bytes())
+
+
+def _workspace_bytes() -> int:
+    """What cuBLAS holds inside the allocator: what is freed when PyTorch drops its workspaces. 0 where it cannot."""
+    drop = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if drop is None:
+        return 0
+    torch.cuda.synchronize()
+    before = _requested_bytes()
+    drop()
+    return before - _requested_bytes()
+
+
+def _requested_bytes() -> int:
+    stats = torch.cuda.memory_stats_as_nested_dict()
+    return int(stats["requested_bytes"]["all"]["current"])
+
+
+def sizes_to_try(case: MemoryCase) -> str:
+    """What to lower when memory runs out, the gentlest first."""
+    steps = []
+    if case.batch_size > 1:
+        steps.append(f"--batch-size {case.batch_size // 2}")
+    if case.seq_length > 1:
+        steps.append(f"--seq-length {case.seq_length // 2}")
+    if not case.model.checkpointing:
+        steps.append("gradient checkpointing (leave out --no-gradient-checkpointing)")
+    return "try " + ", then ".join(steps or ["a smaller --d-model or --n-layers"])
+
+
+def _batch(case: MemoryCase, device: str) -> tuple[Tensor, Tensor]:
+    return random_batch(case.model.vocab_size, case.batch_size, case.seq_length, device)

@@ -1,0 +1,1 @@
+"""Perplexity of trained models on one text."""

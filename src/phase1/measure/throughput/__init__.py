@@ -1,0 +1,1 @@
+"""Step times over sequence lengths, the models interleaved."""

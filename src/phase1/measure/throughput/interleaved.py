@@ -1,0 +1,260 @@
+"""Time of a training step over sequence lengths, the models interleaved step by step."""
+
+import gc
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phase1.config import ModelConfig
+from phase1.machine.environment import free_ram_bytes
+from phase1.machine.isolate import Outcome, run_here
+from phase1.measure.memory.estimate.allocator import rounded
+from phase1.measure.throughput.rounds import round_order
+from phase1.measure.throughput.timing import StepTime, Stopwatch, median_step
+from phase1.measure.workload import make_workload, optimizer_tensors, random_batch, scores_bytes
+from phase1.records.journal import Journal
+from phase1.records.schema import Measurement, Parameters, Scaling, ThroughputResult
+from phase1.stats.scaling import fit_scaling
+from phase1.stats.step_times import median, median_interval, with_ratios
+from phase1.training.step import Batch, TrainState, train_step
+
+
+@dataclass(frozen=True)
+class ThroughputPlan:
+    """What to run: every model at every length."""
+
+    seq_lengths: tuple[int, ...]
+    batch_size: int
+    warmup_steps: int
+    measure_steps: int
+    compile: bool = False
+    cuda_graphs: bool = False
+    batch_sizes: Mapping[str, int] = field(default_factory=dict)  # of models that run with another than `batch_size`
+
+
+@dataclass(frozen=True)
+class Length:
+    """What one model did at one length, as a journal keeps it."""
+
+    measurement: Measurement
+    warmup_seconds: float
+    failure: Outcome[Any] | None
+
+
+@dataclass
+class Contender:
+    """One model of the comparison, with what has been measured of it."""
+
+    config: ModelConfig
+    batch_size: int
+    state: TrainState | None = None  # None before it is made, and after a failure
+    parameters: dict[str, int] | None = None
+    failure: Outcome[Any] | None = None
+    excluded_seconds: float = 0.0
+    measurements: list[Measurement] = field(default_factory=list)
+    steps: list[StepTime] = field(default_factory=list)  # of the current length
+    peak_bytes: int = 0  # of the current length
+    warmup_seconds: float = 0.0  # of the current length
+
+    def fail(self, outcome: Outcome[Any]) -> None:
+        """Leave the comparison; the memory of the model becomes free."""
+        self.failure, self.state = outcome, None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def finish_length(self, seq_length: int) -> Length:
+        """What the current length came to; the next one starts at nothing."""
+        length = Length(_measurement(self, seq_length), self.warmup_seconds, self.failure)
+        self.steps, self.peak_bytes, self.warmup_seconds = [], 0, 0.0
+        return length
+
+    def take(self, length: Length) -> None:
+        """Add what was measured at a length, now or by the run that this one resumes."""
+        self.measurements.append(length.measurement)
+        self.excluded_seconds += length.warmup_seconds
+        if length.failure is not None and self.failure is None:
+            self.fail(length.failure)
+
+
+def measure_throughput(
+    models: Mapping[str, ModelConfig],
+    plan: ThroughputPlan,
+    device: str,
+    progress: Callable[[], object] = lambda: None,
+    in_flight: Callable[[], object] = lambda: None,
+    journal: Journal | None = None,
+) -> dict[str, Contender]:
+    """Measure every model at every length, shortest first; a model that fails leaves, the others go on.
+
+    All models stay on the device, and take one step each per round, so that a clock that slows down or a noisy neighbour meets
+    them all; `round_order` says who follows whom. `progress` is called after every step, taken or skipped, `in_flight` after
+    every launch of a measured step, while the device works on it. A length that `journal` holds is not measured again.
+    """
+    contenders = {name: Contender(config, plan.batch_sizes.get(name, plan.batch_size)) for name, config in models.items()}
+    for contender in contenders.values():
+        _attempt(contender, _make, contender, device, plan)
+    for seq_length in sorted(set(plan.seq_lengths)):
+        measure = partial(_measure_length, contenders, plan, seq_length, progress, in_flight)
+        for name, length in (journal.case(f"T={seq_length}", dict[str, Length], measure) if journal else measure()).items():
+            contenders[name].take(length)
+    return contenders
+
+
+def _measure_length(
+    contenders: dict[str, Contender],
+    plan: ThroughputPlan,
+    seq_length: int,
+    progress: Callable[[], object],
+    in_flight: Callable[[], object],
+) -> dict[str, Length]:
+    for number in range(-plan.warmup_steps, plan.measure_steps):
+        for name in round_order(list(contenders), number):
+            contender = contenders[name]
+            _attempt(contender, _step, contender, seq_length, None if number < 0 else in_flight)
+            progress()
+    return {name: contender.finish_length(seq_length) for name, contender in contenders.items()}
+
+
+def _attempt(contender: Contender, function: Callable[..., None], *args: Any) -> None:
+    if contender.failure is None:
+        outcome = run_here(function, *args)
+        if outcome.status != "ok":
+            contender.fail(outcome)
+
+
+def _make(contender: Contender, device: str, plan: ThroughputPlan) -> None:
+    began = time.perf_counter()
+    contender.state = make_workload(contender.config, device, compile=plan.compile, cuda_graphs=plan.cuda_graphs)
+    contender.parameters = contender.state.model.parameter_counts()
+    contender.excluded_seconds += time.perf_counter() - began
+
+
+def _step(contender: Contender, seq_length: int, in_flight: Callable[[], object] | None) -> None:
+    """One step, measured if there is an `in_flight` to call."""
+    state = contender.state
+    assert state is not None
+    device = state.device.type
+    if device == "cpu" and contender.config.attention == "math":
+        _require_room(contender, seq_length)
+    batch = random_batch(contender.config.vocab_size, contender.batch_size, seq_length, device)
+    watch, memory = Stopwatch(device), _StepPeak(state, batch)
+    train_step(state, [batch], watch.mark)
+    if in_flight is not None:
+        in_flight()
+    step = watch.step_time()
+    if in_flight is None:
+        contender.warmup_seconds += step.total_ms / 1e3
+    else:
+        contender.steps.append(step)
+        contender.peak_bytes = max(contender.peak_bytes, memory.bytes())
+
+
+def _require_room(contender: Contender, seq_length: int) -> None:
+    """Raise MemoryError before the system ends this process for taking too much, which would lose the other models' results."""
+    needed, free = scores_bytes(contender.config, contender.batch_size, seq_length), free_ram_bytes()
+    if free is not None and needed > free:
+        raise MemoryError(f"the attention scores take about {needed / 1e9:.1f} GB; {free / 1e9:.1f} GB are free")
+
+
+class _StepPeak:
+    """Peak memory of one model's step while other models are resident: they do not change during it, so
+
+    peak = allocator's peak - allocated before the step + what this model keeps between steps and its batch.
+
+    The workspaces of cuBLAS, which the models share, are not in it; in the memory report they are.
+    """
+
+    def __init__(self, state: TrainState, batch: Batch) -> None:
+        self.own = resident_bytes([*state.model.parameters(), *state.model.buffers(), *optimizer_tensors(state), *batch])
+        self.before = 0
+        self.counted = state.device.type == "cuda" and not state.config.cuda_graphs
+        if state.device.type == "cuda":
+            torch.cuda.synchronize()  # so that the step's first event follows no other model's work
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+
+    def bytes(self) -> int:
+        """The peak since this was made; 0 where the allocator keeps no count: on the CPU, and in a replay."""
+        return torch.cuda.max_memory_allocated() - self.before + self.own if self.counted else 0
+
+
+def resident_bytes(tensors: Iterable[Tensor]) -> int:
+    """What the CUDA allocator counts for `tensors`, each storage once."""
+    sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(rounded(size) for size in sizes.values())
+
+
+def _measurement(contender: Contender, seq_length: int) -> Measurement:
+    batch_size, failure = contender.batch_size, contender.failure
+    if failure is not None:
+        advice = f"; {_sizes_to_try(batch_size, seq_length)}" if failure.status == "oom" else ""
+        failed_before = any(m.status != "ok" for m in contender.measurements)
+        detail = "skipped: a shorter length failed" if failed_before else failure.message + advice
+        return Measurement(seq_length=seq_length, batch_size=batch_size, status=failure.status, detail=detail)
+    step = median_step(contender.steps)
+    total_ms = [step.total_ms for step in contender.steps]
+    launch_ms = [step.launch_ms for step in contender.steps if step.launch_ms is not None]
+    interval = median_interval(total_ms)
+    tokens = batch_size * seq_length
+    return Measurement(
+        seq_length=seq_length,
+        batch_size=batch_size,
+        forward_time_ms=step.forward_ms,
+        backward_time_ms=step.backward_ms,
+        optimizer_time_ms=step.optimizer_ms,
+        total_time_ms=step.total_ms,
+        tokens_per_second=tokens / (step.total_ms / 1e3),
+        tokens_per_second_ci95=None if interval is None else (tokens / (interval[1] / 1e3), tokens / (interval[0] / 1e3)),
+        samples_per_second=batch_size / (step.total_ms / 1e3),
+        launch_time_ms=median(launch_ms) if launch_ms else None,
+        peak_allocated_bytes=contender.peak_bytes or None,
+        step_times_ms=total_ms,
+        status="ok",
+    )
+
+
+def _sizes_to_try(batch_size: int, seq_length: int) -> str:
+    steps = [f"--batch-size {batch_size // 2}"] if batch_size > 1 else []
+    return "try " + ", then ".join([*steps, f"--seq-lengths below {seq_length}"])
+
+
+def throughput_results(contenders: Mapping[str, Contender]) -> dict[str, ThroughputResult]:
+    """The records of all models, with their ratios to `baseline`."""
+    results = {role: throughput_result(role, contender) for role, contender in contenders.items()}
+    baseline = results["baseline"].measurements if "baseline" in results else []
+    return {
+        role: result.model_copy(update={"measurements": with_ratios(result.measurements, baseline)})
+        for role, result in results.items()
+    }
+
+
+def throughput_result(role: str, contender: Contender) -> ThroughputResult:
+    """The record of a model: ok if it could be measured at one length at least."""
+    measured = [m for m in contender.measurements if m.status == "ok"]
+    failed = [m for m in contender.measurements if m.status != "ok"]
+    return ThroughputResult(
+        model_name=role,
+        config=asdict(contender.config),
+        config_id=contender.config.config_id,
+        status="ok" if measured else failed[0].status,
+        measured="measured",
+        parameters=None if contender.parameters is None else Parameters(**contender.parameters),
+        detail=f"T={failed[0].seq_length}: {failed[0].detail}" if failed else "",
+        measurements=contender.measurements,
+        scaling=scaling_of(measured),
+        excluded_seconds=contender.excluded_seconds,
+    )
+
+
+def scaling_of(measured: list[Measurement]) -> Scaling | None:
+    """The fit over the lengths that were measured; None without any."""
+    if not measured:
+        return None
+    seconds = [m.total_time_ms / 1e3 for m in measured if m.total_time_ms is not None]
+    return fit_scaling([m.seq_length for m in measured], seconds, [m.step_times_ms for m in measured])

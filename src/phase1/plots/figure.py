@@ -1,0 +1,81 @@
+"""What the plots share: colours, titles, axes, files. Made without pyplot, so without state left behind or a display."""
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phase1.files import atomic_write
+from phase1.records.schema import PerplexityResult, Report
+from phase1.tables.common import basis_of, hardware_of
+from phase1.text import one_line
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito: told apart by colour-blind readers and in print
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000", "#999999", "#882255")
+MARKERS = "osD^vPX*"
+ROLE_COLORS = {"baseline": COLORS[1], "baseline_optimized": COLORS[4], "phase1": COLORS[0]}
+OTHER_COLORS = tuple(color for color in COLORS if color not in ROLE_COLORS.values())
+
+
+def limit_line(axes: "Axes", label: str, height: float) -> None:
+    axes.axhline(height, color="#444444", linestyle="--", linewidth=1, zorder=0.5)
+    axes.annotate(
+        label, (1, height), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points", fontsize=8,
+        ha="right", va="bottom", color="#444444",
+    )  # fmt: skip
+
+
+def color_of(key: str, index: int) -> str:
+    return ROLE_COLORS.get(key, OTHER_COLORS[index % len(OTHER_COLORS)])
+
+
+def trained_on(report: Report[PerplexityResult]) -> str:
+    trained = {result.trained_tokens for result in report.results.values() if result.trained_tokens}
+    names = {result.dataset.name for result in report.results.values() if result.dataset}
+    return f"trained on {', '.join(f'{count:,}' for count in sorted(trained))} tokens, scored on {', '.join(sorted(names))}"
+
+
+def log_ticks(axis: Any) -> None:
+    """Ticks at 1, 2 and 5 times powers of ten, written out."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: f"{value:,g}")
+
+
+def conditions(report: Report[Any]) -> str:
+    symbols = {"B": "batch_size", "T": "seq_length"}
+    sizes = ", ".join(f"{symbol} = {report.run[name]}" for symbol, name in symbols.items() if name in report.run)
+    return f"{sizes}\n{hardware_of(report)} ({basis_of(report.results.values())})"
+
+
+def new_figure(width: float, height: float, title: str) -> "Figure":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    figure.suptitle("\n".join(escaped(line) for line in title.split("\n")), fontsize=11)
+    return figure
+
+
+def escaped(text: str) -> str:
+    """Names come from files: a dollar would start a formula."""
+    return one_line(text, 100).replace("$", r"\$")
+
+
+def clean(axes: "Axes") -> None:
+    axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def save(figure: "Figure", path: Path | str) -> Path:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    image = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(image, metadata={"Software": None}, pil_kwargs=None)
+    atomic_write(path, image.getvalue())
+    return Path(path)

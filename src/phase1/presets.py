@@ -1,0 +1,41 @@
+"""Sizes for a card, per command: what `--preset` means."""
+
+from typing import Any
+
+SMOKE_SHAPE: dict[str, Any] = {
+    "vocab_size": 2048,
+    "d_model": 128,
+    "n_layers": 3,
+    "n_heads": 4,
+    "ar_ssm_window": 32,
+    "copy_window": 64,
+    "htt_dense_rows": 64,
+    "htt_groups": 64,
+}
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "rtx3080-10g": {
+        "memory": {"batch_size": 4, "seq_length": 2048},
+        "throughput": {"batch_size": 4, "seq_lengths": (512, 1024, 2048, 4096), "quadratic_control": True},
+        "perplexity": {"batch_size": 8, "seq_length": 512},
+    },
+    "rtx3080m-8g": {
+        "memory": {"batch_size": 2, "seq_length": 2048},
+        # 256: four lengths over 8x decide
+        "throughput": {"batch_size": 2, "seq_lengths": (256, 512, 1024, 2048), "quadratic_control": True},
+        "perplexity": {"batch_size": 4, "micro_batch_size": 4, "seq_length": 512},
+    },
+    "rtx4090-24g": {
+        "memory": {"batch_size": 8, "seq_length": 4096},
+        "throughput": {"batch_size": 8, "seq_lengths": (512, 1024, 2048, 4096, 8192), "quadratic_control": True},
+        "perplexity": {"batch_size": 16, "micro_batch_size": 16, "seq_length": 1024},
+    },
+    "smoke": {  # ten minutes on two CPU cores; memory is an estimate there, so it can afford the documented sizes
+        "memory": {},
+        "throughput": SMOKE_SHAPE
+        | {"batch_size": 1, "seq_lengths": (512, 1024, 2048, 4096, 8192), "warmup_steps": 1, "measure_steps": 9},
+        "perplexity": SMOKE_SHAPE
+        | {"seq_length": 128, "train_tokens": 600_000, "train_batch_size": 16, "micro_batch_size": 16}
+        | {"baseline_learning_rate": 3e-3},
+    },
+}
+"""Defaults that a hardware preset replaces, per command; a flag on the command line wins over both."""

@@ -1,0 +1,392 @@
+"""The result schema, and the one way a result file is written and read."""
+
+import json
+import re
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar, overload
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+
+from phase1.files import atomic_write, read_json
+from phase1.records.migrate import SCHEMA_VERSION, migrated
+from phase1.text import one_line
+
+FILES = {
+    "memory": "phase1_memory_validation.json",
+    "throughput": "phase1_throughput_benchmark.json",
+    "perplexity": "phase1_perplexity_validation.json",
+}
+
+Kind = Literal["memory", "throughput", "perplexity"]
+Status = Literal["ok", "oom", "error"]
+Verdict = Literal["linear", "not linear", "inconclusive"]
+ComplexityOrder = Literal["O(N)", "O(N log N)", "O(N^2)"]
+
+
+def _plain_json(value: Any) -> Any:
+    """What `value` reads back as: tuples become lists, and what JSON cannot hold is refused."""
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"not plain JSON ({error})") from error
+
+
+JsonObject = Annotated[dict[str, Any], BeforeValidator(_plain_json)]
+Interval = Annotated[tuple[float, float], Field(strict=False)]  # a JSON list on reading; its numbers stay strict
+
+
+class _Record(BaseModel):
+    """Strict types (an int may stand for a float), no unknown field, no NaN or infinity."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Check(_Record):
+    """One claim: `value` against `limit`, both in the unit that `detail` names."""
+
+    name: str
+    value: float | None
+    limit: float | None
+    status: Literal["pass", "fail", "inconclusive"]
+    detail: str = ""
+
+
+class Parameters(_Record):
+    """Numbers of trained values; `total` includes the norms, which no other field counts."""
+
+    total: int
+    embedding: int
+    mixer: int
+    mlp: int
+    copy_head: int = 0
+
+
+class Result(_Record):
+    """What every model of a report has; the fields of a failed result may be None."""
+
+    model_name: str
+    config: JsonObject
+    config_id: str
+    status: Status
+    measured: Literal["measured", "estimated", "emulated"]
+    parameters: Parameters | None = None
+    detail: str = Field(default="", description="of a failed result: the message, and the sizes to try next")
+
+    def _needed(self) -> dict[str, Any]:
+        """The fields that a result with status ok has."""
+        return {"parameters": self.parameters}
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.status == "ok":
+            missing = [name for name, value in self._needed().items() if value is None]
+            if missing:
+                raise ValueError(f"a result with status ok has {' and '.join(missing)}; got none")
+        elif not self.detail:
+            raise ValueError(f"a result with status {self.status} says why in detail; got an empty one")
+        return self
+
+
+class FitProbe(_Record):
+    """Whether a training step of one size ran; `needed_bytes` is reserved memory and what is outside the allocator."""
+
+    batch_size: int
+    seq_length: int
+    status: Status
+    needed_bytes: int | None = None
+    detail: str = ""
+
+
+class Fit(_Record):
+    """The largest size that trains: of one of the two sizes, at a fixed value of the other.
+
+    status: ok where `batch_size` and `seq_length` are the answer; oom where not even the smallest size trains; error where a
+        probe failed for another reason (`detail`) and the search ended there.
+    """
+
+    searched: Literal["batch_size", "seq_length"]
+    status: Status
+    batch_size: int | None = None
+    seq_length: int | None = None
+    step: int = Field(description="the searched size is a multiple of it; one step more does not train, unless at the bound")
+    bound: int = Field(description="the search goes no further: an answer equal to it is a lower limit")
+    limit_bytes: int | None = Field(description="of the card, for allocator and all else; None where a whole card was used")
+    measured: Literal["measured", "estimated", "emulated"]
+    probes: list[FitProbe] = Field(description="every size that was tried, in order")
+    detail: str = ""
+
+
+class MemoryTimeline(_Record):
+    """Live bytes by part at some instants of a step, counted in allocations and frees; the peak is one of the instants."""
+
+    events: int = Field(description="allocations and frees of the whole step")
+    phase_begins: dict[str, int] = Field(description="events before the forward, backward and optimizer phase")
+    at: list[int] = Field(description="events before each instant")
+    parts: dict[str, list[int]] = Field(description="bytes of each part at each instant")
+
+    @model_validator(mode="after")
+    def _one_value_per_instant(self) -> Self:
+        if wrong := [name for name, values in self.parts.items() if len(values) != len(self.at)]:
+            raise ValueError(f"every part of a timeline has {len(self.at)} values, one per instant; {wrong[0]!r:.80} has not")
+        return self
+
+
+class MemoryResult(Result):
+    """Peaks of one training step, in bytes; reduction against the `baseline` of the same report, in percent."""
+
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    outside_allocator_bytes: int | None = Field(default=None, description="CUDA context and libraries, from the driver")
+    peak_forward_bytes: int | None = None
+    peak_backward_bytes: int | None = None
+    peak_optimizer_bytes: int | None = None
+    breakdown: dict[str, int] = Field(
+        default_factory=dict, description="parts of peak_allocated_bytes; with unattributed_bytes they sum to it"
+    )
+    unattributed_bytes: int | None = Field(default=None, description="what the parts leave of the peak; may be negative")
+    fragmentation_bytes: int | None = Field(default=None, description="peak_reserved_bytes - peak_allocated_bytes")
+    top_modules: dict[str, int] = Field(default_factory=dict, description="bytes alive at the peak by module, largest first")
+    timeline: MemoryTimeline | None = None
+    assumptions: str | None = Field(default=None, description="of an estimate: the card it is for")
+    memory_reduction_percent: float | None = None
+    fit: list[Fit] = Field(default_factory=list, description="largest sizes that train, where --fit asked for them")
+
+    def _needed(self) -> dict[str, Any]:
+        return super()._needed() | {"peak_allocated_bytes": self.peak_allocated_bytes}
+
+
+class Measurement(_Record):
+    """Step times of one model at one length: medians of the parts, and every raw step time."""
+
+    seq_length: int
+    batch_size: int
+    forward_time_ms: float | None = None
+    backward_time_ms: float | None = None
+    optimizer_time_ms: float | None = None
+    total_time_ms: float | None = None
+    tokens_per_second: float | None = None
+    samples_per_second: float | None = None
+    tokens_per_second_ci95: Interval | None = Field(default=None, description="of the median; none under 5 steps")
+    ratio_to_baseline: float | None = Field(default=None, description="tokens/s over the baseline's, from pairs of one round")
+    ratio_ci95: Interval | None = Field(default=None, description="of ratio_to_baseline; none under 5 rounds")
+    launch_time_ms: float | None = Field(default=None, description="median; until the host had launched the step, CUDA only")
+    model_flops: int | None = Field(default=None, description="matrix products of one step, nothing computed twice")
+    achieved_flops_per_second: float | None = Field(default=None, description="model_flops over the median step")
+    mfu: float | None = Field(default=None, description="achieved_flops_per_second over the card's peak, a share")
+    optimizer_bytes_per_second: float | None = Field(
+        default=None, description="28 bytes per parameter, the least that AdamW moves, over optimizer_time_ms"
+    )
+    bandwidth_utilization: float | None = Field(
+        default=None, description="optimizer_bytes_per_second over the card's bandwidth, a share"
+    )
+    peak_allocated_bytes: int | None = None
+    step_times_ms: list[float] = Field(default_factory=list, description="in the order of the rounds, which models share")
+    status: Status
+    detail: str = ""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.status == "ok" and (self.total_time_ms is None or self.tokens_per_second is None):
+            raise ValueError("a measurement with status ok has total_time_ms and tokens_per_second; got none")
+        return self
+
+
+class Scaling(_Record):
+    """How step time grows with the sequence length (`phase1.stats.scaling.fit_scaling`)."""
+
+    complexity_order: ComplexityOrder | None = None
+    r_squared: float | None = Field(default=None, description="of the least-squares line t = a + b T")
+    scaling_coefficient: float | None = Field(default=None, description="b of that line, seconds per position")
+    exponent: float | None = Field(default=None, description="slope of log t against log T over the top octaves")
+    exponent_ci95: Interval | None = None
+    quadratic_share: float | None = Field(default=None, description="c T^2 / t at the longest T, of t = a + b T + c T^2")
+    verdict: Verdict
+    detail: str = ""
+
+
+class ThroughputResult(Result):
+    """Training throughput over sequence lengths, shortest first."""
+
+    measurements: list[Measurement] = Field(default_factory=list)
+    scaling: Scaling | None = None
+    excluded_seconds: float | None = Field(default=None, description="compilation, autotuning and warm-up, in no number above")
+    peak_basis: str = Field(default="", description="the card's peaks behind mfu, or why there are none")
+    warnings: list[str] = Field(default_factory=list, description="what makes the times doubtful, and what to do")
+
+    def _needed(self) -> dict[str, Any]:
+        measured = [m for m in self.measurements if m.status == "ok"]
+        return super()._needed() | {"a measurement with status ok": measured or None}
+
+
+class Dataset(_Record):
+    """The scored text; `sha256` is that of its tokens, so equal digests mean equal targets."""
+
+    name: str
+    split: str
+    sha256: str
+
+
+class LossPart(_Record):
+    """Mean loss of the targets whose context or frequency rank is from `first` to `last`, both included."""
+
+    first: int
+    last: int
+    tokens: int
+    avg_loss: float = Field(description="nats per target token")
+
+
+class PerplexityResult(Result):
+    """Perplexity of one trained model; degradation against the `baseline` of the same report, in percent."""
+
+    perplexity: float | None = None
+    bits_per_byte: float | None = None
+    word_perplexity: float | None = None
+    avg_loss: float | None = Field(default=None, description="nats per target token")
+    token_count: int | None = None
+    byte_count: int | None = None
+    word_count: int | None = None
+    trained_tokens: int | None = None
+    skipped_steps: int | None = Field(default=None, description="of the training: gradients overflowed, nothing was learnt")
+    trained_on: Dataset | None = Field(default=None, description="the training text")
+    trained_seq_length: int | None = Field(default=None, description="T in training; run.seq_length is that of the scoring")
+    train_seconds: float | None = None
+    training: JsonObject | None = Field(default=None, description="settings of the training run: rates, seed, batch...")
+    dataset: Dataset | None = None
+    protocol_hash: str | None = None
+    untrained: bool = Field(default=False, description="the model has not beaten the unigram entropy: no verdict")
+    unigram_loss: float | None = Field(default=None, description="nats per token: entropy of the split's token frequencies")
+    effective_rank: float | None = Field(default=None, description="mean over tokens of the sum of rank gates")
+    ppl_degradation_percent: float | None = None
+    degradation_ci95: Interval | None = None
+    passes_5_percent_threshold: bool | None = None
+    window_nll_nats: list[float] | None = Field(default=None, description="summed loss of every window, in order")
+    window_tokens: list[int] | None = Field(default=None, description="targets of every window, in order")
+    loss_by_position: list[LossPart] | None = Field(default=None, description="by tokens of the window before the target")
+    loss_by_band: list[LossPart] | None = Field(default=None, description="by frequency rank of the target in training, from 0")
+    loss_by_band_detail: str = Field(default="", description="why there is no loss_by_band")
+    token_order_sha256: str | None = Field(default=None, description="of the ranks in loss_by_band: equal ones are comparable")
+
+    def _needed(self) -> dict[str, Any]:
+        return super()._needed() | {name: getattr(self, name) for name in ("perplexity", "trained_tokens", "protocol_hash")}
+
+    @model_validator(mode="after")
+    def _no_untrained_verdict(self) -> Self:
+        if self.untrained and self.passes_5_percent_threshold is not None:
+            raise ValueError("an untrained model has no verdict; got passes_5_percent_threshold; leave it out")
+        return self
+
+
+R = TypeVar("R", bound=Result)
+
+
+class Ablation(_Record):
+    """A model that differs from that of `from_role` in one component, and what that changes of the peak."""
+
+    name: str
+    from_role: str
+    peak_allocated_bytes: int | None = None
+    change_bytes: int | None = Field(default=None, description="against the peak of from_role; negative is a saving")
+    detail: str = ""
+
+
+class Report(_Record, Generic[R]):
+    """One result file: the models of one run, its conditions, and the checks it made."""
+
+    schema_version: Literal[2] = SCHEMA_VERSION
+    kind: Kind
+    created_utc: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    environment: dict[str, str | int | float | bool | None]
+    command: str
+    warnings: list[str] = Field(default_factory=list, description="what disturbed the whole run, and what to do")
+    run: JsonObject = Field(default_factory=dict, description="the settings of the run, such as batch_size")
+    results: dict[str, SerializeAsAny[R]]
+    checks: list[Check] = Field(default_factory=list)
+    ablation: list[Ablation] = Field(default_factory=list, description="memory: one component changed at a time")
+
+    @model_validator(mode="after")
+    def _results_of_this_kind(self) -> Self:
+        expected = RESULTS[self.kind]
+        if foreign := [type(result).__name__ for result in self.results.values() if not isinstance(result, expected)]:
+            raise ValueError(f"results of kind {self.kind} are {expected.__name__}; got {foreign[0]}")
+        if unknown := [key for key in self.results if not re.fullmatch(_KEY[self.kind], key)]:
+            raise ValueError(f"a {self.kind} result is called baseline or {_PHASE1_KEY[self.kind]}; got {unknown[0]!r:.80}")
+        return self
+
+
+RESULTS: dict[str, type[Result]] = {"memory": MemoryResult, "throughput": ThroughputResult, "perplexity": PerplexityResult}
+_REPORTS: dict[str, type[Report[Any]]] = {
+    "memory": Report[MemoryResult],
+    "throughput": Report[ThroughputResult],
+    "perplexity": Report[PerplexityResult],
+}
+_PHASE1_KEY = {"memory": "phase1", "throughput": "phase1", "perplexity": "phase1_htt{rank}_ar{rank}"}
+_OTHER = r"(?!phase1)[a-z][a-z0-9_]{0,63}"  # baseline, baseline_optimized, and controls or models plugged in by a user
+_KEY = {
+    "memory": rf"phase1|{_OTHER}",
+    "throughput": rf"phase1|{_OTHER}",
+    "perplexity": rf"phase1_htt[1-9]\d{{0,8}}_ar[1-9]\d{{0,8}}(_seed\d{{1,9}})?|{_OTHER}",
+}
+
+
+def exit_code(checks: Iterable[Check]) -> int:
+    """0 when all pass, 1 when one fails, 3 when none fails and one is inconclusive."""
+    statuses = {check.status for check in checks}
+    return 1 if "fail" in statuses else 3 if "inconclusive" in statuses else 0
+
+
+def write_report(report: Report[Any], path: Path | str) -> None:
+    """Write `report` as strict JSON. Raises ValueError where it holds NaN or infinity, OSError where it cannot be written."""
+    try:
+        text = json.dumps(report.model_dump(), indent=2, ensure_ascii=False, allow_nan=False)
+        data = (text + "\n").encode()
+    except ValueError as error:
+        expected = "expected a report of finite numbers and valid text"
+        raise ValueError(f"{one_line(path)}: {expected}; got {one_line(error)}; any old file is kept") from error
+    atomic_write(path, data)
+
+
+@overload
+def read_report(path: Path | str, kind: Literal["memory"]) -> Report[MemoryResult]: ...
+@overload
+def read_report(path: Path | str, kind: Literal["throughput"]) -> Report[ThroughputResult]: ...
+@overload
+def read_report(path: Path | str, kind: Literal["perplexity"]) -> Report[PerplexityResult]: ...
+def read_report(path: Path | str, kind: Kind) -> Report[Any]:
+    """The report of `kind` at `path`, migrated where it is of an older schema version.
+
+    Raises:
+        ValueError: one line that names the file, what was expected, what it holds and the remedy, where the file is
+            missing, unreadable, not strict JSON, of another program or kind, of a newer schema, or breaks the schema.
+    """
+    try:
+        return _parse(read_json(path), kind)
+    except _Newer as error:
+        expected = f"expected schema_version up to {SCHEMA_VERSION}"
+        raise ValueError(f"{one_line(path)}: {expected}; got {error}; update phase1") from error
+    except ValueError as error:
+        remedy = f"run phase1 {kind} again or move the file away"
+        raise ValueError(f"{one_line(path)}: expected a phase1 {kind} report; got {one_line(error)}; {remedy}") from error
+
+
+class _Newer(ValueError):
+    """A report of a later version of this program."""
+
+
+def _parse(content: Any, kind: Kind) -> Report[Any]:
+    if not isinstance(content, dict) or "schema_version" not in content or "kind" not in content:
+        raise ValueError("JSON without schema_version and kind, the file of another program")
+    version = content["schema_version"]
+    if type(version) is not int or version < 1:
+        raise ValueError(f"schema_version {version!r:.40}")
+    if version > SCHEMA_VERSION:
+        raise _Newer(version)
+    if content["kind"] != kind:
+        raise ValueError(f"a report of kind {content['kind']!r:.40}")
+    try:
+        return _REPORTS[kind].model_validate(migrated(content, version))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "report"
+        raise ValueError(f"{first['msg'].removeprefix('Value error, ')} at {where} ({error.error_count()} in all)") from error

@@ -1,0 +1,161 @@
+"""The settings of every command, as frozen dataclasses: a field is a flag, its default and its help."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from phase1.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    Ranked,
+    Shape,
+    TrainConfig,
+    argument,
+    check_ranks,
+    option,
+    require_positive,
+)
+from phase1.roster import Variant
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output(Config):
+    """Where results go."""
+
+    out_dir: str = option("results/benchmarks", "folder of the result files")
+    baseline: bool = option(True, "measure the Transformer baselines too")
+    resume: bool = option(False, "go on with what an interrupted run of the same config, code and data has finished")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryRun(Ranked, Output):
+    """Peak memory of a training step: engine, FP16 Transformer and optimised Transformer, each in a fresh process."""
+
+    batch_size: int = option(4, "B, sequences per step")
+    seq_length: int = option(2048, "T, tokens per sequence")
+    gradient_checkpointing: bool = option(True, "recompute the engine's activations in the backward pass")
+    vram_limit: str | None = option(None, "let every model have so much of the card and no more: 8GB, 7.2GB, 8GiB or bytes")
+    card: str | None = option(
+        None, "hold every model to the usable bytes of that card, for example rtx4060, and check that it fits"
+    )
+    fit: bool = option(False, "find the largest batch at --seq-length and the longest sequence at a batch of 1 that train")
+    dry_run: bool = option(False, "estimate without running anything, also where there is a GPU; without one it always does")
+    ablate: bool = option(False, "also change one component at a time in baseline and engine: who saves what")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "batch_size", "seq_length")
+        if self.ablate and not self.baseline:
+            raise ValueError("--ablate compares engine and baseline; got --no-baseline; leave one of them out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThroughputRun(Ranked, Output):
+    """Training throughput over sequence lengths, and whether the time is linear in the length."""
+
+    seq_lengths: tuple[int, ...] = option((512, 1024, 2048, 4096), "T, the lengths to measure; a verdict needs 4 over 8x")
+    batch_size: int = option(4, "B, sequences per step")
+    warmup_steps: int = option(5, "steps before the measurement, per model and length")
+    measure_steps: int = option(20, "measured steps, per model and length")
+    compile: bool = option(False, "torch.compile every block of every model; compilation is not in the times")
+    cuda_graphs: bool = option(False, "launch every step's passes as two CUDA graphs: times of the GPU, not of the host")
+    save_plots: bool = option(False, "write phase1_throughput_comparison.png")
+    a_a: bool = option(False, "measure a second copy of the baseline (of the engine with --no-baseline): they must not differ")
+    quadratic_control: bool = option(
+        False, "measure attention that holds all T x T scores: it must be found not linear; slow, and memory grows with T x T"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "seq_lengths", "batch_size", "measure_steps", "warmup_steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerplexityRun(Shape, DataConfig, TrainConfig, Output):
+    """Perplexity of trained models on one evaluation text, engine against the FP16 Transformer."""
+
+    baseline_learning_rate: float = option(1.5e-3, "--learning-rate of models with attention: their best is another")
+    gradient_checkpointing: bool = option(True, "recompute the engine's activations in the backward pass: slower, less memory")
+    max_samples: int | None = option(None, "windows of --seq-length tokens to evaluate; all by default")
+    seq_length: int = option(512, "T, tokens per window in evaluation, and in the training of what is not trained yet")
+    stride: int | None = option(None, "S: every window but the first scores only its last S tokens; T by default, side by side")
+    batch_size: int = option(8, "windows per forward pass of the evaluation; does not change the result")
+    test_htt_ranks: tuple[int, ...] = option((16,), "HTT ranks to test, each with every AR-SSM rank")
+    test_ar_ssm_ranks: tuple[int, ...] = option((32,), "AR-SSM ranks to test")
+    variants: tuple[Variant, ...] = option(
+        (),
+        "further models, with the first rank of each kind: the engine with a dense table that starts like its own, with and "
+        "without copy head, with attention, with all ranks always on, without copy head, with as many layers as fit into the "
+        "baseline; the Transformer with a copy head, with the engine's start, with all that AR-SSM's block has (fair)",
+    )
+    repeats: int = option(1, "trainings of every model, with --seed, --seed + 1, ...: how much of a difference is chance")
+    checkpoint: tuple[str, ...] = option(
+        (), "NAME=PATH of trained models: these are evaluated, and none is trained; NAME as in a report, phase1_htt16_ar32 say"
+    )
+    also_evaluate: tuple[str, ...] = option(
+        (), "further data sets whose validation texts every model is scored on; reports in folders of their names in --out-dir"
+    )
+    checkpoint_dir: str = option("results/checkpoints", "trained models, by hash of config and data; reused by later runs")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "seq_length", "batch_size", "test_htt_ranks", "test_ar_ssm_ranks", "repeats")
+        require_positive(self, "baseline_learning_rate")
+        for name in ("max_samples", "stride"):
+            if getattr(self, name) is not None:
+                require_positive(self, name)
+        if self.stride is not None and self.stride > self.seq_length:
+            raise ValueError(f"--stride must be at most --seq-length={self.seq_length}; got {self.stride}; lower it")
+        for htt_rank in self.test_htt_ranks:
+            for ar_ssm_rank in self.test_ar_ssm_ranks:
+                check_ranks(self, ar_ssm_rank, htt_rank)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TablesRun(Config):
+    """Comparison tables from result files."""
+
+    results_dir: str = option("results/benchmarks", "folder with the result files of the other three scripts")
+    out_dir: str = option("results/benchmarks/tables", "folder of the tables")
+    hardware: str | None = option(None, "name to print for the hardware; by default the one in the result files")
+    formats: tuple[Literal["markdown", "csv", "latex"], ...] = option(("markdown", "csv", "latex"), "formats to write")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareRun(Config):
+    """Two runs against each other: what changed, and whether it breaks a limit."""
+
+    old: str = argument("result file of the reference, or a folder of result files")
+    new: str = argument("result file of the run to judge, or a folder of result files")
+    fail_on: str | None = option(
+        None,
+        "limits NAME:+X%% or NAME:-X%%, separated by commas, on peak, tokens_per_second and perplexity; for example "
+        "peak:+2%%,tokens_per_second:-5%%,perplexity:+1%%",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRun(ModelConfig, DataConfig, TrainConfig):
+    """Train one model and write its checkpoint; run it again with the same flags to resume."""
+
+    seq_length: int = option(512, "T, tokens per window")
+    out_dir: str = option("results/checkpoints/train", "folder of the checkpoint")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "seq_length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineRun(Output):
+    """Memory, throughput, perplexity and tables, one after the other."""
+
+    preset: Literal["rtx3080-10g", "rtx3080m-8g", "rtx4090-24g", "smoke"] = option("rtx3080-10g", "sizes of every step")
+    dataset_name: str = option("wikitext", "data set of the perplexity step (see phase1 perplexity --help)")
+    dataset_config: str = option("wikitext-103-raw-v1", "configuration of a hub data set")
+    offline: bool = option(False, "open no network connection: a hub data set must be in the local cache")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorRun(Config):
+    """What a bug report needs: versions, GPU, driver, commit."""

@@ -1,0 +1,3 @@
+"""Statistics of samples, and what they allow to say. Needs no torch."""
+
+Bounds = tuple[float, float]

@@ -1,0 +1,105 @@
+"""Reports -> what a command prints: the comparison tables without what the command line says already."""
+
+import textwrap
+from collections.abc import Iterable
+from dataclasses import replace
+
+from phase1.records.schema import Check, MemoryResult, PerplexityResult, Report, ThroughputResult
+from phase1.tables import (
+    Table,
+    loss_comparison,
+    memory_tables,
+    perplexity_comparison,
+    scaling_comparison,
+    throughput_comparison,
+)
+from phase1.tables.common import WARNING
+from phase1.tables.table import is_wide
+from phase1.text import one_line
+
+# the table files have them
+_NOT_PRINTED = ("Basis", "Forward", "Backward", "Optimizer", "Model FLOPs", "Optimizer traffic", "Config id", "95 % to")
+
+
+def memory_text(report: Report[MemoryResult]) -> str:
+    """The peaks of every model and whether they fit, what they are made of, who saves what, and what is largest."""
+    return "\n\n".join(_console(table, report) for table in memory_tables(report))
+
+
+def throughput_text(report: Report[ThroughputResult]) -> str:
+    """The speeds at every length without the parts of a step, how the times scale, and what makes them doubtful."""
+    speeds = _with_joined_intervals(throughput_comparison(report))
+    keep = [i for i, column in enumerate(speeds.columns) if column.title not in _NOT_PRINTED]
+    speeds = replace(
+        speeds, columns=tuple(speeds.columns[i] for i in keep), rows=tuple(tuple(row[i] for i in keep) for row in speeds.rows)
+    )
+    warnings = [note for note in speeds.notes if note.startswith(WARNING)]
+    return "\n".join([_console(speeds, report), "", _console(scaling_comparison(report), report), *map(_paragraph, warnings)])
+
+
+def _with_joined_intervals(table: Table) -> Table:
+    """Each pair of columns "95 % from" and "95 % to" in the first of them, as text."""
+    columns, rows = list(table.columns), [list(row) for row in table.rows]
+    for i, column in enumerate(columns):
+        if column.title == "95 % from":
+            columns[i] = replace(column, title="95 %")
+            for row in rows:
+                low, high = row[i : i + 2]
+                if isinstance(low, float) and isinstance(high, float):
+                    row[i] = f"{low:,.{column.digits}f} to {high:,.{column.digits}f}"
+    return replace(table, columns=tuple(columns), rows=tuple(tuple(row) for row in rows))
+
+
+def perplexity_text(report: Report[PerplexityResult]) -> str:
+    """The quality of every model, then where it loses."""
+    losses = loss_comparison(report)
+    return _console(perplexity_comparison(report), report) + (f"\n\n{console(losses)}" if losses.rows else "")
+
+
+def _console(table: Table, report: Report) -> str:
+    """Without the checks, which `checks_text` prints, warnings, and the command, which the user has typed."""
+    printed_elsewhere = tuple(f"{check.status.upper()} {check.name}: " for check in report.checks) + ("Command: ", WARNING)
+    notes = tuple(note for note in table.notes if not note.startswith(printed_elsewhere))
+    return console(replace(table, notes=notes))
+
+
+def checks_text(checks: Iterable[Check]) -> str:
+    """PASS, FAIL or INCONCLUSIVE for every check, with its value, limit and reason."""
+    from tabulate import tabulate
+
+    rows = [
+        (check.status.upper(), one_line(check.name), _number(check.value), _number(check.limit), _wrapped(check.detail))
+        for check in checks
+    ]
+    return "\n" + tabulate(rows, headers=("", "check", "value", "limit", ""), tablefmt="simple", disable_numparse=True) + "\n"
+
+
+def _paragraph(text: str) -> str:
+    return "\n" + textwrap.fill(one_line(text, 1000), 120, subsequent_indent="  ")
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value / 1e9:,.2f}e9" if abs(value) >= 1e9 else f"{value:,.4g}" if abs(value) < 1e5 else f"{value:,.0f}"
+
+
+def _wrapped(text: str) -> str:
+    return "\n".join(textwrap.wrap(one_line(text, 1000), 72))
+
+
+def console(table: Table) -> str:
+    """For a terminal: the caption, the rows (few models with many numbers stand side by side), and the notes."""
+    from tabulate import tabulate
+
+    headings = [column.heading for column in table.columns]
+    rows = table.texts(one_line)
+    if is_wide(table):
+        rows = [list(row) for row in zip(headings, *rows)]
+        headings, rows = rows[0], rows[1:]
+        align = ["left"] + ["right"] * (len(headings) - 1)
+    else:
+        headings = ["\n".join(textwrap.wrap(heading, 12)) for heading in headings]
+        align = ["right" if table.is_numeric(i) else "left" for i in range(len(headings))]
+    body = tabulate(rows, headers=headings, tablefmt="simple", colalign=align if rows else None, disable_numparse=True)
+    return "\n".join([one_line(table.caption), "", body, *(f"- {one_line(note)}" for note in table.notes)])

@@ -1,0 +1,1 @@
+"""Training: one step, the job that repeats it, and its checkpoints."""

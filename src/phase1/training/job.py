@@ -1,0 +1,129 @@
+"""A training job: one model from text to checkpoint, resumed where an earlier run stopped."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from phase1.config import ModelConfig, TrainConfig
+from phase1.data import Corpus, Windows
+from phase1.model import LanguageModel
+from phase1.training.checkpoint import INDEX, check_configs, read_index, resume, save_checkpoint, training_facts
+from phase1.training.interrupts import interrupts_wait
+from phase1.training.step import TrainState, make_train_state, skipped_steps, total_steps, train
+from phase1.vocabulary.levels import VECTOR_DIM, levels
+from phase1.vocabulary.statistics import (
+    TokenStatistics,
+    TokenVectors,
+    frequency_order,
+    token_counts,
+    token_statistics,
+    token_vectors,
+)
+
+SAVE_SECONDS = 300.0  # between checkpoints of an unfinished run
+SHOW_EVERY = 20  # steps between looks at the loss for the progress bar: each look waits for the GPU
+
+
+def train_to_checkpoint(
+    model_config: ModelConfig, train_config: TrainConfig, corpus: Corpus, seq_length: int, folder: Path, *, label: str
+) -> dict[str, Any]:
+    """Train to the end of the schedule, or go on from `folder`; a finished checkpoint is left as it is.
+
+    Returns:
+        The checkpoint's facts: data, seconds, tokens, skipped steps, last loss.
+    Raises:
+        ValueError: `folder` holds a checkpoint of another config or of other data.
+    """
+    data = {"name": corpus.name, "split": "train", "sha256": corpus.splits["train"].sha256}
+    steps = total_steps(train_config, seq_length)
+    begun = (folder / INDEX).exists()
+    if begun:
+        index = read_index(folder)
+        check_configs(folder, index, model_config, train_config)
+        facts = training_facts(folder, index["facts"])
+        if facts["data"] != data or facts["seq_length"] != seq_length:
+            raise ValueError(f"the checkpoint in {folder} was trained on {facts['data']}; use that data, or another folder")
+        if facts["finished"]:
+            return facts
+    windows = Windows(corpus.splits["train"].ids, seq_length, train_config.seed)
+    seen = windows.seen(steps * train_config.train_batch_size)
+    state = make_state(model_config, train_config, None if begun else seen)
+    order = torch.from_numpy(frequency_order(token_counts(seen, model_config.vocab_size))).int()
+    del seen
+    seconds = resume(folder, state)["train_seconds"] if begun else 0.0
+    facts = {"data": data, "seq_length": seq_length, "tokenizer": corpus.tokenizer.fingerprint, "train_seconds": seconds}
+    with interrupts_wait() as interrupted:
+        facts |= run_schedule(state, windows, steps, folder, facts, label, interrupted)
+        save_checkpoint(folder, state, facts, resumable=False, token_order=order)
+    return facts
+
+
+def make_state(model_config: ModelConfig, train_config: TrainConfig, seen: np.ndarray | None) -> TrainState:
+    """A fresh model, ready to train; the same for equal seeds.
+
+    A table that starts from statistics gets those of the tokens `seen` in training and of no others, so that no model of a
+    comparison knows more text than another; None where a checkpoint brings them.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    statistics = None if seen is None else start_of(model_config, seen, train_config.seed, device)
+    torch.manual_seed(train_config.seed)
+    return make_train_state(LanguageModel(model_config, statistics), train_config, device)
+
+
+def start_of(config: ModelConfig, seen: np.ndarray, seed: int, device: str) -> TokenStatistics | TokenVectors | None:
+    """What the table of a new model starts from: the same counts and vectors for either kind, or None for random rows."""
+    sizes: dict[str, Any] = {"vocab_size": config.vocab_size, "dim": min(VECTOR_DIM, config.d_model)}
+    if config.embedding == "htt":
+        every = levels(config.vocab_size, config.d_model, config.htt_rank, config.htt_dense_rows)
+        return token_statistics(seen, levels=every, seed=seed, device=device, **sizes)
+    return token_vectors(seen, seed=seed, device=device, **sizes) if config.dense_start == "statistics" else None
+
+
+def run_schedule(
+    state: TrainState,
+    windows: Windows,
+    steps: int,
+    folder: Path,
+    facts: dict[str, Any],
+    label: str,
+    interrupted: Callable[[], bool],
+) -> dict[str, Any]:
+    """Train to `steps` with a progress bar and a checkpoint every SAVE_SECONDS; what the run adds to the facts.
+
+    Raises KeyboardInterrupt after the step in which `interrupted` becomes true, with a checkpoint of it; after the last step
+    there is none to go on from.
+    """
+    config = state.config
+    tokens_per_step = config.train_batch_size * windows.seq_length
+    began = saved = time.perf_counter()
+    last = torch.zeros(())
+
+    def progress() -> dict[str, Any]:
+        seconds = facts["train_seconds"] + time.perf_counter() - began
+        done = {"trained_tokens": state.step * tokens_per_step, "train_seconds": seconds, "finished": state.step == steps}
+        return done | {"loss": last.item(), "skipped_steps": skipped_steps(state)}
+
+    def on_step(step: int, loss: Tensor) -> None:
+        nonlocal saved, last
+        last = loss
+        bar.update(tokens_per_step)
+        if step % SHOW_EVERY == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        stop = interrupted()
+        if step < steps and (stop or time.perf_counter() - saved > SAVE_SECONDS):
+            save_checkpoint(folder, state, facts | progress())
+            saved = time.perf_counter()
+            if stop:
+                raise KeyboardInterrupt
+
+    total = steps * tokens_per_step
+    initial = state.step * tokens_per_step
+    with tqdm(total=total, initial=initial, desc=f"train {label}", unit="tok", unit_scale=True, disable=None) as bar:
+        train(state, lambda step: windows.batch(step, config.train_batch_size), steps, on_step)
+    return progress()

@@ -1,0 +1,168 @@
+"""One training step, and the loop that repeats it over a corpus."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phase1.config import TrainConfig
+from phase1.errors import Diverged
+from phase1.model import LanguageModel
+from phase1.ops.cross_entropy import IGNORE
+from phase1.training.micro_batch import Passes, Replay
+from phase1.training.optimizers import make_optimizer
+
+CHECK_EVERY = 100  # steps between looks at the loss: each look waits for the GPU
+Batch = tuple[Tensor, Tensor]
+"""Inputs and targets, (B, T) int64 each."""
+
+
+@dataclass
+class TrainState:
+    """A model with all that its next step needs."""
+
+    model: LanguageModel
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    dtype: torch.dtype  # of the autocast region; float32 is no autocast
+    device: torch.device
+    grad_clip: float
+    config: TrainConfig
+    passes: Passes
+    step: int = 0  # optimizer steps taken
+
+
+def compute_dtype(precision: str, device: torch.device | str) -> torch.dtype:
+    """The autocast type that `precision` means on `device`: auto is float16 on CUDA and float32 elsewhere."""
+    if precision == "auto":
+        precision = "fp16" if torch.device(device).type == "cuda" else "fp32"
+    return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
+def make_train_state(model: LanguageModel, config: TrainConfig, device: torch.device | str) -> TrainState:
+    """Move `model` to `device` and give it an optimizer, loss scaling for fp16 and, if asked, compiled blocks."""
+    device = torch.device(device)
+    model = model.to(device)
+    if config.compile:
+        for block in model.blocks:
+            block.compile(dynamic=False)
+    optimizer = make_optimizer(model, config, device.type)
+    dtype = compute_dtype(config.precision, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    passes = Passes(model, scaler, dtype)
+    if config.cuda_graphs:
+        require_gpu_for_graphs(device.type)
+        passes = Replay(passes)
+    return TrainState(model, optimizer, scaler, dtype, device, config.grad_clip, config, passes)
+
+
+def require_gpu_for_graphs(device_type: str) -> None:
+    """Raise ValueError on the CPU, which has no CUDA graphs."""
+    if device_type != "cuda":
+        raise ValueError("--cuda-graphs needs a GPU; got a run on the CPU; leave it out")
+
+
+def ignore(phase: str) -> None:
+    """A `mark` that measures nothing."""
+
+
+def train_step(state: TrainState, micro_batches: list[Batch], mark: Callable[[str], None] = ignore) -> Tensor:
+    """Forward, loss, backward over the micro batches; then clip, optimizer step, gradients freed.
+
+    The one step that training, memory and throughput share. `mark` is called with "start", then "forward" and
+    "backward" after those of each micro batch, and "optimizer" at the end. The losses of micro batches weigh by their
+    scored targets and the penalties of the rank gate by their tokens, so that the split does not change the step.
+
+    Returns:
+        The mean cross-entropy in nats per scored target, detached, without the penalty of the rank gate: reading it waits for
+        the GPU, so read it rarely.
+    """
+    mark("start")
+    tokens = sum(targets.numel() for _, targets in micro_batches)
+    scored = torch.stack([(targets != IGNORE).sum() for _, targets in micro_batches])
+    mean = torch.zeros((), device=state.device)
+    state.model.train()
+    for (inputs, targets), share in zip(micro_batches, (scored / scored.sum()).to(state.device), strict=True):
+        part = torch.full((), targets.numel() / tokens, device=state.device)
+        objective, loss = state.passes.forward(inputs.to(state.device), targets.to(state.device), share, part)
+        mark("forward")
+        state.passes.backward(objective)
+        mean += loss.detach()
+        del objective, loss
+        mark("backward")
+    state.scaler.unscale_(state.optimizer)
+    torch.nn.utils.clip_grad_norm_(state.model.parameters(), state.grad_clip)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=not state.config.cuda_graphs)  # graphs add to the tensors they were made with
+    state.step += 1
+    mark("optimizer")
+    return mean
+
+
+def total_steps(config: TrainConfig, seq_length: int) -> int:
+    """Optimizer steps for `train_tokens`, rounded up to whole steps."""
+    return math.ceil(config.train_tokens / (config.train_batch_size * seq_length))
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
+    """Linear warm-up to the peak over min(warmup_steps, steps/10) steps, then a cosine to a tenth of it, or a line to 0."""
+    warmup = max(1, min(config.warmup_steps, steps // 10))
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    done = (step + 1 - warmup) / (steps + 1 - warmup)  # 0 at the last step of the warm-up, below 1 at the last of all
+    if config.schedule == "linear":
+        return config.learning_rate * (1 - done)
+    return config.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+
+
+def skipped_steps(state: TrainState) -> int:
+    """Steps whose gradients overflowed, so that nothing was learnt in them: those that AdamW has not counted."""
+    counts = [values["step"] for values in state.optimizer.state.values() if "step" in values]
+    return state.step - int(torch.stack(counts).max()) if counts else state.step
+
+
+def train(
+    state: TrainState,
+    batch_at: Callable[[int], Batch],
+    steps: int,
+    on_step: Callable[[int, Tensor], Any] = lambda step, loss: None,
+) -> float:
+    """Train from `state.step` to `steps`.
+
+    Args:
+        batch_at: inputs and targets (train_batch_size, T) of a step; the same for every model of a comparison.
+        on_step: called with the number of steps taken and the loss after each, for progress and checkpoints.
+    Returns:
+        Seconds spent, waiting for the device at the end.
+    Raises:
+        Diverged: the loss is no longer a finite number.
+    """
+    began = time.perf_counter()
+    while state.step < steps:
+        for group in state.optimizer.param_groups:
+            group["lr"] = group["lr_scale"] * learning_rate(state.config, state.step, steps)
+        loss = train_step(state, list(_micro_batches(batch_at(state.step), state.config.micro_batch_size, state.device)))
+        if state.step % CHECK_EVERY == 0 or state.step == steps:
+            check_finite(loss, state.step)
+        on_step(state.step, loss)
+    if state.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def check_finite(loss: Tensor, step: int) -> None:
+    """Raise Diverged unless `loss` is a number."""
+    if not math.isfinite(loss.item()):
+        raise Diverged(f"the loss is {loss.item()} at step {step}; lower --learning-rate or use --precision bf16")
+
+
+def _micro_batches(batch: Batch, size: int, device: torch.device) -> Iterator[Batch]:
+    inputs, targets = batch
+    if device.type == "cuda":  # pinned, so that the copy does not wait for the steps before it
+        inputs, targets = (part.pin_memory().to(device, non_blocking=True) for part in batch)
+    yield from zip(inputs.split(size), targets.split(size), strict=True)

@@ -1,0 +1,79 @@
+import pytest
+import torch
+
+from phase1.measure.memory.estimate.allocator import MIB
+from phase1.measure.memory.estimate.workspaces import ModelledCuda, Processors, processors, scratch_bytes, workspace_bytes
+
+aten = torch.ops.aten
+H100 = Processors(132, 2048)
+
+
+@pytest.mark.parametrize(
+    "capability, size", [((9, 0), 32 * MIB), ((10, 0), 32 * MIB), ((8, 6), 8.125 * MIB), ((8, 9), 8.125 * MIB)]
+)
+def test_a_workspace_is_32_mib_on_hopper_and_its_successors(capability, size):
+    assert workspace_bytes(capability) == size
+
+
+def test_each_of_the_two_threads_gets_a_workspace_at_its_first_product():
+    cuda = ModelledCuda((8, 6))
+    asked = [(aten.add.Tensor, "forward"), (aten.mm.default, "forward"), (aten.bmm.default, "forward"), (aten.mm.default, "backward"),
+             (aten.addmm.default, "optimizer")]  # fmt: skip
+    size = workspace_bytes((8, 6))
+    assert [cuda.before(func, phase) for func, phase in asked] == [0, size, 0, size, 0]
+
+
+def test_the_gradient_of_an_embedding_has_partial_sums_only_where_rows_are_sorted():
+    def scratch(n, rows, width=64):
+        return scratch_bytes(
+            aten.embedding_dense_backward.default, (torch.empty(n, width), torch.empty(n), rows, -1, False), H100
+        )
+
+    assert scratch(3072, 10_000) == 0
+    assert scratch(4000, 10_000) == 4 * 8 * 4000 + 4 * 64 * (400 + 4000)
+    assert scratch(4000, 50) == 4 * 8 * 4000 + 4 * 64 * (400 + 50)
+
+
+def test_accumulating_by_index_sorts_and_copies_values_that_are_not_contiguous():
+    indices, values = [torch.zeros(10, dtype=torch.long)], torch.empty(10, 6)
+    assert scratch_bytes(aten.index_put.default, (None, indices, values, True), H100) == 5 * 8 * 10
+    assert scratch_bytes(aten.index_put.default, (None, indices, torch.empty(6, 10).T, True), H100) == 5 * 8 * 10 + 240
+    assert scratch_bytes(aten.index_put.default, (None, indices, values), H100) == 0
+
+
+def test_a_logsumexp_copies_its_input():
+    assert scratch_bytes(aten.logsumexp.default, (torch.empty(10, 30, dtype=torch.float16), [1]), H100) == 600
+
+
+def test_the_backward_pass_of_attention_sums_the_gradient_of_its_queries_in_float32():
+    query = torch.empty(2, 4, 8, 16, dtype=torch.float16)
+    assert scratch_bytes(aten._scaled_dot_product_flash_attention_backward.default, (query, query), H100) == 4 * 2 * 4 * 8 * 16
+
+
+def test_other_operators_have_none():
+    assert scratch_bytes(aten.mm.default, (torch.empty(2, 2), torch.empty(2, 2)), H100) == 0
+
+
+def sum_scratch(*shape, dims, dtype=torch.float16, card=H100):
+    return scratch_bytes(aten.sum.dim_IntList, (torch.empty(*shape, dtype=dtype, device="meta"), dims), card)
+
+
+def test_a_sum_over_many_rows_is_split_between_blocks_of_threads_that_leave_their_parts_in_memory():
+    # 4 columns a thread, 32 x 4 threads a block: 250 blocks for 32000 columns, 16 blocks at a time on each multiprocessor
+    assert sum_scratch(2048, 32000, dims=[0]) == 4 * 32000 * 9 * 32 * 4  # 2112 / 250 blocks share a column
+    assert sum_scratch(4, 2048, 1024, dims=[0, 1]) == 4 * 1024 * 128 * 32 * 4  # 16 of the 2048 rows of a thread are the least
+    assert sum_scratch(4, 2048, 1024, dims=[0, 1], dtype=torch.float32) == 4 * 1024 * 128 * 32 * 4  # in float32 either way
+    assert sum_scratch(4, 2048, 1024, dims=[0, 1], card=Processors(8, 2048)) == 4 * 1024 * 16 * 32 * 4
+
+
+def test_a_sum_over_few_rows_or_along_memory_or_of_an_odd_number_of_columns_is_not():
+    assert sum_scratch(1020, 32000, dims=[0]) == 0
+    assert sum_scratch(2048, 32000, dims=[1]) == 0
+    assert sum_scratch(2048, 32001, dims=[0]) == 0  # a column a thread: 16 rows of threads, 128 rows each
+    assert sum_scratch(2048, 32000, dims=[]) == sum_scratch(0, 32000, dims=[0]) == 0
+    assert sum_scratch(2048, 32000, dims=[0], card=Processors(8, 2048)) == 0  # 250 blocks keep it busy
+
+
+def test_a_card_of_unknown_compute_capability_works_like_an_h100():
+    assert processors((9, 0)) == processors((11, 0)) == H100
+    assert processors((8, 6)) == Processors(68, 1536)

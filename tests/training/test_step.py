@@ -1,0 +1,182 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from phase1.config import Ranked, TrainConfig
+from phase1.errors import Unavailable
+from phase1.model import LanguageModel
+from phase1.roster import model_config
+from phase1.training.checkpoint import load_model, resume, save_checkpoint
+from phase1.training.step import learning_rate, make_train_state, total_steps, train, train_step
+
+TINY = Ranked(
+    vocab_size=50, d_model=16, n_layers=1, n_heads=2, ar_ssm_max_rank=4, ar_ssm_min_rank=2, ar_ssm_window=4,
+    htt_rank=1, htt_dense_rows=2, htt_groups=6,
+)  # fmt: skip
+CONFIG = TrainConfig(train_tokens=40 * 4 * 8, train_batch_size=4, micro_batch_size=2, warmup_steps=3)
+STEPS = total_steps(CONFIG, 8)
+
+
+def state(config=CONFIG, role="phase1", device="cpu", **overrides):
+    torch.manual_seed(config.seed)
+    return make_train_state(LanguageModel(model_config(role, TINY, **overrides)), config, device)
+
+
+def batch_at(step, size=4):
+    ids = np.random.default_rng(step).integers(0, 50, (size, 9))
+    return torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy())
+
+
+def as_tensors(batch, size):
+    return list(zip(*(part.split(size) for part in batch)))
+
+
+def parameters(state):
+    return [p.detach().clone() for p in state.model.parameters()]
+
+
+def train_until(state, stop):
+    """The whole schedule, broken off after `stop` steps."""
+
+    def interrupt(step, loss):
+        if step == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(state, batch_at, total_steps(state.config, 8), interrupt)
+
+
+def assert_equal(ours, theirs):
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("role", ["baseline", "phase1"])
+def test_a_step_learns_and_frees_its_gradients(role):
+    s = state(role=role)
+    before = parameters(s)
+    losses = [train_step(s, as_tensors(batch_at(0), 4)).item() for _ in range(20)]
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(p.grad is None for p in s.model.parameters())
+    assert not any(torch.equal(a, b) for a, b in zip(before, s.model.parameters()))
+
+
+def test_the_split_into_micro_batches_does_not_change_the_step():
+    outcomes = []
+    for size in (1, 3, 4):
+        s = state()
+        s.model.double()
+        train_step(s, as_tensors(batch_at(0), size))
+        outcomes.append(parameters(s))
+    for other in outcomes[1:]:
+        for a, b in zip(outcomes[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+def test_phases_are_marked_in_order():
+    marks = []
+    train_step(state(), as_tensors(batch_at(0), 2), marks.append)
+    assert marks == ["start", "forward", "backward", "forward", "backward", "optimizer"]
+
+
+@pytest.mark.parametrize("cut", [1, 7, 39])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, cut):
+    whole = state()
+    train(whole, batch_at, STEPS)
+    first = state()
+    train_until(first, cut)
+    save_checkpoint(tmp_path, first, {"data": "x"})
+    second = state(config=CONFIG)
+    for p in second.model.parameters():
+        torch.nn.init.normal_(p)  # all must come from the checkpoint
+    assert resume(tmp_path, second) == {"data": "x"}
+    train(second, batch_at, STEPS)
+    assert_equal(parameters(whole), parameters(second))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"learning_rate": 1e-2}, {"table_learning_rate": 1.0}, {"warmup_steps": 1}, {"weight_decay": 5.0}, {"grad_clip": 1e-8}, {"seed": 1}, {"precision": "bf16"},
+        {"train_tokens": 7 * 32}, {"optimizer": "muon"}, {"schedule": "linear"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_training_setting_changes_the_result(change):
+    outcomes = []
+    for config in (CONFIG, replace(CONFIG, **change)):
+        s = state(config)
+        train_until(s, 6)
+        outcomes.append(parameters(s)[-3])
+    assert not torch.equal(*outcomes)
+
+
+def test_the_schedule_warms_up_and_ends_at_a_tenth():
+    rates = [learning_rate(replace(CONFIG, warmup_steps=100), step, 1000) for step in range(1000)]
+    assert rates[0] == pytest.approx(3e-5, rel=1e-3) and max(rates) > 0.95 * 3e-3
+    assert rates[-1] == pytest.approx(3e-4, rel=1e-3) and rates[100:] == sorted(rates[100:], reverse=True)
+
+
+def test_a_diverged_run_ends_with_one_line():
+    s = state()
+    with torch.no_grad():
+        s.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(Unavailable, match="lower --learning-rate"):
+        train(s, batch_at, STEPS)
+
+
+def test_resuming_with_other_settings_names_the_flags(tmp_path):
+    s = state()
+    save_checkpoint(tmp_path, s, {})
+    with pytest.raises(ValueError, match="--learning-rate; use those"):
+        resume(tmp_path, state(replace(CONFIG, learning_rate=1e-4)))
+    with pytest.raises(ValueError, match="--ar-ssm-window"):
+        resume(tmp_path, state(ar_ssm_window=3))
+
+
+def test_a_checkpoint_for_evaluation_restores_the_model_with_its_token_order(tmp_path):
+    s = state()
+    s.model.embedding.positions_of.copy_(torch.randperm(50))
+    train(s, batch_at, 2)
+    save_checkpoint(tmp_path, s, {"trained_tokens": 64}, resumable=False)
+    model, facts = load_model(tmp_path)
+    ids = batch_at(5)[0]
+    assert torch.equal(model(ids), s.model(ids)) and facts == {"trained_tokens": 64}
+    with pytest.raises(ValueError, match="not resumed"):
+        resume(tmp_path, state())
+
+
+def test_a_crash_while_saving_leaves_the_older_checkpoint_whole(tmp_path, monkeypatch):
+    import phase1.training.checkpoint
+
+    s = state()
+    save_checkpoint(tmp_path, s, {})
+    expected = parameters(s)
+    train(s, batch_at, 2)
+    write = phase1.training.checkpoint.atomic_write
+    for fail_at in range(3):
+        calls = iter(range(9))
+
+        def crash(path, data, fail_at=fail_at, calls=calls):
+            if next(calls) == fail_at:
+                raise OSError("disk full")
+            write(path, data)
+
+        monkeypatch.setattr(phase1.training.checkpoint, "atomic_write", crash)
+        with pytest.raises(OSError, match="disk full"):
+            save_checkpoint(tmp_path, s, {})
+        assert_equal(expected, load_model(tmp_path)[0].parameters())
+
+
+def test_a_folder_without_a_checkpoint_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no checkpoint in"):
+        load_model(tmp_path)
+    (tmp_path / "checkpoint.json").write_text("{}")
+    with pytest.raises(ValueError, match="not a checkpoint of format 1"):
+        load_model(tmp_path)
+
+
+def test_cuda_graphs_without_a_gpu_are_refused():
+    with pytest.raises(ValueError, match="--cuda-graphs needs a GPU"):
+        state(replace(CONFIG, cuda_graphs=True))
