@@ -56,6 +56,10 @@ class Shape(Config):
     rank_penalty: float = option(1e-2, "weight of the L1 term on the rank gate in the training loss")
     htt_dense_rows: int = option(1024, "K, most frequent tokens, a dense row each; falling ranks up to 16K, then the tail")
     htt_groups: int = option(512, "rows of the grid of the tail's tensor train, a group of similar tokens each")
+    htt_output: Literal["flat", "two_level"] = option(
+        "flat",
+        "softmax of an HTT table: over all rows, or over those up to 16K and the groups of the tail, then inside a group",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,6 +113,7 @@ YOUNGER: dict[str, Any] = {
     "input_scale": None,
     "logit_scale": 1.0,
     "learnt_logit_scale": False,
+    "htt_output": "flat",
 }
 """Settings younger than the published results, with the value that all models had before: it is left out of their ids."""
 
@@ -136,6 +141,11 @@ class ModelConfig(Ranked):
             raise ValueError(
                 f"--htt-dense-rows + --htt-groups must be at most --vocab-size={self.vocab_size}; "
                 f"got {self.htt_dense_rows} + {self.htt_groups}; lower one of them"
+            )
+        if self.embedding == "htt" and self.htt_output == "two_level" and self.vocab_size <= 16 * self.htt_dense_rows:
+            raise ValueError(
+                f"--htt-output two_level needs rows past 16 x --htt-dense-rows={self.htt_dense_rows}; "
+                f"got --vocab-size={self.vocab_size}; lower --htt-dense-rows"
             )
 
     @property

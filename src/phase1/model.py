@@ -14,7 +14,7 @@ from phase1.layers.ar_ssm import ARSSM
 from phase1.layers.attention import Attention
 from phase1.layers.copy_head import CopyHead
 from phase1.layers.mlp import MLP
-from phase1.layers.token_table import DenseTable, HTTTable
+from phase1.layers.token_table import DenseTable, HTTTable, OutputLevels
 from phase1.ops.cross_entropy import IGNORE, Factors, tied_cross_entropy, tied_cross_entropy_reference, tied_nll
 from phase1.vocabulary.statistics import TokenStatistics, TokenVectors
 
@@ -54,6 +54,7 @@ TABLES: dict[str, Callable[[ModelConfig, TokenStatistics | TokenVectors | None],
         dense_rows=c.htt_dense_rows,
         groups=c.htt_groups,
         statistics=known if isinstance(known, TokenStatistics) else None,
+        two_level=c.htt_output == "two_level",
     ),
 }
 """Token tables by the name they have in `ModelConfig.embedding`, started from what is `known` of the text; None: random."""
@@ -98,6 +99,8 @@ class LanguageModel(nn.Module):
         # last, so that equal seeds give the rest of the model equal weights with and without it
         key_dim = config.d_model // config.n_heads  # as wide as a head of the mixer
         self.copy_head = CopyHead(config.d_model, key_dim, config.copy_window) if config.copy_head else None
+        two_level = config.embedding == "htt" and config.htt_output == "two_level"
+        self.second_level = nn.Parameter(torch.eye(config.d_model)) if two_level else None  # W of layers/two_level.py
 
     def _initialize(self) -> None:
         std = 0.02 * math.sqrt(512 / self.config.d_model)
@@ -120,9 +123,7 @@ class LanguageModel(nn.Module):
         past = None if states is None or self.copy_head is None else states[-1]  # the others are the blocks'
         hidden, states, _ = self._hidden(ids, table, states, keep_states=True)
         dtype = _compute_dtype(hidden)
-        logits = self._scaled(hidden).to(dtype) @ table.to(dtype).T
-        if self.embedding.output_bias is not None:
-            logits = logits + self.embedding.output_bias
+        logits = self._logits(self._scaled(hidden).to(dtype), table.to(dtype))
         every_id = torch.arange(self.config.vocab_size, device=ids.device)
         logits = logits[..., self.embedding.positions(every_id)]
         if self.copy_head is None:
@@ -145,13 +146,18 @@ class LanguageModel(nn.Module):
         hidden, _, effective_rank = self._hidden(ids, shared)
         table = self._table() if shared is None else shared
         op = tied_cross_entropy if self.config.loss == "chunked" else tied_cross_entropy_reference
-        if self.copy_head is None:
-            loss = op(*self._output(hidden, table, targets))
-        else:
+        output, inner = self.output(hidden, table, targets)
+        rest = None if inner is None else inner.view(targets.shape)  # of the loss of each target
+        log_odds = None
+        if self.copy_head is not None:
             log_odds, gate = self.copy_head(hidden, ids, targets)
+            # -log(p q + exp(o)) = -log q - log(p + exp(o - log q)) for levels p and q
+            log_odds = (log_odds if rest is None else log_odds + rest).flatten()
+            rest = F.softplus(gate) if rest is None else F.softplus(gate) + rest
+        loss = op(*output, log_odds)
+        if rest is not None:
             scored = targets != IGNORE
-            loss = op(*self._output(hidden, table, targets), log_odds.flatten())
-            loss = loss + (F.softplus(gate) * scored).sum() / scored.sum().clamp(min=1)
+            loss = loss + (rest * scored).sum() / scored.sum().clamp(min=1)
         if not self.training or effective_rank is None:
             return loss, None
         return loss, self.config.rank_penalty * effective_rank / self.config.ar_ssm_max_rank
@@ -161,7 +167,9 @@ class LanguageModel(nn.Module):
         """Loss in nats of each target (B, T), 0 where it is -100, and the mean effective rank (None without a gate)."""
         table = self._table()
         hidden, _, effective_rank = self._hidden(ids, table)
-        nll = tied_nll(*self._output(hidden, table, targets)).view(targets.shape)
+        output, inner = self.output(hidden, table, targets)
+        nll = tied_nll(*output)
+        nll = (nll if inner is None else nll + inner).view(targets.shape)
         if self.copy_head is not None:
             log_odds, gate = self.copy_head(hidden, ids, targets)
             nll = (nll + F.softplus(gate) - F.softplus(nll + log_odds)).where(targets != IGNORE, 0)
@@ -171,11 +179,39 @@ class LanguageModel(nn.Module):
         """All rows (V, D), in the order of positions: the input's and, transposed, the output's."""
         return self.embedding.table(_compute_dtype(self.norm.weight))
 
-    def _output(self, hidden: Tensor, table: Tensor, targets: Tensor) -> tuple[Factors, Tensor, Tensor | None]:
-        """Arguments of the cross-entropy: states (N, D) times the table, the targets' positions in it, and its bias."""
+    def output(
+        self, hidden: Tensor, table: Tensor, targets: Tensor
+    ) -> tuple[tuple[Factors, Tensor, Tensor | None], Tensor | None]:
+        """Arguments of the cross-entropy: states (N, D) times the table, the targets' positions in it, and its bias.
+
+        With two levels those of the first, and the losses in the second, (N,), 0 for targets before the tail.
+        """
         states = self._scaled(hidden).flatten(0, 1).to(_compute_dtype(hidden))
         positions = self.embedding.positions(targets).flatten()
-        return self.embedding.factors(states, table), positions, self.embedding.output_bias
+        if self.second_level is None:
+            return (self.embedding.factors(states, table), positions, self.embedding.output_bias), None
+        levels = self._levels(states, table)
+        start = len(table) - levels.groups.n
+        inside = positions - start
+        columns = torch.where(inside < 0, positions, start + inside // levels.groups.size)
+        fused = self.config.loss == "chunked"
+        inner = levels.groups.nll(F.linear(states, self.second_level), levels.tail, levels.tail_bias, inside, fused)
+        return (levels.factors, columns, levels.bias), inner
+
+    def _logits(self, hidden: Tensor, table: Tensor) -> Tensor:
+        """(B, T, V) in the order of positions; with two levels the log-probabilities, which are logits too."""
+        if self.second_level is None:
+            logits = hidden @ table.T
+            return logits if self.embedding.output_bias is None else logits + self.embedding.output_bias
+        levels = self._levels(hidden, table)
+        first = torch.cat([h @ rows.to(h.dtype).T for h, rows in levels.factors], -1) + levels.bias
+        head, of_groups = first.log_softmax(-1).split([len(table) - levels.groups.n, len(levels.groups.rows)], -1)
+        states = F.linear(hidden, self.second_level)
+        return torch.cat([head, levels.groups.log_probabilities(of_groups, states, levels.tail, levels.tail_bias)], -1)
+
+    def _levels(self, hidden: Tensor, table: Tensor) -> OutputLevels:
+        assert isinstance(self.embedding, HTTTable)
+        return self.embedding.levels_of_output(hidden, table)
 
     def _scaled(self, hidden: Tensor) -> Tensor:
         """States times the factor of the logits."""
@@ -214,7 +250,8 @@ class LanguageModel(nn.Module):
         # Only where reading the values is free: on a GPU it would stall every step, and indexing asserts there.
         if ids.ndim != 2:
             raise ValueError(f"ids must be (B, T); got shape {tuple(ids.shape)}")
-        if type(ids) is Tensor and ids.device.type == "cpu" and ids.numel():
+        readable = type(ids) is Tensor and ids.device.type == "cpu" and not torch.compiler.is_compiling()
+        if readable and ids.numel():
             low, high = int(ids.min()), int(ids.max())
             if low < 0 or high >= self.config.vocab_size:
                 found = low if low < 0 else high
