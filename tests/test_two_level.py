@@ -7,7 +7,7 @@ from phase1.config import Ranked, TrainConfig
 from phase1.model import LanguageModel
 from phase1.ops.cross_entropy import IGNORE
 from phase1.roster import model_config
-from phase1.training.step import parameter_groups
+from phase1.training.optimizers import parameter_groups
 
 # 503 - 16 x 8 = 375 rows in the tail: 94 groups of 4, the last of 3; all 320 of 5 with 64 groups
 TINY = Ranked(vocab_size=503, d_model=32, n_layers=1, n_heads=2, htt_dense_rows=8, htt_groups=100, ar_ssm_max_rank=8, htt_rank=8, htt_output="two_level")

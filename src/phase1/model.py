@@ -16,12 +16,19 @@ from phase1.layers.copy_head import CopyHead
 from phase1.layers.mlp import MLP
 from phase1.layers.token_table import DenseTable, HTTTable, OutputLevels
 from phase1.ops.cross_entropy import IGNORE, Factors, tied_cross_entropy, tied_cross_entropy_reference, tied_nll
-from phase1.vocabulary.statistics import TokenStatistics
+from phase1.vocabulary.statistics import TokenStatistics, TokenVectors
 
 Choice = TypeVar("Choice")
 
 MIXERS: dict[str, Callable[[ModelConfig], nn.Module]] = {
-    "attention": lambda c: Attention(c.d_model, c.n_heads, fused=c.attention == "fused"),
+    "attention": lambda c: Attention(
+        c.d_model,
+        c.n_heads,
+        fused=c.attention == "fused",
+        qk_norm=c.attention_qk_norm,
+        conv=c.attention_conv,
+        gate=c.attention_gate,
+    ),
     "ar_ssm": lambda c: ARSSM(
         c.d_model,
         c.n_heads,
@@ -33,19 +40,24 @@ MIXERS: dict[str, Callable[[ModelConfig], nn.Module]] = {
 }
 """Sequence layers by the name they have in `ModelConfig.mixer`: (x (B, T, D), state) -> (y, state, effective rank or None)."""
 
-TABLES: dict[str, Callable[[ModelConfig, TokenStatistics | None], DenseTable | HTTTable]] = {
-    "dense": lambda c, statistics: DenseTable(c.vocab_size, c.d_model),
-    "htt": lambda c, statistics: HTTTable(
+TABLES: dict[str, Callable[[ModelConfig, TokenStatistics | TokenVectors | None], DenseTable | HTTTable]] = {
+    "dense": lambda c, known: DenseTable(
+        c.vocab_size,
+        c.d_model,
+        output_bias=c.dense_start == "statistics",
+        vectors=known if isinstance(known, TokenVectors) else None,
+    ),
+    "htt": lambda c, known: HTTTable(
         c.vocab_size,
         c.d_model,
         rank=c.htt_rank,
         dense_rows=c.htt_dense_rows,
         groups=c.htt_groups,
-        statistics=statistics,
+        statistics=known if isinstance(known, TokenStatistics) else None,
         two_level=c.htt_output == "two_level",
     ),
 }
-"""Token tables by the name they have in `ModelConfig.embedding`; only an HTT table starts from `statistics`."""
+"""Token tables by the name they have in `ModelConfig.embedding`, started from what is `known` of the text; None: random."""
 
 
 class Block(nn.Module):
@@ -69,13 +81,18 @@ class LanguageModel(nn.Module):
 
     Args:
         config: sizes, mixer, table, loss and checkpointing.
-        statistics: of the training text, for an HTT table (phase1.vocabulary.statistics); a dense table needs none.
+        statistics: of the training text (phase1.vocabulary.statistics): TokenStatistics for an HTT table, TokenVectors for a
+            dense one that starts from them; None: random, where costs are measured or a checkpoint is loaded.
     """
 
-    def __init__(self, config: ModelConfig, statistics: TokenStatistics | None = None) -> None:
+    def __init__(self, config: ModelConfig, statistics: TokenStatistics | TokenVectors | None = None) -> None:
         super().__init__()
         self.config = config
         self.embedding = _named(TABLES, "--embedding", config.embedding)(config, statistics)
+        if config.row_norm != 1:
+            self.embedding.scale(config.row_norm)
+        self.input_scale = math.sqrt(config.d_model) if config.input_scale is None else config.input_scale
+        self.logit_scale = nn.Parameter(torch.full((1,), config.logit_scale)) if config.learnt_logit_scale else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.d_model)
         self._initialize()
@@ -106,7 +123,7 @@ class LanguageModel(nn.Module):
         past = None if states is None or self.copy_head is None else states[-1]  # the others are the blocks'
         hidden, states, _ = self._hidden(ids, table, states, keep_states=True)
         dtype = _compute_dtype(hidden)
-        logits = self._logits(hidden.to(dtype), table.to(dtype))
+        logits = self._logits(self._scaled(hidden).to(dtype), table.to(dtype))
         every_id = torch.arange(self.config.vocab_size, device=ids.device)
         logits = logits[..., self.embedding.positions(every_id)]
         if self.copy_head is None:
@@ -115,9 +132,14 @@ class LanguageModel(nn.Module):
         return logits, [*states, state]
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of `targets` (B, T), -100 not scored; in training plus the penalty of the rank gate.
+        """What training minimises: the cross-entropy of `losses` and, in training, the penalty of the rank gate."""
+        loss, penalty = self.losses(ids, targets)
+        return loss if penalty is None else loss + penalty
 
-        With a copy head it is that of the mixture, mean of nll - log(1 - g) - softplus(nll + o).
+    def losses(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean cross-entropy in nats of `targets` (B, T), -100 not scored, and in training the penalty of the rank gate.
+
+        With a copy head it is that of the mixture, mean of nll - log(1 - g) - softplus(nll + o); nan if nothing is scored.
         """
         # A table of its own for the output: the gradient of one for both would wait, V x D, for that of all blocks.
         shared = None if self.config.checkpointing and torch.is_grad_enabled() else self._table()
@@ -136,9 +158,9 @@ class LanguageModel(nn.Module):
         if rest is not None:
             scored = targets != IGNORE
             loss = loss + (rest * scored).sum() / scored.sum().clamp(min=1)
-        if self.training and effective_rank is not None:
-            loss = loss + self.config.rank_penalty * effective_rank / self.config.ar_ssm_max_rank
-        return loss
+        if not self.training or effective_rank is None:
+            return loss, None
+        return loss, self.config.rank_penalty * effective_rank / self.config.ar_ssm_max_rank
 
     @torch.no_grad()
     def nll(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -164,7 +186,7 @@ class LanguageModel(nn.Module):
 
         With two levels those of the first, and the losses in the second, (N,), 0 for targets before the tail.
         """
-        states = hidden.flatten(0, 1).to(_compute_dtype(hidden))
+        states = self._scaled(hidden).flatten(0, 1).to(_compute_dtype(hidden))
         positions = self.embedding.positions(targets).flatten()
         if self.second_level is None:
             return (self.embedding.factors(states, table), positions, self.embedding.output_bias), None
@@ -191,6 +213,12 @@ class LanguageModel(nn.Module):
         assert isinstance(self.embedding, HTTTable)
         return self.embedding.levels_of_output(hidden, table)
 
+    def _scaled(self, hidden: Tensor) -> Tensor:
+        """States times the factor of the logits."""
+        if self.logit_scale is not None:
+            return hidden * self.logit_scale
+        return hidden if self.config.logit_scale == 1 else hidden * self.config.logit_scale
+
     def _hidden(
         self, ids: Tensor, table: Tensor | None, states: list[Any] | None = None, keep_states: bool = False
     ) -> tuple[Tensor, list[Any], Tensor | None]:
@@ -200,7 +228,7 @@ class LanguageModel(nn.Module):
         """
         self._check(ids)
         recompute = table is None
-        x = _run(lambda ids: self._embed(ids, table), ids, recompute) * math.sqrt(self.config.d_model)
+        x = _run(lambda ids: self._embed(ids, table), ids, recompute) * self.input_scale
         new_states, ranks = [], []
         for i, block in enumerate(self.blocks):
             if recompute:

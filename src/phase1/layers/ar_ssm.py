@@ -6,13 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from phase1.layers.convolution import causal_conv, first_taps
 from phase1.layers.norm import rms_norm
 from phase1.layers.rotary import rotary, rotate
 from phase1.ops.ar_ssm import Parameters, State, fused_ar_ssm, fused_runs
 from phase1.ops.semiseparable import semiseparable
 from phase1.ops.window_attention import window_attention
-
-CONV_WIDTH = 4  # positions of the causal depthwise convolution in front of u, v and x
 
 
 class Operands(NamedTuple):
@@ -69,7 +68,7 @@ class ARSSM(nn.Module):
         self.rank_gate = RankGate(d_model, max_rank, min_rank)
         self.parts = [self.channels, d_model, n_heads, self.rank_gate.hidden]  # x, u, v for the convolution; gate; step; ranks
         self.project = nn.Linear(d_model, sum(self.parts), bias=False)
-        self.conv_weight = nn.Parameter(torch.empty(CONV_WIDTH, self.channels).uniform_(-(CONV_WIDTH**-0.5), CONV_WIDTH**-0.5))
+        self.conv_weight = nn.Parameter(first_taps(self.channels))
         self.conv_bias = nn.Parameter(torch.zeros(self.channels))
         step = torch.logspace(-3, -1, n_heads)  # Δ at the start: memories of different lengths
         self.step_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # inverse of softplus
@@ -116,12 +115,8 @@ class ARSSM(nn.Module):
         """The operator's operands for the input projection; with them the output gate and the convolution's inputs."""
         start = 0 if state is None else state.position
         mixed, gate, step, ranks = proj.split(self.parts, -1)
-        T, past = proj.shape[1], CONV_WIDTH - 1
-        mixed = F.pad(mixed, (0, 0, past, 0)) if state is None else torch.cat([state.conv, mixed], 1)
-        conv, kernel = self.conv_bias.to(mixed.dtype), self.conv_weight.to(mixed.dtype)
-        for j in range(CONV_WIDTH):
-            conv = torch.addcmul(conv, mixed[:, j : j + T], kernel[j])
-        x, uv = conv.split([gate.shape[-1], 2 * self.n_heads * self.max_rank], -1)
+        mixed, last = causal_conv(mixed, self.conv_weight, self.conv_bias, None if state is None else state.conv)
+        x, uv = mixed.split([gate.shape[-1], 2 * self.n_heads * self.max_rank], -1)
         x = F.silu(x).unflatten(-1, (self.n_heads, -1))
         uv = rms_norm(uv.unflatten(-1, (2 * self.n_heads, -1)))
         u, v = uv.chunk(2, 2)
@@ -133,4 +128,4 @@ class ARSSM(nn.Module):
             q, k = rotate(u * self.q_scale.to(u.dtype), *angles), rotate(v, *angles)
         u, v = (uv * rank_gate[:, :, None].to(uv.dtype)).chunk(2, 2)
         log_decay = -self.log_rate.exp() * step - 1 / self.memory
-        return Operands(u, v, q, k, x, step, log_decay, rank_gate), gate, mixed[:, T:]
+        return Operands(u, v, q, k, x, step, log_decay, rank_gate), gate, last

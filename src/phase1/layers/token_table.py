@@ -12,17 +12,31 @@ from phase1.layers.two_level import Groups
 from phase1.ops.anchored_table import Users, anchored_table, users_of
 from phase1.ops.htt import Cores, htt_table
 from phase1.vocabulary.levels import Level, levels
-from phase1.vocabulary.statistics import TokenStatistics
+from phase1.vocabulary.statistics import TokenStatistics, TokenVectors
 
 
 class DenseTable(nn.Module):
-    """One row of width D per token; the position of a token in the table is its id."""
+    """One row of width D per token; the position of a token in the table is its id.
 
-    output_bias = None
+    Args:
+        vocab_size, d_model: V and D.
+        output_bias: whether every token has one, as in HTT.
+        vectors: of the training text, where rows and biases start; None: random rows, biases of 0.
+    """
 
-    def __init__(self, vocab_size: int, d_model: int) -> None:
+    def __init__(self, vocab_size: int, d_model: int, output_bias: bool = False, vectors: TokenVectors | None = None) -> None:
         super().__init__()
         self.rows = nn.Parameter(torch.randn(vocab_size, d_model) / math.sqrt(d_model))
+        self.output_bias = nn.Parameter(torch.zeros(vocab_size)) if output_bias else None
+        if self.output_bias is not None and vectors is not None:
+            with torch.no_grad():
+                self.output_bias.copy_(torch.from_numpy(vectors.log_frequency))
+                self.rows.copy_(_to_width(torch.from_numpy(vectors.rows) * (1 / math.sqrt(vectors.rows.shape[1])), d_model))
+
+    @torch.no_grad()
+    def scale(self, factor: float) -> None:
+        """Make every row `factor` times as long."""
+        self.rows.mul_(factor)
 
     def positions(self, ids: Tensor) -> Tensor:
         return ids
@@ -161,6 +175,14 @@ class HTTTable(nn.Module):
             self.weights.copy_(torch.from_numpy(statistics.weights))
         if self.band is not None:
             self.band.start_at(torch.from_numpy(statistics.rest[: self.band.n]) * scale)
+
+    @torch.no_grad()
+    def scale(self, factor: float) -> None:
+        """Make every row `factor` times as long: rows are linear in these, and a sum of anchors in them."""
+        linear = [self.rows, *([] if self.band is None else self.band.coordinates)]
+        linear += [] if self.tail is None else [self.tail.core_a, self.tail.bias_b]
+        for parameter in linear:
+            parameter.mul_(factor)
 
     def _turn_anchors(self) -> None:
         for level, users in enumerate(users_of(self.anchors, self.levels)):
