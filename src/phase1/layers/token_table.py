@@ -72,7 +72,7 @@ class CoordinateBand(nn.Module):
 
     def factors(self, hidden: Tensor, parts: int) -> list[tuple[Tensor, Tensor]]:
         """Output of the first `parts` stretches of rows: the coordinates of `hidden` (…, D) that they have, and theirs."""
-        return [(hidden[..., : part.shape[1]], part) for part in self.coordinates[:parts]]
+        return [(hidden[..., : part.shape[1]], part) for part in list(self.coordinates)[:parts]]
 
 
 class TensorTrainTail(nn.Module):
