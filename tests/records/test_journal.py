@@ -282,7 +282,7 @@ def test_a_disk_that_is_full_ends_the_command_with_exit_4_and_keeps_what_was_fin
     assert capsys.readouterr().err.count("\n") == 1
     assert [p.name for p in out.iterdir()] == [journal_of("memory", out).name]
     assert main(["memory", "--out-dir", str(out), "--resume"]) in (0, 1, 3)
-    assert log() == [*CASES["memory"], CASES["memory"][2]]
+    assert log() == [*CASES["memory"][:3], *CASES["memory"][2:]]
 
 
 def test_a_journal_is_named_after_its_report():

@@ -81,7 +81,7 @@ def _checks(checks: Sequence[Check], room: int) -> list[str]:
     blocks = []
     for check in order:
         value, limit = _values(check)
-        line = f"{WORDS[check.status]:<13} {claim(check.name):<44.44} {value:>12} {limit}".rstrip()
+        line = f"{WORDS[check.status]:<13} {one_line(claim(check.name)):<44.44} {value:>12} {limit}".rstrip()
         why = _wrap(check.detail, "              ")[:2] if check.status != "pass" else []
         blocks.append([line, *why])
     lines: list[str] = []
