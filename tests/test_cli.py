@@ -20,7 +20,7 @@ DOCUMENTED = {
     "--out-dir results/benchmarks",
     "throughput": "--seq-lengths 512 1024 2048 4096 --batch-size 4 --vocab-size 50257 --d-model 512 --n-layers 8 --warmup-steps 5 "
     "--measure-steps 20 --out-dir results/benchmarks",
-    "perplexity": "--dataset-name wikitext --dataset-config wikitext-103-raw-v1 --seq-length 512 --batch-size 8 --vocab-size 50257 "
+    "perplexity": "--dataset-name wikitext --seq-length 512 --batch-size 8 --vocab-size 50257 "
     "--d-model 512 --n-layers 8 --test-htt-ranks 16 --test-ar-ssm-ranks 32 --out-dir results/benchmarks",
     "tables": "--results-dir results/benchmarks --formats markdown csv latex",
 }
