@@ -107,14 +107,30 @@ def _locate(wanted: HubSet) -> tuple[str, str]:
 
 
 def _in_cache(wanted: HubSet, cause: str) -> tuple[str, str]:
-    """(folder, commit hash) of the copy in the local cache; Unavailable, with the `cause` of looking there, without one."""
+    """(folder or name, commit hash) of the copy in the local cache; Unavailable, with the `cause` of looking there, without.
+
+    That of `hf download`, under any name the repository has had, or what `load_dataset` has prepared under a former one.
+    """
     import huggingface_hub
 
     for repository in (wanted.repository, *FORMER_NAMES.get(wanted.repository, ())):
         card = huggingface_hub.try_to_load_from_cache(repository, "README.md", repo_type="dataset")
         if isinstance(card, str):
             return str(Path(card).parent), Path(card).parent.name
+    for name in FORMER_NAMES.get(wanted.repository, ()):
+        if (commit := _prepared(name, wanted.config)) is not None:
+            go_offline()  # the library would ask the hub first, which does not answer
+            return name, commit
     raise Unavailable(_unreachable(wanted, cause))
+
+
+def _prepared(name: str, config: str | None) -> str | None:
+    """Commit hash of the newest form of a data set that `load_dataset(name, config)` has left behind, if it has."""
+    import datasets
+
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / name / (config or "default")
+    found = [path.parent for path in folder.glob("*/*/dataset_info.json")]
+    return max(found, key=lambda path: path.stat().st_mtime).name if found else None
 
 
 def _text(wanted: HubSet, revision: str, loaded: Any, split: str) -> Text:
