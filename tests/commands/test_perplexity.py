@@ -190,7 +190,7 @@ def test_the_table_knows_only_the_tokens_its_model_is_trained_on(run, monkeypatc
 
 @pytest.mark.parametrize("value", ["baseline", "x=y", "phase1_htt16=z"])
 def test_a_wrong_checkpoint_argument_is_named(run, value):
-    with pytest.raises(ValueError, match="must be NAME=PATH"):
+    with pytest.raises(ValueError, match="must be a folder, or NAME=PATH"):
         perplexity.main(replace(run, checkpoint=(value,)))
 
 
