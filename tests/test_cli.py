@@ -148,7 +148,7 @@ def test_a_programming_error_is_not_hidden(monkeypatch):
         main(["memory"])
 
 
-@pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("script", sorted(SCRIPTS.glob("[a-z]*.py")), ids=lambda p: p.stem)
 def test_scripts_show_their_help_at_once(script):
     began = time.perf_counter()
     out = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True)
