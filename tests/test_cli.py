@@ -1,4 +1,5 @@
 import gc
+import shlex
 import subprocess
 import sys
 import time
@@ -97,7 +98,7 @@ def test_every_preset_fits_its_commands(preset):
 @pytest.mark.parametrize(
     "argv",
     [
-        [], ["bogus"], ["memory", "--bogus"], ["memory", "--batch-size", "x"], ["memory", "--batch-size", "0"], ["memory", "--preset", "x"],
+        ["bogus"], ["memory", "--bogus"], ["memory", "--batch-size", "x"], ["memory", "--batch-size", "0"], ["memory", "--preset", "x"],
         ["memory", "--seq-length", "0"], ["memory", "--d-model", "100"], ["memory", "--htt-rank", "1000"], ["memory", "--batch", "4"],
         ["throughput", "--seq-lengths", "512", "0"], ["tables", "--formats", "html"], ["perplexity", "--test-ar-ssm-ranks", "31"],
         ["perplexity", "--max-samples", "0"], ["perplexity", "--train-batch-size", "63"], ["compare", "old.json"], ["compare", "a", "b", "c"],
@@ -153,3 +154,38 @@ def test_scripts_show_their_help_at_once(script):
     began = time.perf_counter()
     out = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True)
     assert "exit status" in out.stdout and time.perf_counter() - began < 2
+
+
+def test_without_a_command_the_help_says_where_to_start(capsys):
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert "start here:" in out and "phase1 pipeline --preset smoke" in out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples_that_can_be_typed_and_no_default_that_is_none(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    out = capsys.readouterr().out
+    assert not any(words in out for words in ("default: None", "default: ()", "default: (", "default: False"))
+    examples = [line.split(None, 2) for line in out.split("examples:")[1].splitlines() if line.startswith("  phase1 ")]
+    assert examples
+    for _, name, *arguments in examples:
+        parse(name, shlex.split(arguments[0]) if arguments else [])
+
+
+@pytest.mark.parametrize(
+    "command, flag, near",
+    [
+        ("memory", "--batch_size", "--batch-size"),
+        ("throughput", "--seq-len", "--seq-lengths"),
+        ("tables", "--format", "--formats"),
+        ("perplexity", "--htt-ranks", "--test-htt-ranks"),
+    ],
+)
+def test_an_unknown_flag_is_answered_with_those_like_it(command, flag, near, capsys):
+    assert pytest.raises(SystemExit, main, [command, flag, "1"]).value.code == 2
+    err = capsys.readouterr().err
+    assert f"unrecognized arguments: {flag}" in err and "did you mean" in err and near in err
+    assert pytest.raises(SystemExit, main, [command, "--zzzzqqq"]).value.code == 2
+    assert "did you mean" not in capsys.readouterr().err

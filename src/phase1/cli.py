@@ -11,7 +11,7 @@ from dataclasses import MISSING, fields
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from phase1 import __version__, runs
+from phase1 import __version__, config, runs
 from phase1.config import Config
 from phase1.errors import FAILURES, Unavailable, error_line, exit_status
 from phase1.presets import PRESETS
@@ -27,6 +27,34 @@ COMMANDS: dict[str, type[Config]] = {
     "train": runs.TrainRun,
     "doctor": runs.DoctorRun,
 }
+GROUPS: dict[type[Config], str] = {
+    config.Shape: "model",
+    config.Ranked: "model",
+    config.ModelConfig: "model",
+    config.DataConfig: "data",
+    config.TrainConfig: "training",
+    runs.Output: "output",
+}
+"""Heading of the flags that a class declares; those of the command itself come first, under its name."""
+EXAMPLES = {
+    "memory": ("phase1 memory", 'phase1 memory --card "RTX 3060" --fit', "phase1 memory --batch-size 2 --ablate"),
+    "throughput": ("phase1 throughput --save-plots", "phase1 throughput --preset smoke", "phase1 throughput --compile --a-a"),
+    "perplexity": (
+        "phase1 perplexity --preset smoke",
+        "phase1 perplexity --dataset-name c4 --max-samples 1000",
+        "phase1 perplexity --checkpoint results/checkpoints/train",
+    ),
+    "tables": ("phase1 tables", "phase1 tables --results-dir results/validate --formats csv"),
+    "compare": ("phase1 compare old new --fail-on peak:+2%,tokens_per_second:-5%",),
+    "pipeline": ("phase1 pipeline --preset smoke", "phase1 pipeline --preset rtx3080-10g --resume"),
+    "train": ("phase1 train --dataset-name my.txt --tokenizer bpe --vocab-size 8192",),
+    "doctor": ("phase1 doctor",),
+}
+START = """start here:
+  phase1 doctor                             what this machine can do
+  phase1 memory --card "RTX 3060" --fit     what trains on a card; needs no GPU
+  phase1 pipeline --preset smoke            everything at small sizes, some minutes on a CPU
+"""
 EXIT_STATUS = (
     "exit status: 0 every check passes, 1 a check fails, 2 wrong usage or input, 3 undecided or unavailable, "
     "4 a file cannot be written, 130 interrupted"
@@ -38,6 +66,17 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, one_line(f"{self.prog}: error: {message}; see {self.prog} --help", 2000) + "\n")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults as they are typed, and none where there is none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, (), argparse.SUPPRESS) or isinstance(action.default, bool):
+            return action.help
+        if isinstance(action.default, tuple):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        return super()._get_help_string(action)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,12 +132,16 @@ def _not_installed(error: ModuleNotFoundError) -> Exception:
 
 
 def _top_level(argv: list[str]) -> int:
-    parser = _Parser(prog="phase1", description="Phase 1 Efficiency Engine: an O(N) language model and its validation.")
+    about = "Phase 1 Efficiency Engine: an O(N) language model and its validation."
+    parser = _Parser(prog="phase1", description=about, formatter_class=_Help)
     parser.add_argument("--version", action="version", version=f"phase1 {__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
     for name, cls in COMMANDS.items():
         commands.add_parser(name, help=_summary(cls), add_help=False)
-    parser.epilog = f"phase1 COMMAND --help explains a command. {EXIT_STATUS}"
+    parser.epilog = f"{START}\nphase1 COMMAND --help explains a command.\n{EXIT_STATUS}"
+    if not argv:
+        parser.print_help()
+        return 0
     parser.parse_args(argv)
     return 2
 
@@ -111,16 +154,20 @@ def parse(command: str, argv: Sequence[str]) -> Any:
     cls = COMMANDS[command]
     parser = _Parser(
         prog=f"phase1 {command}",
+        usage=" ".join(["%(prog)s", *(f.name.upper() for f in fields(cls) if f.metadata.get("positional")), "[flags]"]),
         description=cls.__doc__,
-        epilog=EXIT_STATUS,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="\n".join(["examples:", *(f"  {example}" for example in EXAMPLES[command]), "", EXIT_STATUS]),
+        formatter_class=_Help,
         allow_abbrev=False,
     )
     presets = [name for name, commands in PRESETS.items() if command in commands]
     if presets:
         parser.add_argument("--preset", choices=presets, default=None, help="defaults for a card; other flags win over it")
+    groups = {title: parser.add_argument_group(title) for title in dict.fromkeys((command, *GROUPS.values()))}
     for field in fields(cls):
-        parser.add_argument(*_spellings(field), help=field.metadata["help"], **_argument(field))
+        groups[_group(cls, field.name, command)].add_argument(
+            *_spellings(field), help=field.metadata["help"], **_argument(field)
+        )
     values = vars(_known(parser, argv))
     if presets and values["preset"] is not None:
         parser.set_defaults(**PRESETS[values["preset"]][command])
@@ -142,6 +189,12 @@ def _known(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Nam
         hint = f"; did you mean {' or '.join(near[:2])}?" if near else ""
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     return values
+
+
+def _group(cls: type[Config], name: str, command: str) -> str:
+    """The heading of a flag: that of the class which declares it, the command's own of any other."""
+    declaring = next(base for base in cls.__mro__ if name in base.__dict__.get("__annotations__", {}))
+    return GROUPS.get(declaring, command)
 
 
 def _spellings(field: Any) -> list[str]:

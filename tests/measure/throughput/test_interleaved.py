@@ -1,5 +1,6 @@
 import itertools
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from phase1.measure.throughput.monitor import Monitor
 from phase1.measure.throughput.rounds import round_order
 from phase1.measure.workload import scores_bytes
 from phase1.records.schema import Measurement
-from phase1.roster import ROLES, model_config
+from phase1.roster import ROLES, TRANSFORMERS, model_config
 from phase1.runs import ThroughputRun
 from phase1.stats.step_times import speed_ratio, with_ratios
 from phase1.training.step import train_step
@@ -226,3 +227,28 @@ def test_on_a_gpu_launches_clocks_and_a_quadratic_control_are_seen():
         assert all(0 < m.launch_time_ms < 1.1 * m.total_time_ms for m in result.measurements)
     assert results["quadratic_control"].scaling.verdict == "not linear"
     assert len(watch.samples) >= 2 and any(sample.sm_clock_mhz for sample in watch.samples)
+
+
+def test_with_graphs_the_peak_is_that_of_eager_steps_which_leave_no_gradients(monkeypatch):
+    """The pass of its own, on a state that says it launches graphs: what it does to the model does not need a GPU."""
+    contender = throughput.Contender(MODELS["phase1"], 2)
+    throughput._make(contender, "cpu", PLAN, False)
+    contender.state.config = replace(contender.state.config, cuda_graphs=True)
+    taken = []
+    monkeypatch.setattr(throughput, "train_step", lambda state, batches: (taken.append(state), train_step(state, batches)))
+    throughput._prepare(contender, 16)
+    assert len(taken) == 2 and not any(state.config.cuda_graphs for state in taken)
+    assert all(state.model is contender.state.model and state.optimizer is contender.state.optimizer for state in taken)
+    assert all(parameter.grad is None for parameter in contender.state.model.parameters()), "a capture makes its own"
+    assert contender.ran is not None and contender.state.config.cuda_graphs
+
+
+def test_the_fastest_transformer_of_each_length_is_what_the_engine_is_compared_with(measured):
+    results = throughput_results(measured)
+    for i, m in enumerate(results["phase1"].measurements):
+        speeds = {role: results[role].measurements[i].tokens_per_second for role in TRANSFORMERS}
+        assert m.fastest == max(speeds, key=speeds.get) and m.ratio_to_fastest <= 1.2 * m.ratio_to_baseline
+    own = results[results["phase1"].measurements[0].fastest].measurements[0]
+    assert own.ratio_to_fastest == 1.0 and own.ratio_to_fastest_ci95 is None
+    alone = throughput_results({"phase1": measured["phase1"]})["phase1"].measurements
+    assert all(m.fastest is None and m.ratio_to_fastest is None for m in alone)
