@@ -11,6 +11,7 @@ from phase1.text import one_line
 
 Cell = str | float | int | None  # None: not measured, not applicable
 MISSING = "n/a"
+COMMAND = "Command"  # how the note of what made the numbers begins: in LaTeX a comment, nothing to typeset
 
 
 @dataclass(frozen=True)
@@ -105,22 +106,25 @@ def latex(table: Table) -> str:
         headings, *rows = [[_latex(column.heading), *cells] for column, cells in zip(table.columns, zip(*rows))]
         alignment = "l" + "r" * (len(headings) - 1)
     lines = ["    " + " & ".join(row) + r" \\" for row in [headings, *rows]]
-    notes = "".join(f"\n  \\par\\smallskip {{\\footnotesize {_latex(one_line(note))}}}" for note in table.notes)
+    told = [note for note in table.notes if not note.startswith(COMMAND)]
+    notes = "".join(f"\n  \\par\\smallskip {{\\footnotesize {_latex(one_line(note))}}}" for note in told)
+    comments = [f"% {_latex(one_line(note, 2000))}" for note in table.notes if note.startswith(COMMAND)]
     return "\n".join(
         [
-            r"% needs \usepackage{booktabs}",
+            r"% needs \usepackage{booktabs,graphicx}",
+            *comments,
             r"\begin{table}[t]",
             r"  \centering",
             rf"  \caption{{{_latex(one_line(table.caption))}}}",
             rf"  \label{{tab:{table.name.replace('_', '-')}}}",
             r"  \footnotesize\setlength{\tabcolsep}{3pt}",
-            rf"  \begin{{tabular}}{{{alignment}}}",
+            r"  \resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{" + rf"\begin{{tabular}}{{{alignment}}}",
             r"    \toprule",
             lines[0],
             r"    \midrule",
             *lines[1:],
             r"    \bottomrule",
-            r"  \end{tabular}" + notes,
+            r"  \end{tabular}}" + notes,
             r"\end{table}",
             "",
         ]
