@@ -113,6 +113,28 @@ def test_wrong_usage_is_one_line_and_exit_2(argv, capsys):
     assert code == 2 and err.count("\n") == 1 and ": error: " in err
 
 
+NUMBERS = [
+    (command, field.name) for command, cls in COMMANDS.items() for field in fields(cls)
+    if {"int", "float"} & set(str(field.type).replace("class", "").replace("'", " ").replace("[", " ").replace(",", " ").split())
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command, name", NUMBERS)
+def test_every_number_flag_is_finite_and_no_larger_than_libraries_can_hold(command, name, capsys):
+    for value in ("nan", "inf", "-inf", "1e16", "18446744073709551616", "9" * 400):
+        try:
+            code = main([command, f"--{name.replace('_', '-')}={value}"])
+        except SystemExit as exit:  # an integer flag: argparse
+            code = exit.code
+        err = capsys.readouterr().err
+        assert code == 2 and err.count("\n") == 1 and f"--{name.replace('_', '-')}" in err and len(err) < 300, (value, err)
+
+
+def test_the_numbers_are_all_there():
+    assert {("train", "grad_clip"), ("train", "learning_rate"), ("memory", "rank_penalty"), ("perplexity", "stride"),
+            ("throughput", "seq_lengths")} <= set(NUMBERS)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "raised, code",
     [(ValueError("got x"), 2), (Unavailable("no network"), 3), (KeyboardInterrupt(), 130), (OSError(28, "No space left"), 4)],

@@ -4,7 +4,7 @@ import hashlib
 import json
 import shlex
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 
 def option(default: Any, help: str) -> Any:
@@ -17,13 +17,20 @@ def argument(help: str) -> Any:
     return field(metadata={"help": help, "positional": True})
 
 
+LARGEST: Final = 10**15  # of any setting: what is larger is a slip, and overflows some library's integers or floats
+
+
+def flag_of(name: str) -> str:
+    """The spelling of a field on the command line."""
+    return "--" + name.replace("_", "-")
+
+
 def require_positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         for item in value if isinstance(value, tuple) else (value,):
             if item <= 0:
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag} must be greater than 0; got {item}; give a positive number")
+                raise ValueError(f"{flag_of(name)} must be greater than 0; got {item}; give a positive number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +39,12 @@ class Config:
 
     def __post_init__(self) -> None:
         """Raise ValueError (expected, got, remedy) for a value out of range; subclasses call super first."""
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            for item in value if isinstance(value, tuple) else (value,):
+                if isinstance(item, int | float) and not abs(item) <= LARGEST:
+                    expected = f"{flag_of(setting.name)} must be a finite number of at most 10^15"
+                    raise ValueError(f"{expected}; got {item!r:.40}; give a smaller one")
 
 
 C = TypeVar("C", bound=Config)

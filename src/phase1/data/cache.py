@@ -10,7 +10,7 @@ import numpy as np
 
 from phase1.files import atomic_write
 
-FORMAT = 1  # raise when the same key must no longer give the same tokens
+FORMAT = 2  # raise when the same key must no longer give the same tokens
 _DIGEST_BYTES = 32
 
 
@@ -22,7 +22,7 @@ def cached_ids(cache_dir: Path, key: dict[str, Any], dtype: np.dtype, compute: C
     name = hashlib.sha256(json.dumps(key | {"format": FORMAT}, sort_keys=True).encode()).hexdigest()[:32]
     path = cache_dir / "tokens" / f"{name}.{dtype.name}"
     stored = dtype.newbyteorder("<")
-    if path.is_file():
+    if path.is_file():  # no pipe
         data = path.read_bytes()
         if hashlib.sha256(memoryview(data)[_DIGEST_BYTES:]).digest() == data[:_DIGEST_BYTES]:
             return np.frombuffer(data, dtype=stored, offset=_DIGEST_BYTES).astype(dtype)

@@ -91,7 +91,7 @@ def trained_tokenizer(text: Text | None, vocab_size: int, cache_dir: Path) -> To
         raise ValueError(
             f"--vocab-size must be at least {smallest} for bpe (256 bytes, end-of-text); got {vocab_size}; raise it"
         )
-    key = json.dumps(["bpe 1", text.key, vocab_size, BPE_MIN_FREQUENCY, BPE_TRAINING_CHARS])
+    key = json.dumps(["bpe 2", text.key, vocab_size, BPE_MIN_FREQUENCY, BPE_TRAINING_CHARS])
     path = cache_dir / "tokenizers" / sha256(key.encode()).hexdigest()[:32] / "tokenizer.json"
     if not path.is_file():
         store(path, _train(text, vocab_size).encode())

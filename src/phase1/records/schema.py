@@ -247,6 +247,7 @@ class PerplexityResult(Result):
     token_count: int | None = None
     byte_count: int | None = None
     word_count: int | None = None
+    absent: dict[str, str] = Field(default_factory=dict, description="numbers that the scored text does not have, and why")
     trained_tokens: int | None = None
     trained_on: Dataset | None = Field(default=None, description="the training text")
     trained_seq_length: int | None = Field(default=None, description="T in training; run.seq_length is that of the scoring")
