@@ -1,6 +1,7 @@
 """The command line: every flag, default and help text comes from a config dataclass."""
 
 import argparse
+import difflib
 import gc
 import importlib
 import os
@@ -63,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(name: str, run: Config) -> int:
     """The exit status of a command. What it imports is no garbage: to look through it, over and over, takes seconds."""
+    # On a busy machine, threads that spin while they wait take the cores from the ones that work. Read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     gc.disable()
     try:
         command = importlib.import_module(f"phase1.commands.{name}")
@@ -103,8 +106,8 @@ def parse(command: str, argv: Sequence[str]) -> Any:
     if presets:
         parser.add_argument("--preset", choices=presets, default=None, help="defaults for a card; other flags win over it")
     for field in fields(cls):
-        parser.add_argument(_spelling(field), help=field.metadata["help"], **_argument(field))
-    values = vars(parser.parse_args(argv))
+        parser.add_argument(*_spellings(field), help=field.metadata["help"], **_argument(field))
+    values = vars(_known(parser, argv))
     if presets and values["preset"] is not None:
         parser.set_defaults(**PRESETS[values["preset"]][command])
         values = vars(parser.parse_args(argv))
@@ -113,8 +116,24 @@ def parse(command: str, argv: Sequence[str]) -> Any:
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def _spelling(field: Any) -> str:
-    return field.name if field.metadata.get("positional") else "--" + field.name.replace("_", "-")
+def _known(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """The parsed flags; SystemExit(2) for an unknown one, with those that look like it."""
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [spelling for action in parser._actions for spelling in action.option_strings]
+        given = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
+        plain = given.replace("_", "-")
+        near = [flag for flag in flags if flag.startswith(plain)] if len(plain) > 3 else []
+        near = near or difflib.get_close_matches(plain, flags, n=2, cutoff=0.6)
+        hint = f"; did you mean {' or '.join(near[:2])}?" if near else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    return values
+
+
+def _spellings(field: Any) -> list[str]:
+    if field.metadata.get("positional"):
+        return [field.name]
+    return ["--" + name.replace("_", "-") for name in (field.name, *field.metadata.get("spellings", ()))]
 
 
 def _argument(field: Any) -> dict[str, Any]:
@@ -124,10 +143,10 @@ def _argument(field: Any) -> dict[str, Any]:
     kind, options = field.type, {"default": field.default}
     if field.default is MISSING:
         options = {"required": True}
-    if kind is bool:
-        return options | {"action": argparse.BooleanOptionalAction}
     if get_origin(kind) is UnionType:
         kind = next(part for part in get_args(kind) if part is not NoneType)
+    if kind is bool:
+        return options | {"action": argparse.BooleanOptionalAction}
     if get_origin(kind) is tuple:
         options["nargs"] = "+"
         kind = get_args(kind)[0]

@@ -7,9 +7,12 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final, Literal, TypeVar
 
 
-def option(default: Any, help: str) -> Any:
-    """A field that is also a command-line flag: one line holds its name, default and help."""
-    return field(default=default, metadata={"help": help})
+def option(default: Any, help: str, *, spellings: tuple[str, ...] = (), affects_results: bool = True) -> Any:
+    """A field that is also a command-line flag: one line holds its name, default and help.
+
+    spellings: other flags that mean the same. affects_results: no for what changes no number of a report.
+    """
+    return field(default=default, metadata={"help": help, "spellings": spellings, "affects_results": affects_results})
 
 
 def argument(help: str) -> Any:

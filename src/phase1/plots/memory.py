@@ -39,7 +39,8 @@ def plot_memory(report: Report[MemoryResult], path: Path | str) -> Path:
     axes.set_ylim(0, 1.22 * max([*floors, *limits.values()], default=1.0) or 1.0)
     for name, limit in limits.items():
         card = re.sub(r"fits_(\d+)gb", r"\1 GB card", name)
-        limit_line(axes, escaped(f"{limit:.1f} GB: limit of the {card}"), limit)
+        card = report.run.get("card_name") or "--vram-limit" if card == name else f"the {card}"
+        limit_line(axes, escaped(f"{limit:.1f} GB: limit of {card}"), limit)
     axes.set_xlim(-0.5, len(keys) - 0.1)
     axes.set_xticks(range(len(keys)), [escaped(key) for key in keys])
     axes.set_ylabel("memory (GB)")

@@ -90,10 +90,31 @@ def _checked(lengths: ArrayLike, seconds: ArrayLike) -> tuple[Array, Array]:
 def _too_short(T: Array) -> str:
     """Why these lengths cannot decide, or nothing."""
     if T.size < MIN_LENGTHS:
-        return f"{T.size} lengths measured, a verdict needs {MIN_LENGTHS}; add lengths"
+        return f"{T.size} lengths measured, a verdict needs {MIN_LENGTHS}: {deciding_lengths(T)}"
     if T[-1] < MIN_SPAN * T[0]:
-        return f"lengths span {T[-1] / T[0]:.3g}x, a verdict needs {MIN_SPAN}x; add longer lengths"
+        return f"lengths span {T[-1] / T[0]:.3g}x, a verdict needs {MIN_SPAN}x: {deciding_lengths(T)}"
     return ""
+
+
+def enough_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
+    """`lengths` in order, and by doubling the last as many more as a verdict needs."""
+    wanted = sorted(set(lengths))
+    while len(wanted) < MIN_LENGTHS or wanted[-1] < MIN_SPAN * wanted[0]:
+        wanted.append(2 * wanted[-1])
+    return tuple(wanted)
+
+
+def deciding_lengths(lengths: ArrayLike) -> str:
+    """Which further lengths would allow a verdict: the next ones by doubling, and by halving where one is enough."""
+    given = sorted(int(length) for length in np.asarray(lengths, dtype=np.float64))
+    if not given:
+        return "give smaller --seq-lengths"
+    wanted = enough_lengths(given)
+    longer = f"--seq-lengths {' '.join(map(str, wanted))}"
+    shorter = [given[0] // 2, *given]
+    if len(shorter) < MIN_LENGTHS or shorter[-1] < MIN_SPAN * shorter[0] or given[0] < 2:
+        return f"add T = {', '.join(f'{length:,}' for length in wanted[len(given) :])} ({longer})"
+    return f"add T = {shorter[0]:,} or {wanted[-1]:,} (--seq-lengths {' '.join(map(str, shorter))}, or {longer})"
 
 
 def _saturated(T: Array, t: Array) -> Fits:

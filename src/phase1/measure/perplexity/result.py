@@ -7,6 +7,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import torch
 
+from phase1.advice import smaller
 from phase1.config import TrainConfig, content_id, part_of
 from phase1.data import Corpus, Tokenizer, count_words
 from phase1.errors import Diverged, is_out_of_memory, reason
@@ -39,9 +40,11 @@ def measure(run: PerplexityRun, model: Candidate, texts: list[Text]) -> list[Per
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        sizes = f"--micro-batch-size {max(1, run.micro_batch_size // 2)} --batch-size {max(1, run.batch_size // 2)}"
-        advice = f"{reason(error)}; try {sizes}, then a smaller --seq-length"
-        return [without_number(model, "oom", advice) for _ in texts]
+        ladder = smaller(
+            batch=("--micro-batch-size", run.micro_batch_size),
+            more=(f"--batch-size {max(1, run.batch_size // 2)}", "a smaller --seq-length"),
+        )
+        return [without_number(model, "oom", f"{reason(error)}; {ladder}") for _ in texts]
 
 
 def train_candidate(run: PerplexityRun, model: Candidate, corpus: Corpus) -> Path:
