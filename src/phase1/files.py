@@ -1,11 +1,15 @@
 """Files that survive: written whole or not at all, read as strict JSON or not at all."""
 
+import contextlib
 import errno
 import json
 import math
 import os
+import platform
+import re
 import secrets
 import stat
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,12 +22,13 @@ MAX_JSON_BYTES = 16 * 2**20  # a report is some kilobytes; a file this large is 
 def atomic_write(path: Path | str, data: bytes) -> None:
     """Put `data` at `path` so that a crash at any moment leaves the old or the new content, never a part.
 
+    What killed writers have left in the folder is removed afterwards.
     Makes missing folders. Raises OSError, with the old file untouched and no temporary file left; only where the last
     step, the fsync of the folder, fails, the new content is already there, whole, but may not survive a power cut.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    temporary = path.with_name(f".{path.name}.{_machine()}-{os.getpid():x}-{secrets.token_hex(3)}.tmp")
     try:
         with temporary.open("xb") as file:
             file.write(data)
@@ -34,6 +39,27 @@ def atomic_write(path: Path | str, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+    _remove_orphans(path.parent)
+
+
+_TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})-([0-9a-f]+)-[0-9a-f]{6}\.tmp")
+
+
+def _machine() -> str:
+    """Eight hex digits of the machine's name: a process number means nothing on another one that shares the folder."""
+    return f"{zlib.crc32(platform.node().encode('utf-8', 'replace')):08x}"
+
+
+def _remove_orphans(folder: Path) -> None:
+    """Remove the temporary files in `folder` whose process of this machine is no more: it was killed while it wrote."""
+    with contextlib.suppress(OSError):
+        found = [(name, of) for name in os.listdir(folder) if (of := _TEMPORARY.fullmatch(name)) and of[1] == _machine()]
+        if found:
+            import psutil
+
+            for name, of in found:
+                if not psutil.pid_exists(int(of[2], 16)):
+                    (folder / name).unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

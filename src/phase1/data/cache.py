@@ -1,7 +1,11 @@
 """Files that save a later run the work: token ids by the content they come from."""
 
+import functools
 import hashlib
 import json
+import os
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +42,17 @@ def store(path: Path, data: bytes) -> None:
         atomic_write(path, data)
     except OSError as error:
         raise ValueError(f"--cache-dir must be a folder with free space; got {error}; give another folder") from error
+
+
+@functools.cache  # says it once
+def cache_folder(cache_dir: str) -> Path:
+    """The folder that `--cache-dir` means; where that is in the home of a user who has none, one for temporary files."""
+    if not cache_dir.startswith("~"):
+        return Path(cache_dir)
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    folder = Path(tempfile.gettempdir()) / f"phase1-cache-{user}"
+    print(f"--cache-dir {cache_dir}: this user has no home folder; {folder} is used", file=sys.stderr)
+    return folder
 
 
 def ids_sha256(ids: np.ndarray) -> str:

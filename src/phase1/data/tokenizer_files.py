@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from phase1.config import DataConfig
-from phase1.data.cache import store
+from phase1.data.cache import cache_folder, store
+from phase1.data.hub import hub_client
 from phase1.data.text import Text
 from phase1.data.tokenizers import END_OF_TEXT, Tokenizer, byte_alphabet, make_tokenizer
 from phase1.errors import Unavailable
@@ -35,11 +36,11 @@ def load_tokenizer(config: DataConfig, vocab_size: int, training_text: Text | No
     """
     kind = tokenizer_kind(config)
     if kind == "bpe":
-        tokenizer = trained_tokenizer(training_text, vocab_size, Path(config.cache_dir).expanduser())
+        tokenizer = trained_tokenizer(training_text, vocab_size, cache_folder(config.cache_dir))
     elif kind == "gpt2":
         tokenizer = gpt2_tokenizer()
-    elif Path(kind).expanduser().is_dir():
-        tokenizer = folder_tokenizer(Path(kind).expanduser())
+    elif Path(kind).is_dir():
+        tokenizer = folder_tokenizer(Path(kind))
     else:
         raise ValueError(f"--tokenizer must be auto, gpt2, bpe or a folder with tokenizer.json; got {kind}; use one")
     if tokenizer.vocab_size > vocab_size:
@@ -154,10 +155,9 @@ def _read_json(path: Path) -> Any:
 def _gpt2_from_cache() -> tuple[dict[str, int], list[tuple[str, str]], Path] | None:
     if find_spec("huggingface_hub") is None:
         return None
-    from huggingface_hub import try_to_load_from_cache
-
+    hub = hub_client()
     for repository in GPT2_REPOSITORIES:
-        path = try_to_load_from_cache(repository, "tokenizer.json")
+        path = hub.try_to_load_from_cache(repository, "tokenizer.json")
         if isinstance(path, str):
             return *_read_tokenizer_json(Path(path)), Path(path)
     return None

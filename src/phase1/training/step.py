@@ -12,6 +12,7 @@ from torch import Tensor
 from phase1.config import TrainConfig
 from phase1.errors import Diverged
 from phase1.model import LanguageModel
+from phase1.training.compiler import require_compiler
 from phase1.training.micro_batch import Passes, Replay
 
 CHECK_EVERY = 100  # steps between looks at the loss: each look waits for the GPU
@@ -46,6 +47,7 @@ def make_train_state(model: LanguageModel, config: TrainConfig, device: torch.de
     device = torch.device(device)
     model = model.to(device)
     if config.compile:
+        require_compiler(device)
         for block in model.blocks:
             block.compile(dynamic=False)
     optimizer = torch.optim.AdamW(
