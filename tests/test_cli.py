@@ -36,7 +36,7 @@ DOCUMENTED = {
     "--measure-steps 20 --out-dir results/benchmarks",
     "perplexity": "--dataset-name wikitext --dataset-config wikitext-103-raw-v1 --seq-length 512 --batch-size 8 --vocab-size 50257 "
     "--d-model 512 --n-layers 8 --test-htt-ranks 16 --test-ar-ssm-ranks 32 --out-dir results/benchmarks",
-    "tables": "--results-dir results/benchmarks --out-dir results/benchmarks/tables --formats markdown csv latex",
+    "tables": "--results-dir results/benchmarks --formats markdown csv latex",
 }
 
 

@@ -58,7 +58,7 @@ def _one_sequence(engine: MemoryResult) -> Check:
 
 def _fits(name: str, limit: float, engine: MemoryResult, free_bytes: int | None) -> Check:
     value = needed_bytes(engine)
-    if value is not None and (engine.status == "ok" or value > limit):
+    if value is not None and (engine.peak_reserved_bytes is not None or value > limit):
         basis = engine.measured if engine.peak_reserved_bytes is not None else "estimated"
         detail = f"{basis}: bytes reserved by the allocator at the peak, plus those outside it"
         return Check.at_most(name, value, limit, detail)

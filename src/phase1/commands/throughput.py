@@ -43,7 +43,9 @@ def main(run: ThroughputRun) -> int:
         require_gpu_for_graphs(device)
     session, wanted = Session(run, "throughput"), models(run)
     precision = str(compute_dtype("auto", device)).removeprefix("torch.")
-    way: Way = session.case("way", dict[str, Any], lambda: way_of(run, wanted, device))
+    way: Way = plain_way(run)
+    if device == "cuda":
+        way = session.case("way", dict[str, Any], lambda: way_on_gpu(run, wanted))
     for line in way["otherwise"]:
         print(f"phase1 throughput: {line}", file=sys.stderr)
     monitor = Monitor(device)
@@ -67,11 +69,14 @@ def main(run: ThroughputRun) -> int:
     return exit_code(report.checks)
 
 
-def way_of(run: ThroughputRun, wanted: dict[str, ModelConfig], device: str) -> Way:
+def plain_way(run: ThroughputRun) -> Way:
+    """As asked."""
+    return {"batch_size": run.batch_size, "cuda_graphs": bool(run.cuda_graphs), "otherwise": []}
+
+
+def way_on_gpu(run: ThroughputRun, wanted: dict[str, ModelConfig]) -> Way:
     """Whether to launch CUDA graphs, and how many sequences: what was asked, unless the GPU cannot or has nothing to do."""
-    way: Way = {"batch_size": run.batch_size, "cuda_graphs": bool(run.cuda_graphs), "otherwise": []}
-    if device != "cuda":
-        return way
+    way = plain_way(run)
     if run.cuda_graphs is None:
         outcome = run_isolated(graphs_fail, wanted, min(run.seq_lengths), timeout_s=SECONDS)
         why = outcome.message if outcome.value is None else outcome.value
@@ -111,8 +116,8 @@ def measured(
     sizes = (run.seq_lengths, way["batch_size"], run.warmup_steps, run.measure_steps)
     plan = ThroughputPlan(*sizes, frozenset(compiled), way["cuda_graphs"], batch_sizes)
     steps = sum(set(run.seq_lengths)) * (run.warmup_steps + run.measure_steps)
-    total = sum(int(batch_sizes.get(role, way["batch_size"])) for role in wanted) * steps
-    with tqdm(total=total, desc=f"throughput on {device}", unit="tok", unit_scale=True, disable=None) as bar:
+    sequences: list[int] = [batch_sizes.get(role) or way["batch_size"] for role in wanted]
+    with tqdm(total=sum(sequences) * steps, desc=f"throughput on {device}", unit="tok", unit_scale=True, disable=None) as bar:
         return measure_throughput(wanted, plan, device, bar.update, monitor.sample, session.journal)
 
 

@@ -53,7 +53,9 @@ def text(screen: Screen) -> str:
     verdict = [_verdict(screen)] if screen.checks or screen.failed_steps or screen.answer else []
     tail = [*(f"next  {one_line(step, 1000)}" for step in screen.next[:3]), *_files(screen.files)]  # to copy: not wrapped
     room = LINES - len(head) - len(failed) - len(verdict) - len(tail) - 2
-    numbers = _shortened(list(screen.numbers), max(2, room - min(len(_checks(screen.checks, room)), room - 2)))
+    numbers = _shortened(
+        [one_line(line, 2 * WIDTH) for line in screen.numbers], max(2, room - min(len(_checks(screen.checks, room)), room - 2))
+    )
     checks = _checks(screen.checks, room - len(numbers))
     blocks = [[*head, *failed], numbers, [*checks, *verdict], tail]
     lines = [line for block in blocks if block for line in (*block, "")][:-1]
@@ -67,7 +69,7 @@ def _verdict(screen: Screen) -> str:
     counts = [statuses.count(status) for status in ("pass", "fail", "inconclusive")]
     word = "FAIL" if counts[1] or screen.failed_steps else "INCONCLUSIVE" if counts[2] else "PASS"
     if not statuses:
-        return screen.answer or word
+        return one_line(screen.answer or word, 5 * WIDTH)
     said = f"{word}: {counts[0]} of {len(statuses)} checks pass"
     others = [f"{count} {name}" for count, name in zip(counts[1:], ("failed", "undecided")) if count]
     return f"{said}, {', '.join(others)}" if others else said
@@ -79,7 +81,7 @@ def _checks(checks: Sequence[Check], room: int) -> list[str]:
     blocks = []
     for check in order:
         value, limit = _values(check)
-        line = f"{WORDS[check.status]:<13} {claim(check.name):<44.44} {value:>12} {limit}".rstrip()
+        line = f"{WORDS[check.status]:<13} {one_line(claim(check.name)):<44.44} {value:>12} {limit}".rstrip()
         why = _wrap(check.detail, "              ")[:2] if check.status != "pass" else []
         blocks.append([line, *why])
     lines: list[str] = []
