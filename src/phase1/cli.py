@@ -15,7 +15,7 @@ from phase1 import __version__, runs
 from phase1.config import Config
 from phase1.errors import report_failure
 from phase1.presets import PRESETS
-from phase1.signals import ending_signals_interrupt
+from phase1.signals import Ending, ending_signals_interrupt
 from phase1.text import one_line, printable_output
 
 COMMANDS: dict[str, type[Config]] = {
@@ -45,21 +45,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     name = argv[0] if argv and argv[0] in COMMANDS else None
-    with printable_output(), ending_signals_interrupt() as came:
+    with printable_output(), ending_signals_interrupt() as ending:
         if name is None:
             return _top_level(argv)
-        return _status(name, argv[1:], came)
+        return _status(name, argv[1:], ending)
 
 
-def _status(name: str, argv: Sequence[str], came: list[int]) -> int:
-    """The exit status of a command, whatever ends it; `came` has the signals that want it to end."""
+def _status(name: str, argv: Sequence[str], ending: Ending) -> int:
+    """The exit status of a command, whatever ends it."""
     try:
-        return _run(name, parse(name, argv))
+        return _run(name, parse(name, argv), ending)
     except BrokenPipeError:  # the reader, `head` for example, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (Exception, KeyboardInterrupt) as error:
-        if not came and not isinstance(error, KeyboardInterrupt):
+        if not ending.come and not isinstance(error, KeyboardInterrupt):
             return report_failure(name, error)
         again = "; --resume goes on with what is finished" if hasattr(COMMANDS[name], "resume") else ""
         again = "; the same command goes on from its checkpoint" if name == "train" else again
@@ -67,13 +67,14 @@ def _status(name: str, argv: Sequence[str], came: list[int]) -> int:
         return 130
 
 
-def _run(name: str, run: Config) -> int:
+def _run(name: str, run: Config, ending: Ending) -> int:
     """The exit status of a command. What it imports is no garbage: to look through it, over and over, takes seconds."""
     # On a busy machine, threads that spin while they wait take the cores from the ones that work. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     gc.disable()
     try:
-        command = importlib.import_module(f"phase1.commands.{name}")
+        with ending.waiting():
+            command = importlib.import_module(f"phase1.commands.{name}")
         gc.freeze()
     finally:
         gc.enable()

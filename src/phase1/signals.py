@@ -14,26 +14,45 @@ ENDING: Final = tuple(
 """Ctrl-C, `kill` or the end of a job, and a terminal that closes; what the system has of them."""
 
 
+class Ending:
+    """Whether one of `ENDING` has `come`: a library's callback may raise another error in place of the interrupt."""
+
+    def __init__(self) -> None:
+        self.come = self.waits = False
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Within the block a signal is only noted, and interrupts at its end: an exception while a library in C++ is imported
+        would abort the process."""
+        self.waits = True
+        try:
+            yield
+        finally:
+            self.waits = False
+        if self.come:
+            raise KeyboardInterrupt
+
+
 @contextmanager
-def ending_signals_interrupt() -> Iterator[list[int]]:
+def ending_signals_interrupt() -> Iterator[Ending]:
     """Within the block the first of `ENDING` raises KeyboardInterrupt, and a second one does what it did before the block.
 
-    Yields the numbers that have come: an interrupted import or a library's callback may raise another error in its place.
     A signal that is ignored stays so, and a block outside the main thread changes nothing.
     """
-    came: list[int] = []
+    ending = Ending()
     before = handlers()
 
     def interrupt(number: int, frame: object) -> None:
-        came.append(number)
+        ending.come = True
         restore(before)
         forget_terminal(number)
-        raise KeyboardInterrupt
+        if not ending.waits:
+            raise KeyboardInterrupt
 
     for number in before:
         signal.signal(number, interrupt)
     try:
-        yield came
+        yield ending
     finally:
         restore(before)
 

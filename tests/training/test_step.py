@@ -180,3 +180,13 @@ def test_a_folder_without_a_checkpoint_is_named(tmp_path):
 def test_cuda_graphs_without_a_gpu_are_refused():
     with pytest.raises(ValueError, match="--cuda-graphs needs a GPU"):
         state(replace(CONFIG, cuda_graphs=True))
+
+
+def test_compilation_without_a_compiler_is_one_line_before_training(monkeypatch):
+    def no_compiler(*args, **kwargs):
+        raise RuntimeError("No working C++ compiler found\nin 100 lines")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    with pytest.raises(Unavailable, match="--compile needs a C.. compiler that works here; got RuntimeError: No working") as error:
+        state(replace(CONFIG, compile=True))
+    assert "\n" not in str(error.value)
