@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "layers": {"ops", "vocabulary"},
     "model": {"config", "layers", "ops", "vocabulary"},
     "data": LEAVES | {"config"},
-    "training": LEAVES | {"config", "data", "model", "vocabulary"},
+    "training": LEAVES | {"config", "data", "model", "ops", "vocabulary"},
     "machine": LEAVES | {"config"},
     "records": LEAVES | {"config", "machine"},
     "stats": {"records"},

@@ -24,6 +24,8 @@ def main(run: TrainRun) -> int:
         smaller = f"try --micro-batch-size {max(1, run.micro_batch_size // 2)}, then a smaller --seq-length"
         raise Unavailable(f"{reason(error)}; {smaller}") from error
     print(f"trained on {facts['trained_tokens']:,} tokens in {facts['train_seconds']:.0f} s, last loss {facts['loss']:.3f}")
+    if skipped := facts.get("skipped_steps"):
+        print(f"of these steps {skipped} changed nothing: their gradients overflowed, and the loss scale was lowered")
     print(f"written: {run.out_dir}\n{next_command(run, model_config)}")
     return 0
 

@@ -3,21 +3,20 @@
 import torch
 from torch import Tensor
 
+from phase1.ops.rotary import rotary_angles, rotary_angles_reference
 
-def rotary(x: Tensor, start: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:
+
+def rotary(x: Tensor, start: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines that `rotate` needs for the positions of `x` (B, T, H, R), R even: (T, 1, R) each, dtype of `x`.
 
-    The angle of channels j and j + R/2 at position t is (start + t) · base^(-2j/R) radians; the sines of the first half
+    The angle of channels j and j + R/2 at position t is (start + t) · 10000^(-2j/R) radians; the sines of the first half
     have the sign of a rotation.
 
     Source: Su et al. 2021, "RoFormer", section 3.2.
     """
-    half = x.shape[-1] // 2
-    wide = torch.promote_types(x.dtype, torch.float32)
-    frequency = base ** (torch.arange(half, device=x.device, dtype=wide) / -half)
-    position = torch.arange(start, start + x.shape[1], device=x.device, dtype=wide)
-    angle = position[:, None, None] * torch.cat([-frequency, frequency])
-    return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    angles = rotary_angles if x.is_cuda else rotary_angles_reference
+    cos, sin = (part.to(x.dtype) for part in angles(x, x.shape[1], x.shape[-1] // 2, start))
+    return torch.cat([cos, cos], -1)[:, None], torch.cat([-sin, sin], -1)[:, None]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from phase1.errors import Diverged
 from phase1.files import atomic_write, open_plain, read_json
 from phase1.model import LanguageModel
 from phase1.text import one_line
+from phase1.training.optimizers import kept
 from phase1.training.step import TrainState, total_steps
 
 C = TypeVar("C", bound=Config)
@@ -156,14 +157,16 @@ def training_facts(folder: Path | str, index: dict[str, Any]) -> dict[str, Any]:
     facts = index["facts"]
     data = facts.get("data")
     wrong = [name for name, kind in _FACTS.items() if type(facts.get(name)) not in kind]
+    wrong += ["skipped_steps"] * (type(facts.get("skipped_steps", 0)) is not int)  # earlier versions did not count them
     if isinstance(data, dict) and (data.keys() != _DATA or not all(isinstance(value, str) for value in data.values())):
         wrong.append("data")
     if wrong:
         expected = f"{INDEX} must say {', '.join(_FACTS)} of the training"
         raise ValueError(f"{one_line(folder)}: {expected}; got none or no such value for {', '.join(wrong)}; train again")
     step, seq_length = index["step"], facts["seq_length"]
-    if seq_length < 1 or facts["train_seconds"] < 0 or not math.isfinite(facts["loss"]):
-        raise _misfit(folder, ValueError("seq_length, train_seconds or loss is out of range"))
+    skipped = facts.get("skipped_steps", 0)
+    if seq_length < 1 or facts["train_seconds"] < 0 or not math.isfinite(facts["loss"]) or not 0 <= skipped <= step:
+        raise _misfit(folder, ValueError("seq_length, train_seconds, loss or skipped_steps is out of range"))
     config = _train_config_of(index)
     steps = total_steps(config, seq_length)
     tokens = step * config.train_batch_size * seq_length
@@ -332,11 +335,10 @@ def _check_scaler(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 
 def _restore_optimizer(state: TrainState, tensors: dict[str, Tensor]) -> None:
+    names = kept(state.optimizer)
     for name, parameter in state.model.named_parameters():
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            value = tensors[f"{name}:{key}"]
-            on_cpu = key == "step" and not state.optimizer.defaults["fused"]
-            state.optimizer.state[parameter][key] = value if on_cpu else value.to(parameter.device)
+        for key in names[parameter]:
+            state.optimizer.state[parameter][key] = tensors[f"{name}:{key}"].to(parameter.device)
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
