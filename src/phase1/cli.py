@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from phase1 import __version__, runs
 from phase1.config import Config
-from phase1.errors import report_failure
+from phase1.errors import Unavailable, report_failure
 from phase1.presets import PRESETS
 from phase1.signals import Ending, ending_signals_interrupt
 from phase1.text import one_line, printable_output
@@ -76,12 +76,26 @@ def _run(name: str, run: Config, ending: Ending) -> int:
         with ending.waiting():
             command = importlib.import_module(f"phase1.commands.{name}")
         gc.freeze()
+    except ModuleNotFoundError as error:
+        raise _not_installed(error) from error
     finally:
         gc.enable()
     try:
         return int(command.main(run))
+    except ModuleNotFoundError as error:  # of those that are imported where they are needed
+        raise _not_installed(error) from error
     finally:
         gc.unfreeze()
+
+
+def _not_installed(error: ModuleNotFoundError) -> Exception:
+    """One line in place of a traceback; a module of this package that is missing stays an error of ours."""
+    package = (error.name or "").partition(".")[0]
+    if package in ("", "phase1"):
+        return error
+    return Unavailable(
+        f"the Python package {package} is not installed; run: pip install {package}, or pip install -e . for all"
+    )
 
 
 def _top_level(argv: list[str]) -> int:

@@ -234,11 +234,13 @@ class DataConfig(Config):
         "wikitext, c4 (both from the Hugging Face hub), builtin (offline), or a path: a text file, "
         "or a folder with train/valid/test as .txt, .txt.xz, .gpt2.bin or .gpt2.bin.xz",
     )
-    dataset_config: str = option("wikitext-103-raw-v1", "configuration of a hub data set, for example en for c4")
+    dataset_config: str | None = option(
+        None, "configuration of a hub data set; by default wikitext-103-raw-v1 of wikitext, en of c4, the only one of others"
+    )
     tokenizer: str = option(
         "auto",
         "auto, gpt2, a folder with tokenizer.json, or bpe (train a BPE of --vocab-size on the training text); "
-        "auto is bpe for builtin and gpt2 otherwise",
+        "auto is bpe for builtin and for a --vocab-size below GPT-2's 50,257, and gpt2 otherwise",
     )
     cache_dir: str = option("~/.cache/phase1", "where trained tokenizers and tokenised text are kept")
     offline: bool = option(False, "open no network connection: a hub data set must be in the local cache")

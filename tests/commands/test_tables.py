@@ -97,10 +97,10 @@ def test_mixed_configurations_are_refused_and_the_tables_stay(run):
     assert contents(run.out_dir) == before
 
 
-def test_the_hardware_flag_replaces_the_name_in_every_table(run):
+def test_the_hardware_flag_names_every_table_and_captions_keep_what_was_recorded(run):
     main(TablesRun(results_dir=run.results_dir, out_dir=run.out_dir, hardware="A card"))
     for name, data in contents(run.out_dir).items():
-        assert b"A card" in data and b"NVIDIA" not in data, name
+        assert b"A card" in data and (b"recorded on NVIDIA" in data or name.endswith(".csv")), name
 
 
 def test_tables_of_the_same_results_are_the_same_bytes(run):

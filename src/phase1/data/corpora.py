@@ -79,10 +79,12 @@ def load_corpus(
     if config.offline:
         go_offline()
     # a bpe is trained on the training text, also where only another split is evaluated
-    wanted = tuple(dict.fromkeys((*need, "train"))) if tokenizer_kind(config) == "bpe" else need
+    kind = tokenizer_kind(config, vocab_size)
+    wanted = tuple(dict.fromkeys((*need, "train"))) if kind == "bpe" else need
+    tokenizer = None if kind == "bpe" else load_tokenizer(config, vocab_size, None)  # before the text, which may take hours
     with quiet() if _is_on_hub(config.dataset_name) else contextlib.nullcontext():
-        origin = _open(config, wanted)
-        tokenizer = load_tokenizer(config, vocab_size, origin.texts.get("train"))
+        origin = _open(config, wanted, tokenised=kind == "gpt2")
+        tokenizer = tokenizer or load_tokenizer(config, vocab_size, origin.texts.get("train"))
         if origin.streamed and train_tokens is None and "train" in need:
             raise ValueError(f"{origin.source} is streamed: train_tokens must say how much to read; got None")
         splits = {name: _split(origin, name, tokenizer, config, train_tokens) for name in need}
@@ -93,16 +95,16 @@ def _is_on_hub(name: str) -> bool:
     return name in ("wikitext", "c4") or (name != "builtin" and not Path(name).exists())
 
 
-def _open(config: DataConfig, wanted: tuple[str, ...]) -> _Origin:
+def _open(config: DataConfig, wanted: tuple[str, ...], tokenised: bool) -> _Origin:
     name = config.dataset_name
     if name == "builtin":
         texts = builtin_texts(cache_folder(config.cache_dir))
         return _Origin(name, name, platform.python_version(), texts)
     if not _is_on_hub(name):
-        return _open_local(name, wanted, tokenised=tokenizer_kind(config) == "gpt2")
+        return _open_local(name, wanted, tokenised)
     found = hub_set(name, config.dataset_config)
     revision, texts = hub_texts(found, wanted, offline=config.offline)
-    return _Origin(name, f"{found.repository} ({found.config})", revision, texts, streamed=not found.lines)
+    return _Origin(name, f"{found.repository} ({found.config or 'default'})", revision, texts, streamed=not found.lines)
 
 
 def _open_local(name: str, wanted: tuple[str, ...], tokenised: bool) -> _Origin:

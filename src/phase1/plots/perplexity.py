@@ -92,7 +92,7 @@ def _ranks(key: str) -> tuple[int, int] | None:
 
 def _change(key: str, result: PerplexityResult) -> tuple[float, float, float] | None:
     """Percent against the baseline and its interval; None for what is untrained or has nothing to be compared with."""
-    if result.parameters is None or result.perplexity is None:
+    if result.parameters is None or result.perplexity is None or result.untrained:
         return None
     value = 0.0 if repetition(key)[0] == "baseline" else result.ppl_degradation_percent
     return None if value is None else (value, *(result.degradation_ci95 or (value, value)))

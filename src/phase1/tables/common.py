@@ -71,7 +71,13 @@ def caption_of(title: str, report: Report[Any], hardware: str | None, *condition
     """What, under which conditions, on which hardware, and whether it was measured."""
     given = [text for text in conditions if text]
     basis = basis_of(report.results.values())
-    return f"{title}: {', '.join([*given, hardware or hardware_of(report)])} ({basis})"
+    return f"{title}: {', '.join([*given, hardware_named(report, hardware)])} ({basis})"
+
+
+def hardware_named(report: Report[Any], hardware: str | None) -> str:
+    """The hardware of the record; with another name given for it, both: a name makes no number another machine's."""
+    recorded = hardware_of(report)
+    return recorded if hardware in (None, recorded) else f"{hardware}, recorded on {recorded}"
 
 
 def setting(report: Report[Any], symbol: str, name: str) -> str:

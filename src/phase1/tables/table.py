@@ -11,6 +11,7 @@ from phase1.text import one_line
 
 Cell = str | float | int | None  # None: not measured, not applicable
 MISSING = "n/a"
+COMMAND = "Command"  # how the note of what made the numbers begins: in LaTeX a comment, nothing to typeset
 
 
 @dataclass(frozen=True)
@@ -118,10 +119,12 @@ def _environment(table: Table, matrix: list[list[str]], right: list[bool], part:
     lines = ["    " + " & ".join(row) + r" \\" for row in [headings, *rows]]
     of_all = f" ({index + 1} of {count})" if count > 1 else ""
     label = table.name.replace("_", "-") + (f"-{index + 1}" if index else "")
-    notes = "".join(f"\n  \\par\\smallskip {{\\sloppy\\footnotesize {_latex(one_line(note))}\\par}}" for note in table.notes)
+    told = [note for note in table.notes if not note.startswith(COMMAND)]
+    comments = [f"% {_latex(one_line(note, 2000))}" for note in table.notes if note.startswith(COMMAND)]
+    notes = "".join(f"\n  \\par\\smallskip {{\\sloppy\\footnotesize {_latex(one_line(note))}\\par}}" for note in told)
     return "\n".join(
         [
-            *([r"% needs \usepackage{booktabs}"] if not index else []),
+            *([r"% needs \usepackage{booktabs}", *comments] if not index else []),
             r"\begin{table}[t]",
             r"  \centering",
             rf"  \caption{{{_latex(one_line(table.caption) + of_all)}}}",
