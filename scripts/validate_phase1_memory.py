@@ -3,7 +3,7 @@
 
 import sys
 
-from start import run
+from _start import run
 
 if __name__ == "__main__":
     sys.exit(run("memory"))

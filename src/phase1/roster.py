@@ -18,7 +18,7 @@ TRANSFORMERS = tuple(role for role in ROLES if role != "phase1")
 """Roles that the engine is compared with, each fast or small in its own way."""
 
 COMPILED = frozenset({"baseline_fast"})
-"""Roles whose blocks are compiled on a GPU, whatever --compile says: the fastest a Transformer can be made with a flag."""
+"""Roles that are compiled on a GPU, whatever --compile says: the fastest a Transformer can be made with a flag."""
 
 CONTROLS: dict[str, dict[str, Any]] = {
     "quadratic_control": ROLES["baseline_optimized"] | {"attention": "math"},

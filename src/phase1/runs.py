@@ -71,7 +71,7 @@ class ThroughputRun(Ranked, Output):
     )
     compile: bool = option(
         False,
-        "torch.compile every block of every model; without, on a GPU, those of baseline_fast; compilation is not in the times",
+        "torch.compile every model; without, on a GPU, baseline_fast alone; compilation is not in the times",
     )
     cuda_graphs: bool | None = option(
         None, "launch every step's passes as two CUDA graphs: times of the GPU, not of the host; by default on a GPU"

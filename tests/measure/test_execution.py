@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from phase1.measure import execution as module
-from phase1.measure.execution import compile_blocks, execution, forget_compiled, strict_compilation
+from phase1.measure.execution import compile_loss, execution, forget_compiled, strict_compilation
 from phase1.measure.throughput import interleaved
 from phase1.measure.throughput.interleaved import ThroughputPlan, measure_throughput
 from phase1.measure.workload import make_workload, random_batch
@@ -25,7 +25,7 @@ def state(role="baseline", **changes):
 @pytest.fixture
 def traced(monkeypatch):
     """torch.compile without code generation: dynamo alone, whose guards and limits are what matters here."""
-    monkeypatch.setattr(interleaved, "compile_blocks", lambda model: compile_blocks(model, "eager"))
+    monkeypatch.setattr(interleaved, "compile_loss", lambda model: compile_loss(model, "eager"))
     forget_compiled()
     yield
     forget_compiled()
@@ -54,19 +54,19 @@ def test_products_in_another_type_than_asked_are_said():
     assert any("float64, not in bfloat16" in line for line in execution(one, None).otherwise)
 
 
-def test_a_compiled_block_is_counted_and_one_that_is_not_is_said():
+def test_a_compiled_model_is_counted_and_one_that_is_not_is_said():
     one = state()
-    compiler = compile_blocks(one.model, "eager")
-    assert execution(one, compiler).otherwise == ["no compiled block was called"], "watching compiles nothing"
+    compiler = compile_loss(one.model, "eager")
+    assert execution(one, compiler).otherwise == ["what was compiled was not called"], "watching compiles nothing"
     train_step(one, [random_batch(300, 1, 16, "cpu")])
-    assert compiler.calls == 2 and execution(one, compiler).compiled
+    assert compiler.calls == 1 and execution(one, compiler).compiled
     forget_compiled()
 
 
 def test_more_shapes_than_dynamo_allows_are_an_error_and_not_an_eager_run(monkeypatch):
     monkeypatch.setitem(module.LIMITS, "recompile_limit", 2)
     one = state()
-    compile_blocks(one.model, "eager")
+    compile_loss(one.model, "eager")
     with strict_compilation(), pytest.raises(Exception, match="(?i)limit"):
         for length in (8, 16, 24, 32, 40):
             train_step(one, [random_batch(300, 1, length, "cpu")])
@@ -89,11 +89,11 @@ def test_without_compilation_the_record_says_so():
     assert not any(m.ran.compiled for contender in contenders.values() for m in contender.measurements)
 
 
-def test_blocks_that_ran_eagerly_are_an_error_of_the_case(monkeypatch):
+def test_a_model_that_ran_eagerly_are_an_error_of_the_case(monkeypatch):
     class Nothing:
         calls = 0
 
-    monkeypatch.setattr(interleaved, "compile_blocks", lambda model: Nothing())
+    monkeypatch.setattr(interleaved, "compile_loss", lambda model: Nothing())
     models = {"phase1": model_config("phase1", SHAPE)}
     (m,) = measure_throughput(models, ThroughputPlan((8,), 1, 1, 1, compiled=frozenset(models)), "cpu")["phase1"].measurements
     assert m.status == "error" and "ran eagerly" in m.detail

@@ -1,43 +1,56 @@
-"""What a run leaves in its folder, whatever goes wrong at its end."""
+"""A session tries its folder first, and loses no report of another command."""
 
 import pytest
 
-from phase1.records.schema import FILES, read_report
+from phase1.records.schema import read_report
 from phase1.records.session import Session
 from phase1.runs import MemoryRun
-from tests.reports import memory_report
+from tests.reports import memory_report, memory_result
 
 
 @pytest.fixture
 def session(tmp_path, monkeypatch):
-    made = Session(MemoryRun(out_dir=str(tmp_path)), "memory")
-    made._facts = {"cpu": "x"}
-    return made
+    monkeypatch.setattr("sys.argv", ["phase1", "memory"])
+    monkeypatch.setattr("phase1.records.session.environment", lambda: {"cpu": "x"})
+    return lambda: Session(MemoryRun(out_dir=str(tmp_path / "out")), "memory")
 
 
-def written(session, *plots):
-    return session.write(memory_report().results, [], plots=[(plot, f"phase1_memory_{i}.png") for i, plot in enumerate(plots)])
+def test_a_folder_that_cannot_be_written_is_an_error_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        Session(MemoryRun(out_dir=str(tmp_path / "file")), "memory")
+    with pytest.raises(OSError):
+        Session(MemoryRun(out_dir=str(tmp_path / "file" / "inside")), "memory")
 
 
-@pytest.mark.parametrize("error", [RuntimeError("latex could not be found"), OSError(28, "No space left"), ValueError("x\ny"), KeyError()])
-def test_a_plot_that_fails_is_a_line_and_costs_neither_the_report_nor_the_other_plots(session, tmp_path, capsys, error):
-    def fails(report, path):
-        raise error
-
-    def works(report, path):
-        path.write_bytes(b"a picture")
-        return path
-
-    _, files = written(session, fails, works)
-    assert files == [tmp_path / FILES["memory"], tmp_path / "phase1_memory_1.png"]
-    assert read_report(files[0], "memory").results
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("phase1 memory: warning: no plot phase1_memory_0.png (") and type(error).__name__ in line
+def test_trying_leaves_nothing_behind(session, tmp_path):
+    session()
+    assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_plot_of_an_earlier_run_beside_a_new_report_is_named(session, tmp_path, capsys):
-    (tmp_path / "phase1_memory_timeline.png").write_bytes(b"older")
-    (tmp_path / "phase1_throughput_comparison.png").write_bytes(b"of another command")
-    written(session)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "phase1_memory_timeline.png is of an earlier one" in line
+def write(session, **fields):
+    return session().write({"phase1": memory_result("phase1", 1)}, [], **fields)
+
+
+def test_a_report_has_settings_facts_and_command_and_names_what_was_written(session, tmp_path):
+    report, files = write(session, plots=[(lambda report, path: path, "a.png")])
+    assert (report.kind, report.command, report.environment) == ("memory", "phase1 memory", {"cpu": "x"})
+    assert report.run["batch_size"] == 4
+    assert [path.name for path in files] == ["phase1_memory_validation.json", "a.png"]
+    assert read_report(files[0], "memory") == report
+
+
+def test_the_report_of_the_same_command_is_replaced_and_of_another_kept(session, tmp_path, monkeypatch):
+    _, files = write(session)
+    assert len(write(session)[1]) == 1
+    monkeypatch.setattr("sys.argv", ["phase1", "memory", "--fit"])
+    report, files = write(session)
+    assert [path.name for path in files] == ["phase1_memory_validation.json", "phase1_memory_validation.previous.json"]
+    assert read_report(files[1], "memory").command == "phase1 memory" and report.command == "phase1 memory --fit"
+
+
+def test_what_is_no_report_of_ours_is_replaced(session, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "phase1_memory_validation.json").write_text("{}")
+    _, files = write(session)
+    assert len(files) == 1 and memory_report().kind == "memory"

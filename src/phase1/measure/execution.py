@@ -1,4 +1,4 @@
-"""How a step really runs: device, type of its products, kernel of attention, compiled blocks, CUDA graphs."""
+"""How a step really runs: device, type of its products, kernel of attention, compiled loss, CUDA graphs."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -40,18 +40,22 @@ class Compiler:
         return run
 
 
-def compile_blocks(model: LanguageModel, backend: str = INDUCTOR) -> Compiler:
-    """Compile every block of `model` at its first call, for the shapes of that call; the compiler that will have done it."""
+def compile_loss(model: LanguageModel, backend: str = INDUCTOR) -> Compiler:
+    """Compile the loss of `model` as `make_train_state` does, at its first call, for the shapes of that call.
+
+    Returns the compiler that will have done it.
+    """
+    import torch._dynamo
 
     compiler = Compiler(backend)
-    for block in model.blocks:
-        block.compile(dynamic=False, backend=compiler)
+    compiled = torch.compile(model.losses, fullgraph=True, dynamic=False, backend=compiler)
+    model.losses = compiled  # type: ignore[method-assign]
     return compiler
 
 
 @contextmanager
 def strict_compilation() -> Iterator[None]:
-    """Inside, a block that would have to run eagerly for too many recompilations raises an error."""
+    """Inside, a model that would have to run eagerly for too many recompilations raises an error."""
     import torch._dynamo
 
     with torch._dynamo.config.patch(**{name: value for name, value in LIMITS.items() if hasattr(torch._dynamo.config, name)}):
@@ -84,7 +88,7 @@ class _Watch(TorchDispatchMode):
 def execution(state: TrainState, compiler: Compiler | None) -> Execution:
     """What `state` runs with, watched in a forward pass of a few tokens, and where that is not what was asked for.
 
-    compiler: that of the blocks, after a step of the model; None where they were not to be compiled.
+    compiler: that of the loss, after a step of the model; None where it was not to be compiled.
     """
     device = next(state.model.parameters()).device
     ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64, device=device)
@@ -107,15 +111,13 @@ def execution(state: TrainState, compiler: Compiler | None) -> Execution:
 
 @contextmanager
 def uncompiled(model: LanguageModel) -> Iterator[None]:
-    """Inside, blocks run as they are written: a compiled one would hide its operators, or compile for one more shape."""
-    compiled = [block._compiled_call_impl for block in model.blocks]
-    for block in model.blocks:
-        block._compiled_call_impl = None
+    """Inside, the loss runs as it is written: a compiled one would hide its operators, or compile for one more shape."""
+    compiled = vars(model).pop("losses", None)
     try:
         yield
     finally:
-        for block, call in zip(model.blocks, compiled):
-            block._compiled_call_impl = call
+        if compiled is not None:
+            model.losses = compiled  # type: ignore[method-assign]
 
 
 def _attention(names: set[str]) -> str:
@@ -138,7 +140,7 @@ def _otherwise(found: Execution, state: TrainState, compiler: Compiler | None) -
     if found.device != state.device.type:
         said.append(f"the step ran on {found.device}, not on {state.device.type}")
     if compiler is not None and not found.compiled:
-        said.append("no compiled block was called")
+        said.append("what was compiled was not called")
     if found.device == "cuda" and found.kernels == "torch":
         said.append("the loss ran by PyTorch's operators, not by its kernel: pip install triton")
     return said

@@ -20,7 +20,7 @@ class MemoryCase:
     seq_length: int
     vram_limit_bytes: int | None = None
     dry_run: bool = False
-    compiled: bool = False  # the blocks; of no effect on an estimate
+    compiled: bool = False  # the loss; of no effect on an estimate
     chip: Chip | None = None  # that an estimate is for
 
 

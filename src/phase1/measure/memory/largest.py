@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from phase1.machine.isolate import run_here, run_isolated
-from phase1.measure.execution import compile_blocks
+from phase1.measure.execution import compile_loss
 from phase1.measure.memory.case import MemoryCase
 from phase1.measure.memory.estimate.estimate import WARMUP_STEPS, estimate_memory
 from phase1.measure.memory.limit import basis, cap_memory, outside_bytes, within_limit
@@ -89,7 +89,7 @@ def train_briefly(case: MemoryCase) -> int:
     cap_memory(case.model, case.vram_limit_bytes)
     state = make_workload(case.model, "cuda")
     if case.compiled:
-        compile_blocks(state.model)
+        compile_loss(state.model)
     batch = random_batch(case.model.vocab_size, case.batch_size, case.seq_length, "cuda")
     for _ in range(WARMUP_STEPS + 1):
         train_step(state, [batch])

@@ -10,7 +10,7 @@ from torch import Tensor
 from phase1.advice import smaller
 from phase1.machine.cards import Chip
 from phase1.machine.isolate import Outcome, run_here, run_isolated
-from phase1.measure.execution import compile_blocks, execution, strict_compilation
+from phase1.measure.execution import compile_loss, execution, strict_compilation
 from phase1.measure.memory.case import MemoryCase, MemoryPeaks, timeline_record
 from phase1.measure.memory.estimate.estimate import CHIP, WARMUP_STEPS, estimate_memory
 from phase1.measure.memory.limit import Basis, basis, cap_memory, outside_bytes, within_limit
@@ -98,7 +98,7 @@ def measure_memory(case: MemoryCase) -> MemoryPeaks:
     """
     cap_memory(case.model, case.vram_limit_bytes)
     state, batch = make_workload(case.model, "cuda"), _batch(case, "cuda")
-    compiler = compile_blocks(state.model) if case.compiled else None
+    compiler = compile_loss(state.model) if case.compiled else None
     with strict_compilation() if case.compiled else nullcontext():
         for _ in range(WARMUP_STEPS):
             train_step(state, [batch])

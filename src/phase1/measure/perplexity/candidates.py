@@ -82,11 +82,11 @@ def seeded(key: str, seed: int, first: int) -> str:
 
 def _given(argument: str) -> Candidate:
     name, separator, path = argument.partition("=")
-    if not separator or not _NAME.fullmatch(name) and Path(argument).exists():  # a folder: the model says what it is
+    if Path(argument).exists() and not (separator and _NAME.fullmatch(name)):  # a folder: the model says what it is
         index = read_index(argument)
         config = ModelConfig(**index["model_config"])
         return Candidate(report_key(config), config, index["train_config"].get("seed", 0), Path(argument))
-    if not _NAME.fullmatch(name):
+    if not separator or not _NAME.fullmatch(name):
         expected = "NAME as in a report (baseline, phase1_htt{r}_ar{R}, a variant, each with or without _seed{n})"
         raise ValueError(f"--checkpoint must be a folder, or NAME=PATH with {expected}; got {argument!r}; correct it")
     index = read_index(path)

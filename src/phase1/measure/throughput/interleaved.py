@@ -15,7 +15,7 @@ from phase1.advice import smaller
 from phase1.config import ModelConfig
 from phase1.machine.environment import free_ram_bytes
 from phase1.machine.isolate import Outcome, run_here
-from phase1.measure.execution import Compiler, compile_blocks, execution, forget_compiled, strict_compilation
+from phase1.measure.execution import Compiler, compile_loss, execution, forget_compiled, strict_compilation
 from phase1.measure.memory.estimate.allocator import rounded
 from phase1.measure.throughput.rounds import round_order
 from phase1.measure.throughput.timing import StepTime, Stopwatch, median_step
@@ -37,7 +37,7 @@ class ThroughputPlan:
     batch_size: int
     warmup_steps: int
     measure_steps: int
-    compiled: frozenset[str] = frozenset()  # models whose blocks are compiled
+    compiled: frozenset[str] = frozenset()  # models whose loss is compiled
     cuda_graphs: bool = False
     batch_sizes: Mapping[str, int] = field(default_factory=dict)  # of models that run with another than `batch_size`
 
@@ -58,7 +58,7 @@ class Contender:
     config: ModelConfig
     batch_size: int
     state: TrainState | None = None  # None before it is made, and after a failure
-    compiler: Compiler | None = None  # of its blocks, where they are to be compiled
+    compiler: Compiler | None = None  # of its loss, where that is to be compiled
     ran: Execution | None = None  # how the current length runs
     parameters: dict[str, int] | None = None
     failure: Outcome[Any] | None = None
@@ -148,7 +148,7 @@ def _attempt(contender: Contender, function: Callable[..., None], *args: Any) ->
 def _make(contender: Contender, device: str, plan: ThroughputPlan, compiled: bool) -> None:
     began = time.perf_counter()
     contender.state = make_workload(contender.config, device, cuda_graphs=plan.cuda_graphs)
-    contender.compiler = compile_blocks(contender.state.model) if compiled else None
+    contender.compiler = compile_loss(contender.state.model) if compiled else None
     contender.parameters = contender.state.model.parameter_counts()
     contender.excluded_seconds += time.perf_counter() - began
 
@@ -177,7 +177,7 @@ def _prepare(contender: Contender, seq_length: int) -> None:
         train_step(state, [random_batch(contender.config.vocab_size, contender.batch_size, seq_length, state.device.type)])
     contender.ran = execution(state, contender.compiler)
     if contender.compiler is not None and not contender.ran.compiled:
-        raise RuntimeError("the blocks were to be compiled, and ran eagerly; leave out --compile, or run phase1 doctor")
+        raise RuntimeError("the model was to be compiled, and ran eagerly; leave out --compile, or run phase1 doctor")
     contender.excluded_seconds += time.perf_counter() - began
 
 
