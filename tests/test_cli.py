@@ -1,8 +1,11 @@
 import gc
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import fields
 from functools import partial
@@ -14,13 +17,16 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+import phase1
 from phase1 import cli
 from phase1.cli import COMMANDS, main, parse
 from phase1.config import flags
+from phase1.data.cache import cache_folder
 from phase1.errors import Unavailable
 from phase1.presets import PRESETS
 from phase1.records.schema import Check
 from phase1.runs import CompareRun
+from phase1.text import without_private
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 DOCUMENTED = {
@@ -204,6 +210,55 @@ def test_no_output_fails_on_its_encoding(encoding, errors, monkeypatch):
     if encoding == "ascii":
         assert printed == "R^2 T x T +/- <= ?? ? ? u\n"
     assert printed.startswith(("R² T", "R^2 T")) and ("東京" in printed) == (encoding not in ("ascii", "latin-1"))
+
+
+PAUSED = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background has it ignored
+from phase1.cli import main
+print("ready", flush=True)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name)
+@pytest.mark.parametrize("seconds", [0.05, 0.3, 0.9, 1.8])
+def test_a_signal_at_any_moment_of_a_start_ends_with_one_line_and_status_130(number, seconds, tmp_path):
+    argv = ["memory", "--out-dir", str(tmp_path), "--seq-length", "64"]
+    environment = os.environ | {"PYTHONPATH": str(Path(phase1.__file__).parents[1])}
+    child = subprocess.Popen(
+        [sys.executable, "-c", PAUSED, *argv], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)],
+    )  # fmt: skip
+    assert child.stdout.readline() == "ready\n"
+    time.sleep(seconds)
+    child.send_signal(number)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130 and "Traceback" not in err, err
+    assert err.splitlines()[-1].startswith("phase1 memory: interrupted;"), err
+
+
+@pytest.mark.parametrize("flag", ["--out-dir=~/x", "--out-dir ~/x", "--out-dir=~"])
+def test_a_tilde_is_the_home_folder_in_every_spelling(flag, monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere/ann")
+    assert parse("memory", flag.split()).out_dir.startswith("/somewhere/ann")
+    run = parse("perplexity", ["--dataset-name=~/a.txt", "--checkpoint", "baseline=~/b", "phase1_htt1_ar2=c~d", "--cache-dir=~/c"])
+    assert run.dataset_name == "/somewhere/ann/a.txt" and run.cache_dir == "/somewhere/ann/c"
+    assert run.checkpoint == ("baseline=/somewhere/ann/b", "phase1_htt1_ar2=c~d")
+    assert flags(parse("perplexity", [])) == "" and flags(run).startswith("--dataset-name /somewhere/ann/a.txt")
+
+
+def test_a_user_without_a_home_gets_a_folder_for_the_cache_and_an_error_for_a_tilde(monkeypatch, capsys):
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as it does where HOME is unset and the user unknown
+    run = parse("perplexity", [])
+    cache_folder.cache_clear()
+    for _ in range(2):
+        assert cache_folder(run.cache_dir).is_relative_to(tempfile.gettempdir())
+    assert capsys.readouterr().err.count("no home folder") == 1
+    assert without_private("/somewhere/x") == "/somewhere/x"
+    assert main(["memory", "--out-dir", "~/x"]) == 2
+    assert "--out-dir must be a path that this system knows; got ~/x" in capsys.readouterr().err
+    cache_folder.cache_clear()
 
 
 @pytest.mark.parametrize("script", sorted(SCRIPTS.glob("[a-z]*.py")), ids=lambda p: p.stem)
