@@ -544,3 +544,17 @@ def test_a_text_of_blanks_is_scored_and_its_report_says_what_it_lacks(run, capsy
     assert all(r.word_perplexity is None and r.word_count == 0 and r.bits_per_byte > 0 for r in results.values())
     assert "No word perplexity: the scored text has 0 words" in capsys.readouterr().out
     assert not [warning for warning in recwarn if "divide" in str(warning.message)]
+
+
+def test_micro_batches_are_no_part_of_what_a_trained_model_is_found_by(run, monkeypatch):
+    short = replace(run, test_htt_ranks=(2,), train_tokens=2048, baseline=False)
+    perplexity.main(short)
+    monkeypatch.setattr(job, "make_state", lambda *arguments: pytest.fail("trained again"))
+    perplexity.main(replace(short, micro_batch_size=4))
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_text_is_read(run, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(train, "load_corpus", lambda *arguments, **needs: pytest.fail("read"))
+    with pytest.raises(OSError):
+        train.main(settings_of(run, out_dir=str(tmp_path / "file")))

@@ -2,6 +2,7 @@
 
 import contextlib
 import platform
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -102,6 +103,8 @@ def _open(config: DataConfig, wanted: tuple[str, ...], tokenised: bool) -> _Orig
         return _Origin(name, name, platform.python_version(), texts)
     if not _is_on_hub(name):
         return _open_local(name, wanted, tokenised)
+    if Path(name).exists():
+        print(f"--dataset-name {name} is the data set of the hub; for what is called so here give ./{name}", file=sys.stderr)
     found = hub_set(name, config.dataset_config)
     revision, texts = hub_texts(found, wanted, offline=config.offline)
     return _Origin(name, f"{found.repository} ({found.config or 'default'})", revision, texts, streamed=not found.lines)

@@ -25,6 +25,9 @@ C = TypeVar("C", bound=Config)
 
 INDEX = "checkpoint.json"  # written last; names the tensor files that belong together
 MAX_INDEX_BYTES: Final = 2**20
+NO_DIFFERENCE: Final = {"micro_batch_size": TrainConfig.micro_batch_size}
+"""Settings of a training that change its result by rounding alone, with the value that stands for all: a training that ran out
+of memory goes on with another one, and none is made again."""
 MARK: Final = {"program": "phase1"}  # in the header of every tensor file, with its step
 _FACTS: dict[str, tuple[type, ...]] = {
     "data": (dict,), "tokenizer": (str,), "seq_length": (int,), "trained_tokens": (int,), "train_seconds": (int, float),
@@ -287,7 +290,8 @@ def check_configs(folder: Path | str, index: dict[str, Any], model: ModelConfig,
         index["model_config"] = asdict(model)
     for name, mine in (("model_config", model), ("train_config", train)):
         defaults = {field.name: field.default for field in fields(mine)}  # of settings that are younger than the checkpoint
-        different = sorted(k for k, v in asdict(mine).items() if index[name].get(k, defaults[k]) != v)
+        theirs = defaults | index[name]
+        different = sorted(k for k, v in asdict(mine).items() if k not in NO_DIFFERENCE and theirs[k] != v)
         if different:
             flags = ", ".join("--" + key.replace("_", "-") for key in different)
             raise ValueError(f"the checkpoint in {folder} was made with other {flags}; use those, or another --out-dir")

@@ -16,7 +16,7 @@ from phase1.measure.perplexity.evaluate import LARGEST_NATS, Evaluation, Protoco
 from phase1.measure.perplexity.loss_parts import loss_by_band, loss_by_position, order_sha256
 from phase1.records.schema import Dataset, Parameters, PerplexityResult, Status
 from phase1.runs import PerplexityRun
-from phase1.training.checkpoint import load_model, load_token_order, read_index, training_facts
+from phase1.training.checkpoint import NO_DIFFERENCE, load_model, load_token_order, read_index, training_facts
 from phase1.training.job import train_to_checkpoint
 from phase1.training.step import compute_dtype
 
@@ -54,7 +54,7 @@ def train_candidate(run: PerplexityRun, model: Candidate, corpus: Corpus) -> Pat
         train_config = replace(train_config, learning_rate=run.baseline_learning_rate)
     identity = {
         "model": model.config.config_id,
-        "train": asdict(train_config),
+        "train": asdict(train_config) | NO_DIFFERENCE,
         "seq_length": run.seq_length,
         "tokens": corpus.splits["train"].sha256,
         "tokenizer": corpus.tokenizer.fingerprint,
