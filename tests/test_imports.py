@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "phase1"
-LEAVES = {"advice", "errors", "files", "text"}
+LEAVES = {"advice", "errors", "files", "text", "signals"}
 SETTINGS = {"config", "presets", "roster", "runs"}
 MAY_IMPORT = {
     "text": set(),
+    "signals": set(),
     "errors": {"text"},
     "files": {"text"},
     "config": set(),

@@ -13,9 +13,10 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from phase1 import __version__, config, runs
 from phase1.config import Config
-from phase1.errors import FAILURES, Unavailable, error_line, exit_status
+from phase1.errors import Unavailable, report_failure
 from phase1.presets import PRESETS
-from phase1.text import one_line
+from phase1.signals import Ending, ending_signals_interrupt
+from phase1.text import one_line, printable_output
 
 COMMANDS: dict[str, type[Config]] = {
     "memory": runs.MemoryRun,
@@ -57,7 +58,7 @@ START = """start here:
 """
 EXIT_STATUS = (
     "exit status: 0 every check passes, 1 a check fails, 2 wrong usage or input, 3 undecided or unavailable, "
-    "4 a file cannot be written, 130 interrupted"
+    "4 a file cannot be written, 5 an internal error, 130 interrupted"
 )
 
 
@@ -83,31 +84,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     name = argv[0] if argv and argv[0] in COMMANDS else None
-    if name is None:
-        return _top_level(argv)
+    with printable_output(), ending_signals_interrupt() as ending:
+        if name is None:
+            return _top_level(argv)
+        return _status(name, argv[1:], ending)
+
+
+def _status(name: str, argv: Sequence[str], ending: Ending) -> int:
+    """The exit status of a command, whatever ends it."""
     try:
-        run = parse(name, argv[1:])
-        return _run(name, run)
-    except KeyboardInterrupt:
+        return _run(name, parse(name, argv), ending)
+    except BrokenPipeError:  # the reader, `head` for example, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (Exception, KeyboardInterrupt) as error:
+        if not ending.come and not isinstance(error, KeyboardInterrupt):
+            return report_failure(name, error)
         again = "; --resume goes on with what is finished" if hasattr(COMMANDS[name], "resume") else ""
         again = "; the same command goes on from its checkpoint" if name == "train" else again
         print(f"phase1 {name}: interrupted; older results are untouched{again}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader, `head` for example, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except tuple(FAILURES) as error:
-        print(error_line(name, error), file=sys.stderr)
-        return exit_status(error)
 
 
-def _run(name: str, run: Config) -> int:
+def _run(name: str, run: Config, ending: Ending) -> int:
     """The exit status of a command. What it imports is no garbage: to look through it, over and over, takes seconds."""
     # On a busy machine, threads that spin while they wait take the cores from the ones that work. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     gc.disable()
     try:
-        command = importlib.import_module(f"phase1.commands.{name}")
+        with ending.waiting():
+            command = importlib.import_module(f"phase1.commands.{name}")
         gc.freeze()
     except ModuleNotFoundError as error:
         raise _not_installed(error) from error

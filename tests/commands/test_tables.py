@@ -1,13 +1,18 @@
 import csv
 import json
 import os
+import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from phase1 import tables
 from phase1.commands.tables import main
 from phase1.errors import Unavailable
 from phase1.records.schema import FILES, write_report
 from phase1.runs import TablesRun
+from phase1.tables import build_tables
 from tests.reports import all_reports, memory_result
 
 NAMES = (
@@ -103,3 +108,22 @@ def test_tables_of_the_same_results_are_the_same_bytes(run):
     before = contents(run.out_dir)
     main(run)
     assert contents(run.out_dir) == before
+
+
+def test_a_table_of_earlier_results_beside_the_new_ones_is_named(run, capsys):
+    out = Path(run.out_dir)
+    out.mkdir()
+    for name in ("memory_ablation.md", "fit_comparison.tex", "notes.md", "memory_comparison.md"):
+        (out / name).write_text("older")
+    assert main(run) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "of an earlier run" in line]
+    assert [("memory_ablation.md" in line, "fit_comparison.tex" in line) for line in lines] == [(True, False), (False, True)]
+    capsys.readouterr()
+    assert main(replace(run, formats=("csv",))) == 0
+    assert "memory_comparison.md" in capsys.readouterr().err
+
+
+def test_every_table_that_there_may_be_is_known_by_its_name():
+    sources = "".join(path.read_text() for path in Path(tables.__file__).parent.glob("*.py"))
+    assert sorted(re.findall(r'\bTable\(\s*"(\w+)"', sources)) == sorted(tables.NAMES)
+    assert {table.name for table in build_tables(all_reports())} <= set(tables.NAMES)

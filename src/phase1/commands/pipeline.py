@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib
-import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from phase1.config import Config, flags
-from phase1.errors import FAILURES, error_line, exit_status
+from phase1.errors import report_failure
 from phase1.files import atomic_write
 from phase1.machine.environment import machine, settings
 from phase1.presets import PRESETS
@@ -27,7 +26,7 @@ WORDS = {0: "PASS", 1: "FAIL", 3: "INCONCLUSIVE"}
 
 
 def main(run: PipelineRun) -> int:
-    """Run every step with the sizes of the preset; the exit status is that of the worst step (1, 2, 4, 3, then 0).
+    """Run every step with the sizes of the preset; the exit status is that of the worst step (5, 1, 2, 4, 3, then 0).
 
     What a step prints goes to the log; one summary of all steps is the last screen, and a file. With --resume, steps that
     ended are not run again, and the one that was interrupted goes on with its finished cases; a step that ended with an error
@@ -38,7 +37,7 @@ def main(run: PipelineRun) -> int:
     journal = open_journal(out / "phase1_pipeline.json", settings(run), machine=machine(), resume=run.resume)
     codes: dict[str, int] = {}
     failed: list[tuple[str, str]] = []
-    with (out / LOG).open("a" if run.resume else "w") as log:
+    with (out / LOG).open("a" if run.resume else "w", encoding="utf-8", errors="replace") as log:
         for name, config in todo:
             print(f"== phase1 {name} {flags(config)}".rstrip(), flush=True)
             step, started = partial(_run_step, name, config, None if run.verbose else log), time.monotonic()
@@ -46,16 +45,15 @@ def main(run: PipelineRun) -> int:
                 codes[name] = step() if name == "tables" else journal.case(name, int, step)  # tables: of what the others left
                 word = WORDS.get(codes[name], "FAIL") if name != "tables" else "written"
                 print(f"   {name}: {word}, {_minutes(time.monotonic() - started)}", flush=True)
-            except tuple(FAILURES) as error:
-                print(error_line(name, error), file=sys.stderr)
-                codes[name] = exit_status(error)
+            except Exception as error:
+                codes[name] = report_failure(name, error)
                 failed.append((name, str(error)))
     if not failed:
         journal.close()
     summary = text(screen(run, failed, time.monotonic() - began))
     atomic_write(out / SUMMARY, f"```\n{summary}\n```\n".encode())
     print("", summary, sep="\n")
-    return next((code for code in (1, 2, 4, 3) if code in codes.values()), 0)
+    return next((code for code in (5, 1, 2, 4, 3) if code in codes.values()), 0)
 
 
 def _run_step(name: str, config: Config, log: TextIO | None) -> int:

@@ -8,7 +8,7 @@ from phase1.files import atomic_write
 from phase1.records.collect import read_reports
 from phase1.records.schema import FILES, Kind
 from phase1.runs import TablesRun
-from phase1.tables import SUFFIXES, build_tables, render
+from phase1.tables import NAMES, SUFFIXES, build_tables, render
 from phase1.tables.screen import Screen
 from phase1.tables.screen import text as screen_text
 from phase1.text import one_line
@@ -32,6 +32,9 @@ def main(run: TablesRun) -> int:
     }
     for path, content in files.items():  # all rendered before the first is written
         atomic_write(path, content.encode())
+    older = [path for name in NAMES for suffix in SUFFIXES.values() if (path := out / f"{name}{suffix}") not in files]
+    for path in filter(Path.exists, older):
+        print(one_line(f"not of these results: {path} is of an earlier run; remove it", 2000), file=sys.stderr)
     if run.verbose:
         print("\n".join(render(table, "markdown") for table in tables))
     print(screen_text(screen(run, [table.name for table in tables], [FILES[kind] for kind in reports], out)))

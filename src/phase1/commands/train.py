@@ -6,6 +6,7 @@ from pathlib import Path
 from phase1.config import DataConfig, ModelConfig, TrainConfig, flags, part_of
 from phase1.data import load_corpus
 from phase1.errors import Unavailable, is_out_of_memory, reason
+from phase1.records.session import require_writable
 from phase1.roster import report_key
 from phase1.runs import PerplexityRun, TrainRun
 from phase1.training.job import train_to_checkpoint
@@ -13,6 +14,7 @@ from phase1.training.job import train_to_checkpoint
 
 def main(run: TrainRun) -> int:
     """Train one model as the flags say; the checkpoint goes to --out-dir."""
+    require_writable(Path(run.out_dir))
     corpus = load_corpus(run, vocab_size=run.vocab_size, need=("train",), train_tokens=run.train_tokens)
     model_config = part_of(ModelConfig, run)
     train_config = part_of(TrainConfig, run)

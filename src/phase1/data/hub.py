@@ -69,6 +69,22 @@ def go_offline() -> None:
             sys.modules[loaded].HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
 
 
+def hub_client() -> Any:
+    """The package huggingface_hub. Raises ValueError, one line, for variables of the environment that it stumbles over."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        if not os.environ.get(name, "").isascii():
+            raise ValueError(
+                f"the variable {name} must hold ASCII letters and digits; got others; copy the token again, or unset it"
+            )
+    try:
+        import huggingface_hub.constants  # which reads them
+    except ValueError as error:
+        names = ", ".join(sorted(name for name in os.environ if name.startswith("HF_")))
+        expected = f"the variables {names} must be as huggingface_hub reads them"
+        raise ValueError(f"{expected}; got {one_line(error)}; correct or unset them") from error
+    return huggingface_hub
+
+
 def hub_texts(wanted: HubSet, need: tuple[str, ...], *, offline: bool = False) -> tuple[str, dict[str, Text]]:
     """(commit hash, text of each needed split). Documents are read when they are asked for, inside `quiet()`.
 
@@ -176,6 +192,7 @@ def quiet() -> Iterator[None]:
         logging.disable(logging.CRITICAL)
         stack.callback(logging.disable, disabled)
         try:
+            hub_client()
             import datasets
         except ImportError:  # hub_texts says so
             yield

@@ -1,7 +1,9 @@
 """Where a tokenizer's vocabulary comes from: GPT-2's files on this machine, a folder, or training on the corpus."""
 
+import contextlib
 import json
 import lzma
+import re
 from collections.abc import Iterator
 from hashlib import sha256
 from itertools import chain
@@ -9,15 +11,37 @@ from pathlib import Path
 from typing import Any
 
 from phase1.config import DataConfig
-from phase1.data.cache import store
+from phase1.data.cache import cache_folder, store
+from phase1.data.interruptible import interruptible
 from phase1.data.text import Text
 from phase1.data.tokenizers import END_OF_TEXT, Tokenizer, byte_alphabet, make_tokenizer
+from phase1.files import read_json
+from phase1.text import one_line
 
 GPT2_FINGERPRINT = "2a84aa51ea049287ee4c5e438e96023cd6c3bc5250a519851ff57885941f125c"
 GPT2_SIZE = 50257
 GPT2_MERGES = Path(__file__).with_name("gpt2_merges.txt.xz")
 BPE_TRAINING_CHARS = 64_000_000  # more text changes a BPE little and takes minutes
 BPE_MIN_FREQUENCY = 2
+LONGEST_RUN = 256  # characters of one word in the training of a BPE
+MAX_FILE_BYTES = 64 * 2**20  # a tokenizer.json of 250,000 entries has 20 MB
+PLAIN: dict[tuple[str, str], tuple[Any, ...]] = {
+    ("model", "type"): ("BPE",),
+    ("model", "dropout"): (None, 0),
+    ("model", "continuing_subword_prefix"): (None, ""),
+    ("model", "end_of_word_suffix"): (None, ""),
+    ("model", "byte_fallback"): (None, False),
+    ("model", "ignore_merges"): (None, False),
+    ("pre_tokenizer", "type"): ("ByteLevel",),
+    ("pre_tokenizer", "add_prefix_space"): (False,),
+    ("pre_tokenizer", "use_regex"): (None, True),
+    ("file", "normalizer"): (None,),
+    ("file", "truncation"): (None,),
+    ("file", "padding"): (None,),
+}
+"""Options of a tokenizer.json, and the values (None: missing) with which it encodes as `make_tokenizer` does."""
+HARMLESS = {"model": {"vocab", "merges", "unk_token", "fuse_unk"}, "pre_tokenizer": {"trim_offsets"}}
+"""Further options that change no id: every byte has a token, so that nothing is unknown."""
 
 
 def tokenizer_kind(config: DataConfig, vocab_size: int) -> str:
@@ -34,11 +58,11 @@ def load_tokenizer(config: DataConfig, vocab_size: int, training_text: Text | No
     """
     kind = tokenizer_kind(config, vocab_size)
     if kind == "bpe":
-        tokenizer = trained_tokenizer(training_text, vocab_size, Path(config.cache_dir).expanduser())
+        tokenizer = trained_tokenizer(training_text, vocab_size, cache_folder(config.cache_dir))
     elif kind == "gpt2":
         tokenizer = gpt2_tokenizer()
-    elif Path(kind).expanduser().is_dir():
-        tokenizer = folder_tokenizer(Path(kind).expanduser())
+    elif Path(kind).is_dir():
+        tokenizer = folder_tokenizer(Path(kind))
     else:
         raise ValueError(f"--tokenizer must be auto, gpt2, bpe or a folder with tokenizer.json; got {kind}; use one")
     if tokenizer.vocab_size > vocab_size:
@@ -70,7 +94,7 @@ def gpt2_tokenizer() -> Tokenizer:
 
 
 def folder_tokenizer(folder: Path) -> Tokenizer:
-    """The byte-level BPE of `folder`/tokenizer.json."""
+    """The byte-level BPE of `folder`/tokenizer.json; ValueError, one line, for a damaged file or options that are not read."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"--tokenizer {folder}: a folder must hold tokenizer.json; got none; save the tokenizer there")
@@ -89,11 +113,14 @@ def trained_tokenizer(text: Text | None, vocab_size: int, cache_dir: Path) -> To
         raise ValueError(
             f"--vocab-size must be at least {smallest} for bpe (256 bytes, end-of-text); got {vocab_size}; raise it"
         )
-    key = json.dumps(["bpe 1", text.key, vocab_size, BPE_MIN_FREQUENCY, BPE_TRAINING_CHARS])
+    key = json.dumps(["bpe 2", text.key, vocab_size, BPE_MIN_FREQUENCY, BPE_TRAINING_CHARS])
     path = cache_dir / "tokenizers" / sha256(key.encode()).hexdigest()[:32] / "tokenizer.json"
-    if not path.is_file():
-        store(path, _train(text, vocab_size).encode())
-    return make_tokenizer(f"bpe-{vocab_size}", *_read_tokenizer_json(path))
+    name = f"bpe-{vocab_size}"
+    if path.is_file():
+        with contextlib.suppress(ValueError):  # damaged, and so made again
+            return make_tokenizer(name, *_read_tokenizer_json(path))
+    store(path, _train(text, vocab_size).encode())
+    return make_tokenizer(name, *_read_tokenizer_json(path))
 
 
 def _train(text: Text, vocab_size: int) -> str:
@@ -111,8 +138,21 @@ def _train(text: Text, vocab_size: int) -> str:
         initial_alphabet=sorted(byte_alphabet()),
         show_progress=sys.stderr.isatty(),
     )
-    backend.train_from_iterator(_first_chars(text, BPE_TRAINING_CHARS), trainer)
+    parts = (part for text_part in _first_chars(text, BPE_TRAINING_CHARS) for part in short_runs(text_part))
+    interruptible(lambda: backend.train_from_iterator(parts, trainer))
     return backend.to_str()
+
+
+_LONG_RUN = re.compile(rf"\S{{{LONGEST_RUN}}}(?=\S)|\s{{{LONGEST_RUN}}}(?=\s)")
+
+
+def short_runs(text: str) -> Iterator[str]:
+    """`text` cut where a run with or without white space gets too long, since training takes time with its square."""
+    start = 0
+    for run in _LONG_RUN.finditer(text):
+        yield text[start : run.end()]
+        start = run.end()
+    yield text[start:]
 
 
 def _first_chars(text: Text, count: int) -> Iterator[str]:
@@ -130,20 +170,57 @@ def _read_tokenizer_json(path: Path) -> Vocabulary:
     """Vocabulary and merges of a `tokenizers` file that encodes as `make_tokenizer` does."""
     content = _read_json(path)
     try:
-        model, before = content["model"], content["pre_tokenizer"]
-        got = f"{model['type']} with {(before or {}).get('type')} and normalizer {content.get('normalizer')}"
-        plain = model["type"] == "BPE" and before["type"] == "ByteLevel" and content.get("normalizer") is None
-        if not plain or before["add_prefix_space"] or not before.get("use_regex", True):
-            raise ValueError(f"{path} must be a ByteLevel BPE as of GPT-2; got {got}; use such a file")
-        vocab = model["vocab"] | {token["content"]: token["id"] for token in content.get("added_tokens", [])}
-        merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} must be a file of the package tokenizers; it lacks {error}; save it again") from error
-    return vocab, merges
+        _require_plain(content)
+        return _vocabulary(content)
+    except ValueError as error:
+        raise ValueError(f"{path} must be a ByteLevel BPE as of GPT-2; got {one_line(error)}; use such a file") from error
+
+
+def _require_plain(content: Any) -> None:
+    """Raise ValueError, naming the option, where a file asks for an encoding that is not that of `make_tokenizer`."""
+    sections = {"file": content} | {name: content.get(name) if isinstance(content, dict) else None for name in HARMLESS}
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise ValueError(f"{'no JSON object' if name == 'file' else f'no {name}'}")
+    for (name, option), plain in PLAIN.items():
+        value = sections[name].get(option)
+        if not any(value == wanted and isinstance(value, bool) <= isinstance(wanted, bool) for wanted in plain):
+            raise ValueError(f"{name} with {option} {value!r:.60}")
+    for name, harmless in HARMLESS.items():
+        known = harmless | {option for where, option in PLAIN if where == name}
+        if unknown := sections[name].keys() - known:
+            raise ValueError(f"{name} with {min(unknown)!r:.60}, which is not read")
+
+
+def _vocabulary(content: dict[str, Any]) -> Vocabulary:
+    """Checked part by part: `tokenizers` itself ends the process, or raises what names nothing."""
+    vocab, merges, added = content["model"].get("vocab"), content["model"].get("merges"), content.get("added_tokens", [])
+    if not isinstance(vocab, dict) or not isinstance(merges, list) or not isinstance(added, list):
+        raise ValueError("no vocab, merges and added_tokens")
+    for token in added:
+        if not isinstance(token, dict) or not isinstance(token.get("content"), str) or type(token.get("id")) is not int:
+            raise ValueError(f"an added token {token!r:.60}")
+        if token.get("special") is not True:
+            raise ValueError(
+                f"the added token {token['content']!r:.60}, which is not special: it would be found inside of texts"
+            )
+        if vocab.get(token["content"], token["id"]) != token["id"]:
+            raise ValueError(f"two ids for {token['content']!r:.60}")
+        vocab = vocab | {token["content"]: token["id"]} if token["content"] not in vocab else vocab
+    for token, number in vocab.items():
+        if type(number) is not int:
+            raise ValueError(f"the id {number!r:.60} of {token!r:.60}")
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    for pair in pairs:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            raise ValueError(f"a merge {pair!r:.60} that is no pair of tokens")
+        if missing := [part for part in (*pair, "".join(pair)) if part not in vocab]:
+            raise ValueError(f"a merge {' '.join(pair)!r:.60} of or to {missing[0]!r:.60}, which is not in vocab")
+    return vocab, [(left, right) for left, right in pairs]
 
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return read_json(path, MAX_FILE_BYTES)
+    except ValueError as error:
         raise ValueError(f"{path} must be a readable JSON file; got {error}; download or save it again") from error

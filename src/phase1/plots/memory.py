@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from phase1.plots.figure import COLORS, clean, conditions, escaped, limit_line, new_figure, save
+from phase1.plots.figure import COLORS, clean, conditions, escaped, in_own_style, limit_line, new_figure, save
 from phase1.records.schema import MemoryResult, Report
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ GREY_PARTS = {
 }
 
 
+@in_own_style
 def plot_memory(report: Report[MemoryResult], path: Path | str) -> Path:
     """Every model's memory as a stacked bar, with the limits of the cards. Returns `path`.
 

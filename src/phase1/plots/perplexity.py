@@ -11,6 +11,7 @@ from phase1.plots.figure import (
     clean,
     conditions,
     escaped,
+    in_own_style,
     limit_line,
     log_ticks,
     new_figure,
@@ -32,6 +33,7 @@ BESIDE = 0.02  # decades between models whose tables are equally large
 _ENGINE = re.compile(r"phase1_htt(\d+)_ar(\d+)")
 
 
+@in_own_style
 def plot_perplexity(report: Report[PerplexityResult], path: Path | str) -> Path:
     """Size of the token table against the change of perplexity, with the 5 % line. Returns `path`.
 

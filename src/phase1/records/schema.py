@@ -296,6 +296,7 @@ class PerplexityResult(Result):
     token_count: int | None = None
     byte_count: int | None = None
     word_count: int | None = None
+    absent: dict[str, str] = Field(default_factory=dict, description="numbers that the scored text does not have, and why")
     trained_tokens: int | None = None
     skipped_steps: int | None = Field(default=None, description="of the training: gradients overflowed, nothing was learnt")
     trained_on: Dataset | None = Field(default=None, description="the training text")

@@ -1,14 +1,17 @@
 """One run of a measuring command: its folder, its journal, and the report it ends with."""
 
 import os
+import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from phase1.errors import reason
 from phase1.machine.environment import Fact, current_command, environment, machine, settings
 from phase1.records.journal import Journal, open_journal
 from phase1.records.schema import FILES, REPORTS, Check, Kind, Report, Result, read_report, write_report
+from phase1.text import one_line
 
 T = TypeVar("T")
 Plot = Callable[[Report[Any], Path], Path]
@@ -49,7 +52,7 @@ class Session:
         self,
         results: Mapping[str, Result],
         checks: Sequence[Check],
-        plots: Iterable[tuple[Plot, str]] = (),
+        plots: Sequence[tuple[Plot, str]] = (),
         folder: Path | None = None,
         **fields: Any,
     ) -> tuple[Report[Any], list[Path]]:
@@ -67,8 +70,27 @@ class Session:
             **({"run": self.settings} | fields),
         )
         kept = keep_previous(path, self.kind, report.command)
+        older = set(path.parent.glob(f"phase1_{self.kind}_*.png"))
         write_report(report, path)
-        return report, [path, *kept, *(plot(report, path.with_name(name)) for plot, name in plots)]
+        for stale in sorted(older - {path.with_name(name) for _, name in plots}):
+            print(one_line(f"not of this run: {stale} is of an earlier one; remove it", 1000), file=sys.stderr)
+        return report, [
+            path,
+            *kept,
+            *(drawn for plot, name in plots for drawn in self._drawn(plot, report, path.with_name(name))),
+        ]
+
+    def _drawn(self, plot: Plot, report: Report[Any], path: Path) -> list[Path]:
+        """The file of a plot; none, and a line on stderr, where it cannot be made: it costs nothing that was measured."""
+        try:
+            return [plot(report, path)]
+        except Exception as error:
+            what = f"{type(error).__name__}: {reason(error)}"
+            print(
+                one_line(f"phase1 {self.kind}: warning: no plot {path.name} ({what}); the report is whole", 1000),
+                file=sys.stderr,
+            )
+            return []
 
     def close(self) -> None:
         """Until here --resume finds every case."""

@@ -15,6 +15,7 @@ QUADRATIC_SHARE_LIMIT = 0.15
 NOISE = 0.02  # relative standard deviation of a time that is assumed where no raw samples say what it is
 NOISE_FLOOR = 0.002  # no time is known better: clocks and temperatures drift by this much between lengths
 MIN_SAMPLES = 5  # of a length, to tell the noise of its median
+GROWTH_FLOOR = 0.01  # nor is any kernel known to follow its law better: caches and waves of blocks bend a line by 1 to 8 %
 NOISE_WEIGHT = 4  # residuals that the assumed noise is worth when residuals are few
 MISFIT = 0.05  # a candidate that misses by more than this, root mean square, does not describe the times
 WIDE_INTERVAL = 0.5  # width of the 95 % interval of the exponent
@@ -190,10 +191,11 @@ def _better(rss: float, freedom: int, line_rss: float, noise: float | None) -> b
     """Does a description with `rss` beat the line significantly?
 
     F tests with the noise of its own residuals, which hold for any noise, and with that noise pooled with the known or
-    assumed one, which are strong when residuals are few.
+    assumed one, which are strong when residuals are few. Neither noise is taken for less than GROWTH_FLOOR: on a quiet
+    machine every bend of a linear kernel would be significant.
     """
-    own = max(rss / freedom, NOISE_FLOOR**2)
-    pooled = (rss + NOISE_WEIGHT * (noise or NOISE) ** 2) / (freedom + NOISE_WEIGHT)
+    own = max(rss / freedom, GROWTH_FLOOR**2)
+    pooled = (rss + NOISE_WEIGHT * max(noise or NOISE, GROWTH_FLOOR) ** 2) / (freedom + NOISE_WEIGHT)
     tests = ((own, freedom), (pooled, freedom + NOISE_WEIGHT))
     return any(fdtrc(1, df, max(line_rss - rss, 0) / variance) <= ALPHA for variance, df in tests)
 

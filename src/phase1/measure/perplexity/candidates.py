@@ -11,7 +11,7 @@ from phase1.config import ModelConfig
 from phase1.model import LanguageModel
 from phase1.roster import RIVALS, ROLES, START, Variant, model_config, repetition, report_key
 from phase1.runs import PerplexityRun
-from phase1.training.checkpoint import read_index
+from phase1.training.checkpoint import model_config_of, read_index
 
 _NAME = re.compile(rf"(baseline|transformer|phase1_htt\d+_ar\d+|{'|'.join(get_args(Variant))})(_seed\d+)?")
 _ENGINES = ("no_gate", "no_copy", "equal_parameters")  # variants that a report would call phase1_...
@@ -90,7 +90,7 @@ def _given(argument: str) -> Candidate:
         expected = "NAME as in a report (baseline, phase1_htt{r}_ar{R}, a variant, each with or without _seed{n})"
         raise ValueError(f"--checkpoint must be a folder, or NAME=PATH with {expected}; got {argument!r}; correct it")
     index = read_index(path)
-    config, plain = ModelConfig(**index["model_config"]), repetition(name)[0]
+    config, plain = model_config_of(index), repetition(name)[0]
     found = report_key(config)
     if plain != found and not (plain in _ENGINES and found.startswith("phase1")):
         raise ValueError(f"--checkpoint {name}={path}: the model there is {found}; use that name")
