@@ -69,6 +69,11 @@ class Block(nn.Module):
         self.mixer = _named(MIXERS, "--mixer", config.mixer)(config)
         self.mlp = MLP(config.d_model)
 
+    def prove_kernels(self, dtype: torch.dtype) -> None:
+        """Let the mixer's kernels check themselves for inputs of `dtype`, as they else do at their first eager call."""
+        if isinstance(self.mixer, ARSSM):
+            self.mixer.prove_kernels(dtype)
+
     def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any, Tensor | None]:
         """(B, T, D) -> (B, T, D), the mixer's state, and its effective rank or None."""
         y, state, effective_rank = self.mixer(self.mixer_norm(x), state)

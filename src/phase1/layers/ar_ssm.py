@@ -88,6 +88,11 @@ class ARSSM(nn.Module):
         conv = (self.conv_weight, self.conv_bias, self.step_bias, self.log_rate, self.skip)
         return Parameters(*conv, q_scale, self.state_scale, self.norm, *free)
 
+    def prove_kernels(self, dtype: torch.dtype) -> None:
+        """Let the fused operator check itself for inputs of `dtype`."""
+        weight = self.project.weight
+        fused_runs(weight.new_empty(1, 1, len(weight), dtype=dtype), self.operator_parameters(), self.window)
+
     def forward(self, h: Tensor, state: State | None = None) -> tuple[Tensor, State, Tensor]:
         """(B, T, D) -> (B, T, D), the state after the last position, and the effective rank (mean of Σ g)."""
         proj, p = self.project(h), self.operator_parameters()

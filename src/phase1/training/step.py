@@ -48,11 +48,13 @@ def make_train_state(model: LanguageModel, config: TrainConfig, device: torch.de
     """Move `model` to `device` and give it an optimizer, loss scaling for fp16 and, if asked, a compiled loss."""
     device = torch.device(device)
     model = model.to(device)
+    dtype = compute_dtype(config.precision, device)
     if config.compile:
         require_compiler(device)
+        for block in model.blocks:  # in a compiled graph kernels cannot prove themselves
+            block.prove_kernels(dtype)  # type: ignore[operator]
         model.losses = torch.compile(model.losses, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
     optimizer = make_optimizer(model, config, device.type)
-    dtype = compute_dtype(config.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     passes = Passes(model, scaler, dtype)
     if config.cuda_graphs:

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from phase1.ops.ar_ssm import self_check
 from phase1.ops.ar_ssm.reference import Parameters, State, ar_ssm_reference
 
 __all__ = ["Parameters", "State", "ar_ssm_reference", "fused_ar_ssm", "fused_runs"]
@@ -12,16 +13,28 @@ __all__ = ["Parameters", "State", "ar_ssm_reference", "fused_ar_ssm", "fused_run
 OLDEST = 8  # compute capability: Ampere's products of bfloat16 and float32
 TYPES = (torch.float16, torch.bfloat16, torch.float32)
 HAS_TRITON = find_spec("triton") is not None
+DISPROVEN: set[str] = set()  # "ar_ssm" once its kernels have failed their check in this process
 
 
 def fused_runs(proj: Tensor, p: Parameters, window: int) -> bool:
-    """Whether `fused_ar_ssm` can take these arguments on this machine: a constant of a compiled graph."""
+    """Whether `fused_ar_ssm` takes these arguments on this machine, and has proven itself there.
+
+    In a graph that is compiled or captured, which nothing else may run in, the proof is that of the eager call before it.
+    """
     (_, R), P = p.q_scale.shape, p.state_scale.shape[1]
     fits = proj.shape[1] > 0 and window > 0 and R % 2 == 0 and 8 <= R <= 128 and 16 <= P <= 128 and proj.dtype in TYPES
     if not (fits and proj.is_cuda and HAS_TRITON):
         return False
-    # without a card the tensors are imitations, which an estimate of memory makes
-    return not torch.cuda.is_available() or torch.cuda.get_device_properties(proj.device).major >= OLDEST
+    if not torch.cuda.is_available():  # tensors without a card are imitations, which an estimate of memory makes
+        return True
+    if torch.cuda.get_device_properties(proj.device).major < OLDEST:
+        return False
+    if torch.compiler.is_compiling() or type(proj) is not Tensor or torch.cuda.is_current_stream_capturing():
+        return not DISPROVEN
+    fixed = R - (0 if p.gate_weight is None else len(p.gate_weight))
+    if not self_check.proven(proj.device, R, P, fixed, window, proj.dtype):
+        DISPROVEN.add("ar_ssm")
+    return not DISPROVEN
 
 
 def fused_ar_ssm(

@@ -109,7 +109,7 @@ def core_forward(
         )
         _carry(added, total, state, states, reverse=False)
     elif state is not None:
-        states[:, 0] = state.flatten(0, 1)
+        states[:, 0] = state.view(B * H, R, P)
     y, lse = torch.empty(B, T, H, P, dtype=x.dtype, device=x.device), wide(B, H, T if window else 0)
     run = launches.forward
     kernels.forward_kernel[(NS, B * H)](
@@ -149,7 +149,7 @@ def core_backward(
         total = log_a.clamp_min(-60).sum(-1).view(-1, 1) if saved.total is None else saved.total
         _carry(d_added, total, d_last, d_states, reverse=True)
     elif d_last is not None:
-        d_states[:, 1] = d_last.flatten(0, 1)
+        d_states[:, 1] = d_last.view(B * H, R, P)
     if window:
         run, sizes = launches.near_q, {"H": H, **axes}
         grid = (triton.cdiv(T, run.chunk), B * H)
