@@ -175,7 +175,15 @@ def test_estimates_of_all_models_at_the_documented_size_take_seconds(documented)
 MEASURED = json.loads((Path(__file__).parents[3] / "results/h100/memory_calibration.json").read_text())["rows"]
 
 
-@pytest.mark.parametrize("row", [row for row in MEASURED if row["name"].startswith("baseline")], ids=lambda row: row["name"])
+def row_of_this_code(row):
+    """The record is older than the chunked loss of today: what it says of that has to be measured again."""
+    if calibration_cases()[row["name"]].model.loss != "chunked":
+        return pytest.param(row, id=row["name"])
+    reason = "the record is of an earlier chunked loss; measure again with benchmarks/calibrate_memory.py"
+    return pytest.param(row, id=row["name"], marks=pytest.mark.xfail(reason=reason, strict=True))
+
+
+@pytest.mark.parametrize("row", [row_of_this_code(row) for row in MEASURED if row["name"].startswith("baseline")])
 def test_the_estimate_of_the_baselines_is_what_the_h100_measured(row):
     estimated = estimate_memory(calibration_cases()[row["name"]], Chip(9, 0))
     assert estimated.peak_allocated_bytes == pytest.approx(row["measured_bytes"], rel=0.005)

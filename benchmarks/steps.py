@@ -1,0 +1,79 @@
+"""Time of a training step, compiled and replayed as CUDA graphs, and its kernels.
+
+    python benchmarks/steps.py ROLE B T [FIELD=VALUE ...]
+
+ROLE is a model of `phase1 throughput` (phase1, baseline, ...), FIELD one of its settings (checkpointing=False, loss=chunked,
+htt_output=two_level). Writes steps.jsonl, a line a run, into --out-dir. Needs a GPU.
+"""
+
+import argparse
+import json
+import statistics
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from phase1.config import ModelConfig, Ranked, TrainConfig
+from phase1.model import LanguageModel
+from phase1.roster import model_config
+from phase1.training.step import make_train_state, train_step
+
+WARMUP, MEASURED = 5, 12
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("role")
+    parser.add_argument("batch_size", type=int)
+    parser.add_argument("seq_length", type=int)
+    parser.add_argument("settings", nargs="*", help="FIELD=VALUE of the model")
+    parser.add_argument("--out-dir", default="results/benchmarks")
+    options = parser.parse_args()
+    settings = dict(setting.split("=") for setting in options.settings)
+    types = {field.name: field.type for field in fields(ModelConfig)}
+    overrides = {name: value == "True" if "bool" in str(types[name]) else value for name, value in settings.items()}
+    B, T = options.batch_size, options.seq_length
+    torch.manual_seed(0)
+    model = LanguageModel(model_config(options.role, Ranked(), **overrides))
+    state = make_train_state(model, TrainConfig(compile=True, cuda_graphs=True), "cuda")
+    ids = (torch.rand(B, T + 1, generator=torch.Generator().manual_seed(1)) ** 4 * 50_000).long().cuda()
+    batch = [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())]
+    losses = [train_step(state, batch).item() for _ in range(WARMUP)]
+    times = []
+    for _ in range(MEASURED):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        train_step(state, batch)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        train_step(state, batch)
+        torch.cuda.synchronize()
+    kernels: dict[str, list[float]] = {}
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            kernels.setdefault(event.name.split("(")[0][:60], []).append(event.device_time / 1e3)
+    longest = sorted(kernels.items(), key=lambda kernel: -sum(kernel[1]))
+    milliseconds = statistics.median(times)
+    record = {
+        "role": options.role, "settings": settings, "batch_size": B, "seq_length": T, "milliseconds": milliseconds,
+        "samples": times, "tokens_per_s": 1e3 * B * T / milliseconds, "losses": losses,
+        "kernels": sum(map(len, kernels.values())), "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__,
+        "milliseconds_by_kernel": {name: [len(t), sum(t)] for name, t in longest[:30]},
+    }  # fmt: skip
+    file = Path(options.out_dir) / "steps.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as lines:
+        lines.write(json.dumps(record) + "\n")
+    print(
+        f"{options.role} {' '.join(options.settings)}: {milliseconds:.2f} ms, {record['tokens_per_s'] / 1e3:.0f}k tokens/s, "
+        f"{record['kernels']} kernels a step, peak {record['peak_allocated_bytes'] / 1e9:.2f} GB"
+    )
+
+
+if __name__ == "__main__":
+    main()
