@@ -1,5 +1,8 @@
 """The AR-SSM mixer between its two projections; `fused_ar_ssm` is its form in Triton kernels, for GPUs that can run them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.util import find_spec
 
 import torch
@@ -8,12 +11,25 @@ from torch import Tensor
 from phase1.ops.ar_ssm import self_check
 from phase1.ops.ar_ssm.reference import Parameters, State, ar_ssm_reference
 
-__all__ = ["Parameters", "State", "ar_ssm_reference", "fused_ar_ssm", "fused_runs"]
+__all__ = ["Parameters", "State", "ar_ssm_reference", "fused_ar_ssm", "fused_runs", "imitated_card"]
 
 OLDEST = 8  # compute capability: Ampere's products of bfloat16 and float32
 TYPES = (torch.float16, torch.bfloat16, torch.float32)
 HAS_TRITON = find_spec("triton") is not None
 DISPROVEN: set[str] = set()  # "ar_ssm" once its kernels have failed their check in this process
+
+
+_IMITATED = ContextVar("imitated", default=False)
+
+
+@contextmanager
+def imitated_card(capability: int) -> Iterator[None]:
+    """Inside, tensors without contents on the CPU stand for those of a card of that (major) capability."""
+    token = _IMITATED.set(capability >= OLDEST)
+    try:
+        yield
+    finally:
+        _IMITATED.reset(token)
 
 
 def fused_runs(proj: Tensor, p: Parameters, window: int) -> bool:
@@ -23,10 +39,10 @@ def fused_runs(proj: Tensor, p: Parameters, window: int) -> bool:
     """
     (_, R), P = p.q_scale.shape, p.state_scale.shape[1]
     fits = proj.shape[1] > 0 and window > 0 and R % 2 == 0 and 8 <= R <= 128 and 16 <= P <= 128 and proj.dtype in TYPES
-    if not (fits and proj.is_cuda and HAS_TRITON):
+    if not (fits and HAS_TRITON):
         return False
-    if not torch.cuda.is_available():  # tensors without a card are imitations, which an estimate of memory makes
-        return True
+    if not proj.is_cuda:
+        return not torch.compiler.is_compiling() and _IMITATED.get()
     if torch.cuda.get_device_properties(proj.device).major < OLDEST:
         return False
     if torch.compiler.is_compiling() or type(proj) is not Tensor or torch.cuda.is_current_stream_capturing():

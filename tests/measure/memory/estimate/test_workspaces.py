@@ -78,3 +78,29 @@ def test_a_sum_over_few_rows_or_along_memory_or_of_an_odd_number_of_columns_is_n
 def test_a_card_of_unknown_compute_capability_works_like_an_h100():
     assert processors(Chip(9, 0)) == processors(Chip(11, 0)) == H100
     assert processors(Chip(8, 6)) == Processors(68, 1536)
+
+
+def test_the_fused_mixer_holds_gradients_of_its_operands_besides_what_it_returns():
+    pytest.importorskip("triton")
+    import phase1.ops.ar_ssm.fused  # noqa: F401  # registers the operators
+
+    B, T, H, R, P = 2, 64, 2, 8, 16
+    proj = torch.empty(B, T, H * (2 * P + 2 * R + 1), dtype=torch.float16)
+    q_scale, state_scale = torch.empty(H, R), torch.empty(H, P)
+    forward = scratch_bytes(torch.ops.phase1.ar_ssm.default, [proj, *[None] * 5, q_scale, state_scale], H100)
+    backward = scratch_bytes(torch.ops.phase1.ar_ssm_backward.default, [*[None] * 5, proj, *[None] * 5, q_scale, state_scale], H100)
+    assert forward == 0, "one stretch adds to no state"
+    assert backward == B * T * H * (2 * (3 * P + 4 * R) + 16) + 4 * B * H * R * P
+
+
+def test_an_estimate_for_a_card_is_of_the_operators_that_run_there():
+    pytest.importorskip("triton")
+    from phase1.config import Ranked
+    from phase1.measure.memory.case import MemoryCase
+    from phase1.measure.memory.estimate.estimate import estimate_memory
+    from phase1.roster import model_config
+
+    sizes = Ranked(vocab_size=300, d_model=64, n_layers=1, n_heads=2, htt_dense_rows=16, htt_groups=8)
+    case = MemoryCase(model_config("phase1", sizes, checkpointing=False), 2, 512)
+    peaks = [estimate_memory(case, Chip(*capability)).peak_allocated_bytes for capability in ((7, 5), (8, 6))]
+    assert peaks[1] < peaks[0], "the kernels of newer cards keep less than PyTorch's operators"

@@ -14,6 +14,7 @@ from phase1.measure.memory.estimate.workspaces import ModelledCuda, workspace_by
 from phase1.measure.memory.tracker import MemoryTracker
 from phase1.measure.workload import make_workload, optimizer_tensors, random_batch
 from phase1.model import LanguageModel
+from phase1.ops.ar_ssm import imitated_card
 from phase1.training.step import TrainState, train_step
 
 CONTEXT_BYTES = 500_000_000  # of an estimate: CUDA context and libraries take 0.3 to 0.6 GB on most cards
@@ -34,7 +35,7 @@ def estimate_memory(case: MemoryCase, chip: Chip = CHIP) -> MemoryPeaks:
             which blocks of threads share.
     """
     surroundings = ModelledCuda(chip)
-    with imitated_cuda(), MemoryTracker(case.model.vocab_size, "cpu", surroundings) as tracker:
+    with imitated_cuda(), imitated_card(chip.major), MemoryTracker(case.model.vocab_size, "cpu", surroundings) as tracker:
         state = make_workload(case.model, "cpu", "fp16", model_class=_FakeModel)
         _make_lasting_tensors(state)
         moved = tracker.label(_moved(state.model), "parameters", "")  # for their order; `watch` names them

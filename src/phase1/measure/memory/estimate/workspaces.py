@@ -74,6 +74,7 @@ def scratch_bytes(func: Any, args: Any, card: Processors) -> int:
     - logsumexp (ReduceOps.cpp): its input less the maximum.
     - sum over the rows of a matrix (Reduce.cuh): see `_column_sum_bytes`.
     - the backward pass of attention (flash, memory-efficient and cuDNN alike): dQ summed in float32.
+    - the fused AR-SSM operator (phase1/ops/ar_ssm): see `_ar_ssm_bytes`.
     """
     name = func.__name__.split(".")[0]
     if name == "embedding_dense_backward":
@@ -92,7 +93,28 @@ def scratch_bytes(func: Any, args: Any, card: Processors) -> int:
         return _column_sum_bytes(args[0], {dim % args[0].ndim for dim in args[1] or range(args[0].ndim)}, card)
     if name.startswith("_scaled_dot_product") and name.endswith("backward"):
         return 4 * int(args[1].numel())
+    if name in ("ar_ssm", "ar_ssm_backward"):
+        backward = name == "ar_ssm_backward"
+        proj, q_scale, state_scale = (args[i] for i in ((5, 11, 12) if backward else (0, 6, 7)))
+        return _ar_ssm_bytes(proj, q_scale, state_scale, backward)
     return 0
+
+
+def _ar_ssm_bytes(proj: Tensor, q_scale: Tensor, state_scale: Tensor, backward: bool) -> int:
+    """What the operator holds at its peak and does not return.
+
+    Forward: what each stretch adds to the state. Backward: gradients of y, u, v, q, k, x and f in the compute type, four
+    numbers a head and position in float32, and two states of each stretch.
+    """
+    from phase1.ops.ar_ssm.core import plan  # imports Triton, which an operator that runs has imported
+
+    (B, T), (H, R), P = proj.shape[:2], q_scale.shape, state_scale.shape[1]
+    stretches, _ = plan(B, T, H)
+    states = 4 * B * H * R * P * (stretches if stretches > 1 else 0)
+    if not backward:
+        return states
+    operands = B * T * H * (3 * P + 4 * R) * proj.element_size()
+    return operands + 16 * B * H * T + 4 * B * H * R * P * stretches + states
 
 
 def _column_sum_bytes(x: Tensor, dims: set[int], card: Processors) -> int:
