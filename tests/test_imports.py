@@ -31,11 +31,12 @@ MAY_IMPORT = {
     "stats": {"records"},
     "checks": {"machine", "records", "roster", "stats"},
     "tables": {"config", "records", "roster", "text"},
+    "generation": {"config", "data", "layers", "model", "training"},
     "plots": {"files", "records", "roster", "tables", "text"},
     "measure": LEAVES | SETTINGS | {"data", "machine", "model", "ops", "records", "stats", "training"},
     "commands": LEAVES
     | SETTINGS
-    | {"checks", "data", "machine", "measure", "model", "plots", "records", "stats", "tables", "training"},
+    | {"checks", "data", "generation", "machine", "measure", "model", "plots", "records", "stats", "tables", "training"},
 }
 WINGS = {
     "workload": set(),

@@ -24,6 +24,7 @@ COMMANDS: dict[str, type[Config]] = {
     "compare": runs.CompareRun,
     "pipeline": runs.PipelineRun,
     "train": runs.TrainRun,
+    "generate": runs.GenerateRun,
     "doctor": runs.DoctorRun,
 }
 EXIT_STATUS = (
@@ -49,9 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = parse(name, argv[1:])
         return _run(name, run)
     except KeyboardInterrupt:
+        kept = "; older results are untouched" if name != "generate" else ""
         again = "; --resume goes on with what is finished" if hasattr(COMMANDS[name], "resume") else ""
         again = "; the same command goes on from its checkpoint" if name == "train" else again
-        print(f"phase1 {name}: interrupted; older results are untouched{again}", file=sys.stderr)
+        print(f"phase1 {name}: interrupted{kept}{again}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, `head` for example, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

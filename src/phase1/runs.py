@@ -1,5 +1,6 @@
 """The settings of every command, as frozen dataclasses: a field is a flag, its default and its help."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -143,6 +144,37 @@ class TrainRun(ModelConfig, DataConfig, TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "seq_length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRun(Config):
+    """Text from a trained model, printed as it comes."""
+
+    checkpoint: str = option("results/checkpoints/train", "folder of the checkpoint")
+    prompt: str | None = option(None, "text to go on from; without one the beginning of a document")
+    prompt_file: str | None = option(None, "file with the text to go on from, UTF-8; - is standard input")
+    max_tokens: int = option(200, "tokens per sample; fewer where the model ends the document")
+    samples: int = option(1, "texts, each as if it were the only one")
+    temperature: float = option(0.8, "below 1 the likelier tokens become likelier still; 0 takes the likeliest")
+    top_k: int | None = option(None, "draw from the K likeliest tokens only")
+    top_p: float | None = option(None, "draw from the fewest likeliest tokens that have so much of the probability together")
+    seed: int = option(0, "seed of the draws: the same text again on the same machine")
+    copy_head: bool = option(True, "mix the copy head in, where the model has one; without, what the rest of it says")
+    tokenizer: str | None = option(None, "gpt2 or a folder with tokenizer.json, for a checkpoint of an earlier version")
+    precision: Literal["auto", "fp16", "bf16", "fp32"] = option("auto", "autocast type; auto is fp16 on CUDA, fp32 on the CPU")
+    cuda_graphs: bool = option(False, "launch every step as one CUDA graph: faster on a GPU")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "max_tokens", "samples")
+        if self.prompt is not None and self.prompt_file is not None:
+            raise ValueError("--prompt and --prompt-file are two texts to go on from; got both; leave one out")
+        if not 0 <= self.temperature < math.inf or self.seed < 0:
+            raise ValueError("--temperature and --seed must be 0 or more; got a negative number; raise it")
+        if self.top_k is not None:
+            require_positive(self, "top_k")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"--top-p must be above 0 and at most 1; got {self.top_p}; try 0.9")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from phase1.errors import Unavailable
 
 GPT2_FINGERPRINT = "2a84aa51ea049287ee4c5e438e96023cd6c3bc5250a519851ff57885941f125c"
 GPT2_REPOSITORIES = ("openai-community/gpt2", "gpt2")  # the second is the name of caches from before 2024
+TOKENIZER = "tokenizer.json"
 BPE_TRAINING_CHARS = 64_000_000  # more text changes a BPE little and takes minutes
 BPE_MIN_FREQUENCY = 2
 
@@ -73,7 +74,7 @@ def gpt2_tokenizer() -> Tokenizer:
 
 def folder_tokenizer(folder: Path) -> Tokenizer:
     """The byte-level BPE of `folder`/tokenizer.json."""
-    path = folder / "tokenizer.json"
+    path = folder / TOKENIZER
     if not path.is_file():
         raise ValueError(f"--tokenizer {folder}: a folder must hold tokenizer.json; got none; save the tokenizer there")
     return make_tokenizer(folder.name, *_read_tokenizer_json(path))
@@ -92,7 +93,7 @@ def trained_tokenizer(text: Text | None, vocab_size: int, cache_dir: Path) -> To
             f"--vocab-size must be at least {smallest} for bpe (256 bytes, end-of-text); got {vocab_size}; raise it"
         )
     key = json.dumps(["bpe 1", text.key, vocab_size, BPE_MIN_FREQUENCY, BPE_TRAINING_CHARS])
-    path = cache_dir / "tokenizers" / sha256(key.encode()).hexdigest()[:32] / "tokenizer.json"
+    path = cache_dir / "tokenizers" / sha256(key.encode()).hexdigest()[:32] / TOKENIZER
     if not path.is_file():
         store(path, _train(text, vocab_size).encode())
     return make_tokenizer(f"bpe-{vocab_size}", *_read_tokenizer_json(path))

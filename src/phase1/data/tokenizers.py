@@ -44,6 +44,14 @@ class Tokenizer:
         """Text of `ids`; end-of-text is empty, half a character at an edge is U+FFFD."""
         return b"".join(self._bytes[i] for i in ids).decode("utf-8", errors="replace")
 
+    def bytes_of(self, id: int) -> bytes:
+        """UTF-8 of one id, which may be part of a character; end-of-text is empty."""
+        return self._bytes[id]
+
+    def to_json(self) -> str:
+        """What `tokenizer.json` holds: a file of the package tokenizers, from which `folder_tokenizer` makes this again."""
+        return str(self._backend.to_str())
+
     def token_bytes(self) -> np.ndarray:
         """(V,) int64: UTF-8 bytes that each id stands for; their sum over a text's ids is the text's size."""
         return np.array([len(value) for value in self._bytes], dtype=np.int64)
@@ -96,6 +104,7 @@ def make_tokenizer(name: str, vocab: dict[str, int], merges: list[tuple[str, str
         values.append(b"" if token == END_OF_TEXT else bytes(alphabet[char] for char in token))
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()  # for other programs that read `to_json`
     content = json.dumps([tokens, [list(pair) for pair in merges]], separators=(",", ":"))
     return Tokenizer(
         name=name,

@@ -18,6 +18,25 @@ class AttentionState(NamedTuple):
 
     k: Tensor
     v: Tensor
+    store: "Store | None" = None  # where they lie, with room for more
+
+    def followed_by(self, k: Tensor, v: Tensor) -> "AttentionState":
+        """This, and `k` and `v` (B, T, H, P) after it; without gradients in O(T), amortised, and this stays as it is."""
+        if torch.is_grad_enabled():
+            return AttentionState(torch.cat([self.k, k], 1), torch.cat([self.v, v], 1))
+        start, end = self.k.shape[1], self.k.shape[1] + k.shape[1]
+        store = self.store
+        if store is None or store.used != start or store.k.shape[1] < end:  # none, or another text went on from here, or full
+            store = Store(*(F.pad(old, (0, 0, 0, 0, 0, end)) for old in (self.k, self.v)))
+        store.k[:, start:end], store.v[:, start:end], store.used = k, v, end
+        return AttentionState(store.k[:, :end], store.v[:, :end], store)
+
+
+class Store:
+    """Memory for keys and values, (B, ≥ `used`, H, P) each."""
+
+    def __init__(self, k: Tensor, v: Tensor) -> None:
+        self.k, self.v, self.used = k, v, 0
 
 
 class Attention(nn.Module):
@@ -40,13 +59,13 @@ class Attention(nn.Module):
         q, k, v = self.qkv(h).unflatten(-1, (3, self.n_heads, -1)).unbind(2)  # [B, T, H, P] each
         angles = rotary(q, past)
         q, k = rotate(q, *angles), rotate(k, *angles)
-        if state is not None:
-            k, v = torch.cat([state.k, k], 1), torch.cat([state.v, v], 1)
+        state = AttentionState(k, v) if state is None else state.followed_by(k, v)
+        k, v = state.k, state.v
         mask = None
-        if past:
+        if past and q.shape[1] > 1:
             mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=h.device).tril(past)
         with sdpa_kernel(self.backends, set_priority=True):
             y = F.scaled_dot_product_attention(
-                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=mask is None
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=not past
             )
-        return self.out(y.transpose(1, 2).flatten(2)), AttentionState(k, v), None
+        return self.out(y.transpose(1, 2).flatten(2)), state, None

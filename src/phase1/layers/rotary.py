@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def rotary(x: Tensor, start: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:
+def rotary(x: Tensor, start: int | Tensor, base: float = 10000.0) -> tuple[Tensor, Tensor]:
     """Cosines and sines that `rotate` needs for the positions of `x` (B, T, H, R), R even: (T, 1, R) each, dtype of `x`.
 
     The angle of channels j and j + R/2 at position t is (start + t) · base^(-2j/R) radians; the sines of the first half
@@ -15,7 +15,7 @@ def rotary(x: Tensor, start: int, base: float = 10000.0) -> tuple[Tensor, Tensor
     half = x.shape[-1] // 2
     wide = torch.promote_types(x.dtype, torch.float32)
     frequency = base ** (torch.arange(half, device=x.device, dtype=wide) / -half)
-    position = torch.arange(start, start + x.shape[1], device=x.device, dtype=wide)
+    position = start + torch.arange(x.shape[1], device=x.device, dtype=wide)  # exact below 2^24 positions
     angle = position[:, None, None] * torch.cat([-frequency, frequency])
     return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
 

@@ -11,7 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from phase1.config import ModelConfig, TrainConfig
-from phase1.data import Corpus, Windows
+from phase1.data import Corpus, Tokenizer, Windows
+from phase1.data.tokenizer_files import TOKENIZER
+from phase1.files import atomic_write
 from phase1.model import LanguageModel
 from phase1.training.checkpoint import INDEX, check_configs, read_index, resume, save_checkpoint, training_facts
 from phase1.training.interrupts import interrupts_wait
@@ -42,8 +44,9 @@ def train_to_checkpoint(
         facts = training_facts(folder, index["facts"])
         if facts["data"] != data or facts["seq_length"] != seq_length:
             raise ValueError(f"the checkpoint in {folder} was trained on {facts['data']}; use that data, or another folder")
-        if facts["finished"]:
-            return facts
+    keep_tokenizer(folder, corpus.tokenizer)
+    if begun and facts["finished"]:
+        return facts
     windows = Windows(corpus.splits["train"].ids, seq_length, train_config.seed)
     seen = windows.seen(steps * train_config.train_batch_size)
     state = make_state(model_config, train_config, None if begun else seen)
@@ -55,6 +58,13 @@ def train_to_checkpoint(
         facts |= run_schedule(state, windows, steps, folder, facts, label, interrupted)
         save_checkpoint(folder, state, facts, resumable=False, token_order=order)
     return facts
+
+
+def keep_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Put `tokenizer` beside the checkpoint, which can then be used without the text it was trained on."""
+    path, content = folder / TOKENIZER, tokenizer.to_json().encode()
+    if not path.is_file() or path.read_bytes() != content:
+        atomic_write(path, content)
 
 
 def make_state(model_config: ModelConfig, train_config: TrainConfig, seen: np.ndarray | None) -> TrainState:
