@@ -7,11 +7,12 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
+from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from phase1 import __version__, runs
-from phase1.config import Config
+from phase1.config import Config, to_toml
 from phase1.errors import FAILURES, error_line, exit_status
 from phase1.presets import PRESETS
 from phase1.text import one_line
@@ -89,9 +90,10 @@ def _top_level(argv: list[str]) -> int:
 
 
 def parse(command: str, argv: Sequence[str]) -> Any:
-    """`argv` as the config of `command`: a flag wins over the preset, the preset over the default.
+    """`argv` as the config of `command`: a flag wins over the file, the file over the preset, the preset over the default.
 
-    Raises SystemExit(2) for unknown flags and values of the wrong type, ValueError for values out of range.
+    Raises SystemExit(2) for unknown flags and values of the wrong type, SystemExit(0) after --print-config has printed, and
+    ValueError for values out of range and files that cannot be read.
     """
     cls = COMMANDS[command]
     parser = _Parser(
@@ -106,13 +108,58 @@ def parse(command: str, argv: Sequence[str]) -> Any:
         parser.add_argument("--preset", choices=presets, default=None, help="defaults for a card; other flags win over it")
     for field in fields(cls):
         parser.add_argument(_spelling(field), help=field.metadata["help"], **_argument(field))
-    values = vars(parser.parse_args(argv))
-    if presets and values["preset"] is not None:
-        parser.set_defaults(**PRESETS[values["preset"]][command])
-        values = vars(parser.parse_args(argv))
-    if presets:
-        del values["preset"]
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    parser.add_argument("--config", metavar="FILE", help="TOML file of these flags, without their dashes in front; flags win")
+    parser.add_argument("--print-config", action="store_true", help="print such a file, with where each value is from, and end")
+    first = parser.parse_args(argv)
+    from_file = [] if first.config is None else _words(first.config, parser, cls)
+    values = vars(parser.parse_args([*from_file, *argv]))
+    preset = values["preset"] if presets else None
+    if preset is not None:
+        parser.set_defaults(**PRESETS[preset][command])
+        values = vars(parser.parse_args([*from_file, *argv]))
+    names = [field.name for field in fields(cls)]
+    run = cls(**{name: tuple(values[name]) if isinstance(values[name], list) else values[name] for name in names})
+    if first.print_config:
+        origins = dict.fromkeys(PRESETS[preset][command], f"preset {preset}") if preset else {}
+        origins |= dict.fromkeys(_given(parser, from_file, names), one_line(first.config))
+        origins |= dict.fromkeys(_given(parser, argv, names), "flag")
+        print(to_toml(run, dict.fromkeys(names, "default") | origins), end="")
+        parser.exit(0)
+    return run
+
+
+def _words(path: str, parser: _Parser, cls: type[Config]) -> list[str]:
+    """The flags in the TOML file at `path`, as words of a command line."""
+    import tomllib  # of a few runs only
+
+    try:
+        with open(path, "rb") as file:
+            content = tomllib.load(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--config must be a readable TOML file; got {path} ({one_line(error)}); correct it") from error
+    known = {field.name: field for field in fields(cls) if not field.metadata.get("positional")}
+    words = []
+    for key, value in content.items():
+        name = key.replace("-", "_")
+        if name == "preset":
+            words += ["--preset", str(value)]
+        elif name not in known:
+            nearest = get_close_matches(key, [k.replace("_", "-") for k in known], n=1, cutoff=0)[0]
+            parser.error(f"{one_line(path)}: no flag is called {key}; the nearest is {nearest}")
+        elif known[name].type is bool and isinstance(value, bool):
+            words.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
+        elif isinstance(value, list):
+            words += [_spelling(known[name]), *map(str, value)] if value else []
+        else:
+            words.append(f"{_spelling(known[name])}={value}")
+    return words
+
+
+def _given(parser: _Parser, argv: Sequence[str], names: list[str]) -> list[str]:
+    """Those of `names` that `argv` has a value for."""
+    nothing = object()
+    values = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, nothing)))
+    return [name for name in names if getattr(values, name) is not nothing]
 
 
 def _spelling(field: Any) -> str:

@@ -11,6 +11,7 @@ from phase1.config import (
     Ranked,
     Shape,
     TrainConfig,
+    WatchConfig,
     argument,
     check_ranks,
     option,
@@ -135,7 +136,7 @@ class CompareRun(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainRun(ModelConfig, DataConfig, TrainConfig):
+class TrainRun(ModelConfig, DataConfig, TrainConfig, WatchConfig):
     """Train one model and write its checkpoint; run it again with the same flags to resume."""
 
     seq_length: int = option(512, "T, tokens per window")
