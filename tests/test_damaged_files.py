@@ -215,6 +215,9 @@ def test_a_checkpoint_with_damaged_facts_is_refused_in_one_line(tmp_path, name):
         with pytest.raises(ValueError, match=f"{INDEX} must say .* no such value for {name}") as error:
             evaluate_checkpoint(PerplexityRun(), "baseline", tmp_path, Text(None, None))
         assert str(error.value).isprintable()
+    save_checkpoint(tmp_path, state(), FACTS | {"skipped_steps": "many"}, resumable=False)
+    with pytest.raises(ValueError, match="no such value for skipped_steps"):
+        evaluate_checkpoint(PerplexityRun(), "baseline", tmp_path, Text(None, None))
     save_checkpoint(tmp_path, state(), {key: value for key, value in FACTS.items() if key != name}, resumable=False)
     with pytest.raises(ValueError, match=f"value for {name}; train again"):
         evaluate_checkpoint(PerplexityRun(), "baseline", tmp_path, Text(None, None))

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "layers": {"ops", "vocabulary"},
     "model": {"config", "layers", "ops", "vocabulary"},
     "data": LEAVES | {"config"},
-    "training": LEAVES | {"config", "data", "model", "records", "vocabulary"},
+    "training": LEAVES | {"config", "data", "model", "ops", "records", "vocabulary"},
     "machine": LEAVES | {"config"},
     "records": LEAVES,
     "stats": {"records"},

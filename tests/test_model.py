@@ -167,7 +167,7 @@ def test_the_gate_penalty_is_in_the_training_loss_alone():
     [
         {"n_layers": 1}, {"n_heads": 4}, {"ar_ssm_min_rank": 1}, {"ar_ssm_window": 3}, {"ar_ssm_window": 0}, {"rank_penalty": 0.5},
         {"htt_dense_rows": 3}, {"htt_groups": 7}, {"ar_ssm_max_rank": 2}, {"htt_rank": 2}, {"mixer": "attention"},
-        {"embedding": "dense"}, {"vocab_size": 51}, {"d_model": 32},
+        {"embedding": "dense"}, {"vocab_size": 51}, {"d_model": 32}, {"row_norm": 0.5}, {"input_scale": 2.0}, {"logit_scale": 0.5},
     ],
     ids=str,
 )  # fmt: skip

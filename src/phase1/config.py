@@ -50,14 +50,24 @@ class Shape(Config):
     ar_ssm_window: int = option(64, "w, width of the sliding window of the local part T; 0 leaves only the diagonal")
     ar_ssm_memory: int = option(512, "M, positions in which the state fades at least to 1/e, whatever the input")
     copy_window: int = option(2048, "last tokens that the copy head points to, the newest among them")
+    row_norm: float = option(1.0, "norm of a row of the token table at the start")
+    input_scale: float | None = option(None, "factor of the rows where they enter the blocks; by default sqrt(D)")
+    logit_scale: float = option(1.0, "factor of the logits, before the output bias")
+    learnt_logit_scale: bool = option(False, "learn the factor of the logits, from --logit-scale on")
     rank_penalty: float = option(1e-2, "weight of the L1 term on the rank gate in the training loss")
     htt_dense_rows: int = option(1024, "K, most frequent tokens, a dense row each; falling ranks up to 16K, then the tail")
     htt_groups: int = option(512, "rows of the grid of the tail's tensor train, a group of similar tokens each")
+    htt_output: Literal["flat", "two_level"] = option(
+        "flat",
+        "softmax of an HTT table: over all rows, or over those up to 16K and the groups of the tail, then inside a group",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "vocab_size", "d_model", "n_layers", "n_heads")
-        require_positive(self, "ar_ssm_min_rank", "ar_ssm_memory", "copy_window", "htt_groups")
+        require_positive(self, "ar_ssm_min_rank", "ar_ssm_memory", "copy_window", "htt_groups", "row_norm")
+        if self.logit_scale < 0 or self.input_scale is not None and self.input_scale <= 0:
+            raise ValueError("--logit-scale must be 0 or more and --input-scale above 0; got less; raise it")
         if self.d_model % (2 * self.n_heads):
             raise ValueError(
                 f"--d-model must be a multiple of 2 x --n-heads={2 * self.n_heads} (rotary pairs); got {self.d_model}; "
@@ -95,6 +105,19 @@ class Ranked(Shape):
 HTT_FORM = "coordinates"
 """Of the HTT rows from K to 16K: in the ids of models, so that no table is taken for one of an earlier form."""
 
+YOUNGER: dict[str, Any] = {
+    "dense_start": "random",
+    "attention_qk_norm": False,
+    "attention_conv": False,
+    "attention_gate": False,
+    "row_norm": 1.0,
+    "input_scale": None,
+    "logit_scale": 1.0,
+    "learnt_logit_scale": False,
+    "htt_output": "flat",
+}
+"""Settings younger than the published results, with the value that all models had before: it is left out of their ids."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Ranked):
@@ -102,10 +125,16 @@ class ModelConfig(Ranked):
 
     mixer: Literal["ar_ssm", "attention"] = option("ar_ssm", "sequence layer of every block")
     embedding: Literal["htt", "dense"] = option("htt", "token table, tied to the output")
+    dense_start: Literal["random", "statistics"] = option(
+        "random", "of a dense table: random rows, or what an HTT table starts from, vectors of use and biases at log frequency"
+    )
     copy_head: bool = option(True, "mix the output's distribution with a pointer to the last tokens of the text")
     loss: Literal["chunked", "materialized"] = option("chunked", "cross-entropy without, or with, all logits in memory")
     checkpointing: bool = option(True, "recompute the activations of each block in the backward pass")
     attention: Literal["fused", "math"] = option("fused", "of attention: the fastest kernel, or all T x T scores in memory")
+    attention_qk_norm: bool = option(False, "of attention: RMS norm of queries and keys, queries times a learnt scale")
+    attention_conv: bool = option(False, "of attention: causal convolution of 4 taps on queries, keys and values")
+    attention_gate: bool = option(False, "of attention: its result times the SiLU of a projection, and a norm of that")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,15 +143,23 @@ class ModelConfig(Ranked):
                 f"--htt-dense-rows + --htt-groups must be at most --vocab-size={self.vocab_size}; "
                 f"got {self.htt_dense_rows} + {self.htt_groups}; lower one of them"
             )
+        if self.embedding == "htt" and self.htt_output == "two_level" and self.vocab_size <= 16 * self.htt_dense_rows:
+            raise ValueError(
+                f"--htt-output two_level needs rows past 16 x --htt-dense-rows={self.htt_dense_rows}; "
+                f"got --vocab-size={self.vocab_size}; lower --htt-dense-rows"
+            )
 
     @property
     def config_id(self) -> str:
         """Twelve hex digits of the SHA-256 of every field this model uses: equal ids mean equal models."""
-        unused: tuple[str, ...] = ("ar_ssm_", "rank_penalty") if self.mixer == "attention" else ()
-        unused += ("htt_",) if self.embedding == "dense" else ()
-        unused += () if (self.mixer, self.attention) == ("attention", "math") else ("attention",)
+        unused: tuple[str, ...] = ("ar_ssm_", "rank_penalty") if self.mixer == "attention" else ("attention_",)
+        unused += ("htt_",) if self.embedding == "dense" else ("dense_start",)
         unused += () if self.copy_head else ("copy_",)
-        every = asdict(self) | {"htt_form": HTT_FORM}
+        every = {name: value for name, value in asdict(self).items() if (name, value) not in YOUNGER.items()} | {
+            "htt_form": HTT_FORM
+        }
+        if (self.mixer, self.attention) != ("attention", "math"):
+            del every["attention"]
         return content_id({name: value for name, value in every.items() if not name.startswith(unused)})
 
 
@@ -214,10 +251,12 @@ class TrainConfig(Config):
     train_tokens: int = option(90_000_000, "tokens every model is trained on, in the same order; a shorter text repeats")
     train_batch_size: int = option(64, "windows of T tokens per optimizer step")
     micro_batch_size: int = option(8, "windows per forward/backward; larger is faster, the result the same up to rounding")
-    learning_rate: float = option(3e-3, "peak of the schedule: linear warm-up, then cosine to a tenth")
+    learning_rate: float = option(3e-3, "peak of the schedule: linear warm-up, then --schedule")
     table_learning_rate: float = option(3.0, "learning rate of the token table, as a multiple of the others'")
+    optimizer: Literal["adamw", "muon"] = option("adamw", "of all parameters, or Muon for the matrices of blocks")
+    schedule: Literal["cosine", "linear"] = option("cosine", "of the rate after the warm-up: a cosine to a tenth, a line to 0")
     warmup_steps: int = option(100, "optimizer steps of linear warm-up, at most a tenth of the run")
-    weight_decay: float = option(0.1, "AdamW decay of the matrices of blocks; token table, norms and vectors have none")
+    weight_decay: float = option(0.1, "decay of the matrices of linear layers; token table, norms, scales and taps have none")
     grad_clip: float = option(1.0, "largest norm of the gradient of all parameters")
     seed: int = option(0, "seed of initial weights and of the order of windows")
     compile: bool = option(False, "torch.compile every block (needs a working Triton; a minute of compilation)")

@@ -14,14 +14,21 @@ from phase1.layers.ar_ssm import ARSSM
 from phase1.layers.attention import Attention
 from phase1.layers.copy_head import CopyHead
 from phase1.layers.mlp import MLP
-from phase1.layers.token_table import DenseTable, HTTTable
+from phase1.layers.token_table import DenseTable, HTTTable, OutputLevels
 from phase1.ops.cross_entropy import IGNORE, Factors, tied_cross_entropy, tied_cross_entropy_reference, tied_nll
-from phase1.vocabulary.statistics import TokenStatistics
+from phase1.vocabulary.statistics import TokenStatistics, TokenVectors
 
 Choice = TypeVar("Choice")
 
 MIXERS: dict[str, Callable[[ModelConfig], nn.Module]] = {
-    "attention": lambda c: Attention(c.d_model, c.n_heads, fused=c.attention == "fused"),
+    "attention": lambda c: Attention(
+        c.d_model,
+        c.n_heads,
+        fused=c.attention == "fused",
+        qk_norm=c.attention_qk_norm,
+        conv=c.attention_conv,
+        gate=c.attention_gate,
+    ),
     "ar_ssm": lambda c: ARSSM(
         c.d_model,
         c.n_heads,
@@ -33,18 +40,24 @@ MIXERS: dict[str, Callable[[ModelConfig], nn.Module]] = {
 }
 """Sequence layers by the name they have in `ModelConfig.mixer`: (x (B, T, D), state) -> (y, state, effective rank or None)."""
 
-TABLES: dict[str, Callable[[ModelConfig, TokenStatistics | None], DenseTable | HTTTable]] = {
-    "dense": lambda c, statistics: DenseTable(c.vocab_size, c.d_model),
-    "htt": lambda c, statistics: HTTTable(
+TABLES: dict[str, Callable[[ModelConfig, TokenStatistics | TokenVectors | None], DenseTable | HTTTable]] = {
+    "dense": lambda c, known: DenseTable(
+        c.vocab_size,
+        c.d_model,
+        output_bias=c.dense_start == "statistics",
+        vectors=known if isinstance(known, TokenVectors) else None,
+    ),
+    "htt": lambda c, known: HTTTable(
         c.vocab_size,
         c.d_model,
         rank=c.htt_rank,
         dense_rows=c.htt_dense_rows,
         groups=c.htt_groups,
-        statistics=statistics,
+        statistics=known if isinstance(known, TokenStatistics) else None,
+        two_level=c.htt_output == "two_level",
     ),
 }
-"""Token tables by the name they have in `ModelConfig.embedding`; only an HTT table starts from `statistics`."""
+"""Token tables by the name they have in `ModelConfig.embedding`, started from what is `known` of the text; None: random."""
 
 
 class Rows(NamedTuple):
@@ -75,19 +88,26 @@ class LanguageModel(nn.Module):
 
     Args:
         config: sizes, mixer, table, loss and checkpointing.
-        statistics: of the training text, for an HTT table (phase1.vocabulary.statistics); a dense table needs none.
+        statistics: of the training text (phase1.vocabulary.statistics): TokenStatistics for an HTT table, TokenVectors for a
+            dense one that starts from them; None: random, where costs are measured or a checkpoint is loaded.
     """
 
-    def __init__(self, config: ModelConfig, statistics: TokenStatistics | None = None) -> None:
+    def __init__(self, config: ModelConfig, statistics: TokenStatistics | TokenVectors | None = None) -> None:
         super().__init__()
         self.config = config
         self.embedding = _named(TABLES, "--embedding", config.embedding)(config, statistics)
+        if config.row_norm != 1:
+            self.embedding.scale(config.row_norm)
+        self.input_scale = math.sqrt(config.d_model) if config.input_scale is None else config.input_scale
+        self.logit_scale = nn.Parameter(torch.full((1,), config.logit_scale)) if config.learnt_logit_scale else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.d_model)
         self._initialize()
         # last, so that equal seeds give the rest of the model equal weights with and without it
         key_dim = config.d_model // config.n_heads  # as wide as a head of the mixer
         self.copy_head = CopyHead(config.d_model, key_dim, config.copy_window) if config.copy_head else None
+        two_level = config.embedding == "htt" and config.htt_output == "two_level"
+        self.second_level = nn.Parameter(torch.eye(config.d_model)) if two_level else None  # W of layers/two_level.py
 
     def _initialize(self) -> None:
         std = 0.02 * math.sqrt(512 / self.config.d_model)
@@ -116,10 +136,8 @@ class LanguageModel(nn.Module):
         past = None if states is None or self.copy_head is None else states[-1]  # the others are the blocks'
         hidden, states, _ = self._hidden(ids, table, states, keep_states=True)
         dtype = _compute_dtype(hidden)
-        logits = hidden[:, -1 if last else 0 :].to(dtype) @ table.to(dtype).T
-        if self.embedding.output_bias is not None:
-            logits = logits + self.embedding.output_bias
-        logits = logits[..., order]
+        shown = hidden[:, -1 if last else 0 :]
+        logits = self._logits(self._scaled(shown).to(dtype), table.to(dtype))[..., order]
         if self.copy_head is None:
             return logits, states
         logits, state = self.copy_head.mixture(hidden, ids, logits, past)
@@ -131,32 +149,44 @@ class LanguageModel(nn.Module):
         return Rows(self._table(), self.embedding.positions(every_id))
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of `targets` (B, T), -100 not scored; in training plus the penalty of the rank gate.
+        """What training minimises: the cross-entropy of `losses` and, in training, the penalty of the rank gate."""
+        loss, penalty = self.losses(ids, targets)
+        return loss if penalty is None else loss + penalty
 
-        With a copy head it is that of the mixture, mean of nll - log(1 - g) - softplus(nll + o).
+    def losses(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean cross-entropy in nats of `targets` (B, T), -100 not scored, and in training the penalty of the rank gate.
+
+        With a copy head it is that of the mixture, mean of nll - log(1 - g) - softplus(nll + o); nan if nothing is scored.
         """
         # A table of its own for the output: the gradient of one for both would wait, V x D, for that of all blocks.
         shared = None if self.config.checkpointing and torch.is_grad_enabled() else self._table()
         hidden, _, effective_rank = self._hidden(ids, shared)
         table = self._table() if shared is None else shared
         op = tied_cross_entropy if self.config.loss == "chunked" else tied_cross_entropy_reference
-        if self.copy_head is None:
-            loss = op(*self._output(hidden, table, targets))
-        else:
+        output, inner = self.output(hidden, table, targets)
+        rest = None if inner is None else inner.view(targets.shape)  # of the loss of each target
+        log_odds = None
+        if self.copy_head is not None:
             log_odds, gate = self.copy_head(hidden, ids, targets)
+            # -log(p q + exp(o)) = -log q - log(p + exp(o - log q)) for levels p and q
+            log_odds = (log_odds if rest is None else log_odds + rest).flatten()
+            rest = F.softplus(gate) if rest is None else F.softplus(gate) + rest
+        loss = op(*output, log_odds)
+        if rest is not None:
             scored = targets != IGNORE
-            loss = op(*self._output(hidden, table, targets), log_odds.flatten())
-            loss = loss + (F.softplus(gate) * scored).sum() / scored.sum()
-        if self.training and effective_rank is not None:
-            loss = loss + self.config.rank_penalty * effective_rank / self.config.ar_ssm_max_rank
-        return loss
+            loss = loss + (rest * scored).sum() / scored.sum().clamp(min=1)
+        if not self.training or effective_rank is None:
+            return loss, None
+        return loss, self.config.rank_penalty * effective_rank / self.config.ar_ssm_max_rank
 
     @torch.no_grad()
     def nll(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         """Loss in nats of each target (B, T), 0 where it is -100, and the mean effective rank (None without a gate)."""
         table = self._table()
         hidden, _, effective_rank = self._hidden(ids, table)
-        nll = tied_nll(*self._output(hidden, table, targets)).view(targets.shape)
+        output, inner = self.output(hidden, table, targets)
+        nll = tied_nll(*output)
+        nll = (nll if inner is None else nll + inner).view(targets.shape)
         if self.copy_head is not None:
             log_odds, gate = self.copy_head(hidden, ids, targets)
             nll = (nll + F.softplus(gate) - F.softplus(nll + log_odds)).where(targets != IGNORE, 0)
@@ -166,11 +196,45 @@ class LanguageModel(nn.Module):
         """All rows (V, D), in the order of positions: the input's and, transposed, the output's."""
         return self.embedding.table(_compute_dtype(self.norm.weight))
 
-    def _output(self, hidden: Tensor, table: Tensor, targets: Tensor) -> tuple[Factors, Tensor, Tensor | None]:
-        """Arguments of the cross-entropy: states (N, D) times the table, the targets' positions in it, and its bias."""
-        states = hidden.flatten(0, 1).to(_compute_dtype(hidden))
+    def output(
+        self, hidden: Tensor, table: Tensor, targets: Tensor
+    ) -> tuple[tuple[Factors, Tensor, Tensor | None], Tensor | None]:
+        """Arguments of the cross-entropy: states (N, D) times the table, the targets' positions in it, and its bias.
+
+        With two levels those of the first, and the losses in the second, (N,), 0 for targets before the tail.
+        """
+        states = self._scaled(hidden).flatten(0, 1).to(_compute_dtype(hidden))
         positions = self.embedding.positions(targets).flatten()
-        return self.embedding.factors(states, table), positions, self.embedding.output_bias
+        if self.second_level is None:
+            return (self.embedding.factors(states, table), positions, self.embedding.output_bias), None
+        levels = self._levels(states, table)
+        start = len(table) - levels.groups.n
+        inside = positions - start
+        columns = torch.where(inside < 0, positions, start + inside // levels.groups.size)
+        fused = self.config.loss == "chunked"
+        inner = levels.groups.nll(F.linear(states, self.second_level), levels.tail, levels.tail_bias, inside, fused)
+        return (levels.factors, columns, levels.bias), inner
+
+    def _logits(self, hidden: Tensor, table: Tensor) -> Tensor:
+        """(B, T, V) in the order of positions; with two levels the log-probabilities, which are logits too."""
+        if self.second_level is None:
+            logits = hidden @ table.T
+            return logits if self.embedding.output_bias is None else logits + self.embedding.output_bias
+        levels = self._levels(hidden, table)
+        first = torch.cat([h @ rows.to(h.dtype).T for h, rows in levels.factors], -1) + levels.bias
+        head, of_groups = first.log_softmax(-1).split([len(table) - levels.groups.n, len(levels.groups.rows)], -1)
+        states = F.linear(hidden, self.second_level)
+        return torch.cat([head, levels.groups.log_probabilities(of_groups, states, levels.tail, levels.tail_bias)], -1)
+
+    def _levels(self, hidden: Tensor, table: Tensor) -> OutputLevels:
+        assert isinstance(self.embedding, HTTTable)
+        return self.embedding.levels_of_output(hidden, table)
+
+    def _scaled(self, hidden: Tensor) -> Tensor:
+        """States times the factor of the logits."""
+        if self.logit_scale is not None:
+            return hidden * self.logit_scale
+        return hidden if self.config.logit_scale == 1 else hidden * self.config.logit_scale
 
     def _hidden(
         self, ids: Tensor, table: Tensor | None, states: list[Any] | None = None, keep_states: bool = False
@@ -181,7 +245,7 @@ class LanguageModel(nn.Module):
         """
         self._check(ids)
         recompute = table is None
-        x = _run(lambda ids: self._embed(ids, table), ids, recompute) * math.sqrt(self.config.d_model)
+        x = _run(lambda ids: self._embed(ids, table), ids, recompute) * self.input_scale
         new_states, ranks = [], []
         for i, block in enumerate(self.blocks):
             if recompute:
@@ -203,7 +267,8 @@ class LanguageModel(nn.Module):
         # Only where reading the values is free: on a GPU it would stall every step, and indexing asserts there.
         if ids.ndim != 2:
             raise ValueError(f"ids must be (B, T); got shape {tuple(ids.shape)}")
-        if type(ids) is Tensor and ids.device.type == "cpu" and ids.numel():
+        readable = type(ids) is Tensor and ids.device.type == "cpu" and not torch.compiler.is_compiling()
+        if readable and ids.numel():
             low, high = int(ids.min()), int(ids.max())
             if low < 0 or high >= self.config.vocab_size:
                 found = low if low < 0 else high

@@ -3,7 +3,7 @@
 from dataclasses import fields
 from typing import Any, Literal
 
-from phase1.config import ModelConfig, Ranked, Shape
+from phase1.config import YOUNGER, ModelConfig, Ranked, Shape
 
 TRANSFORMER: dict[str, Any] = {"mixer": "attention", "embedding": "dense", "copy_head": False}
 ROLES: dict[str, dict[str, Any]] = {
@@ -27,18 +27,36 @@ def model_config(role: str, shape: Shape, **overrides: Any) -> ModelConfig:
     return ModelConfig(**(sizes | (ROLES | CONTROLS)[role] | overrides))
 
 
-Variant = Literal["ar_ssm_dense", "attention_htt", "no_gate", "no_copy", "transformer_copy", "equal_parameters"]
+Variant = Literal[
+    "ar_ssm_dense", "ar_ssm_dense_no_copy", "attention_htt", "no_gate", "no_copy", "equal_parameters",
+    "transformer_copy", "transformer_start", "transformer_start_copy", "transformer_fair", "transformer_fair_copy",
+]  # fmt: skip
+
+START: dict[str, Any] = {"dense_start": "statistics"}
+FAIR: dict[str, Any] = START | {"attention_qk_norm": True, "attention_conv": True, "attention_gate": True}
+RIVALS: dict[str, dict[str, Any]] = {
+    "transformer_copy": {"copy_head": True},
+    "transformer_start": START,
+    "transformer_start_copy": START | {"copy_head": True},
+    "transformer_fair": FAIR,
+    "transformer_fair_copy": FAIR | {"copy_head": True},
+}
+"""What Transformers have that the baseline lacks: the engine's start, and all that AR-SSM's block has and attention lacks."""
 
 
 def report_key(config: ModelConfig) -> str:
-    """The key of a model in a perplexity report."""
-    names = {
-        ("attention", "dense"): "transformer_copy" if config.copy_head else "baseline",
-        ("attention", "htt"): "attention_htt",
-        ("ar_ssm", "dense"): "ar_ssm_dense",
-        ("ar_ssm", "htt"): f"phase1_htt{config.htt_rank}_ar{config.ar_ssm_max_rank}",
-    }
-    return names[config.mixer, config.embedding]
+    """The key of a model in a perplexity report; `transformer` is one that no run of a comparison makes."""
+    if (config.mixer, config.embedding) == ("attention", "dense"):
+        extras = {name: getattr(config, name) for name in FAIR | {"copy_head": True}}
+        plain = {name: YOUNGER.get(name, False) for name in extras}
+        if extras == plain:
+            return "baseline"
+        return next((key for key, own in RIVALS.items() if plain | own == extras), "transformer")
+    if config.mixer == "attention":
+        return "attention_htt"
+    if config.embedding == "dense":
+        return "ar_ssm_dense" if config.copy_head else "ar_ssm_dense_no_copy"
+    return f"phase1_htt{config.htt_rank}_ar{config.ar_ssm_max_rank}"
 
 
 def repetition(key: str) -> tuple[str, str]:

@@ -86,8 +86,9 @@ class PerplexityRun(Shape, DataConfig, TrainConfig, Output):
     test_ar_ssm_ranks: tuple[int, ...] = option((32,), "AR-SSM ranks to test")
     variants: tuple[Variant, ...] = option(
         (),
-        "further models, with the first rank of each kind: the engine with a dense table, with attention, with all ranks "
-        "always on, without its copy head; the Transformer with one; the engine with as many layers as fit into the baseline",
+        "further models, with the first rank of each kind: the engine with a dense table that starts like its own, with and "
+        "without copy head, with attention, with all ranks always on, without copy head, with as many layers as fit into the "
+        "baseline; the Transformer with a copy head, with the engine's start, with all that AR-SSM's block has (fair)",
     )
     repeats: int = option(1, "trainings of every model, with --seed, --seed + 1, ...: how much of a difference is chance")
     checkpoint: tuple[str, ...] = option(

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +208,25 @@ def test_train_writes_a_checkpoint_and_prints_the_command_that_evaluates_it(run,
     assert perplexity.main(evaluation) == 3  # one model, nothing to compare it with
     result = read_report(f"{run.out_dir}/{FILE}", "perplexity").results["phase1_htt2_ar4"]
     assert result.trained_tokens == 4096 and result.training["train_tokens"] == 4096
+
+
+def test_steps_whose_gradients_overflow_are_counted_where_the_trained_tokens_are(run, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**26))
+    settings = settings_of(run, out_dir=str(tmp_path / "mine"), train_tokens=40 * 512, precision="fp16")
+    assert train.main(settings) == 0
+    out = capsys.readouterr().out
+    index = json.loads((tmp_path / "mine" / INDEX).read_text())
+    skipped = 26 - int(math.log2(index["scaler"]["scale"]))  # every overflow halves the scale
+    assert 0 < skipped < 40 and index["facts"]["skipped_steps"] == skipped and index["facts"]["trained_tokens"] == 40 * 512
+    assert f"of these steps {skipped} changed nothing: their gradients overflowed" in out
+    perplexity.main(parse("perplexity", [*shlex.split(out.split("next: phase1 perplexity ")[1]), "--out-dir", run.out_dir]))
+    assert read_report(f"{run.out_dir}/{FILE}", "perplexity").results["phase1_htt2_ar4"].skipped_steps == skipped
+
+
+def test_a_training_without_overflow_speaks_of_no_skipped_step(run, capsys, tmp_path):
+    train.main(settings_of(run, out_dir=str(tmp_path / "mine"), train_tokens=512))
+    assert "changed nothing" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "mine" / INDEX).read_text())["facts"]["skipped_steps"] == 0
 
 
 def test_a_finished_checkpoint_of_other_settings_is_not_taken_for_this_one(run, tmp_path):

@@ -26,7 +26,7 @@ def test_chunked_recurrent_and_dense_forms_of_the_layer_are_one(T, window):
 
 def dense_form(mixer, h):
     """(T + tril(U Vᵀ)) x with every matrix written out, each head's semiseparable part scaled to mean square 1."""
-    o, gate, _ = mixer.operands(h)
+    o, gate, _ = mixer.operands(mixer.project(h))
     semiseparable = semiseparable_matrix(o.u, o.v, o.log_decay) * o.step.transpose(1, 2)[:, :, None]
     local = torch.diag_embed(mixer.skip[:, None].expand(len(h), -1, h.shape[1]))
     if mixer.window:
@@ -79,4 +79,4 @@ def test_the_state_fades_with_the_memory_even_where_the_input_lets_it_not():
     mixer, h = layer(), torch.randn(1, 200, 16, dtype=torch.float64)
     with torch.no_grad():
         mixer.step_bias.fill_(-1e9)
-    assert torch.equal(mixer.operands(h)[0].log_decay.unique(), torch.tensor([-1 / 50], dtype=torch.float64))
+    assert torch.equal(mixer.operands(mixer.project(h))[0].log_decay.unique(), torch.tensor([-1 / 50], dtype=torch.float64))

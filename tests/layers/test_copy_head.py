@@ -6,7 +6,8 @@ from phase1.layers.copy_head import CopyHead
 from phase1.model import LanguageModel
 from phase1.ops.cross_entropy import IGNORE
 from phase1.training.checkpoint import load_model, save_checkpoint
-from phase1.training.step import make_train_state, parameter_groups, train
+from phase1.training.optimizers import parameter_groups
+from phase1.training.step import make_train_state, train
 
 B, T, D, V, WINDOW = 2, 13, 8, 6, 5
 d = D // 2  # two heads

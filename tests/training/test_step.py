@@ -99,7 +99,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, cut):
     "change",
     [
         {"learning_rate": 1e-2}, {"table_learning_rate": 1.0}, {"warmup_steps": 1}, {"weight_decay": 5.0}, {"grad_clip": 1e-8}, {"seed": 1}, {"precision": "bf16"},
-        {"train_tokens": 7 * 32},
+        {"train_tokens": 7 * 32}, {"optimizer": "muon"}, {"schedule": "linear"},
     ],
     ids=str,
 )  # fmt: skip

@@ -9,12 +9,12 @@ from scipy.special import stdtrit
 
 from phase1.checks.limits import DEGRADATION_LIMIT, GATE_LIMIT, VARIANT_LIMITS
 from phase1.records.schema import Check, PerplexityResult
-from phase1.roster import repetition
+from phase1.roster import RIVALS, repetition
 from phase1.stats import Bounds
 from phase1.stats.perplexity_ratio import paired_ratio_interval
 
 _UNGATED = "the engine with all ranks on"
-UNJUDGED = ("baseline", "no_gate", "no_copy", "transformer_copy")  # what others are measured against: no claims of ours
+UNJUDGED = ("baseline", *RIVALS, "no_gate", "no_copy", "ar_ssm_dense_no_copy")  # others are measured against them: no claims
 
 
 def compared(results: Mapping[str, PerplexityResult], seq_length: int) -> dict[str, PerplexityResult]:

@@ -61,7 +61,10 @@ def main(run: TrainRun) -> int:
     if not facts["finished"]:
         print(f"paused after {done}: --max-hours {run.max_hours:g} are over; the same command with more of them goes on")
         return 0
-    print(f"trained on {done}", *(f"written: {path}" for path in written), next_command(run, model_config), sep="\n")
+    print(f"trained on {done}")
+    if skipped := facts.get("skipped_steps"):
+        print(f"of these steps {skipped} changed nothing: their gradients overflowed, and the loss scale was lowered")
+    print(*(f"written: {path}" for path in written), next_command(run, model_config), sep="\n")
     print(f"or: phase1 generate {flags(GenerateRun(checkpoint=run.out_dir))}".rstrip())
     return 0
 

@@ -6,22 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from phase1.layers.convolution import causal_conv, first_taps
 from phase1.layers.norm import rms_norm
 from phase1.layers.rotary import rotary, rotate
+from phase1.ops.ar_ssm import Parameters, State, fused_ar_ssm, fused_runs
 from phase1.ops.semiseparable import semiseparable
 from phase1.ops.window_attention import window_attention
-
-CONV_WIDTH = 4  # positions of the causal depthwise convolution in front of u, v and x
-
-
-class ARSSMState(NamedTuple):
-    """All that later positions need of earlier ones; its size does not depend on the context."""
-
-    position: int
-    conv: Tensor  # (B, CONV_WIDTH - 1, channels) inputs of the convolution
-    S: Tensor  # (B, H, R, P) state of the semiseparable operator
-    k: Tensor  # (B, ≤ w, H, R) keys of the window
-    x: Tensor  # (B, ≤ w, H, P) values of the window
 
 
 class Operands(NamedTuple):
@@ -78,7 +68,7 @@ class ARSSM(nn.Module):
         self.rank_gate = RankGate(d_model, max_rank, min_rank)
         self.parts = [self.channels, d_model, n_heads, self.rank_gate.hidden]  # x, u, v for the convolution; gate; step; ranks
         self.project = nn.Linear(d_model, sum(self.parts), bias=False)
-        self.conv_weight = nn.Parameter(torch.empty(CONV_WIDTH, self.channels).uniform_(-(CONV_WIDTH**-0.5), CONV_WIDTH**-0.5))
+        self.conv_weight = nn.Parameter(first_taps(self.channels))
         self.conv_bias = nn.Parameter(torch.zeros(self.channels))
         step = torch.logspace(-3, -1, n_heads)  # Δ at the start: memories of different lengths
         self.step_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # inverse of softplus
@@ -90,16 +80,43 @@ class ARSSM(nn.Module):
         self.norm = nn.Parameter(torch.ones(d_model))
         self.out = nn.Linear(d_model, d_model, bias=False)
 
-    def operands(self, h: Tensor, state: ARSSMState | None = None) -> tuple[Operands, Tensor, Tensor]:
-        """The operator's operands for input (B, T, D); with them the output gate and the convolution's inputs."""
+    def operator_parameters(self) -> Parameters:
+        """What the operator between the two projections learns."""
+        gate = self.rank_gate
+        free = (gate.bias, gate.out.weight, gate.out.bias) if gate.hidden else (None, None, None)
+        q_scale = self.q_scale if self.window else self.conv_bias.new_ones(self.n_heads, self.max_rank)
+        conv = (self.conv_weight, self.conv_bias, self.step_bias, self.log_rate, self.skip)
+        return Parameters(*conv, q_scale, self.state_scale, self.norm, *free)
+
+    def forward(self, h: Tensor, state: State | None = None) -> tuple[Tensor, State, Tensor]:
+        """(B, T, D) -> (B, T, D), the state after the last position, and the effective rank (mean of Σ g)."""
+        proj, p = self.project(h), self.operator_parameters()
+        if fused_runs(proj, p, self.window):
+            y, state, rank_gate = fused_ar_ssm(proj, p, window=self.window, memory=self.memory, state=state)
+        else:
+            y, state, rank_gate = self.composed(proj, state)
+        return self.out(y), state, self.max_rank * rank_gate.mean(dtype=torch.promote_types(proj.dtype, torch.float32))
+
+    def composed(self, proj: Tensor, state: State | None = None) -> tuple[Tensor, State, Tensor]:
+        """`fused_ar_ssm` in PyTorch's operators, for CPUs and older GPUs: same result and gradients."""
+        o, gate, conv = self.operands(proj, state)
+        y, S = semiseparable(o.u, o.v, (o.x * o.step[..., None]).to(o.u.dtype), o.log_decay, None if state is None else state.S)
+        y = torch.addcmul(rms_norm(y) * self.state_scale.to(y.dtype), o.x, self.skip[:, None].to(y.dtype))
+        k, x, T = o.k, o.x, proj.shape[1]
+        if state is not None:
+            k, x = torch.cat([state.k.transpose(1, 2), k], 1), torch.cat([state.x.transpose(1, 2), x], 1)
+        if self.window:
+            y = y + window_attention(o.q, k, x, window=self.window, past=k.shape[1] - T)
+        y = rms_norm(y.flatten(2) * F.silu(gate), self.norm)
+        k, x = (tensor[:, max(0, tensor.shape[1] - max(0, self.window - 1)) :].transpose(1, 2) for tensor in (k, x))
+        return y, State(T + (0 if state is None else state.position), conv, S, k, x), o.rank_gate
+
+    def operands(self, proj: Tensor, state: State | None = None) -> tuple[Operands, Tensor, Tensor]:
+        """The operator's operands for the input projection; with them the output gate and the convolution's inputs."""
         start = 0 if state is None else state.position
-        mixed, gate, step, ranks = self.project(h).split(self.parts, -1)
-        T, past = h.shape[1], CONV_WIDTH - 1
-        mixed = F.pad(mixed, (0, 0, past, 0)) if state is None else torch.cat([state.conv, mixed], 1)
-        conv, kernel = self.conv_bias.to(mixed.dtype), self.conv_weight.to(mixed.dtype)
-        for j in range(CONV_WIDTH):
-            conv = torch.addcmul(conv, mixed[:, j : j + T], kernel[j])
-        x, uv = conv.split([h.shape[-1], 2 * self.n_heads * self.max_rank], -1)
+        mixed, gate, step, ranks = proj.split(self.parts, -1)
+        mixed, last = causal_conv(mixed, self.conv_weight, self.conv_bias, None if state is None else state.conv)
+        x, uv = mixed.split([gate.shape[-1], 2 * self.n_heads * self.max_rank], -1)
         x = F.silu(x).unflatten(-1, (self.n_heads, -1))
         uv = rms_norm(uv.unflatten(-1, (2 * self.n_heads, -1)))
         u, v = uv.chunk(2, 2)
@@ -111,19 +128,4 @@ class ARSSM(nn.Module):
             q, k = rotate(u * self.q_scale.to(u.dtype), *angles), rotate(v, *angles)
         u, v = (uv * rank_gate[:, :, None].to(uv.dtype)).chunk(2, 2)
         log_decay = -self.log_rate.exp() * step - 1 / self.memory
-        return Operands(u, v, q, k, x, step, log_decay, rank_gate), gate, mixed[:, T:]
-
-    def forward(self, h: Tensor, state: ARSSMState | None = None) -> tuple[Tensor, ARSSMState, Tensor]:
-        """(B, T, D) -> (B, T, D), the state after the last position, and the effective rank (mean of Σ g)."""
-        o, gate, conv = self.operands(h, state)
-        S = None if state is None else state.S
-        y, S = semiseparable(o.u, o.v, (o.x * o.step[..., None]).to(o.u.dtype), o.log_decay, S)
-        y = torch.addcmul(rms_norm(y) * self.state_scale.to(y.dtype), o.x, self.skip[:, None].to(y.dtype))
-        k, x = (o.k, o.x) if state is None else (torch.cat([state.k, o.k], 1), torch.cat([state.x, o.x], 1))
-        if self.window:
-            y = y + window_attention(o.q, k, x, window=self.window, past=k.shape[1] - h.shape[1])
-        y = rms_norm(y.flatten(2) * F.silu(gate), self.norm)
-        keep = slice(max(0, k.shape[1] - self.window), None)
-        position = h.shape[1] + (0 if state is None else state.position)
-        effective_rank = self.max_rank * o.rank_gate.mean(dtype=o.step.dtype)
-        return self.out(y), ARSSMState(position, conv, S, k[:, keep], x[:, keep]), effective_rank
+        return Operands(u, v, q, k, x, step, log_decay, rank_gate), gate, last

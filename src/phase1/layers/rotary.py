@@ -13,9 +13,9 @@ def rotary(x: Tensor, start: int | Tensor, base: float = 10000.0) -> tuple[Tenso
     Source: Su et al. 2021, "RoFormer", section 3.2.
     """
     half = x.shape[-1] // 2
-    wide = torch.promote_types(x.dtype, torch.float32)
-    frequency = base ** (torch.arange(half, device=x.device, dtype=wide) / -half)
-    position = start + torch.arange(x.shape[1], device=x.device, dtype=wide)  # exact below 2^24 positions
+    exact = {"device": x.device, "dtype": torch.float64}  # in float32 the angles of far positions are off by their rounding
+    frequency = base ** (torch.arange(half, **exact) / -half)
+    position = start + torch.arange(x.shape[1], **exact)
     angle = position[:, None, None] * torch.cat([-frequency, frequency])
     return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
 

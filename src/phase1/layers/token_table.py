@@ -2,26 +2,41 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from phase1.layers.two_level import Groups
 from phase1.ops.anchored_table import Users, anchored_table, users_of
 from phase1.ops.htt import Cores, htt_table
 from phase1.vocabulary.levels import Level, levels
-from phase1.vocabulary.statistics import TokenStatistics
+from phase1.vocabulary.statistics import TokenStatistics, TokenVectors
 
 
 class DenseTable(nn.Module):
-    """One row of width D per token; the position of a token in the table is its id."""
+    """One row of width D per token; the position of a token in the table is its id.
 
-    output_bias = None
+    Args:
+        vocab_size, d_model: V and D.
+        output_bias: whether every token has one, as in HTT.
+        vectors: of the training text, where rows and biases start; None: random rows, biases of 0.
+    """
 
-    def __init__(self, vocab_size: int, d_model: int) -> None:
+    def __init__(self, vocab_size: int, d_model: int, output_bias: bool = False, vectors: TokenVectors | None = None) -> None:
         super().__init__()
         self.rows = nn.Parameter(torch.randn(vocab_size, d_model) / math.sqrt(d_model))
+        self.output_bias = nn.Parameter(torch.zeros(vocab_size)) if output_bias else None
+        if self.output_bias is not None and vectors is not None:
+            with torch.no_grad():
+                self.output_bias.copy_(torch.from_numpy(vectors.log_frequency))
+                self.rows.copy_(_to_width(torch.from_numpy(vectors.rows) * (1 / math.sqrt(vectors.rows.shape[1])), d_model))
+
+    @torch.no_grad()
+    def scale(self, factor: float) -> None:
+        """Make every row `factor` times as long."""
+        self.rows.mul_(factor)
 
     def positions(self, ids: Tensor) -> Tensor:
         return ids
@@ -56,8 +71,8 @@ class CoordinateBand(nn.Module):
         return torch.cat([_to_width(part.to(dtype), self.d_model) for part in self.coordinates])
 
     def factors(self, hidden: Tensor, parts: int) -> list[tuple[Tensor, Tensor]]:
-        """Output of the first `parts` stretches of rows: the coordinates of `hidden` (N, D) that they have, and theirs."""
-        return [(hidden[:, : part.shape[1]], part) for part in self.coordinates[:parts]]
+        """Output of the first `parts` stretches of rows: the coordinates of `hidden` (…, D) that they have, and theirs."""
+        return [(hidden[..., : part.shape[1]], part) for part in self.coordinates[:parts]]
 
 
 class TensorTrainTail(nn.Module):
@@ -67,7 +82,7 @@ class TensorTrainTail(nn.Module):
         super().__init__()
         self.n = n = level.end - level.start
         v1 = min(groups, n)
-        v2 = math.ceil(n / v1)
+        self.members = v2 = math.ceil(n / v1)  # rows of a group
         d1 = max(d for d in range(1, math.isqrt(d_model) + 1) if d_model % d == 0)
         start = (_start_std(level, d_model) ** 2 * 2 / rank) ** 0.25  # a cosine has mean square 1/2
         self.core_a = nn.Parameter(torch.randn(v1, rank, d1) * start)
@@ -84,6 +99,16 @@ class TensorTrainTail(nn.Module):
         return htt_table(self.cores, dtype)[: self.n]
 
 
+class OutputLevels(NamedTuple):
+    """A two-level output: of the first level factors and bias, of the second the groups and the tail's rows and biases."""
+
+    factors: list[tuple[Tensor, Tensor]]
+    bias: Tensor
+    groups: Groups
+    tail: Tensor
+    tail_bias: Tensor
+
+
 class HTTTable(nn.Module):
     """K dense rows for frequent tokens, rows of falling rank for others, a tensor train for rare ones; from 4K on, sums too.
 
@@ -98,13 +123,21 @@ class HTTTable(nn.Module):
         dense_rows: K.
         groups: v1 of the tail's grid.
         statistics: of the training text: order, frequencies, anchors, where rows start; None: ids in order, all random.
+        two_level: the output is of two levels: over the rows before the tail and its groups, then inside a group.
     """
 
     positions_of: Tensor
     anchors: Tensor
 
     def __init__(
-        self, vocab_size: int, d_model: int, rank: int, dense_rows: int, groups: int, statistics: TokenStatistics | None = None
+        self,
+        vocab_size: int,
+        d_model: int,
+        rank: int,
+        dense_rows: int,
+        groups: int,
+        statistics: TokenStatistics | None = None,
+        two_level: bool = False,
     ) -> None:
         super().__init__()
         every = levels(vocab_size, d_model, rank, dense_rows)
@@ -120,6 +153,11 @@ class HTTTable(nn.Module):
         self.band = CoordinateBand(band, d_model) if band else None
         self.tail = TensorTrainTail(tail[0], d_model, 2 * rank, groups) if tail else None
         self.plain = sum(not level.anchors for level in band)  # levels of rows without anchors
+        self.groups: Groups | None = None
+        if two_level:
+            if self.tail is None:
+                raise ValueError(f"a two-level output needs a tail, V > 16 x K = {16 * dense_rows}; got V={vocab_size}")
+            self.groups = Groups(self.tail.n, self.tail.members, d_model)
         if statistics is not None:
             self._use(statistics)
         self._turn_anchors()
@@ -137,6 +175,14 @@ class HTTTable(nn.Module):
             self.weights.copy_(torch.from_numpy(statistics.weights))
         if self.band is not None:
             self.band.start_at(torch.from_numpy(statistics.rest[: self.band.n]) * scale)
+
+    @torch.no_grad()
+    def scale(self, factor: float) -> None:
+        """Make every row `factor` times as long: rows are linear in these, and a sum of anchors in them."""
+        linear = [self.rows, *([] if self.band is None else self.band.coordinates)]
+        linear += [] if self.tail is None else [self.tail.core_a, self.tail.bias_b]
+        for parameter in linear:
+            parameter.mul_(factor)
 
     def _turn_anchors(self) -> None:
         for level, users in enumerate(users_of(self.anchors, self.levels)):
@@ -165,6 +211,19 @@ class HTTTable(nn.Module):
             return [(hidden, table)]
         assert self.band is not None
         return [(hidden, self.rows), *self.band.factors(hidden, self.plain), (hidden, table[self.levels[0] :])]
+
+    def levels_of_output(self, hidden: Tensor, table: Tensor) -> OutputLevels:
+        """The two levels, for hidden (N, D) and the `table` of this."""
+        assert self.groups is not None
+        sizes = [len(table) - self.groups.n, self.groups.n]
+        (before, tail), (bias, tail_bias) = table.split(sizes), self.output_bias.split(sizes)
+        rows, group_bias = self.groups.first_level(tail, tail_bias)
+        stretches, first = [], 0
+        if self.plain:
+            assert self.band is not None
+            stretches, first = [(hidden, self.rows), *self.band.factors(hidden, self.plain)], self.levels[0]
+        stretches.append((hidden, torch.cat([before[first:], rows])))
+        return OutputLevels(stretches, torch.cat([bias, group_bias]), self.groups, tail, tail_bias)
 
 
 def _start_std(level: Level, d_model: int) -> float:

@@ -248,6 +248,7 @@ class PerplexityResult(Result):
     byte_count: int | None = None
     word_count: int | None = None
     trained_tokens: int | None = None
+    skipped_steps: int | None = Field(default=None, description="of the training: gradients overflowed, nothing was learnt")
     trained_on: Dataset | None = Field(default=None, description="the training text")
     trained_seq_length: int | None = Field(default=None, description="T in training; run.seq_length is that of the scoring")
     train_seconds: float | None = None

@@ -16,6 +16,7 @@ from phase1.config import ModelConfig, TrainConfig
 from phase1.files import atomic_write, read_json
 from phase1.model import LanguageModel
 from phase1.text import one_line
+from phase1.training.optimizers import kept
 from phase1.training.step import TrainState
 
 INDEX = "checkpoint.json"  # written last; names the tensor files that belong together
@@ -88,6 +89,7 @@ def training_facts(folder: Path | str, facts: dict[str, Any]) -> dict[str, Any]:
     """`facts` of a checkpoint that `phase1 train` or `phase1 perplexity` wrote; ValueError, one line, where they are not."""
     data = facts.get("data")
     wrong = [name for name, kind in _FACTS.items() if type(facts.get(name)) not in kind]
+    wrong += ["skipped_steps"] * (type(facts.get("skipped_steps", 0)) is not int)  # earlier versions did not count them
     if isinstance(data, dict) and (data.keys() != _DATA or not all(isinstance(value, str) for value in data.values())):
         wrong.append("data")
     if wrong:
@@ -208,11 +210,10 @@ def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
 
 
 def _restore_optimizer(state: TrainState, tensors: dict[str, Tensor]) -> None:
+    names = kept(state.optimizer)
     for name, parameter in state.model.named_parameters():
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            value = tensors[f"{name}:{key}"]
-            on_cpu = key == "step" and not state.optimizer.defaults["fused"]
-            state.optimizer.state[parameter][key] = value if on_cpu else value.to(parameter.device)
+        for key in names[parameter]:
+            state.optimizer.state[parameter][key] = tensors[f"{name}:{key}"].to(parameter.device)
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

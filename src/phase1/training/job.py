@@ -17,10 +17,17 @@ from phase1.model import LanguageModel
 from phase1.training.checkpoint import INDEX, check_configs, read_index, resume, save_checkpoint, training_facts
 from phase1.training.interrupts import interrupts_wait
 from phase1.training.progress import Progress
-from phase1.training.step import TrainState, make_train_state, total_steps, train
+from phase1.training.step import TrainState, make_train_state, skipped_steps, total_steps, train
 from phase1.training.watch import Watch
 from phase1.vocabulary.levels import VECTOR_DIM, levels
-from phase1.vocabulary.statistics import frequency_order, token_counts, token_statistics
+from phase1.vocabulary.statistics import (
+    TokenStatistics,
+    TokenVectors,
+    frequency_order,
+    token_counts,
+    token_statistics,
+    token_vectors,
+)
 
 UNWATCHED = Watch()
 SAVE_SECONDS = 300.0  # between checkpoints of an unfinished run
@@ -33,7 +40,8 @@ def train_to_checkpoint(
     """Train to the end of the schedule, or go on from `folder`; a finished checkpoint is left as it is.
 
     Returns:
-        The checkpoint's facts: data, seconds, tokens, last loss, and whether it is finished: the time of `watch` may be over.
+        The checkpoint's facts: data, seconds, tokens, skipped steps, last loss, and whether it is finished: the time of `watch`
+        may be over.
     Raises:
         ValueError: `folder` holds a checkpoint of another config or of other data.
     """
@@ -75,22 +83,22 @@ def keep_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
 def make_state(model_config: ModelConfig, train_config: TrainConfig, seen: np.ndarray | None) -> TrainState:
     """A fresh model, ready to train; the same for equal seeds.
 
-    An HTT table gets the statistics of the tokens `seen` in training and of no others, so that no model of a comparison
-    knows more text than another; None where a checkpoint brings them.
+    A table that starts from statistics gets those of the tokens `seen` in training and of no others, so that no model of a
+    comparison knows more text than another; None where a checkpoint brings them.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    statistics = None
-    if model_config.embedding == "htt" and seen is not None:
-        statistics = token_statistics(
-            seen,
-            vocab_size=model_config.vocab_size,
-            levels=levels(model_config.vocab_size, model_config.d_model, model_config.htt_rank, model_config.htt_dense_rows),
-            dim=min(VECTOR_DIM, model_config.d_model),
-            seed=train_config.seed,
-            device=device,
-        )
+    statistics = None if seen is None else start_of(model_config, seen, train_config.seed, device)
     torch.manual_seed(train_config.seed)
     return make_train_state(LanguageModel(model_config, statistics), train_config, device)
+
+
+def start_of(config: ModelConfig, seen: np.ndarray, seed: int, device: str) -> TokenStatistics | TokenVectors | None:
+    """What the table of a new model starts from: the same counts and vectors for either kind, or None for random rows."""
+    sizes: dict[str, Any] = {"vocab_size": config.vocab_size, "dim": min(VECTOR_DIM, config.d_model)}
+    if config.embedding == "htt":
+        every = levels(config.vocab_size, config.d_model, config.htt_rank, config.htt_dense_rows)
+        return token_statistics(seen, levels=every, seed=seed, device=device, **sizes)
+    return token_vectors(seen, seed=seed, device=device, **sizes) if config.dense_start == "statistics" else None
 
 
 class TimeIsUp(Exception):
@@ -120,7 +128,7 @@ def run_schedule(
 
     def so_far() -> dict[str, Any]:
         done = {"trained_tokens": state.step * tokens_per_step, "finished": state.step == steps}
-        return done | {"train_seconds": progress.seconds, "loss": last.item()}
+        return done | {"train_seconds": progress.seconds, "loss": last.item(), "skipped_steps": skipped_steps(state)}
 
     def on_step(step: int, loss: Tensor) -> None:
         nonlocal saved, last

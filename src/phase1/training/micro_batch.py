@@ -14,14 +14,17 @@ class Passes:
     def __init__(self, model: LanguageModel, scaler: torch.amp.GradScaler, dtype: torch.dtype) -> None:
         self.model, self.scaler, self.dtype = model, scaler, dtype
 
-    def forward(self, inputs: Tensor, targets: Tensor, share: Tensor) -> Tensor:
-        """`share` of the mean loss over `targets`, both scalars: what the micro batch adds to the loss of its step."""
+    def forward(self, inputs: Tensor, targets: Tensor, share: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
+        """What the micro batch adds to objective and cross-entropy of its step: `share` of its mean cross-entropy over
+        `targets`, nothing where none is scored, and `part` of its penalty of the rank gate; all of them scalars."""
         with torch.autocast(inputs.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.model.loss(inputs, targets) * share
+            loss, penalty = self.model.losses(inputs, targets)
+        loss = torch.where(share > 0, loss, 0.0) * share
+        return loss if penalty is None else loss + penalty * part, loss
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of `loss`, times the loss scale, to those of the parameters."""
-        self.scaler.scale(loss).backward()
+    def backward(self, objective: Tensor) -> None:
+        """Add the gradients of `objective`, times the loss scale, to those of the parameters."""
+        self.scaler.scale(objective).backward()
 
 
 class Replay(Passes):
@@ -34,23 +37,23 @@ class Replay(Passes):
     def __init__(self, passes: Passes) -> None:
         super().__init__(passes.model, passes.scaler, passes.dtype)
         self._inputs: tuple[Tensor, ...] = ()  # what the graphs read
-        self._loss: Tensor | None = None  # what they write
+        self._outputs: tuple[Tensor, Tensor] | None = None  # what they write
 
-    def forward(self, inputs: Tensor, targets: Tensor, share: Tensor) -> Tensor:
-        """As in Passes; the loss holds until the next call."""
-        given = inputs, targets, share
+    def forward(self, inputs: Tensor, targets: Tensor, share: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
+        """As in Passes; what it returns holds until the next call."""
+        given = inputs, targets, share, part
         if [tensor.shape for tensor in self._inputs] != [tensor.shape for tensor in given]:
-            self._inputs, self._loss = (), None
+            self._inputs, self._outputs = (), None
             self._capture(*(tensor.clone() for tensor in given))
         for mine, new in zip(self._inputs, given):
             mine.copy_(new)
         self._forward.replay()
-        assert self._loss is not None
-        return self._loss
+        assert self._outputs is not None
+        return self._outputs
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, objective: Tensor) -> None:
         """As in Passes, of the last `forward`."""
-        assert loss is self._loss
+        assert self._outputs is not None and objective is self._outputs[0]
         self._backward.replay()
 
     def _capture(self, *inputs: Tensor) -> None:
@@ -58,12 +61,12 @@ class Replay(Passes):
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(WARMUP_RUNS):
-                super().backward(super().forward(*inputs))
+                super().backward(super().forward(*inputs)[0])
         torch.cuda.current_stream().wait_stream(aside)
         self.model.zero_grad(set_to_none=False)
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._forward):
-            loss = super().forward(*inputs)
+            objective, loss = super().forward(*inputs)
         with torch.cuda.graph(self._backward, pool=self._forward.pool()):
-            super().backward(loss)
-        self._inputs, self._loss = inputs, loss.detach()
+            super().backward(objective)
+        self._inputs, self._outputs = inputs, (objective.detach(), loss.detach())

@@ -12,7 +12,9 @@ from torch import Tensor
 from phase1.config import TrainConfig
 from phase1.errors import Diverged
 from phase1.model import LanguageModel
+from phase1.ops.cross_entropy import IGNORE
 from phase1.training.micro_batch import Passes, Replay
+from phase1.training.optimizers import make_optimizer
 
 CHECK_EVERY = 100  # steps between looks at the loss: each look waits for the GPU
 Batch = tuple[Tensor, Tensor]
@@ -43,15 +45,13 @@ def compute_dtype(precision: str, device: torch.device | str) -> torch.dtype:
 
 
 def make_train_state(model: LanguageModel, config: TrainConfig, device: torch.device | str) -> TrainState:
-    """Move `model` to `device` and give it AdamW (fused on CUDA), loss scaling for fp16 and, if asked, compiled blocks."""
+    """Move `model` to `device` and give it an optimizer, loss scaling for fp16 and, if asked, compiled blocks."""
     device = torch.device(device)
     model = model.to(device)
     if config.compile:
         for block in model.blocks:
             block.compile(dynamic=False)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config), lr=config.learning_rate, betas=(0.9, 0.95), fused=device.type == "cuda"
-    )
+    optimizer = make_optimizer(model, config, device.type)
     dtype = compute_dtype(config.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     passes = Passes(model, scaler, dtype)
@@ -67,21 +67,6 @@ def require_gpu_for_graphs(device_type: str) -> None:
         raise ValueError("--cuda-graphs needs a GPU; got a run on the CPU; leave it out")
 
 
-def parameter_groups(model: LanguageModel, config: TrainConfig) -> list[dict[str, Any]]:
-    """Matrices decay, but for the token table, which learns `table_learning_rate` times as fast; vectors do neither."""
-    matrices: list[Tensor] = []
-    table: list[Tensor] = []
-    vectors: list[Tensor] = []
-    for name, parameter in model.named_parameters():
-        kind = vectors if parameter.ndim < 2 else table if name.startswith("embedding.") else matrices
-        kind.append(parameter)
-    return [
-        {"params": matrices, "weight_decay": config.weight_decay, "lr_scale": 1.0},
-        {"params": table, "weight_decay": 0.0, "lr_scale": config.table_learning_rate},
-        {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0},
-    ]
-
-
 def ignore(phase: str) -> None:
     """A `mark` that measures nothing."""
 
@@ -90,23 +75,25 @@ def train_step(state: TrainState, micro_batches: list[Batch], mark: Callable[[st
     """Forward, loss, backward over the micro batches; then clip, optimizer step, gradients freed.
 
     The one step that training, memory and throughput share. `mark` is called with "start", then "forward" and
-    "backward" after those of each micro batch, and "optimizer" at the end. Micro batches weigh by their number of
-    tokens, so that their split does not change the step.
+    "backward" after those of each micro batch, and "optimizer" at the end. The losses of micro batches weigh by their
+    scored targets and the penalties of the rank gate by their tokens, so that the split does not change the step.
 
     Returns:
-        The mean loss in nats per token, detached: reading it waits for the GPU, so read it rarely.
+        The mean cross-entropy in nats per scored target, detached, without the penalty of the rank gate: reading it waits for
+        the GPU, so read it rarely.
     """
     mark("start")
-    total = sum(targets.numel() for _, targets in micro_batches)
+    tokens = sum(targets.numel() for _, targets in micro_batches)
+    scored = torch.stack([(targets != IGNORE).sum() for _, targets in micro_batches])
     mean = torch.zeros((), device=state.device)
     state.model.train()
-    for inputs, targets in micro_batches:
-        share = torch.full((), targets.numel() / total, device=state.device)
-        loss = state.passes.forward(inputs.to(state.device), targets.to(state.device), share)
+    for (inputs, targets), share in zip(micro_batches, (scored / scored.sum()).to(state.device), strict=True):
+        part = torch.full((), targets.numel() / tokens, device=state.device)
+        objective, loss = state.passes.forward(inputs.to(state.device), targets.to(state.device), share, part)
         mark("forward")
-        state.passes.backward(loss)
+        state.passes.backward(objective)
         mean += loss.detach()
-        del loss
+        del objective, loss
         mark("backward")
     state.scaler.unscale_(state.optimizer)
     state.grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), state.grad_clip)
@@ -124,10 +111,20 @@ def total_steps(config: TrainConfig, seq_length: int) -> int:
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """Linear warm-up over min(warmup_steps, steps/10), then a cosine from the peak to a tenth of it."""
+    """Linear warm-up to the peak over min(warmup_steps, steps/10) steps, then a cosine to a tenth of it, or a line to 0."""
     warmup = max(1, min(config.warmup_steps, steps // 10))
-    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-    return config.learning_rate * min(1.0, (step + 1) / warmup) * (0.1 + 0.9 * cosine)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    done = (step + 1 - warmup) / (steps + 1 - warmup)  # 0 at the last step of the warm-up, below 1 at the last of all
+    if config.schedule == "linear":
+        return config.learning_rate * (1 - done)
+    return config.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+
+
+def skipped_steps(state: TrainState) -> int:
+    """Steps whose gradients overflowed, so that nothing was learnt in them: those that AdamW has not counted."""
+    counts = [values["step"] for values in state.optimizer.state.values() if "step" in values]
+    return state.step - int(torch.stack(counts).max()) if counts else state.step
 
 
 def train(

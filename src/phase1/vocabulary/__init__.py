@@ -1,1 +1,1 @@
-"""What an HTT table starts from: its levels, and the statistics of the training text."""
+"""What a token table starts from: the levels of an HTT table, and the statistics of the training text."""

@@ -1,4 +1,4 @@
-"""Statistics of the training text for the HTT table: which tokens are frequent, and which are used alike."""
+"""Statistics of the training text for the token table: which tokens are frequent, and which are used alike."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,6 +21,15 @@ LEAF = 8  # groups of this size are not split further
 STATISTICS_TOKENS = 50_000_000  # of a longer text, the neighbours are counted in this many first tokens
 _CHUNK_TOKENS = 1 << 21
 _CHUNK_ROWS = 1 << 11
+
+
+class TokenVectors(NamedTuple):
+    """What is known of every token, in the order of ids: a dense table starts there, and the HTT table starts near it."""
+
+    log_frequency: np.ndarray
+    """(V,) float32: log((count + 1) / (N + V))."""
+    rows: np.ndarray
+    """(V, m) float32 of mean square 1. Similar use, similar direction; random where never used."""
 
 
 class TokenStatistics(NamedTuple):
@@ -58,26 +67,49 @@ def token_statistics(
     Raises ValueError for an id of V or more.
     """
     frequent = levels[-1].start
+    known = _by_frequency(train_ids, vocab_size, dim, seed, device)
+    used = len(known.meaning)
+    places = np.arange(vocab_size)  # position -> rank
+    if frequent < used:
+        places[frequent:used] = frequent + tree_order(known.meaning[frequent:], seed)
+    positions = np.empty(vocab_size, dtype=np.int64)
+    positions[known.ids[places]] = np.arange(vocab_size)
+    vectors = known.rows[places]
+    code = sparse_code(torch.from_numpy(vectors).to(device), levels)
+    rows = vectors[: levels[0].start]
+    return TokenStatistics(positions, known.log_frequency[places], rows, *(part.cpu().numpy() for part in code))
+
+
+def token_vectors(train_ids: np.ndarray, *, vocab_size: int, dim: int, seed: int, device: str = "cpu") -> TokenVectors:
+    """What `phase1.layers.token_table.DenseTable` starts from: frequencies and vectors of `token_statistics`, of every id."""
+    known = _by_frequency(train_ids, vocab_size, dim, seed, device)
+    rank = np.argsort(known.ids)
+    return TokenVectors(known.log_frequency[rank], known.rows[rank])
+
+
+class _ByFrequency(NamedTuple):
+    """Ids, from the most frequent one to those that never occur, and what is known of them."""
+
+    ids: np.ndarray  # (V,)
+    log_frequency: np.ndarray  # (V,) float32
+    rows: np.ndarray  # (V, dim) float32: U √Σ in rows of mean square 1, random where the id never occurs
+    meaning: np.ndarray  # (used, ≤ ORDER_DIM) float64: U Σ of those that occur
+
+
+def _by_frequency(train_ids: np.ndarray, vocab_size: int, dim: int, seed: int, device: str) -> _ByFrequency:
     counts = token_counts(train_ids, vocab_size)
     by_frequency = frequency_order(counts)  # rank -> id
     used = int(np.count_nonzero(counts))
     rank = np.empty(vocab_size, dtype=np.int64)
     rank[by_frequency] = np.arange(vocab_size)
     left, values = neighbour_vectors(train_ids[:STATISTICS_TOKENS], rank, used, max(dim, ORDER_DIM), seed, device)
-    places = np.arange(vocab_size)  # position -> rank
     meaning = (left * values)[:, :ORDER_DIM].cpu().numpy()
-    if frequent < used:
-        places[frequent:used] = frequent + tree_order(meaning[frequent:], seed)
-    start = np.random.default_rng(seed).standard_normal((vocab_size, dim), dtype=np.float32)
+    rows = np.random.default_rng(seed).standard_normal((vocab_size, dim), dtype=np.float32)
     known = (left * values.sqrt())[:, :dim].float().cpu().numpy()
     size = np.linalg.norm(known, axis=1, keepdims=True) / max(1, known.shape[1]) ** 0.5
-    start[:used, : known.shape[1]] = known / (size + 1e-30)
-    positions = np.empty(vocab_size, dtype=np.int64)
-    positions[by_frequency[places]] = np.arange(vocab_size)
-    log_frequency = np.log((counts[by_frequency[places]] + 1) / (counts.sum() + vocab_size)).astype(np.float32)
-    vectors = start[places]
-    code = sparse_code(torch.from_numpy(vectors).to(device), levels)
-    return TokenStatistics(positions, log_frequency, vectors[: levels[0].start], *(part.cpu().numpy() for part in code))
+    rows[:used, : known.shape[1]] = known / (size + 1e-30)
+    log_frequency = np.log((counts[by_frequency] + 1) / (counts.sum() + vocab_size)).astype(np.float32)
+    return _ByFrequency(by_frequency, log_frequency, rows, meaning)
 
 
 def sparse_code(vectors: Tensor, levels: Sequence[Level]) -> tuple[Tensor, Tensor, Tensor]:

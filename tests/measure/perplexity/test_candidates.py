@@ -18,9 +18,11 @@ def test_parameters_are_counted_without_making_the_model():
 
 
 def test_every_variant_changes_one_thing_of_the_engine():
-    for name, field in (("ar_ssm_dense", "embedding"), ("attention_htt", "mixer"), ("no_gate", "ar_ssm_min_rank"), ("no_copy", "copy_head"), ("equal_parameters", "n_layers")):
+    dense = ("embedding", "dense_start")
+    for name, changes in {"ar_ssm_dense": dense, "ar_ssm_dense_no_copy": (*dense, "copy_head"), "attention_htt": ("mixer",), "no_gate": ("ar_ssm_min_rank",), "no_copy": ("copy_head",), "equal_parameters": ("n_layers",)}.items():
         changed = variant(name, ENGINE)
-        assert changed != ENGINE and replace(changed, **{field: getattr(ENGINE, field)}) == ENGINE
+        assert all(getattr(changed, field) != getattr(ENGINE, field) for field in changes)
+        assert replace(changed, **{field: getattr(ENGINE, field) for field in changes}) == ENGINE
 
 
 def test_the_transformer_with_a_copy_head_is_the_baseline_with_that_changed():

@@ -9,11 +9,11 @@ import torch
 
 from phase1.config import ModelConfig
 from phase1.model import LanguageModel
-from phase1.roster import ROLES, Variant, model_config, repetition, report_key
+from phase1.roster import RIVALS, ROLES, START, Variant, model_config, repetition, report_key
 from phase1.runs import PerplexityRun
 from phase1.training.checkpoint import read_index
 
-_NAME = re.compile(rf"(baseline|phase1_htt\d+_ar\d+|{'|'.join(get_args(Variant))})(_seed\d+)?")
+_NAME = re.compile(rf"(baseline|transformer|phase1_htt\d+_ar\d+|{'|'.join(get_args(Variant))})(_seed\d+)?")
 _ENGINES = ("no_gate", "no_copy", "equal_parameters")  # variants that a report would call phase1_...
 
 
@@ -50,15 +50,17 @@ def candidates(run: PerplexityRun) -> list[Candidate]:
 def variant(name: Variant, engine: ModelConfig) -> ModelConfig:
     """Engine or baseline with one thing changed; `equal_parameters` is the deepest engine no larger than the baseline."""
     if name == "ar_ssm_dense":
-        return replace(engine, embedding="dense")
+        return replace(engine, embedding="dense", **START)
+    if name == "ar_ssm_dense_no_copy":
+        return replace(engine, embedding="dense", copy_head=False, **START)
     if name == "attention_htt":
         return replace(engine, mixer="attention")
     if name == "no_gate":
         return replace(engine, ar_ssm_min_rank=engine.ar_ssm_max_rank)
     if name == "no_copy":
         return replace(engine, copy_head=False)
-    if name == "transformer_copy":
-        return replace(engine, **(ROLES["baseline"] | {"copy_head": True}))
+    if name in RIVALS:
+        return replace(engine, **(ROLES["baseline"] | RIVALS[name]))
     shallow = parameter_count(replace(engine, n_layers=1))
     layer = parameter_count(replace(engine, n_layers=2)) - shallow
     n_layers = 1 + (parameter_count(replace(engine, **ROLES["baseline"])) - shallow) // layer

@@ -93,6 +93,7 @@ def evaluate_checkpoint(run: PerplexityRun, key: str, folder: Path, text: Text) 
         byte_count=byte_count,
         word_count=word_count,
         trained_tokens=facts["trained_tokens"],
+        skipped_steps=facts.get("skipped_steps"),
         trained_seq_length=facts.get("seq_length"),
         train_seconds=facts["train_seconds"],
         trained_on=Dataset(**facts["data"]),

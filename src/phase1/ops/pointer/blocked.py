@@ -1,61 +1,51 @@
 """The pointer block by block of queries, each against the keys it can see: O(T·w) time, memory for one block of scores."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
-
-from phase1.ops.pointer.reference import check_arguments
 
 BLOCK = 512  # queries at a time, at most
 CHUNK_BYTES = 32 * 2**20  # of scores held at once, unless so few queries are left that the products would be slow
 FEWEST = 16  # queries at a time
 
 
-def pointer_log_probability(
-    q: Tensor, k: Tensor, bias: Tensor, ids: Tensor, targets: Tensor, *, window: int, past: int = 0
-) -> Tensor:
-    """Fast form of `pointer_log_probability_reference`: same arguments, result, gradients and errors."""
-    check_arguments(q, k, bias, ids, targets, past, window)
-    return _Pointer.apply(q, k, bias, ids, targets, window, past)
+def normalizers(
+    q: Tensor, k: Tensor, bias: Tensor, ids: Tensor, targets: Tensor, window: int, past: int
+) -> tuple[Tensor, Tensor]:
+    """Log of the sum of exp(score) over the keys that each query sees, and over those of them that hold its target, (B, T)."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    total, copied = (torch.empty(targets.shape, dtype=wide, device=q.device) for _ in range(2))
+    with torch.autocast(q.device.type, enabled=False):
+        for rows, keys in _blocks(targets.shape, window, past):
+            scores = _scores(q[:, rows], k[:, keys], bias[:, keys], wide)
+            unseen, other = _masks(ids[:, keys], targets[:, rows], keys.start - rows.start - past, window)
+            total[:, rows] = scores.masked_fill_(unseen, -torch.inf).logsumexp(-1)
+            copied[:, rows] = scores.masked_fill_(other, -torch.inf).logsumexp(-1)
+    return total, copied
 
 
-class _Pointer(torch.autograd.Function):
-    """Keeps no scores: the backward pass computes them again, from the two normalizers of every query."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, bias: Tensor, ids: Tensor, targets: Tensor, window: int, past: int) -> Tensor:
-        wide = torch.promote_types(q.dtype, torch.float32)
-        total, copied = (torch.empty(targets.shape, dtype=wide, device=q.device) for _ in range(2))
-        with torch.autocast(q.device.type, enabled=False):
-            for rows, keys in _blocks(targets.shape, window, past):
-                scores = _scores(q[:, rows], k[:, keys], bias[:, keys], wide)
-                unseen, other = _masks(ids[:, keys], targets[:, rows], keys.start - rows.start - past, window)
-                total[:, rows] = scores.masked_fill_(unseen, -torch.inf).logsumexp(-1)
-                copied[:, rows] = scores.masked_fill_(other, -torch.inf).logsumexp(-1)
-        ctx.save_for_backward(q, k, bias, ids, targets, total, copied)
-        ctx.window, ctx.past = window, past
-        return copied - total
-
-    @staticmethod
-    def backward(ctx: Any, d_result: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, bias, ids, targets, total, copied = ctx.saved_tensors
-        scale = q.shape[-1] ** -0.5
-        weight = d_result.masked_fill(copied == -torch.inf, 0) * scale
-        d_q, d_k, d_bias = torch.empty_like(q), torch.zeros_like(k, dtype=total.dtype), torch.zeros_like(bias)
-        with torch.autocast(q.device.type, enabled=False):
-            for rows, keys in _blocks(targets.shape, ctx.window, ctx.past):
-                scores = _scores(q[:, rows], k[:, keys], bias[:, keys], total.dtype)
-                unseen, other = _masks(ids[:, keys], targets[:, rows], keys.start - rows.start - ctx.past, ctx.window)
-                d_scores = (scores - copied[:, rows, None]).exp_().masked_fill_(other | unseen, 0)
-                d_scores -= scores.sub_(total[:, rows, None]).exp_().masked_fill_(unseen, 0)
-                d_scores *= weight[:, rows, None]
-                d_bias[:, keys] += d_scores.sum(1)
-                d_scores = d_scores.to(q.dtype)
-                d_q[:, rows] = d_scores @ k[:, keys]
-                d_k[:, keys] += d_scores.transpose(1, 2) @ q[:, rows]
-        return d_q, d_k.to(k.dtype), d_bias / scale, None, None, None, None
+def gradients(
+    q: Tensor, k: Tensor, bias: Tensor, ids: Tensor, targets: Tensor, total: Tensor, copied: Tensor, d_result: Tensor,
+    window: int, past: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Of q, k and bias, given that of copied - total; the scores are computed again from the two normalizers."""
+    scale = q.shape[-1] ** -0.5
+    weight = d_result.masked_fill(copied == -torch.inf, 0) * scale
+    d_q, d_bias = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, bias))
+    d_k = torch.zeros(k.shape, dtype=total.dtype, device=k.device)
+    with torch.autocast(q.device.type, enabled=False):
+        for rows, keys in _blocks(targets.shape, window, past):
+            scores = _scores(q[:, rows], k[:, keys], bias[:, keys], total.dtype)
+            unseen, other = _masks(ids[:, keys], targets[:, rows], keys.start - rows.start - past, window)
+            d_scores = (scores - copied[:, rows, None]).exp_().masked_fill_(other | unseen, 0)
+            d_scores -= scores.sub_(total[:, rows, None]).exp_().masked_fill_(unseen, 0)
+            d_scores *= weight[:, rows, None]
+            d_bias[:, keys] += d_scores.sum(1)
+            d_scores = d_scores.to(q.dtype)
+            d_q[:, rows] = d_scores @ k[:, keys]
+            d_k[:, keys] += d_scores.transpose(1, 2) @ q[:, rows]
+    return d_q, d_k.to(k.dtype), d_bias / scale
 
 
 def _blocks(shape: tuple[int, ...], window: int, past: int) -> Iterator[tuple[slice, slice]]:

@@ -1,0 +1,173 @@
+"""Launches the core's kernels: y = c ⊙ rms(semiseparable) + window attention + D x, its state, and all gradients."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from phase1.ops.ar_ssm import core_kernel as kernels
+
+SHORTEST = 64  # positions of a stretch: a multiple of every chunk
+PROGRAMS = 528  # stretches that run beside each other, about: four for each of 132 multiprocessors
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How one kernel runs: positions of a chunk, of the window at a time, warps, and stages of its software pipeline."""
+
+    chunk: int = 32
+    keys: int = 32
+    warps: int = 4
+    stages: int = 1
+
+    def near(self, window: int) -> dict[str, int]:
+        return {"KB": self.keys, "NK": triton.cdiv(self.chunk + max(window, 1) - 1, self.keys)}
+
+    def options(self) -> dict[str, int]:
+        return {"C": self.chunk, "num_warps": self.warps, "num_stages": self.stages}
+
+
+@dataclass(frozen=True)
+class Launches:
+    """Of all kernels of the core; the defaults are the fastest on an H200 at 32 ranks and heads of 64 in half precision."""
+
+    state: Launch = Launch(32, 32, 4, 2)
+    forward: Launch = Launch(32, 32, 2, 2)
+    far_u: Launch = Launch(32, 32, 2, 2)
+    near_q: Launch = Launch(32, 32, 2, 3)
+    near_keys: Launch = Launch(32, 32, 2, 3)
+    far_v: Launch = Launch(32, 32, 2, 2)
+
+
+class Core(NamedTuple):
+    """What the forward pass leaves: the result and what the backward pass needs besides the operands."""
+
+    y: Tensor  # (B, T, H, P)
+    states: Tensor  # (B·H, NS + 1, R, P) before each stretch, and the final one
+    lse: Tensor  # (B, H, T) log2 of the window's normaliser
+    total: Tensor | None  # (B·H, NS) log decay of each stretch
+
+
+class Gradients(NamedTuple):
+    """Of all operands of the core; d_state is None without a given state."""
+
+    u: Tensor
+    v: Tensor
+    q: Tensor
+    k: Tensor
+    x: Tensor
+    dt: Tensor
+    log_a: Tensor
+    scale_and_skip: Tensor  # (B·NS, H P + H), to be summed
+    state: Tensor | None
+
+
+def launches_for(R: int, P: int, dtype: torch.dtype) -> Launches:
+    """Blocks that neither spill registers nor fill the shared memory of Ampere and Ada."""
+    if dtype == torch.float32 or R > 64 or P > 64:
+        small = Launch(chunk=16, keys=16)
+        return Launches(*[small] * 6)
+    return Launches()
+
+
+def _padded(n: int) -> int:
+    return max(16, triton.next_power_of_2(n))
+
+
+def plan(B: int, T: int, H: int) -> tuple[int, int]:
+    """Stretches, and positions in each: a power of 2, so that few variants of a kernel are compiled."""
+    stretches = max(1, min(triton.cdiv(T, SHORTEST), PROGRAMS // (B * H)))
+    span = max(SHORTEST, triton.next_power_of_2(triton.cdiv(T, stretches)))
+    return triton.cdiv(T, span), span
+
+
+def core_forward(
+    u: Tensor, v: Tensor, q: Tensor, k: Tensor, x: Tensor, dt: Tensor, log_a: Tensor, scale: Tensor, skip: Tensor,
+    state: Tensor | None, window: int, eps: float, launches: Launches | None = None,
+) -> Core:  # fmt: skip
+    """The result, for contiguous operands laid out as `core_kernel` says; `state` is S before the first position."""
+    B, H, T, R = u.shape
+    L, P = x.shape[2:]
+    launches = launches or launches_for(R, P, x.dtype)
+    NS, span = plan(B, T, H)
+    sizes = {"R": R, "P": P, "RB": _padded(R), "PB": _padded(P)}
+    f32 = {"dtype": torch.float32, "device": x.device}
+    states = torch.empty(B * H, NS + 1, R, P, **f32)
+    total = None
+    if NS > 1:
+        added, total = torch.empty(B * H, NS, R, P, **f32), torch.empty(B * H, NS, **f32)
+        run = launches.state
+        kernels.state_kernel[(NS, B * H)](
+            v, x, dt, log_a, added, total, T, L, NS, **sizes, NC=span // run.chunk, **run.options()
+        )
+        _carry(added, total, state, states, reverse=False)
+    elif state is not None:
+        states[:, 0] = state.flatten(0, 1)
+    y, lse = torch.empty(B, T, H, P, dtype=x.dtype, device=x.device), torch.empty(B, H, T if window else 0, **f32)
+    run = launches.forward
+    kernels.forward_kernel[(NS, B * H)](
+        u, v, q, k, x, dt, log_a, scale, skip, states, y, lse, T, L, NS, window, int(NS > 1 or state is not None), eps, H=H, **sizes,
+        NC=span // run.chunk, **run.near(window), WINDOWED=window > 0, **run.options(),
+    )  # fmt: skip
+    return Core(y, states, lse, total)
+
+
+def core_backward(
+    dy: Tensor, d_last: Tensor | None,
+    u: Tensor, v: Tensor, q: Tensor, k: Tensor, x: Tensor, dt: Tensor, log_a: Tensor, scale: Tensor, skip: Tensor,
+    state: Tensor | None, saved: Core, window: int, eps: float, launches: Launches | None = None,
+) -> Gradients:  # fmt: skip
+    """Gradients of all operands for those of y, `dy` (B, T, H, P), and of the final state, `d_last` (B, H, R, P) or None."""
+    B, H, T, R = u.shape
+    L, P = x.shape[2:]
+    launches = launches or launches_for(R, P, x.dtype)
+    NS, span = plan(B, T, H)
+    axes = {"R": R, "P": P, "RB": _padded(R), "PB": _padded(P)}
+    f32 = {"dtype": torch.float32, "device": x.device}
+    du, dv, dq, dk, dx = (torch.empty_like(tensor) for tensor in (u, v, q, k, x))
+    d_dt, d_log_a, uw, delta = (torch.empty(B, H, T, **f32) for _ in range(4))
+    df = torch.empty(B, H, T, P, dtype=x.dtype, device=x.device)
+    sums = torch.empty(B * NS, H * P + H, **f32)
+    carried = NS > 1 or state is not None
+    d_added = torch.empty(B * H, NS, R, P, **f32)
+    run = launches.far_u
+    kernels.far_backward_u_kernel[(NS, B * H)](
+        u, v, x, dt, log_a, scale, saved.states, dy, df, du, uw, d_added, sums, T, L, NS, int(carried), eps, H=H, **axes,
+        NC=span // run.chunk, **run.options(),
+    )  # fmt: skip
+    d_states = torch.empty(B * H, NS + 1, R, P, **f32) if carried or d_last is not None else None
+    if carried:
+        total = log_a.clamp_min(-60).sum(-1).view(-1, 1) if saved.total is None else saved.total
+        _carry(d_added, total, d_last, d_states, reverse=True)
+    elif d_last is not None:
+        d_states[:, 1] = d_last.flatten(0, 1)
+    if window:
+        run, sizes = launches.near_q, {"H": H, **axes}
+        grid = (triton.cdiv(T, run.chunk), B * H)
+        kernels.near_backward_q_kernel[grid](
+            q, k, x, dy, saved.lse, delta, dq, T, L, window, **sizes, **run.near(window), **run.options()
+        )
+        run = launches.near_keys
+        grid = (triton.cdiv(L, run.chunk), B * H)
+        kernels.near_backward_keys_kernel[grid](
+            q, k, x, dy, skip, saved.lse, delta, dk, dx, T, L, window, **sizes, **run.near(window), **run.options()
+        )
+    run = launches.far_v
+    kernels.far_backward_v_kernel[(NS, B * H)](
+        u, v, x, dt, log_a, skip, saved.states, saved.states if d_states is None else d_states, dy, df, uw, dv, dx,
+        d_dt, d_log_a, sums, T, L, NS, int(d_states is not None), H=H, **axes, NC=span // run.chunk, ADD=window > 0,
+        **run.options(),
+    )  # fmt: skip
+    d_state = None if state is None else d_states[:, 0].view_as(state)
+    return Gradients(du, dv, dq, dk, dx, d_dt, d_log_a, sums, d_state)
+
+
+def _carry(added: Tensor, total: Tensor, first: Tensor | None, states: Tensor, reverse: bool) -> None:
+    n, NS, R, P = added.shape
+    cols = min(64, triton.next_power_of_2(R * P))
+    kernels.carry_kernel[(triton.cdiv(R * P, cols), n)](
+        added, total, first, states, NS,
+        HAS_FIRST=first is not None, RP=R * P, ROWS=min(32, triton.next_power_of_2(NS)), COLS=cols, REVERSE=reverse, num_warps=4,
+    )  # fmt: skip

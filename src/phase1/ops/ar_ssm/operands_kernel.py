@@ -1,0 +1,335 @@
+"""Triton kernels in front of the core: its operands from the input projection, and the projection's gradient from theirs.
+
+Columns of the projection, (B, T, ·): x (D = H P), u (H R), v (H R), z (D), dt (H), hidden layer of the rank gate (N). The first
+CONV = D + 2 H R of them pass a causal convolution. Heads of u and v are read as two halves of R/2 channels: a rotation turns
+channel j of one with channel j of the other.
+"""
+
+import triton
+import triton.language as tl
+
+TAPS = tl.constexpr(4)  # of the convolution
+
+
+@triton.jit
+def _conv(proj, past, t, m, T, stride, columns, mc, weight, bias, CONV: tl.constexpr, PAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """bias + Σ_j weight_j proj_{t-3+j}: [rows, columns]; the 3 rows before position 0 are those of `past`, or zero."""
+    acc = tl.zeros([t.shape[0], columns.shape[0]], tl.float32)
+    acc += tl.load(bias + columns, mask=mc, other=0.0).to(tl.float32)[None, :]
+    for j in tl.static_range(TAPS):
+        tap = tl.load(weight + j * CONV + columns, mask=mc, other=0.0).to(tl.float32)
+        acc += _shifted(proj, past, t + (j - TAPS + 1), m, T, stride, columns, mc, CONV, PAST) * tap[None, :]
+    return acc
+
+
+@triton.jit
+def _shifted(proj, past, s, m, T, stride, columns, mc, CONV: tl.constexpr, PAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Inputs of the convolution at positions `s`, float32."""
+    mask = (m & (s >= 0) & (s < T))[:, None] & mc[None, :]
+    b = tl.load(proj + s[:, None] * stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    if PAST:
+        early = (m & (s < 0))[:, None] & mc[None, :]
+        b += tl.load(past + (s + TAPS - 1)[:, None] * CONV + columns[None, :], mask=early, other=0.0).to(tl.float32)
+    return b
+
+
+@triton.jit
+def _head_means(x, R: tl.constexpr, HEADS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sums over the channels of each head, divided by R, in all of the head's columns: (rows, HEADS n) as given."""
+    n: tl.constexpr = x.shape[1] // HEADS
+    sums = tl.sum(tl.reshape(x, [x.shape[0], HEADS, n]), 2) / R
+    return tl.reshape(tl.broadcast_to(sums[:, :, None], [x.shape[0], HEADS, n]), [x.shape[0], HEADS * n])
+
+
+@triton.jit
+def _over_heads(x, HEADS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(rows, HEADS n) -> (rows, n): the sum over heads."""
+    return tl.sum(tl.reshape(x, [x.shape[0], HEADS, x.shape[1] // HEADS]), 1)
+
+
+@triton.jit
+def _put(p, o, m, value):  # type: ignore[no-untyped-def]
+    tl.store(p + o, value.to(p.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def _get(p, o, m):  # type: ignore[no-untyped-def]
+    return tl.load(p + o, mask=m, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _halves(  # type: ignore[no-untyped-def]
+    proj, past, t, m, T, stride, columns, mc, weight, bias, eps: tl.constexpr,
+    R: tl.constexpr, HEADS: tl.constexpr, CONV: tl.constexpr, PAST: tl.constexpr,
+):  # fmt: skip
+    """Both halves of all normalised heads of u or v, and rsqrt(mean + eps)."""
+    n1 = _conv(proj, past, t, m, T, stride, columns, mc, weight, bias, CONV, PAST)
+    n2 = _conv(proj, past, t, m, T, stride, columns + R // 2, mc, weight, bias, CONV, PAST)
+    r = tl.rsqrt(_head_means(n1 * n1 + n2 * n2, R, HEADS) + eps)
+    return n1 * r, n2 * r, r
+
+
+@triton.jit
+def _values(  # type: ignore[no-untyped-def]
+    proj, past, weight, bias, x, b, t, T, L, stride, H: tl.constexpr, P: tl.constexpr, BC: tl.constexpr,
+    CONV: tl.constexpr, PAST: tl.constexpr,
+):  # fmt: skip
+    """x at positions t."""
+    m = t < T
+    for first in range(0, H * P, BC):
+        columns = first + tl.arange(0, BC)
+        mc = columns < H * P
+        c = _conv(proj, past, t, m, T, stride, columns, mc, weight, bias, CONV, PAST)
+        o = ((b * H + columns // P) * L * P + columns % P)[None, :] + ((L - T) + t)[:, None] * P
+        _put(x, o, m[:, None] & mc[None, :], c / (1.0 + tl.exp(-c)))
+
+
+@triton.jit
+def _heads(  # type: ignore[no-untyped-def]
+    proj, past, weight, bias, scale, gate, cos, sin, out, turned, first, past_rows, b, t, T, stride, eps: tl.constexpr,
+    H: tl.constexpr, R: tl.constexpr, HEADS: tl.constexpr, HB: tl.constexpr, CONV: tl.constexpr, PAST: tl.constexpr,
+    WINDOWED: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """u or v, whose columns begin at `first`: normalised and gated in `out`, normalised (SCALED by γ) and turned in `turned`."""
+    HALF: tl.constexpr = R // 2
+    m, o = t < T, tl.arange(0, HEADS * HB)
+    head, j = o // HB, o % HB
+    mc = (head < H) & (j < HALF)
+    mask = m[:, None] & mc[None, :]
+    n1, n2, _ = _halves(proj, past, t, m, T, stride, first + head * R + j, mc, weight, bias, eps, R, HEADS, CONV, PAST)
+    o_g = (b * T + t)[:, None] * R + j[None, :]
+    o = (b * H + head)[None, :] * T * R + t[:, None] * R + j[None, :]
+    _put(out, o, mask, n1 * _get(gate, o_g, mask))
+    _put(out, o + HALF, mask, n2 * _get(gate, o_g + HALF, mask))
+    if WINDOWED:
+        o_angle = t[:, None] * HALF + j[None, :]
+        b_cos, b_sin = tl.load(cos + o_angle, mask=mask, other=0.0), tl.load(sin + o_angle, mask=mask, other=0.0)
+        if SCALED:
+            n1 *= tl.load(scale + head * R + j, mask=mc, other=0.0)[None, :]
+            n2 *= tl.load(scale + head * R + HALF + j, mask=mc, other=0.0)[None, :]
+        o = (b * H + head)[None, :] * (T + past_rows) * R + (past_rows + t)[:, None] * R + j[None, :]
+        _put(turned, o, mask, n1 * b_cos - n2 * b_sin)
+        _put(turned, o + HALF, mask, n2 * b_cos + n1 * b_sin)
+
+
+@triton.jit(do_not_specialize=["T", "L"])
+def operands_kernel(  # type: ignore[no-untyped-def]
+    proj, past, weight, bias, q_scale, gate, cos, sin, u, v, q, k, x, T, L, stride_b, stride: tl.constexpr, eps: tl.constexpr,
+    H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr, HB: tl.constexpr, BT: tl.constexpr,
+    BC: tl.constexpr, PAST: tl.constexpr, WINDOWED: tl.constexpr,
+):  # fmt: skip
+    """For BT positions of one sequence, part 0: x; 1: u (gated) and q (rotated); 2: v and k."""
+    i_t, part, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    CONV: tl.constexpr = H * P + 2 * H * R
+    t = i_t.to(tl.int64) * BT + tl.arange(0, BT)
+    proj += b * stride_b
+    past += b * (TAPS - 1) * CONV
+    if part == 0:
+        _values(proj, past, weight, bias, x, b, t, T, L, stride, H, P, BC, CONV, PAST)
+    elif part == 1:
+        _heads(
+            proj, past, weight, bias, q_scale, gate, cos, sin, u, q, H * P, 0, b, t, T, stride, eps,
+            H, R, HEADS, HB, CONV, PAST, WINDOWED, True,
+        )  # fmt: skip
+    else:
+        _heads(
+            proj, past, weight, bias, q_scale, gate, cos, sin, v, k, H * P + H * R, L - T, b, t, T, stride, eps,
+            H, R, HEADS, HB, CONV, PAST, WINDOWED, False,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["position", "T"])
+def angles_kernel(cos, sin, position, T, HALF: tl.constexpr, HB: tl.constexpr, BT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Cosines and sines (T, R/2) of (position + t) 10000^(-j / (R/2)), reduced in float64: far positions stay exact."""
+    t, j = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, HB)
+    mask = (t < T)[:, None] & (j < HALF)[None, :]
+    turns = tl.exp2(j.to(tl.float64) * (-13.287712379549449 / HALF)) * 0.15915494309189535  # a position, in full turns
+    angle = (position + t).to(tl.float64)[:, None] * turns[None, :]
+    angle = ((angle - tl.floor(angle)) * 6.283185307179586).to(tl.float32)
+    o = t[:, None] * HALF + j[None, :]
+    tl.store(cos + o, tl.cos(angle), mask=mask)
+    tl.store(sin + o, tl.sin(angle), mask=mask)
+
+
+@triton.jit
+def _norm_backward(d1, d2, n1, n2, r, R: tl.constexpr, HEADS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Through n = c r, r = rsqrt(mean(c²) + eps), of two halves of all heads."""
+    mean = _head_means(d1 * n1 + d2 * n2, R, HEADS)
+    return r * (d1 - n1 * mean), r * (d2 - n2 * mean)
+
+
+@triton.jit
+def _values_backward(  # type: ignore[no-untyped-def]
+    proj, past, weight, bias, dx, b, i_p, T, L, stride, tiles, H: tl.constexpr, P: tl.constexpr, BT: tl.constexpr,
+    BC: tl.constexpr, CONV: tl.constexpr, PAST: tl.constexpr,
+):  # fmt: skip
+    """Over dx: the gradient of what silu was taken of."""
+    for i in range(i_p, tiles, tl.num_programs(0)):
+        t = tl.arange(0, BT).to(tl.int64) + i * BT
+        m = t < T
+        for first in range(0, H * P, BC):
+            columns = first + tl.arange(0, BC)
+            mc = columns < H * P
+            c = _conv(proj, past, t, m, T, stride, columns, mc, weight, bias, CONV, PAST)
+            s = 1.0 / (1.0 + tl.exp(-c))
+            o = ((b * H + columns // P) * L * P + columns % P)[None, :] + ((L - T) + t)[:, None] * P
+            mask = m[:, None] & mc[None, :]
+            _put(dx, o, mask, _get(dx, o, mask) * s * (1.0 + c * (1.0 - s)))
+
+
+@triton.jit
+def _heads_backward(  # type: ignore[no-untyped-def]
+    proj, past, weight, bias, scale, gate, cos, sin, d, d_turned, d_gate, sums, first, past_rows, b, i_p, T, stride, tiles,
+    eps: tl.constexpr, H: tl.constexpr, R: tl.constexpr, HEADS: tl.constexpr, HB: tl.constexpr, BT: tl.constexpr,
+    CONV: tl.constexpr, PAST: tl.constexpr, WINDOWED: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """Over the gradient `d` of u or v: that of what the norm was taken of. `d_gate` (B, T, R): what they add to the gate's."""
+    HALF: tl.constexpr = R // 2
+    o_c = tl.arange(0, HEADS * HB)
+    head, j = o_c // HB, o_c % HB
+    mc = (head < H) & (j < HALF)
+    if SCALED:
+        scale1 = tl.load(scale + head * R + j, mask=mc, other=0.0)[None, :]
+        scale2 = tl.load(scale + head * R + HALF + j, mask=mc, other=0.0)[None, :]
+        d_scale1 = tl.zeros([BT, HEADS * HB], tl.float32)
+        d_scale2 = tl.zeros([BT, HEADS * HB], tl.float32)
+    for i in range(i_p, tiles, tl.num_programs(0)):
+        t = tl.arange(0, BT).to(tl.int64) + i * BT
+        m = t < T
+        mask = m[:, None] & mc[None, :]
+        n1, n2, r = _halves(proj, past, t, m, T, stride, first + head * R + j, mc, weight, bias, eps, R, HEADS, CONV, PAST)
+        o = (b * H + head)[None, :] * T * R + t[:, None] * R + j[None, :]
+        d1, d2 = _get(d, o, mask), _get(d, o + HALF, mask)
+        o_j = tl.arange(0, HB)
+        o_g, mg = (b * T + t)[:, None] * R + o_j[None, :], m[:, None] & (o_j < HALF)[None, :]
+        _put(d_gate, o_g, mg, _over_heads(d1 * n1, HEADS))
+        _put(d_gate, o_g + HALF, mg, _over_heads(d2 * n2, HEADS))
+        o_g = (b * T + t)[:, None] * R + j[None, :]
+        d1 *= _get(gate, o_g, mask)
+        d2 *= _get(gate, o_g + HALF, mask)
+        if WINDOWED:
+            o_angle = t[:, None] * HALF + j[None, :]
+            b_cos, b_sin = tl.load(cos + o_angle, mask=mask, other=0.0), tl.load(sin + o_angle, mask=mask, other=0.0)
+            o_k = (b * H + head)[None, :] * (T + past_rows) * R + (past_rows + t)[:, None] * R + j[None, :]
+            e1, e2 = _get(d_turned, o_k, mask), _get(d_turned, o_k + HALF, mask)
+            f1, f2 = e1 * b_cos + e2 * b_sin, e2 * b_cos - e1 * b_sin
+            if SCALED:
+                d_scale1 += f1 * n1
+                d_scale2 += f2 * n2
+                f1 *= scale1
+                f2 *= scale2
+            d1 += f1
+            d2 += f2
+        d1, d2 = _norm_backward(d1, d2, n1, n2, r, R, HEADS)
+        _put(d, o, mask, d1)
+        _put(d, o + HALF, mask, d2)
+    if SCALED:
+        tl.store(sums + head * R + j, tl.sum(d_scale1, 0), mask=mc)
+        tl.store(sums + head * R + HALF + j, tl.sum(d_scale2, 0), mask=mc)
+
+
+@triton.jit(do_not_specialize=["T", "L", "tiles"])
+def operands_backward_kernel(  # type: ignore[no-untyped-def]
+    proj, past, weight, bias, q_scale, gate, cos, sin, du, dv, dq, dk, dx, d_gate_u, d_gate_v, sums, T, L, stride_b,
+    stride: tl.constexpr, tiles, eps: tl.constexpr, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr,
+    HB: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, PAST: tl.constexpr, WINDOWED: tl.constexpr,
+):  # fmt: skip
+    """Writes the gradients of the convolution's outputs over `dx` (part 0), `du` (1) and `dv` (2).
+
+    `sums` (programs, H R): what each adds to the gradient of q_scale.
+    """
+    i_p, part, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    CONV: tl.constexpr = H * P + 2 * H * R
+    proj += b * stride_b
+    past += b * (TAPS - 1) * CONV
+    if part == 0:
+        _values_backward(proj, past, weight, bias, dx, b, i_p, T, L, stride, tiles, H, P, BT, BC, CONV, PAST)
+    elif part == 1:
+        sums += (b * tl.num_programs(0) + i_p) * H * R
+        _heads_backward(
+            proj, past, weight, bias, q_scale, gate, cos, sin, du, dq, d_gate_u, sums, H * P, 0, b, i_p, T, stride, tiles, eps,
+            H, R, HEADS, HB, BT, CONV, PAST, WINDOWED, True,
+        )  # fmt: skip
+    else:
+        _heads_backward(
+            proj, past, weight, bias, q_scale, gate, cos, sin, dv, dk, d_gate_v, sums, H * P + H * R, L - T, b, i_p, T, stride,
+            tiles, eps, H, R, HEADS, HB, BT, CONV, PAST, WINDOWED, False,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T", "L"])
+def conv_backward_kernel(  # type: ignore[no-untyped-def]
+    du, dv, dx, proj, past, d_proj, d_past, weight, sums, T, L, stride_b, stride: tl.constexpr, d_stride_b,
+    d_stride: tl.constexpr, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr,
+    PAST: tl.constexpr,
+):  # fmt: skip
+    """From the gradients of its output, d input = Σ_j weight_j d_{t+3-j}, for BC columns and TILES tiles of BT positions.
+
+    `sums` (programs, 5 CONV): what they add to the gradients of the taps and of the bias. Columns run over x, then u and v,
+    each padded to whole blocks.
+    """
+    i_s, i_c, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    CONV: tl.constexpr = H * P + 2 * H * R
+    NX: tl.constexpr = (H * P + BC - 1) // BC
+    NU: tl.constexpr = (H * R + BC - 1) // BC
+    o = tl.arange(0, BC)
+    if i_c < NX:
+        inside = i_c * BC + o
+        mc, columns = inside < H * P, inside
+        d = dx + ((b * H + inside // P) * L + L - T) * P + inside % P
+        step = P
+    else:
+        inside = ((i_c - NX) % NU) * BC + o
+        mc = inside < H * R
+        o_u = (b * H + inside // R) * T * R + inside % R
+        step = R
+        if i_c < NX + NU:
+            columns = H * P + inside
+            d = du + o_u
+        else:
+            columns = H * P + H * R + inside
+            d = dv + o_u
+    begin = i_s.to(tl.int64) * TILES * BT
+    if PAST:
+        begin -= TAPS - 1
+    proj += b * stride_b
+    past += b * (TAPS - 1) * CONV
+    w0 = tl.load(weight + columns, mask=mc, other=0.0).to(tl.float32)[None, :]
+    w1 = tl.load(weight + CONV + columns, mask=mc, other=0.0).to(tl.float32)[None, :]
+    w2 = tl.load(weight + 2 * CONV + columns, mask=mc, other=0.0).to(tl.float32)[None, :]
+    w3 = tl.load(weight + 3 * CONV + columns, mask=mc, other=0.0).to(tl.float32)[None, :]
+    a0 = tl.zeros([BT, BC], tl.float32)
+    a1 = tl.zeros([BT, BC], tl.float32)
+    a2 = tl.zeros([BT, BC], tl.float32)
+    a3 = tl.zeros([BT, BC], tl.float32)
+    a4 = tl.zeros([BT, BC], tl.float32)
+    for i in range(TILES):
+        t = begin + i * BT + tl.arange(0, BT)
+        m = t < T
+        if PAST:
+            m = m & (t >= 0)
+        b_d = _row_of(d, t, T, step, mc)
+        d_in = b_d * w3 + _row_of(d, t + 1, T, step, mc) * w2 + _row_of(d, t + 2, T, step, mc) * w1
+        d_in += _row_of(d, t + 3, T, step, mc) * w0
+        a0 += b_d * _shifted(proj, past, t - 3, m, T, stride, columns, mc, CONV, PAST)
+        a1 += b_d * _shifted(proj, past, t - 2, m, T, stride, columns, mc, CONV, PAST)
+        a2 += b_d * _shifted(proj, past, t - 1, m, T, stride, columns, mc, CONV, PAST)
+        a3 += b_d * _shifted(proj, past, t, m, T, stride, columns, mc, CONV, PAST)
+        a4 += b_d
+        _put(d_proj, b * d_stride_b + t[:, None] * d_stride + columns[None, :], m[:, None] & mc[None, :], d_in)
+        if PAST:
+            early = ((t < 0) & (t >= 1 - TAPS))[:, None] & mc[None, :]
+            _put(d_past, (b * (TAPS - 1) + t + TAPS - 1)[:, None] * CONV + columns[None, :], early, d_in)
+    sums += (b * tl.num_programs(0) + i_s) * (TAPS + 1) * CONV + columns
+    tl.store(sums, tl.sum(a0, 0), mask=mc)
+    tl.store(sums + CONV, tl.sum(a1, 0), mask=mc)
+    tl.store(sums + 2 * CONV, tl.sum(a2, 0), mask=mc)
+    tl.store(sums + 3 * CONV, tl.sum(a3, 0), mask=mc)
+    tl.store(sums + 4 * CONV, tl.sum(a4, 0), mask=mc)
+
+
+@triton.jit
+def _row_of(d, t, T, step, mc):  # type: ignore[no-untyped-def]
+    """Rows t of `step` numbers, from the columns' pointers `d`; zero outside of the T positions."""
+    mask = ((t >= 0) & (t < T))[:, None] & mc[None, :]
+    return tl.load(d[None, :] + t[:, None] * step, mask=mask, other=0.0).to(tl.float32)

@@ -1,0 +1,72 @@
+"""Which parameters decay, which learn faster, and the optimizer of them all: AdamW, or Muon for the matrices of blocks."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from phase1.config import TrainConfig
+
+MATRICES = ("second_level",)  # parameters that are matrices of a linear map without an nn.Linear
+KEPT = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}  # between steps, of every parameter
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Two optimizers as one, so that a step whose gradients overflow is skipped by both or by none."""
+
+    def __init__(self, muon: torch.optim.Optimizer, adamw: torch.optim.Optimizer) -> None:
+        super().__init__([*muon.param_groups, *adamw.param_groups], {})  # the same groups: a new rate is one of the parts
+        self.parts = (muon, adamw)
+        muon.state = adamw.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step()
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig, device_type: str) -> torch.optim.Optimizer:
+    """AdamW (fused on CUDA) for all of `model`, or for what Muon does not take: it takes the matrices of the blocks.
+
+    Muon's updates are scaled to the size that AdamW's have, 0.2 sqrt(max(n, m)) for a matrix (n, m), so that one rate and one
+    decay serve both. Source: Liu et al. 2025, "Muon is scalable for LLM training", section 2.2.
+    """
+    groups = parameter_groups(model, config)
+    taken: list[dict[str, Any]] = []
+    if config.optimizer == "muon":
+        blocks = {id(parameter) for parameter in model.get_submodule("blocks").parameters()}
+        matrices, *others = groups
+        inside = [parameter for parameter in matrices["params"] if id(parameter) in blocks]
+        outside = [parameter for parameter in matrices["params"] if id(parameter) not in blocks]
+        taken = [matrices | {"params": inside}]
+        groups = [matrices | {"params": outside}, *others]
+    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=device_type == "cuda")
+    if not taken:
+        return adamw
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"--optimizer muon needs PyTorch 2.9 or newer; got {torch.__version__}; use adamw, or a newer PyTorch")
+    return MuonAdamW(torch.optim.Muon(taken, lr=config.learning_rate, adjust_lr_fn="match_rms_adamw"), adamw)
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """By meaning: the matrices of linear layers decay; the token table learns `table_learning_rate` times as fast; the rest
+    (norms, biases, scales and taps, whatever their shape) does neither."""
+    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    matrices: list[Tensor] = []
+    table: list[Tensor] = []
+    rest: list[Tensor] = []
+    for name, parameter in model.named_parameters():
+        of_table = name.startswith("embedding.") and parameter.ndim >= 2
+        of_linear = id(parameter) in linear or name in MATRICES
+        (table if of_table else matrices if of_linear else rest).append(parameter)
+    return [
+        {"params": matrices, "weight_decay": config.weight_decay, "lr_scale": 1.0},
+        {"params": table, "weight_decay": 0.0, "lr_scale": config.table_learning_rate},
+        {"params": rest, "weight_decay": 0.0, "lr_scale": 1.0},
+    ]
+
+
+def kept(optimizer: torch.optim.Optimizer) -> dict[Tensor, tuple[str, ...]]:
+    """Of every parameter, the names of the tensors that `optimizer` keeps between steps."""
+    parts = optimizer.parts if isinstance(optimizer, MuonAdamW) else (optimizer,)
+    return {p: KEPT[type(part).__name__] for part in parts for group in part.param_groups for p in group["params"]}

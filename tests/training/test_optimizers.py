@@ -1,0 +1,213 @@
+"""Groups by meaning, Muon as torch's own, schedules, and steps that do not depend on their split."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from phase1.config import Ranked, TrainConfig
+from phase1.model import LanguageModel
+from phase1.roster import RIVALS, model_config
+from phase1.training.checkpoint import resume, save_checkpoint
+from phase1.training.optimizers import MuonAdamW, kept, make_optimizer, parameter_groups
+from phase1.training.step import learning_rate, make_train_state, skipped_steps, total_steps, train, train_step
+
+TINY = Ranked(
+    vocab_size=50, d_model=16, n_layers=1, n_heads=2, ar_ssm_max_rank=4, ar_ssm_min_rank=2, ar_ssm_window=4,
+    htt_rank=1, htt_dense_rows=2, htt_groups=6, copy_window=8,
+)  # fmt: skip
+MUON = TrainConfig(train_tokens=12 * 4 * 8, train_batch_size=4, micro_batch_size=2, warmup_steps=3, optimizer="muon")
+STEPS = total_steps(MUON, 8)
+MODELS = {"phase1": {}, "baseline": {}, "fair": RIVALS["transformer_fair_copy"]}
+
+
+def model(name="phase1", **overrides):
+    torch.manual_seed(0)
+    role = "phase1" if name == "phase1" else "baseline"
+    return LanguageModel(model_config(role, TINY, **(MODELS[name] | overrides)))
+
+
+def state(config=MUON, name="phase1", **overrides):
+    return make_train_state(model(name, **overrides), config, "cpu")
+
+
+def batch_at(step, size=4):
+    ids = torch.randint(0, 50, (size, 9), generator=torch.Generator().manual_seed(step))
+    return ids[:, :-1].clone(), ids[:, 1:].clone()
+
+
+def split(batch, *sizes):
+    return list(zip(*(part.split(list(sizes)) for part in batch)))
+
+
+def parameters(s):
+    return [p.detach().clone() for p in s.model.parameters()]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_decays_are_the_matrices_of_linear_layers_and_nothing_else(name):
+    net = model(name)
+    groups = parameter_groups(net, TrainConfig())
+    names = {id(p): n for n, p in net.named_parameters()}
+    decaying, table, rest = ({names[id(p)] for p in group["params"]} for group in groups)
+    assert [group["weight_decay"] for group in groups] == [0.1, 0, 0] and [group["lr_scale"] for group in groups] == [1, 3, 1]
+    assert decaying == {f"{n}.weight" for n, module in net.named_modules() if isinstance(module, nn.Linear)}
+    assert table == {n for n in names.values() if n.startswith("embedding.") and n != "embedding.output_bias"}
+    assert len(decaying) + len(table) + len(rest) == len(names)
+    for last in ("q_scale", "state_scale", "conv_weight", "conv_bias", "norm", "skip", "log_rate", "step_bias", "gate"):
+        assert not any(n.endswith(f".{last}") for n in decaying | table)
+
+
+def test_the_scales_and_taps_keep_their_size_where_decay_alone_acts():
+    s = state(replace(MUON, optimizer="adamw", weight_decay=10.0, learning_rate=0.01))
+    before = {n: p.detach().clone() for n, p in s.model.named_parameters()}
+    for p in s.model.parameters():
+        p.grad = torch.zeros_like(p)
+    s.optimizer.step()
+    changed = {n for n, p in s.model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {f"{n}.weight" for n, module in s.model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def test_muon_takes_the_matrices_of_blocks_and_steps_them_as_torchs_own():
+    net, config = model("fair"), replace(MUON, learning_rate=0.02, weight_decay=0.3)
+    optimizer = make_optimizer(net, config, "cpu")
+    matrices = {n: p for n, p in net.named_parameters() if n.startswith("blocks.") and p.ndim == 2 and "conv" not in n and "scale" not in n}
+    tensors = kept(optimizer)
+    assert {n for n, p in net.named_parameters() if tensors[p] == ("momentum_buffer",)} == set(matrices)
+    assert tensors[net.copy_head.qkk.weight] == tensors[net.embedding.rows] == ("step", "exp_avg", "exp_avg_sq")
+    copies = {n: nn.Parameter(p.detach().clone()) for n, p in net.named_parameters()}
+    muon = torch.optim.Muon([copies[n] for n in matrices], lr=0.02, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
+    qkk = torch.optim.AdamW([copies["copy_head.qkk.weight"]], lr=0.02, weight_decay=0.3, betas=(0.9, 0.95))
+    for step in range(3):
+        torch.manual_seed(step)
+        for n, p in net.named_parameters():
+            p.grad = torch.randn_like(p)
+            copies[n].grad = p.grad.clone()
+        optimizer.step(), muon.step(), qkk.step()
+    for n in (*matrices, "copy_head.qkk.weight"):
+        assert torch.equal(net.get_parameter(n), copies[n]), n
+
+
+def test_one_step_of_muon_is_its_formula():
+    """Nesterov momentum, five Newton-Schulz steps, 0.2 sqrt(max(n, m)), decay: Jordan 2024, and Liu et al. 2025, eq. 4."""
+    net, config = model("baseline"), replace(MUON, learning_rate=0.02, weight_decay=0.3)
+    optimizer, weight = make_optimizer(net, config, "cpu"), net.blocks[0].mlp.expand.weight
+    before, gradient = weight.detach().clone(), torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    weight.grad = gradient
+    optimizer.step()
+    x = gradient + 0.95 * (0.05 * gradient - gradient)  # m = 0.05 g, then g + 0.95 (m - g)
+    x = x.T / x.norm()  # n > m
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    expected = before * (1 - 0.02 * 0.3) - 0.02 * 0.2 * max(weight.shape) ** 0.5 * x.T
+    torch.testing.assert_close(weight.detach(), expected, rtol=0, atol=5e-4)  # torch's steps are in bfloat16
+    assert (weight - before).abs().max() > 5e-3
+
+
+def test_rates_of_the_schedule_reach_both_parts():
+    s = state()
+    rates = []
+    train(s, batch_at, STEPS, lambda step, loss: rates.append([group["lr"] for part in s.optimizer.parts for group in part.param_groups]))
+    for step, found in enumerate(rates):
+        rate = learning_rate(MUON, step, STEPS)
+        assert found == [rate, rate, 3 * rate, rate]
+
+
+@pytest.mark.parametrize("schedule, last", [("cosine", 0.1), ("linear", 0.0)])
+@pytest.mark.parametrize("warmup, steps", [(100, 1372), (100, 300), (1, 50), (0, 50), (3, 1)])
+def test_the_rate_rises_to_the_flag_and_falls_to_the_end(schedule, last, warmup, steps):
+    config = TrainConfig(schedule=schedule, warmup_steps=warmup, learning_rate=0.7)
+    rates = [learning_rate(config, step, steps) for step in range(steps)]
+    top = rates.index(max(rates))
+    assert max(rates) == 0.7 and top == max(1, min(warmup, steps // 10)) - 1
+    assert rates[: top + 1] == pytest.approx([0.7 * (i + 1) / (top + 1) for i in range(top + 1)])
+    assert rates[top:] == sorted(rates[top:], reverse=True) and min(rates[top:]) > 0.7 * last
+    assert learning_rate(config, steps, steps) == pytest.approx(0.7 * last, abs=1e-12)  # the step that is not taken
+    if schedule == "linear" and steps > 1:
+        falls = [a - b for a, b in zip(rates[top:], rates[top + 1 :])]
+        assert falls == pytest.approx([falls[0]] * len(falls))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("cut", [1, 7, 11])
+def test_a_run_with_muon_resumes_as_if_it_had_not_stopped(tmp_path, cut, name):
+    whole, first, second = state(name=name), state(name=name), state(name=name)
+    train(whole, batch_at, STEPS)
+
+    def interrupt(step, loss):
+        if step == cut:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(first, batch_at, STEPS, interrupt)
+    save_checkpoint(tmp_path, first, {})
+    resume(tmp_path, second)
+    train(second, batch_at, STEPS)
+    assert all(torch.equal(a, b) for a, b in zip(parameters(whole), parameters(second), strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_that_overflows_is_skipped_whole_and_counted(optimizer):
+    s = state(replace(MUON, optimizer=optimizer, precision="fp16"))
+    train_step(s, split(batch_at(0), 4))
+    s.scaler._scale.fill_(1.0)
+    train_step(s, split(batch_at(1), 4))
+    before, counted = parameters(s), skipped_steps(s)
+    s.scaler._scale.fill_(2.0**60)
+    train_step(s, split(batch_at(2), 4))
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters(s), strict=True))
+    assert skipped_steps(s) == counted + 1 and s.step == 3 and s.scaler.get_scale() < 2.0**60
+
+
+def test_only_one_part_that_overflows_stops_the_other():
+    s = state(replace(MUON, precision="fp16"))
+    before = parameters(s)
+    for p in s.model.parameters():
+        p.grad = torch.ones_like(p)
+    s.model.blocks[0].mlp.out.weight.grad[0, 0] = torch.inf
+    s.scaler.scale(torch.ones(()))
+    s.scaler.unscale_(s.optimizer)
+    s.scaler.step(s.optimizer)
+    s.scaler.update()
+    assert isinstance(s.optimizer, MuonAdamW)
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters(s), strict=True))
+
+
+@pytest.mark.parametrize("loss", ["chunked", "materialized"])
+@pytest.mark.parametrize("name", ["phase1", "fair"])
+@pytest.mark.parametrize("sizes", [(1, 3), (2, 2), (1, 1, 2), (3, 1)], ids=str)
+def test_no_split_changes_a_step_where_some_targets_are_not_scored(loss, name, sizes):
+    inputs, targets = batch_at(0)
+    targets[0], targets[1, 2:], targets[3, 1] = -100, -100, -100  # the first window: nothing at all
+    outcomes = []
+    for cut in ((4,), sizes):
+        s = state(replace(MUON, optimizer="adamw"), name, loss=loss, rank_penalty=0.5)
+        s.model.double()
+        outcomes.append([train_step(s, split((inputs, targets), *cut)), *parameters(s)])
+    for a, b in zip(*outcomes, strict=True):
+        assert a.isfinite().all()
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)  # shares are float32; a step is 1e-3
+
+
+@pytest.mark.parametrize("loss", ["chunked", "materialized"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_micro_batch_without_a_scored_target_has_no_number_and_no_gradient(loss, name):
+    net, (ids, targets) = model(name, loss=loss, rank_penalty=0.0), batch_at(0)
+    value = net.loss(ids, torch.full_like(targets, -100))
+    value.backward()
+    assert value.isnan() and all(p.grad is None or not p.grad.any() for p in net.parameters())
+
+
+def test_the_loss_that_training_shows_is_the_cross_entropy_without_the_penalty():
+    s = state(rank_penalty=100.0)
+    ids, targets = batch_at(0)
+    expected = s.model.eval().loss(ids, targets)
+    torch.testing.assert_close(train_step(s, [(ids, targets)]), expected.detach())
+
+
+def test_muon_before_pytorch_2_9_is_a_line_that_says_so(monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(ValueError, match="--optimizer muon needs PyTorch 2.9 or newer; got .*; use adamw"):
+        make_optimizer(model(), MUON, "cpu")
