@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "tables": {"config", "records", "roster", "text"},
     "generation": {"config", "data", "layers", "model", "training"},
     "plots": {"files", "records", "roster", "tables", "text"},
-    "measure": LEAVES | SETTINGS | {"data", "machine", "model", "ops", "records", "stats", "training"},
+    "measure": LEAVES | SETTINGS | {"data", "generation", "machine", "model", "ops", "records", "stats", "training"},
     "commands": LEAVES
     | SETTINGS
     | {"checks", "data", "generation", "machine", "measure", "model", "plots", "records", "stats", "tables", "training"},

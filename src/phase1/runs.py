@@ -62,6 +62,10 @@ class ThroughputRun(Ranked, Output):
     compile: bool = option(False, "torch.compile every block of every model; compilation is not in the times")
     cuda_graphs: bool = option(False, "launch every step's passes as two CUDA graphs: times of the GPU, not of the host")
     save_plots: bool = option(False, "write phase1_throughput_comparison.png")
+    decode: bool = option(False, "also measure generation, B = 1: tokens/s and bytes of the state over --decode-contexts")
+    decode_contexts: tuple[int, ...] = option(
+        (1024, 4096, 16384, 65536, 131072), "tokens before the one that is generated; a verdict needs 8x"
+    )
     a_a: bool = option(False, "measure a second copy of the baseline (of the engine with --no-baseline): they must not differ")
     quadratic_control: bool = option(
         False, "measure attention that holds all T x T scores: it must be found not linear; slow, and memory grows with T x T"
@@ -69,7 +73,7 @@ class ThroughputRun(Ranked, Output):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "seq_lengths", "batch_size", "measure_steps", "warmup_steps")
+        require_positive(self, "seq_lengths", "batch_size", "measure_steps", "warmup_steps", "decode_contexts")
 
 
 @dataclass(frozen=True, kw_only=True)

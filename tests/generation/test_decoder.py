@@ -257,4 +257,4 @@ def test_a_graph_gives_what_steps_give(length):
         for id in text(150, seed + 5):
             torch.testing.assert_close(same, log_p, atol=1e-4, rtol=1e-4)
             (log_p, state), (same, fixed) = plain.step(id, state), graphs.step(id, fixed)
-    assert graphs._replay._graph is not None
+    assert graphs._replay._replay is not None

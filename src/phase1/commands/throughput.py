@@ -6,9 +6,10 @@ from typing import Final
 import torch
 from tqdm import tqdm
 
-from phase1.checks.throughput import control_checks, throughput_checks
+from phase1.checks.throughput import control_checks, decoding_checks, throughput_checks
 from phase1.config import ModelConfig
 from phase1.machine.environment import Fact, current_command, environment, machine, settings
+from phase1.measure.throughput.decode import measure_decoding
 from phase1.measure.throughput.disturbances import model_warnings, run_warnings
 from phase1.measure.throughput.efficiency import card_of, with_efficiency
 from phase1.measure.throughput.interleaved import Contender, ThroughputPlan, measure_throughput, throughput_results
@@ -19,7 +20,8 @@ from phase1.records.journal import Journal, open_journal
 from phase1.records.schema import FILES, Report, ThroughputResult, exit_code, write_report
 from phase1.roster import ROLES, model_config
 from phase1.runs import ThroughputRun
-from phase1.tables.console import checks_text, throughput_text
+from phase1.tables import decoding_comparison
+from phase1.tables.console import checks_text, console, throughput_text
 from phase1.training.step import compute_dtype, require_gpu_for_graphs
 
 PLOT: Final = "phase1_throughput_comparison.png"
@@ -47,19 +49,25 @@ def main(run: ThroughputRun) -> int:
         )
         for role, result in throughput_results(contenders).items()
     }  # fmt: skip
+    if run.decode:
+        rounds = run.warmup_steps, run.measure_steps
+        for role, decoding in measure_decoding(wanted, run.decode_contexts, *rounds, run.cuda_graphs, device).items():
+            results[role] = results[role].model_copy(update={"decoding": decoding})
     report = Report[ThroughputResult](
         kind="throughput",
         environment=facts,
         command=current_command(),
         run=settings(run) | {"precision": precision},
         results=results,
-        checks=throughput_checks(results["phase1"]) + control_checks(results),
+        checks=throughput_checks(results["phase1"]) + control_checks(results) + decoding_checks(results),
         warnings=disturbed,
     )
     write_report(report, path)
     written = [path]
     if run.save_plots and any(result.status == "ok" for result in results.values()):
         written.append(plot_throughput(report, path.with_name(PLOT)))
+    if run.decode:
+        print(console(decoding_comparison(report)), end="\n\n")
     print(throughput_text(report), checks_text(report.checks), *(f"written: {p}" for p in written), sep="\n")
     journal.close()  # last: until here --resume finds every case
     return exit_code(report.checks)

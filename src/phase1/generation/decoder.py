@@ -30,7 +30,7 @@ class Decoder:
 
     Args:
         model: changed to evaluation; weights that autocast would cast at every step are cast here.
-        tokenizer: of the model.
+        tokenizer: of the model; None where ids are all there is.
         dtype: of the autocast region; float32 is no autocast.
         cuda_graphs: launch each step as one CUDA graph, once its state has stopped growing.
     """
@@ -38,12 +38,13 @@ class Decoder:
     def __init__(
         self,
         model: LanguageModel,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         dtype: torch.dtype = torch.float32,
         cuda_graphs: bool = False,
         trained_length: int | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.dtype, self.trained_length = model.eval(), tokenizer, dtype, trained_length
+        self.model, self.dtype, self.trained_length = model.eval(), dtype, trained_length
+        self._tokenizer = tokenizer
         self.device = model.norm.weight.device
         with torch.inference_mode(), self._autocast():
             self._rows = model.rows()
@@ -58,6 +59,11 @@ class Decoder:
             if model.config.mixer == "attention":
                 raise ValueError("--cuda-graphs needs a state that does not grow; got a model with attention; leave it out")
             self._replay = Replay(self.advance, model.config.copy_window)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        assert self._tokenizer is not None
+        return self._tokenizer
 
     def prefill(self, ids: Sequence[int], state: States | None = None) -> tuple[Tensor, States]:
         """log p (V,) of the token after `ids`, which follow the text that left `state`; and the new state.

@@ -22,7 +22,7 @@ class Replay:
 
     def __init__(self, advance: Advance, copy_window: int) -> None:
         self.advance, self.copy_window = advance, copy_window
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._replay: Callable[[], None] | None = None
         self._ids: Tensor | None = None
         self._state: list[Any] = []
         self._log_p: Tensor | None = None
@@ -31,32 +31,52 @@ class Replay:
         """As `advance`."""
         if state is not self._state:
             state = static(state, self.copy_window)
-            if self._graph is None or _shapes(state) != _shapes(self._state):
+            if self._replay is None or _shapes(state) != _shapes(self._state):
                 log_p, after = self.advance(ids, state)
                 after = static(after, self.copy_window)
                 if _shapes(after) == _shapes(state):
                     self._capture(ids, state)
                 return log_p, after
             _copy(self._state, state)
-        assert self._graph is not None and self._ids is not None and self._log_p is not None
+        assert self._replay is not None and self._ids is not None and self._log_p is not None
         self._ids.copy_(ids)
-        self._graph.replay()
+        self._replay()
         return self._log_p, self._state
 
     @torch.inference_mode()
     def _capture(self, ids: Tensor, state: list[Any]) -> None:
         self._ids = ids.clone()
         self._state = [layer._make(_clone(part) for part in layer) for layer in state]
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(WARMUP_RUNS):
-                self.advance(self._ids, self._state)
-        torch.cuda.current_stream().wait_stream(aside)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._log_p, after = self.advance(self._ids, self._state)
+        given = self._ids, self._state
+        warm_up(lambda: self.advance(*given))
+
+        def step() -> Tensor:
+            log_p, after = self.advance(*given)
             _copy(self._state, after)
+            return log_p
+
+        self._replay, self._log_p = captured(step, warm=True)
+
+
+def warm_up(step: Callable[[], Any]) -> None:
+    """Run `step` a few times beside the current stream."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(WARMUP_RUNS):
+            step()
+    torch.cuda.current_stream().wait_stream(aside)
+
+
+@torch.inference_mode()
+def captured(step: Callable[[], Any], warm: bool = False) -> tuple[Callable[[], None], Any]:
+    """A function that launches `step` as one graph, and what `step` gave: tensors that each launch overwrites."""
+    if not warm:
+        warm_up(step)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph.replay, result
 
 
 def static(state: list[Any], copy_window: int) -> list[Any]:

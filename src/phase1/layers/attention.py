@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 from phase1.layers.convolution import causal_conv, first_taps
 from phase1.layers.norm import rms_norm
@@ -88,7 +89,10 @@ class Attention(nn.Module):
         k, v = state.k, state.v
         mask = None
         if past and q.shape[1] > 1:
-            mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=h.device).tril(past)
+            if h.is_cuda and not torch.is_grad_enabled():  # the fast kernels need no mask in memory
+                mask = causal_lower_right(q.shape[1], k.shape[1])
+            else:
+                mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=h.device).tril(past)
         with sdpa_kernel(self.backends, set_priority=True):
             y = F.scaled_dot_product_attention(
                 q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=not past

@@ -5,6 +5,7 @@ from typing import Any
 
 from phase1.records.schema import Report
 from phase1.tables.configuration import configuration_comparison
+from phase1.tables.decoding import decoding_comparison
 from phase1.tables.join import require_one_size
 from phase1.tables.losses import loss_comparison
 from phase1.tables.memory import memory_comparison, memory_tables
@@ -18,6 +19,7 @@ __all__ = [
     "Table",
     "build_tables",
     "configuration_comparison",
+    "decoding_comparison",
     "loss_comparison",
     "memory_comparison",
     "memory_tables",
@@ -41,6 +43,8 @@ def build_tables(reports: Mapping[str, Report[Any]], hardware: str | None = None
     if "throughput" in reports:
         tables.append(throughput_comparison(reports["throughput"], hardware))
         tables.append(scaling_comparison(reports["throughput"], hardware))
+        decoding = decoding_comparison(reports["throughput"], hardware)
+        tables += [decoding] if decoding.rows else []  # where --decode asked for it
     if "perplexity" in reports:
         tables.append(perplexity_comparison(reports["perplexity"], hardware))
         losses = loss_comparison(reports["perplexity"], hardware)
