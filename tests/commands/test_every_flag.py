@@ -55,7 +55,17 @@ def test_every_flag_is_read_by_its_command(command, data, tmp_path, monkeypatch,
         "memory": (memory, lambda: MemoryRun(**SHAPE, **RANKS, **out, batch_size=1, seq_length=8)),
         "throughput": (
             throughput,
-            lambda: ThroughputRun(**SHAPE, **RANKS, **out, batch_size=1, seq_lengths=(8, 16), warmup_steps=1, measure_steps=1),
+            lambda: ThroughputRun(
+                **SHAPE,
+                **RANKS,
+                **out,
+                batch_size=1,
+                seq_lengths=(8, 16),
+                warmup_steps=1,
+                measure_steps=1,
+                decode=True,
+                decode_contexts=(4, 8),
+            ),
         ),
         "perplexity": (
             perplexity,

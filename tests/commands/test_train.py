@@ -51,7 +51,19 @@ def test_the_last_validation_loss_is_that_of_perplexity_on_the_same_windows(run,
     run("a", "--eval-every", "7", "--eval-tokens", "40")
     rows = read_metrics(tmp_path / "a" / METRICS)
     assert [row["step"] for row in rows if row["val_loss"] is not None] == [7, 14, 20]
-    evaluation = ["perplexity", *SHAPE, *data, "--max-samples", "5", "--test-htt-ranks", "2", "--test-ar-ssm-ranks", "4", "--checkpoint", f"phase1_htt2_ar4={tmp_path / 'a'}"]
+    evaluation = [
+        "perplexity",
+        *SHAPE,
+        *data,
+        "--max-samples",
+        "5",
+        "--test-htt-ranks",
+        "2",
+        "--test-ar-ssm-ranks",
+        "4",
+        "--checkpoint",
+        f"phase1_htt2_ar4={tmp_path / 'a'}",
+    ]
     main([*evaluation, "--out-dir", str(tmp_path / "out")])
     (result,) = json.loads((tmp_path / "out" / "phase1_perplexity_validation.json").read_text())["results"].values()
     assert rows[-1]["val_loss"] == pytest.approx(result["avg_loss"], rel=1e-6) and result["token_count"] == 40
@@ -88,7 +100,9 @@ def test_data_without_a_valid_split_train_without_its_loss_unless_it_is_asked_fo
 def test_the_file_of_a_run_is_in_its_folder_and_gives_it_again(run, data, tmp_path):
     run("a", "--prompt", 'say "no"\n\x7f', "--max-hours", "5")
     path = str(tmp_path / "a" / "run.toml")
-    asked = parse("train", [*SHAPE, *MODEL, *data, "--out-dir", str(tmp_path / "a"), "--prompt", 'say "no"\n\x7f', "--max-hours", "5"])
+    asked = parse(
+        "train", [*SHAPE, *MODEL, *data, "--out-dir", str(tmp_path / "a"), "--prompt", 'say "no"\n\x7f', "--max-hours", "5"]
+    )
     assert parse("train", ["--config", path]) == asked and to_toml(asked) == (tmp_path / "a" / "run.toml").read_text()
 
 
@@ -110,7 +124,8 @@ def test_the_precision_of_a_card_says_what_it_lacks(monkeypatch, capability, say
 
 
 @pytest.mark.parametrize(
-    "flags", [["--eval-every", "-1"], ["--sample-every", "-1"], ["--eval-tokens", "0"], ["--max-hours", "0"], ["--max-hours", "nan"]]
+    "flags",
+    [["--eval-every", "-1"], ["--sample-every", "-1"], ["--eval-tokens", "0"], ["--max-hours", "0"], ["--max-hours", "nan"]],
 )
 def test_bad_values_are_one_line(run, flags):
     assert run("a", *flags, code=2).err.count("\n") == 1

@@ -1,5 +1,6 @@
 """`phase1 throughput`: tokens per second over sequence lengths, and whether the time is linear in the length."""
 
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -17,7 +18,7 @@ from phase1.measure.throughput.monitor import Monitor
 from phase1.measure.workload import control_batch_size
 from phase1.plots import plot_throughput
 from phase1.records.journal import Journal, open_journal
-from phase1.records.schema import FILES, Report, ThroughputResult, exit_code, write_report
+from phase1.records.schema import FILES, Decoding, Report, ThroughputResult, exit_code, write_report
 from phase1.roster import ROLES, model_config
 from phase1.runs import ThroughputRun
 from phase1.tables import decoding_comparison
@@ -50,8 +51,9 @@ def main(run: ThroughputRun) -> int:
         for role, result in throughput_results(contenders).items()
     }  # fmt: skip
     if run.decode:
-        rounds = run.warmup_steps, run.measure_steps
-        for role, decoding in measure_decoding(wanted, run.decode_contexts, *rounds, run.cuda_graphs, device).items():
+        sizes = run.decode_contexts, run.warmup_steps, run.measure_steps, run.cuda_graphs, device
+        decodings = journal.case("generation", dict[str, Decoding], partial(measure_decoding, wanted, *sizes))
+        for role, decoding in decodings.items():
             results[role] = results[role].model_copy(update={"decoding": decoding})
     report = Report[ThroughputResult](
         kind="throughput",

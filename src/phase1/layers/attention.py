@@ -87,7 +87,7 @@ class Attention(nn.Module):
         q, k = rotate(q, *angles), rotate(k, *angles)
         state = AttentionState(k, v, last) if state is None else state.followed_by(k, v, last)
         k, v = state.k, state.v
-        mask = None
+        mask: Tensor | None = None
         if past and q.shape[1] > 1:
             if h.is_cuda and not torch.is_grad_enabled():  # the fast kernels need no mask in memory
                 mask = causal_lower_right(q.shape[1], k.shape[1])
