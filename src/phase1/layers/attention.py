@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 
 from phase1.layers.convolution import causal_conv, first_taps
 from phase1.layers.norm import rms_norm
@@ -90,6 +89,8 @@ class Attention(nn.Module):
         mask: Tensor | None = None
         if past and q.shape[1] > 1:
             if h.is_cuda and not torch.is_grad_enabled():  # the fast kernels need no mask in memory
+                from torch.nn.attention.bias import causal_lower_right  # a second to import
+
                 mask = causal_lower_right(q.shape[1], k.shape[1])
             else:
                 mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=h.device).tril(past)
