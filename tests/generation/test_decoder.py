@@ -92,6 +92,22 @@ def test_the_state_that_a_graph_reads_is_equal_to_the_one_it_is_made_from(length
     ]
 
 
+def test_a_step_from_the_state_that_a_graph_reads_reads_no_number_from_the_device():
+    d = decoder(shape=replace(SHAPE, ar_ssm_window=8, copy_window=16))
+    fixed, ids = static(d.prefill(text(20))[1], 16), torch.tensor([[3]])
+    read = []
+
+    class Watching(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            read.append(f is torch.ops.aten._local_scalar_dense.default)
+            return f(*args, **(kwargs or {}))
+
+    d.model._check = lambda ids: None  # reads ids on the CPU alone
+    with Watching():
+        d.advance(ids, fixed)
+    assert read and not any(read)
+
+
 def test_the_state_stops_growing_with_its_windows_and_that_of_attention_does_not():
     shape = replace(SHAPE, ar_ssm_window=8, copy_window=16)
     engine, transformer = decoder(shape=shape), decoder("baseline", shape)

@@ -3,21 +3,21 @@
 import torch
 from torch import Tensor
 
+from phase1.ops.rotary import rotary_angles, rotary_angles_reference
 
-def rotary(x: Tensor, start: int | Tensor, base: float = 10000.0) -> tuple[Tensor, Tensor]:
+
+def rotary(x: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines that `rotate` needs for the positions of `x` (B, T, H, R), R even: (T, 1, R) each, dtype of `x`.
 
-    The angle of channels j and j + R/2 at position t is (start + t) · base^(-2j/R) radians; the sines of the first half
+    The angle of channels j and j + R/2 at position t is (start + t) · 10000^(-2j/R) radians; the sines of the first half
     have the sign of a rotation.
 
     Source: Su et al. 2021, "RoFormer", section 3.2.
     """
-    half = x.shape[-1] // 2
-    exact = {"device": x.device, "dtype": torch.float64}  # in float32 the angles of far positions are off by their rounding
-    frequency = base ** (torch.arange(half, **exact) / -half)
-    position = start + torch.arange(x.shape[1], **exact)
-    angle = position[:, None, None] * torch.cat([-frequency, frequency])
-    return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    fused = x.is_cuda and isinstance(start, int)  # a CUDA graph of a step gives a tensor, which it reads at every launch
+    angles = rotary_angles if fused else rotary_angles_reference
+    cos, sin = (part.to(x.dtype) for part in angles(x, x.shape[1], x.shape[-1] // 2, start))  # type: ignore[arg-type]
+    return torch.cat([cos, cos], -1)[:, None], torch.cat([-sin, sin], -1)[:, None]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

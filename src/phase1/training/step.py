@@ -45,12 +45,11 @@ def compute_dtype(precision: str, device: torch.device | str) -> torch.dtype:
 
 
 def make_train_state(model: LanguageModel, config: TrainConfig, device: torch.device | str) -> TrainState:
-    """Move `model` to `device` and give it an optimizer, loss scaling for fp16 and, if asked, compiled blocks."""
+    """Move `model` to `device` and give it an optimizer, loss scaling for fp16 and, if asked, a compiled loss."""
     device = torch.device(device)
     model = model.to(device)
     if config.compile:
-        for block in model.blocks:
-            block.compile(dynamic=False)
+        model.losses = torch.compile(model.losses, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
     optimizer = make_optimizer(model, config, device.type)
     dtype = compute_dtype(config.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

@@ -30,8 +30,9 @@ def fused_ar_ssm(
     """Form of `ar_ssm_reference` in Triton kernels: same arguments, result, gradients and errors; parameters in float32."""
     from phase1.ops.ar_ssm.fused import fused_forward  # Triton takes a second to import
 
-    past = (None,) * 4 if state is None else (state.conv, state.S, state.k, state.x)
-    past = tuple(None if tensor is None else tensor.contiguous() for tensor in past)
+    left = () if state is None else (state.conv, state.S, state.k, state.x)
+    past: list[Tensor | None] = [tensor.contiguous() for tensor in left]
+    past = past or [None] * 4
     start = 0 if state is None else state.position
     out, gate, states, k, x, *_ = fused_forward(proj, *p, *past, start, window, float(memory), eps)
     (H, R), P = p.q_scale.shape, p.state_scale.shape[1]

@@ -1,6 +1,7 @@
 """Launches the core's kernels: y = c ⊙ rms(semiseparable) + window attention + D x, its state, and all gradients."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -93,11 +94,11 @@ def core_forward(
     launches = launches or launches_for(R, P, x.dtype)
     NS, span = plan(B, T, H)
     sizes = {"R": R, "P": P, "RB": _padded(R), "PB": _padded(P)}
-    f32 = {"dtype": torch.float32, "device": x.device}
-    states = torch.empty(B * H, NS + 1, R, P, **f32)
+    wide = partial(torch.empty, dtype=torch.float32, device=x.device)
+    states = wide(B * H, NS + 1, R, P)
     total = None
     if NS > 1:
-        added, total = torch.empty(B * H, NS, R, P, **f32), torch.empty(B * H, NS, **f32)
+        added, total = wide(B * H, NS, R, P), wide(B * H, NS)
         run = launches.state
         kernels.state_kernel[(NS, B * H)](
             v, x, dt, log_a, added, total, T, L, NS, **sizes, NC=span // run.chunk, **run.options()
@@ -105,10 +106,11 @@ def core_forward(
         _carry(added, total, state, states, reverse=False)
     elif state is not None:
         states[:, 0] = state.flatten(0, 1)
-    y, lse = torch.empty(B, T, H, P, dtype=x.dtype, device=x.device), torch.empty(B, H, T if window else 0, **f32)
+    y, lse = torch.empty(B, T, H, P, dtype=x.dtype, device=x.device), wide(B, H, T if window else 0)
     run = launches.forward
     kernels.forward_kernel[(NS, B * H)](
-        u, v, q, k, x, dt, log_a, scale, skip, states, y, lse, T, L, NS, window, int(NS > 1 or state is not None), eps, H=H, **sizes,
+        u, v, q, k, x, dt, log_a, scale, skip, states, y, lse, T, L, NS, window, 
+        int(NS > 1 or state is not None), eps, H=H, **sizes,
         NC=span // run.chunk, **run.near(window), WINDOWED=window > 0, **run.options(),
     )  # fmt: skip
     return Core(y, states, lse, total)
@@ -125,19 +127,20 @@ def core_backward(
     launches = launches or launches_for(R, P, x.dtype)
     NS, span = plan(B, T, H)
     axes = {"R": R, "P": P, "RB": _padded(R), "PB": _padded(P)}
-    f32 = {"dtype": torch.float32, "device": x.device}
+    wide = partial(torch.empty, dtype=torch.float32, device=x.device)
     du, dv, dq, dk, dx = (torch.empty_like(tensor) for tensor in (u, v, q, k, x))
-    d_dt, d_log_a, uw, delta = (torch.empty(B, H, T, **f32) for _ in range(4))
+    d_dt, d_log_a, uw, delta = (wide(B, H, T) for _ in range(4))
     df = torch.empty(B, H, T, P, dtype=x.dtype, device=x.device)
-    sums = torch.empty(B * NS, H * P + H, **f32)
+    sums = wide(B * NS, H * P + H)
     carried = NS > 1 or state is not None
-    d_added = torch.empty(B * H, NS, R, P, **f32)
+    d_added = wide(B * H, NS, R, P)
     run = launches.far_u
     kernels.far_backward_u_kernel[(NS, B * H)](
         u, v, x, dt, log_a, scale, saved.states, dy, df, du, uw, d_added, sums, T, L, NS, int(carried), eps, H=H, **axes,
         NC=span // run.chunk, **run.options(),
     )  # fmt: skip
-    d_states = torch.empty(B * H, NS + 1, R, P, **f32) if carried or d_last is not None else None
+    ends = carried or d_last is not None
+    d_states = wide(B * H, NS + 1, R, P) if ends else saved.states  # not read without any
     if carried:
         total = log_a.clamp_min(-60).sum(-1).view(-1, 1) if saved.total is None else saved.total
         _carry(d_added, total, d_last, d_states, reverse=True)
@@ -156,8 +159,8 @@ def core_backward(
         )
     run = launches.far_v
     kernels.far_backward_v_kernel[(NS, B * H)](
-        u, v, x, dt, log_a, skip, saved.states, saved.states if d_states is None else d_states, dy, df, uw, dv, dx,
-        d_dt, d_log_a, sums, T, L, NS, int(d_states is not None), H=H, **axes, NC=span // run.chunk, ADD=window > 0,
+        u, v, x, dt, log_a, skip, saved.states, d_states, dy, df, uw, dv, dx,
+        d_dt, d_log_a, sums, T, L, NS, int(ends), H=H, **axes, NC=span // run.chunk, ADD=window > 0,
         **run.options(),
     )  # fmt: skip
     d_state = None if state is None else d_states[:, 0].view_as(state)
@@ -169,5 +172,6 @@ def _carry(added: Tensor, total: Tensor, first: Tensor | None, states: Tensor, r
     cols = min(64, triton.next_power_of_2(R * P))
     kernels.carry_kernel[(triton.cdiv(R * P, cols), n)](
         added, total, first, states, NS,
-        HAS_FIRST=first is not None, RP=R * P, ROWS=min(32, triton.next_power_of_2(NS)), COLS=cols, REVERSE=reverse, num_warps=4,
+        HAS_FIRST=first is not None, RP=R * P, ROWS=min(32, triton.next_power_of_2(NS)), COLS=cols, REVERSE=reverse,
+        num_warps=4,
     )  # fmt: skip

@@ -51,8 +51,8 @@ def store_columns(p, row, m, o, value, N: tl.constexpr):  # type: ignore[no-unty
 def load_state(p, o_r, o_p, there, R: tl.constexpr, P: tl.constexpr):  # type: ignore[no-untyped-def]
     """One (R, P) state, zero outside and if it is not `there`: [o_r, o_p]; with their axes exchanged, its transpose.
 
-    `there`, 0 or 1, is a number of the launch, not of the compilation: a state known to be zero makes the compiler peel a loop's
-    first round, which doubles the code and spills registers.
+    `there`, 0 or 1, is a number of the launch, not of the compilation: a state known to be zero makes the compiler peel a
+    loop's first round, which doubles the code and spills registers.
     """
     return tl.load(p + o_r * P + o_p, mask=(o_r < there * R) & (o_p < P), other=0.0)
 
@@ -109,7 +109,7 @@ def carry_kernel(  # type: ignore[no-untyped-def]
     o = i_e * COLS + tl.arange(0, COLS)
     o_j = tl.arange(0, ROWS)
     mo = o < RP
-    if HAS_FIRST:
+    if HAS_FIRST:  # noqa: SIM108
         S = tl.load(first + i_bh * RP + o, mask=mo, other=0.0)
     else:
         S = tl.zeros([COLS], tl.float32)
@@ -346,7 +346,7 @@ def far_backward_v_kernel(  # type: ignore[no-untyped-def]
     H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, RB: tl.constexpr, PB: tl.constexpr, C: tl.constexpr,
     NC: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """Against the order of time: dv, dx (if ADD added to what is there, else with D x), d_dt, d_log_a, and the gradient of skip.
+    """Against the order of time: dv, dx (if ADD added to what is there, else with D x), d_dt, d_log_a, and that of skip.
 
     Row i + 1 of `d_states` is the gradient of the state that stretch i ends with; none unless `has_last`.
     With G_t = Σ_{j≤t} log a_j, d loss / d G_t = u·du - v·dv at t, and at the end of the stretch S·dS as well.
@@ -368,7 +368,7 @@ def far_backward_v_kernel(  # type: ignore[no-untyped-def]
         b_x = load_rows(x, row_x, m, o_p, P)
         b_dy = load_rows(dy, (b * T + t) * H + h, m, o_p, P)
         d_skip += tl.sum(b_dy.to(tl.float32) * b_x.to(tl.float32), 1)
-        if ADD:
+        if ADD:  # noqa: SIM108
             b_dx = load_rows(dx, row_x, m, o_p, P).to(tl.float32)
         else:
             b_dx = b_dy.to(tl.float32) * b_skip
@@ -400,5 +400,6 @@ def far_backward_v_kernel(  # type: ignore[no-untyped-def]
         diff = tl.where(m, b_uw - tl.sum(dvT * b_vT.to(tl.float32), 0), 0.0)
         tl.store(d_log_a + row, dG + tl.sum(diff, 0) - tl.cumsum(diff, 0) + diff, mask=m)
         dG += tl.sum(diff, 0)
-        dS = dS * tl.exp(last) + tl.dot((b_uT.to(tl.float32) * tl.exp(sum_)[None, :]).to(b_x.dtype), b_df, input_precision="ieee")
+        b_uT = (b_uT.to(tl.float32) * tl.exp(sum_)[None, :]).to(b_x.dtype)
+        dS = dS * tl.exp(last) + tl.dot(b_uT, b_df, input_precision="ieee")
     tl.store(sums + (b * NS + i_s) * H * (P + 1) + H * P + h, tl.sum(d_skip, 0))

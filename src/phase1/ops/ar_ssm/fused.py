@@ -1,5 +1,6 @@
 """The mixer between its two projections as one operator of Triton kernels, with its gradient."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor
 from phase1.ops.ar_ssm.core import Core, core_backward, core_forward, plan
 from phase1.ops.ar_ssm.gate_kernel import gate_backward_kernel, gate_kernel
 from phase1.ops.ar_ssm.gated_norm_kernel import gated_norm_backward_kernel, gated_norm_kernel
-from phase1.ops.ar_ssm.operands_kernel import angles_kernel, conv_backward_kernel, operands_backward_kernel, operands_kernel
+from phase1.ops.ar_ssm.operands_kernel import conv_backward_kernel, operands_backward_kernel, operands_kernel
 from phase1.ops.ar_ssm.sum_kernel import sum_kernel
+from phase1.ops.rotary.kernel import write_angles
 
 TAPS = 4
 ROWS, BACKWARD_ROWS = 16, 8  # positions of a tile in front of the core, and in its backward pass
@@ -67,32 +69,31 @@ def fused_forward(
     assert proj.stride(2) == 1
     s = _sizes(proj, q_scale, state_scale, gate_weight)
     past = 0 if past_k is None else past_k.shape[2]
-    L, like = past + s.T, {"dtype": proj.dtype, "device": proj.device}
-    u, v = (torch.empty(s.B, s.H, s.T, s.R, **like) for _ in range(2))
-    q = torch.empty(s.B, s.H, s.T if window else 0, s.R, **like)
-    k = torch.empty(s.B, s.H, L if window else 0, s.R, **like)
-    x = torch.empty(s.B, s.H, L, s.P, **like)
-    if past:
+    L, half = past + s.T, partial(torch.empty, dtype=proj.dtype, device=proj.device)
+    u, v = (half(s.B, s.H, s.T, s.R) for _ in range(2))
+    q = half(s.B, s.H, s.T if window else 0, s.R)
+    k = half(s.B, s.H, L if window else 0, s.R)
+    x = half(s.B, s.H, L, s.P)
+    if past_k is not None and past_x is not None:
         k[:, :, :past] = past_k
         x[:, :, :past] = past_x
     dt, log_a = (torch.empty(s.B, s.H, s.T, dtype=torch.float32, device=proj.device) for _ in range(2))
-    gate = torch.empty(s.B, s.T, s.R, **like)
+    gate = half(s.B, s.T, s.R)
     n = s.B * s.T
     gate_kernel[(triton.cdiv(n, GATE_ROWS),)](
         proj, dt_bias, A_log, gate_bias, gate_weight, gate_out, gate, dt, log_a, n, s.T, *proj.stride()[:2], 1 / memory,
         **_gate_blocks(s), num_warps=4,
     )  # fmt: skip
     cos, sin = (torch.empty(s.T if window else 0, s.R // 2, dtype=torch.float32, device=proj.device) for _ in range(2))
-    if window:
-        grid = (triton.cdiv(s.T, 64),)
-        angles_kernel[grid](cos, sin, position, s.T, HALF=s.R // 2, HB=triton.next_power_of_2(s.R // 2), BT=64)
+    write_angles(cos, sin, position)
     operands_kernel[(triton.cdiv(s.T, ROWS), 3, s.B)](
         proj, past_conv if past_conv is not None else proj, conv_weight, conv_bias, q_scale, gate, cos, sin, u, v, q, k, x,
-        s.T, L, *proj.stride()[:2], eps, **_operand_blocks(s), BT=ROWS, PAST=past_conv is not None, WINDOWED=window > 0, num_warps=4,
+        s.T, L, *proj.stride()[:2], eps, **_operand_blocks(s), BT=ROWS, PAST=past_conv is not None, WINDOWED=window > 0,
+        num_warps=4,
     )  # fmt: skip
     core = core_forward(u, v, q, k, x, dt, log_a, state_scale, skip, past_S, window, eps)
     D = s.H * s.P
-    z, out = proj[..., s.conv : s.conv + D], torch.empty(s.B, s.T, D, **like)
+    z, out = proj[..., s.conv : s.conv + D], half(s.B, s.T, D)
     rows = _norm_rows(D)
     gated_norm_kernel[(triton.cdiv(n, rows),)](
         core.y, z, norm, out, n, s.T, proj.stride(0), proj.stride(1), eps,
@@ -118,12 +119,12 @@ def fused_backward(
     states, k, x, u, v, q, dt, log_a, y, lse, total, cos, sin = saved
     s = _sizes(proj, q_scale, state_scale, gate_weight)
     D, n, L = s.H * s.P, s.B * s.T, x.shape[2]
-    f32 = {"dtype": torch.float32, "device": proj.device}
+    wide = partial(torch.empty, dtype=torch.float32, device=proj.device)
     d_proj = torch.empty_like(proj, memory_format=torch.contiguous_format)
     strides = proj.stride(0), proj.stride(1), d_proj.stride(0), d_proj.stride(1)
     z, dz = proj[..., s.conv : s.conv + D], d_proj[..., s.conv : s.conv + D]
     dy, rows = torch.empty_like(y), _norm_rows(D)
-    norm_sums = torch.empty(min(triton.cdiv(n, rows), 4 * PROGRAMS), D, **f32)
+    norm_sums = wide(min(triton.cdiv(n, rows), 4 * PROGRAMS), D)
     gated_norm_backward_kernel[(len(norm_sums),)](
         y, z, norm, d_out.contiguous(), dy, dz, norm_sums, n, s.T, *strides, eps,
         D=D, DB=triton.next_power_of_2(D), ROWS=rows, num_warps=4,
@@ -137,13 +138,14 @@ def fused_backward(
     sizes = parameter_sizes(s)
     first, tiles = past_conv if past_conv is not None else proj, triton.cdiv(s.T, BACKWARD_ROWS)
     programs = min(tiles, max(1, 2 * PROGRAMS // s.B))
-    scale_sums = torch.empty(s.B * programs, s.H * s.R, **f32)
-    d_gate_u, d_gate_v = (torch.empty(s.B, s.T, s.R, **f32) for _ in range(2))
+    scale_sums = wide(s.B * programs, s.H * s.R)
+    d_gate_u, d_gate_v = (wide(s.B, s.T, s.R) for _ in range(2))
     operands_backward_kernel[(programs, 3, s.B)](
         proj, first, conv_weight, conv_bias, q_scale, gate, cos, sin, g.u, g.v, g.q, g.k, g.x, d_gate_u, d_gate_v, scale_sums,
-        s.T, L, *strides[:2], tiles, eps, **_operand_blocks(s), BT=BACKWARD_ROWS, PAST=past_conv is not None, WINDOWED=window > 0, num_warps=4,
+        s.T, L, *strides[:2], tiles, eps, **_operand_blocks(s), BT=BACKWARD_ROWS, PAST=past_conv is not None,
+        WINDOWED=window > 0, num_warps=4,
     )  # fmt: skip
-    gate_sums = torch.empty(min(triton.cdiv(n, GATE_ROWS), PROGRAMS), sum(sizes[3:8]), **f32)
+    gate_sums = wide(min(triton.cdiv(n, GATE_ROWS), PROGRAMS), sum(sizes[3:8]))
     gate_backward_kernel[(len(gate_sums),)](
         proj, dt_bias, A_log, gate_bias, gate_weight, gate, g.dt, g.log_a, d_gate_u, d_gate_v,
         d_gate.contiguous() if d_gate is not None else proj, d_proj, gate_sums, n, s.T, *strides, **_gate_blocks(s),
@@ -151,13 +153,13 @@ def fused_backward(
     )  # fmt: skip
     d_past = torch.empty_like(past_conv) if past_conv is not None else proj.new_empty(0)
     stretches = triton.cdiv(s.T + (TAPS - 1 if past_conv is not None else 0), BACKWARD_ROWS * TILES)
-    conv_sums = torch.empty(s.B * stretches, (TAPS + 1) * s.conv, **f32)
+    conv_sums = wide(s.B * stretches, (TAPS + 1) * s.conv)
     columns = triton.cdiv(D, COLUMNS) + 2 * triton.cdiv(s.H * s.R, COLUMNS)
     conv_backward_kernel[(stretches, columns, s.B)](
         g.u, g.v, g.x, proj, first, d_proj, d_past, conv_weight, conv_sums, s.T, L, *strides,
         H=s.H, R=s.R, P=s.P, BC=COLUMNS, BT=BACKWARD_ROWS, TILES=TILES, PAST=past_conv is not None, num_warps=4,
     )  # fmt: skip
-    flat, begin = torch.empty(sum(sizes), **f32), 0
+    flat, begin = wide(sum(sizes)), 0
     for parts in (conv_sums, scale_sums, gate_sums, norm_sums, g.scale_and_skip):
         width = parts.shape[1]
         sum_kernel[(triton.cdiv(width, 32),)](parts, flat[begin:], len(parts), N=width, ROWS=128, COLS=32, num_warps=4)
@@ -173,7 +175,7 @@ def fused_backward(
 
 
 def parameter_sizes(s: Sizes) -> list[int]:
-    """Numbers in the gradients of taps, bias, q_scale, dt_bias, A_log, W (transposed, fixed ranks too), c (too), b, norm, scale, skip."""
+    """Of taps, bias, q_scale, dt_bias, A_log, W (transposed, with the fixed ranks), c (with them), b, norm, scale and skip."""
     D = s.H * s.P
     return [TAPS * s.conv, s.conv, s.H * s.R, s.H, s.H, s.N * s.R, s.R if s.N else 0, s.N, D, D, s.H]
 

@@ -37,7 +37,7 @@ def gate_kernel(  # type: ignore[no-untyped-def]
     forget: tl.constexpr, H: tl.constexpr, R: tl.constexpr, N: tl.constexpr, FIXED: tl.constexpr, FIRST: tl.constexpr,
     HEADS: tl.constexpr, RB: tl.constexpr, NB: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """gate (B, T, R), dt and log_a (B, H, T) of BT of the n = B T tokens; column FIRST of `proj` is the first of raw, then hidden."""
+    """gate (B, T, R), dt and log_a (B, H, T) of BT of the n = B T tokens. From column FIRST of `proj` on: raw, then hidden."""
     row = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     m, b, t = row < n, row // T, row % T
     o_h, o_r, o_n = tl.arange(0, HEADS), tl.arange(0, RB), tl.arange(0, NB)
@@ -70,8 +70,9 @@ def gate_backward_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Gradients of the raw and hidden columns, and of the parameters.
 
-    The gate's gradient is d_u + d_v, by the ranks of u and of v, + d_gate if GATE_USED, (B, T, R) each. `sums` (programs, TOTAL):
-    what each program adds to the gradients of dt_bias (H), A_log (H), W (N R, transposed and with the fixed ranks), c (R), b (N).
+    The gate's gradient is d_u + d_v, by the ranks of u and of v, + d_gate if GATE_USED, (B, T, R) each. `sums`
+    (programs, TOTAL): what each program adds to the gradients of dt_bias (H), A_log (H), W (N R, transposed and with the
+    fixed ranks), c (R) and b (N).
     """
     o_h, o_r, o_n, o_t = tl.arange(0, HEADS), tl.arange(0, RB), tl.arange(0, NB), tl.arange(0, BT).to(tl.int64)
     mh, mr, mn = o_h < H, o_r < R, o_n < N

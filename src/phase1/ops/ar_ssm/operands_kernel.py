@@ -90,7 +90,7 @@ def _heads(  # type: ignore[no-untyped-def]
     H: tl.constexpr, R: tl.constexpr, HEADS: tl.constexpr, HB: tl.constexpr, CONV: tl.constexpr, PAST: tl.constexpr,
     WINDOWED: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """u or v, whose columns begin at `first`: normalised and gated in `out`, normalised (SCALED by γ) and turned in `turned`."""
+    """u or v, whose columns begin at `first`: normalised and gated in `out`, and normalised, SCALED by γ and turned."""
     HALF: tl.constexpr = R // 2
     m, o = t < T, tl.arange(0, HEADS * HB)
     head, j = o // HB, o % HB
@@ -136,19 +136,6 @@ def operands_kernel(  # type: ignore[no-untyped-def]
             proj, past, weight, bias, q_scale, gate, cos, sin, v, k, H * P + H * R, L - T, b, t, T, stride, eps,
             H, R, HEADS, HB, CONV, PAST, WINDOWED, False,
         )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["position", "T"])
-def angles_kernel(cos, sin, position, T, HALF: tl.constexpr, HB: tl.constexpr, BT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Cosines and sines (T, R/2) of (position + t) 10000^(-j / (R/2)), reduced in float64: far positions stay exact."""
-    t, j = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, HB)
-    mask = (t < T)[:, None] & (j < HALF)[None, :]
-    turns = tl.exp2(j.to(tl.float64) * (-13.287712379549449 / HALF)) * 0.15915494309189535  # a position, in full turns
-    angle = (position + t).to(tl.float64)[:, None] * turns[None, :]
-    angle = ((angle - tl.floor(angle)) * 6.283185307179586).to(tl.float32)
-    o = t[:, None] * HALF + j[None, :]
-    tl.store(cos + o, tl.cos(angle), mask=mask)
-    tl.store(sin + o, tl.sin(angle), mask=mask)
 
 
 @triton.jit
@@ -260,8 +247,8 @@ def operands_backward_kernel(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["T", "L"])
 def conv_backward_kernel(  # type: ignore[no-untyped-def]
     du, dv, dx, proj, past, d_proj, d_past, weight, sums, T, L, stride_b, stride: tl.constexpr, d_stride_b,
-    d_stride: tl.constexpr, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr,
-    PAST: tl.constexpr,
+    d_stride: tl.constexpr, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr,
+    TILES: tl.constexpr, PAST: tl.constexpr,
 ):  # fmt: skip
     """From the gradients of its output, d input = Σ_j weight_j d_{t+3-j}, for BC columns and TILES tiles of BT positions.
 

@@ -66,7 +66,7 @@ def ar_ssm_reference(
     x = F.silu(x).unflatten(-1, (H, P))
     u, v = _rms(u.unflatten(-1, (H, R)), eps), _rms(v.unflatten(-1, (H, R)), eps)
     g = proj.new_ones(*proj.shape[:2], R)
-    if p.gate_weight is not None:
+    if p.gate_weight is not None and p.gate_bias is not None and p.gate_out is not None:
         free = torch.sigmoid(F.relu(hidden + p.gate_bias) @ p.gate_weight.T + p.gate_out)
         g = F.pad(free, (R - len(p.gate_weight), 0), value=1.0)
     dt = F.softplus(raw + p.dt_bias)

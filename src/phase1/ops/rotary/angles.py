@@ -1,0 +1,43 @@
+"""Cosines and sines of rotary position embeddings. Inlined, a compiler would compute them anew for every batch and head."""
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+BASE = 10000.0
+
+
+def rotary_angles_reference(like: Tensor, length: int, half: int, start: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of (start + t) · 10000^(-j / half), (length, half) each, float32 on the device of `like`.
+
+    Angles are float64 inside: in float32 those of far positions are off by their rounding.
+
+    Source: Su et al. 2021, "RoFormer", section 3.2.
+    """
+    exact = {"device": like.device, "dtype": torch.float64}
+    frequency = BASE ** (torch.arange(half, **exact) / -half)  # type: ignore[call-overload]
+    position = start + torch.arange(length, **exact)  # type: ignore[call-overload]  # `start` may be a tensor: it is not read
+    angle = position[:, None] * frequency
+    return angle.cos().float(), angle.sin().float()
+
+
+rotary_angles = torch.library.custom_op("phase1::rotary_angles", rotary_angles_reference, mutates_args=())
+"""Fast form of `rotary_angles_reference`: same arguments and results; one kernel on a GPU, if Triton is there."""
+
+
+@rotary_angles.register_fake
+def _(like: Tensor, length: int, half: int, start: int) -> tuple[Tensor, Tensor]:
+    cos, sin = (like.new_empty(length, half, dtype=torch.float32) for _ in range(2))
+    return cos, sin
+
+
+if find_spec("triton"):
+
+    @rotary_angles.register_kernel("cuda")
+    def _(like: Tensor, length: int, half: int, start: int) -> tuple[Tensor, Tensor]:
+        from phase1.ops.rotary.kernel import write_angles  # Triton takes a second to import
+
+        cos, sin = (torch.empty(length, half, dtype=torch.float32, device=like.device) for _ in range(2))
+        write_angles(cos, sin, start)
+        return cos, sin

@@ -1,0 +1,26 @@
+"""The angles of rotary position embeddings as a Triton kernel."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS = 64
+
+
+@triton.jit(do_not_specialize=["start", "T"])
+def _angles(cos, sin, start, T, HALF: tl.constexpr, HB: tl.constexpr, BT: tl.constexpr):  # type: ignore[no-untyped-def]
+    t, j = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, HB)
+    mask = (t < T)[:, None] & (j < HALF)[None, :]
+    turns = tl.exp2(j.to(tl.float64) * (-13.287712379549449 / HALF)) * 0.15915494309189535  # a position, in full turns
+    angle = (start + t).to(tl.float64)[:, None] * turns[None, :]
+    angle = ((angle - tl.floor(angle)) * 6.283185307179586).to(tl.float32)
+    o = t[:, None] * HALF + j[None, :]
+    tl.store(cos + o, tl.cos(angle), mask=mask)
+    tl.store(sin + o, tl.sin(angle), mask=mask)
+
+
+def write_angles(cos: Tensor, sin: Tensor, start: int) -> None:
+    """Fill `cos` and `sin`, contiguous (T, R/2) float32, from position `start` on."""
+    T, half = cos.shape
+    if T:
+        _angles[(triton.cdiv(T, ROWS),)](cos, sin, start, T, HALF=half, HB=triton.next_power_of_2(half), BT=ROWS)
