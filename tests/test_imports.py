@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "checks": {"machine", "records", "roster", "stats"},
     "tables": {"config", "records", "roster", "text"},
     "generation": {"config", "data", "layers", "model", "training"},
+    "hf": {"config", "layers", "model"},
     "plots": {"files", "records", "roster", "tables", "text"},
     "measure": LEAVES | SETTINGS | {"data", "generation", "machine", "model", "ops", "records", "stats", "training"},
     "commands": LEAVES
@@ -90,6 +91,12 @@ def test_no_private_name_crosses_a_file():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("phase1"):
                 assert not [a.name for a in node.names if a.name.startswith("_") and not a.name.endswith("__")], path
+
+
+def test_only_its_user_imports_the_part_for_transformers():
+    for path in PACKAGE.rglob("*.py"):
+        assert path.name == "hf.py" or not ("transformers" in path.read_text() and "import transformers" in path.read_text()), path
+        assert path.name == "hf.py" or "phase1.hf" not in set(modules(path)), path
 
 
 def test_no_module_imports_the_scripts():

@@ -26,6 +26,7 @@ COMMANDS: dict[str, type[Config]] = {
     "pipeline": runs.PipelineRun,
     "train": runs.TrainRun,
     "generate": runs.GenerateRun,
+    "export": runs.ExportRun,
     "doctor": runs.DoctorRun,
 }
 EXIT_STATUS = (

@@ -184,6 +184,15 @@ class GenerateRun(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportRun(Config):
+    """A checkpoint as a folder for Hugging Face transformers."""
+
+    checkpoint: str = option("results/checkpoints/train", "folder of the checkpoint")
+    out_dir: str = option("results/export", "folder to write")
+    tokenizer: str | None = option(None, "gpt2 or a folder with tokenizer.json, for a checkpoint of an earlier version")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PipelineRun(Output):
     """Memory, throughput, perplexity and tables, one after the other."""
 

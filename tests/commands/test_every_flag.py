@@ -5,8 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from phase1.commands import compare, generate, memory, perplexity, pipeline, tables, throughput, train
-from phase1.runs import CompareRun, GenerateRun, MemoryRun, PerplexityRun, PipelineRun, TablesRun, ThroughputRun, TrainRun
+from phase1.commands import compare, export, generate, memory, perplexity, pipeline, tables, throughput, train
+from phase1.runs import (
+    CompareRun,
+    ExportRun,
+    GenerateRun,
+    MemoryRun,
+    PerplexityRun,
+    PipelineRun,
+    TablesRun,
+    ThroughputRun,
+    TrainRun,
+)
 from tests.generation.test_decoder import checkpoint  # noqa: F401, a fixture
 
 SHAPE = {
@@ -46,7 +56,7 @@ def data(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", ["memory", "throughput", "perplexity", "train", "generate", "tables", "compare", "pipeline"]
+    "command", ["memory", "throughput", "perplexity", "train", "generate", "export", "tables", "compare", "pipeline"]
 )
 def test_every_flag_is_read_by_its_command(command, data, tmp_path, monkeypatch, checkpoint):  # noqa: F811
     out = {"out_dir": str(tmp_path / "out")}
@@ -75,6 +85,7 @@ def test_every_flag_is_read_by_its_command(command, data, tmp_path, monkeypatch,
         ),
         "train": (train, lambda: TrainRun(**SHAPE, **RANKS, **data, **out, **short)),
         "generate": (generate, lambda: GenerateRun(checkpoint=str(checkpoint), max_tokens=2)),
+        "export": (export, lambda: ExportRun(**out, checkpoint=str(checkpoint))),
         "tables": (tables, lambda: TablesRun(**out, results_dir=RESULTS)),
         "compare": (compare, lambda: CompareRun(old=RESULTS, new=RESULTS, fail_on="peak:+2%")),
         "pipeline": (pipeline, lambda: PipelineRun(**out, preset="smoke")),

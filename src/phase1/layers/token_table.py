@@ -160,7 +160,7 @@ class HTTTable(nn.Module):
             self.groups = Groups(self.tail.n, self.tail.members, d_model)
         if statistics is not None:
             self._use(statistics)
-        self._turn_anchors()
+        self.turn_anchors()
 
     def _use(self, statistics: TokenStatistics) -> None:
         positions = torch.from_numpy(statistics.positions)
@@ -184,14 +184,14 @@ class HTTTable(nn.Module):
         for parameter in linear:
             parameter.mul_(factor)
 
-    def _turn_anchors(self) -> None:
+    def turn_anchors(self) -> None:
         for level, users in enumerate(users_of(self.anchors, self.levels)):
             self.register_buffer(f"places_{level}", users.places, persistent=False)
             self.register_buffer(f"starts_{level}", users.starts, persistent=False)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._turn_anchors()
+        self.turn_anchors()
 
     def positions(self, ids: Tensor) -> Tensor:
         """Where ids stand in the table; ids below 0 (not scored) stay as they are."""
