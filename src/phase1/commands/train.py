@@ -64,8 +64,8 @@ def main(run: TrainRun) -> int:
     print(f"trained on {done}")
     if skipped := facts.get("skipped_steps"):
         print(f"of these steps {skipped} changed nothing: their gradients overflowed, and the loss scale was lowered")
-    print(*(f"written: {path}" for path in written), next_command(run, model_config), sep="\n")
-    print(f"or: phase1 generate {flags(GenerateRun(checkpoint=run.out_dir))}".rstrip())
+    text = f"text from it: phase1 generate {flags(GenerateRun(checkpoint=run.out_dir))}".rstrip()
+    print(*(f"written: {path}" for path in written), text, next_command(run, model_config), sep="\n")
     return 0
 
 
