@@ -3,7 +3,7 @@
 
 import sys
 
-from phase1.cli import main
+from _start import run
 
 if __name__ == "__main__":
-    sys.exit(main(["tables", *sys.argv[1:]]))
+    sys.exit(run("tables"))

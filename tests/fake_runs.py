@@ -15,12 +15,13 @@ from phase1.cli import COMMANDS
 from phase1.commands import memory, perplexity, throughput
 from phase1.measure.throughput import interleaved as measure_throughput
 from phase1.measure.throughput.timing import StepTime
+from phase1.records import session
 from phase1.records.schema import FILES
 from tests.reports import MODELS, memory_result, perplexity_result
 
 LENGTHS = (8, 16, 32)  # too few for a fit, which takes longer than all else
 CASES = {
-    "memory": ["baseline", "baseline_optimized", "phase1"],
+    "memory": ["baseline", "baseline_optimized", "baseline_fast", "phase1"],
     "throughput": [f"T={length}" for length in LENGTHS],
     "perplexity": ["baseline", "phase1_htt2_ar4", "phase1_htt3_ar4", "phase1_htt4_ar4"],
 }
@@ -69,6 +70,7 @@ def fake(patch, log: Path, begin=lambda case: None) -> None:
     patch.setattr(
         measure_throughput, "_make", lambda contender, *rest: setattr(contender, "parameters", dict.fromkeys(PARTS, 1))
     )
+    patch.setattr(measure_throughput, "_prepare", lambda contender, seq_length: None)
     patch.setattr(measure_throughput, "_step", step)
     patch.setattr(throughput, "run_warnings", lambda samples, cpu_use: [])  # of this machine, now
     patch.setattr(perplexity, "measure", perplexity_case)
@@ -76,8 +78,8 @@ def fake(patch, log: Path, begin=lambda case: None) -> None:
     for module, plots in PLOTS.items():
         for plot in plots:
             patch.setattr(module, plot, lambda report, path: path)
-        patch.setattr(module, "environment", lambda: {"cpu": "fake"})
-        patch.setattr(module, "machine", lambda: {"cpu": "fake"})
+    patch.setattr(session, "environment", lambda: {"cpu": "fake"})
+    patch.setattr(session, "machine", lambda: {"cpu": "fake"})
 
 
 PARTS = ("total", "embedding", "mixer", "mlp")

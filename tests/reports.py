@@ -23,11 +23,13 @@ SIZES = {"vocab_size": 50257, "d_model": 512, "n_layers": 8, "n_heads": 8}
 MODELS: dict[str, dict[str, Any]] = {
     "baseline": SIZES | {"mixer": "attention", "embedding": "dense", "loss": "materialized", "checkpointing": False},
     "baseline_optimized": SIZES | {"mixer": "attention", "embedding": "dense", "loss": "chunked", "checkpointing": True},
+    "baseline_fast": SIZES | {"mixer": "attention", "embedding": "dense", "loss": "chunked", "checkpointing": False},
     "phase1": SIZES | {"mixer": "ar_ssm", "embedding": "htt", "loss": "chunked", "checkpointing": True},
 }
 PARAMETERS = {
     "baseline": Parameters(total=51_000_000, embedding=25_731_584, mixer=8_400_000, mlp=16_800_000),
     "baseline_optimized": Parameters(total=51_000_000, embedding=25_731_584, mixer=8_400_000, mlp=16_800_000),
+    "baseline_fast": Parameters(total=51_000_000, embedding=25_731_584, mixer=8_400_000, mlp=16_800_000),
     "phase1": Parameters(total=28_500_000, embedding=2_900_000, mixer=8_700_000, mlp=16_800_000),
 }
 

@@ -1,21 +1,35 @@
 import gc
+import io
+import json
+import os
+import shlex
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
+import phase1
 from phase1 import cli
 from phase1.cli import COMMANDS, main, parse
 from phase1.config import flags, to_toml
+from phase1.data.cache import cache_folder
 from phase1.errors import Unavailable
 from phase1.presets import PRESETS
+from phase1.records.schema import Check
 from phase1.runs import CompareRun, TrainRun
+from phase1.text import without_private
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 DOCUMENTED = {
@@ -23,9 +37,9 @@ DOCUMENTED = {
     "--out-dir results/benchmarks",
     "throughput": "--seq-lengths 512 1024 2048 4096 --batch-size 4 --vocab-size 50257 --d-model 512 --n-layers 8 --warmup-steps 5 "
     "--measure-steps 20 --out-dir results/benchmarks",
-    "perplexity": "--dataset-name wikitext --dataset-config wikitext-103-raw-v1 --seq-length 512 --batch-size 8 --vocab-size 50257 "
+    "perplexity": "--dataset-name wikitext --seq-length 512 --batch-size 8 --vocab-size 50257 "
     "--d-model 512 --n-layers 8 --test-htt-ranks 16 --test-ar-ssm-ranks 32 --out-dir results/benchmarks",
-    "tables": "--results-dir results/benchmarks --out-dir results/benchmarks/tables --formats markdown csv latex",
+    "tables": "--results-dir results/benchmarks --formats markdown csv latex",
 }
 
 
@@ -170,7 +184,7 @@ def test_every_preset_fits_its_commands(preset):
 @pytest.mark.parametrize(
     "argv",
     [
-        [], ["bogus"], ["memory", "--bogus"], ["memory", "--batch-size", "x"], ["memory", "--batch-size", "0"], ["memory", "--preset", "x"],
+        ["bogus"], ["memory", "--bogus"], ["memory", "--batch-size", "x"], ["memory", "--batch-size", "0"], ["memory", "--preset", "x"],
         ["memory", "--seq-length", "0"], ["memory", "--d-model", "100"], ["memory", "--htt-rank", "1000"], ["memory", "--batch", "4"],
         ["throughput", "--seq-lengths", "512", "0"], ["tables", "--formats", "html"], ["perplexity", "--test-ar-ssm-ranks", "31"],
         ["perplexity", "--max-samples", "0"], ["perplexity", "--train-batch-size", "63"], ["compare", "old.json"], ["compare", "a", "b", "c"],
@@ -186,23 +200,62 @@ def test_wrong_usage_is_one_line_and_exit_2(argv, capsys):
     assert code == 2 and err.count("\n") == 1 and ": error: " in err
 
 
+NUMBERS = [
+    (command, field.name) for command, cls in COMMANDS.items() for field in fields(cls)
+    if {"int", "float"} & set(str(field.type).replace("class", "").replace("'", " ").replace("[", " ").replace(",", " ").split())
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command, name", NUMBERS)
+def test_every_number_flag_is_finite_and_no_larger_than_libraries_can_hold(command, name, capsys):
+    for value in ("nan", "inf", "-inf", "1e16", "18446744073709551616", "9" * 400):
+        try:
+            code = main([command, f"--{name.replace('_', '-')}={value}"])
+        except SystemExit as exit:  # an integer flag: argparse
+            code = exit.code
+        err = capsys.readouterr().err
+        assert code == 2 and err.count("\n") == 1 and f"--{name.replace('_', '-')}" in err and len(err) < 300, (value, err)
+
+
+def test_the_numbers_are_all_there():
+    assert {("train", "grad_clip"), ("train", "learning_rate"), ("memory", "rank_penalty"), ("perplexity", "stride"),
+            ("throughput", "seq_lengths")} <= set(NUMBERS)  # fmt: skip
+
+
+def raising(error):
+    """A command that raises `error`, or what calling it raises."""
+    return SimpleNamespace(main=lambda run: error(run) if callable(error) else (_ for _ in ()).throw(error))
+
+
+OURS = partial(parse, "memory", ["--batch-size", "0"])  # a ValueError that this package raises
+LIBRARY = [
+    lambda run: np.zeros(2).reshape(3), lambda run: json.loads("{"), lambda run: Check(name=1), lambda run: "é".encode("ascii"),
+    lambda run: int("x"), lambda run: Figure(figsize=(float("nan"), 1)), lambda run: {}["key"], lambda run: torch.zeros(2) @ torch.zeros(3),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "raised, code",
-    [(ValueError("got x"), 2), (Unavailable("no network"), 3), (KeyboardInterrupt(), 130), (OSError(28, "No space left"), 4)],
-    ids=["2", "3", "130", "4"],
-)
+    [(lambda run: OURS(), 2), (Unavailable("no network"), 3), (KeyboardInterrupt(), 130), (OSError(28, "No space left"), 4),
+     (MemoryError("x"), 3), (RuntimeError("CUDA out of memory."), 3)],
+    ids=["2", "3", "130", "4", "memory", "GPU memory"],
+)  # fmt: skip
 def test_errors_become_one_line_and_their_exit_status(raised, code, monkeypatch, capsys):
-    class Command:
-        @staticmethod
-        def main(run):
-            raise raised
-
-    monkeypatch.setattr(cli.importlib, "import_module", lambda name: Command)
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: raising(raised))
     assert main(["memory"]) == code
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("raised", [None, ValueError("no")])
+@pytest.mark.parametrize("raised", LIBRARY, ids=range(len(LIBRARY)))
+def test_an_error_that_nobody_expected_ends_with_its_traceback_and_a_status_of_its_own(raised, monkeypatch, capsys):
+    """Status 1 says that a check fails, 2 that the user is wrong: a library's ValueError is neither."""
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: raising(raised))
+    assert main(["memory"]) == 5
+    lines = capsys.readouterr().err.splitlines()
+    assert "Traceback" in lines[0] and lines[-1].startswith("phase1 memory: internal error: ") and "phase1 doctor" in lines[-1]
+
+
+@pytest.mark.parametrize("raised", [None, Unavailable("no")])
 def test_a_command_runs_with_the_garbage_collector_on_and_leaves_nothing_frozen(raised, monkeypatch, capsys):
     def command(run):
         assert gc.isenabled() and gc.get_freeze_count() > 0
@@ -211,18 +264,113 @@ def test_a_command_runs_with_the_garbage_collector_on_and_leaves_nothing_frozen(
         return 0
 
     monkeypatch.setattr("phase1.commands.tables.main", command)
-    assert main(["tables"]) == (0 if raised is None else 2)
+    assert main(["tables"]) == (0 if raised is None else 3)
     assert gc.isenabled() and gc.get_freeze_count() == 0
 
 
-def test_a_programming_error_is_not_hidden(monkeypatch):
-    monkeypatch.setattr(cli.importlib, "import_module", lambda name: None)
-    with pytest.raises(AttributeError):
-        main(["memory"])
+@pytest.mark.parametrize("encoding", ["cp932", "gbk", "euc_jp", "ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_no_output_fails_on_its_encoding(encoding, errors, monkeypatch):
+    """What a Japanese or Chinese locale, or a pipe under one, gives."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=errors)
+    monkeypatch.setattr(sys, "stdout", stream)
+    text = "R² T × T ± ≤ 東京 é \udc83 µ"
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: SimpleNamespace(main=lambda run: print(text) or 0))
+    assert main(["memory"]) == 0
+    assert stream.errors == errors
+    stream.flush()
+    printed = stream.buffer.getvalue().decode(encoding)
+    if encoding == "ascii":
+        assert printed == "R^2 T x T +/- <= ?? ? ? u\n"
+    assert printed.startswith(("R² T", "R^2 T")) and ("東京" in printed) == (encoding not in ("ascii", "latin-1"))
 
 
-@pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.py")), ids=lambda p: p.stem)
+PAUSED = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background has it ignored
+from phase1.cli import main
+print("ready", flush=True)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name)
+@pytest.mark.parametrize("seconds", [0.05, 0.3, 0.9, 1.8])
+def test_a_signal_at_any_moment_of_a_start_ends_with_one_line_and_status_130(number, seconds, tmp_path):
+    argv = ["memory", "--out-dir", str(tmp_path), "--seq-length", "64"]
+    environment = os.environ | {"PYTHONPATH": str(Path(phase1.__file__).parents[1])}
+    child = subprocess.Popen(
+        [sys.executable, "-c", PAUSED, *argv], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)],
+    )  # fmt: skip
+    assert child.stdout.readline() == "ready\n"
+    time.sleep(seconds)
+    child.send_signal(number)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130 and "Traceback" not in err, err
+    assert err.splitlines()[-1].startswith("phase1 memory: interrupted;"), err
+
+
+@pytest.mark.parametrize("flag", ["--out-dir=~/x", "--out-dir ~/x", "--out-dir=~"])
+def test_a_tilde_is_the_home_folder_in_every_spelling(flag, monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere/ann")
+    assert parse("memory", flag.split()).out_dir.startswith("/somewhere/ann")
+    run = parse("perplexity", ["--dataset-name=~/a.txt", "--checkpoint", "baseline=~/b", "phase1_htt1_ar2=c~d", "--cache-dir=~/c"])
+    assert run.dataset_name == "/somewhere/ann/a.txt" and run.cache_dir == "/somewhere/ann/c"
+    assert run.checkpoint == ("baseline=/somewhere/ann/b", "phase1_htt1_ar2=c~d")
+    assert flags(parse("perplexity", [])) == "" and flags(run).startswith("--dataset-name /somewhere/ann/a.txt")
+
+
+def test_a_user_without_a_home_gets_a_folder_for_the_cache_and_an_error_for_a_tilde(monkeypatch, capsys):
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as it does where HOME is unset and the user unknown
+    run = parse("perplexity", [])
+    cache_folder.cache_clear()
+    for _ in range(2):
+        assert cache_folder(run.cache_dir).is_relative_to(tempfile.gettempdir())
+    assert capsys.readouterr().err.count("no home folder") == 1
+    assert without_private("/somewhere/x") == "/somewhere/x"
+    assert main(["memory", "--out-dir", "~/x"]) == 2
+    assert "--out-dir must be a path that this system knows; got ~/x" in capsys.readouterr().err
+    cache_folder.cache_clear()
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS.glob("[a-z]*.py")), ids=lambda p: p.stem)
 def test_scripts_show_their_help_at_once(script):
     began = time.perf_counter()
     out = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True)
     assert "exit status" in out.stdout and time.perf_counter() - began < 2
+
+
+def test_without_a_command_the_help_says_where_to_start(capsys):
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert "start here:" in out and "phase1 pipeline --preset smoke" in out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples_that_can_be_typed_and_no_default_that_is_none(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    out = capsys.readouterr().out
+    assert not any(words in out for words in ("default: None", "default: ()", "default: (", "default: False"))
+    examples = [line.split(None, 2) for line in out.split("examples:")[1].splitlines() if line.startswith("  phase1 ")]
+    assert examples
+    for _, name, *arguments in examples:
+        parse(name, shlex.split(arguments[0]) if arguments else [])
+
+
+@pytest.mark.parametrize(
+    "command, flag, near",
+    [
+        ("memory", "--batch_size", "--batch-size"),
+        ("throughput", "--seq-len", "--seq-lengths"),
+        ("tables", "--format", "--formats"),
+        ("perplexity", "--htt-ranks", "--test-htt-ranks"),
+    ],
+)
+def test_an_unknown_flag_is_answered_with_those_like_it(command, flag, near, capsys):
+    assert pytest.raises(SystemExit, main, [command, flag, "1"]).value.code == 2
+    err = capsys.readouterr().err
+    assert f"unrecognized arguments: {flag}" in err and "did you mean" in err and near in err
+    assert pytest.raises(SystemExit, main, [command, "--zzzzqqq"]).value.code == 2
+    assert "did you mean" not in capsys.readouterr().err

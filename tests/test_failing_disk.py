@@ -11,6 +11,7 @@ import pytest
 
 from phase1.errors import error_line, exit_status
 from phase1.files import atomic_write
+from phase1.records import session
 from phase1.records.schema import FILES
 from tests.fake_runs import CASES, fake, journal_of, result_of, run
 from tests.reports import assert_one_line, contents, make_tables, write_all
@@ -61,18 +62,23 @@ def failing_disk(fail_at, code):
         call("open")
         return FailingFile(real_open(path, mode, *args, **options), call)
 
+    def open_folder(path, flags, *mode):
+        if flags & os.O_DIRECTORY:
+            call("open folder")
+        return real_os_open(path, flags, *mode)
+
     def close(handle):
         real_close(handle)
         if sys._getframe(1).f_code.co_name == "_sync_folder":
             call("close folder")
 
-    real_open, real_close = Path.open, os.close
+    real_open, real_close, real_os_open = Path.open, os.close, os.open
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "open", open_file)
         patch.setattr(Path, "mkdir", counted("mkdir", Path.mkdir))
         patch.setattr(os, "fsync", counted("fsync", os.fsync))
         patch.setattr(os, "replace", counted("replace", os.replace))
-        patch.setattr(os, "open", counted("open folder", os.open))
+        patch.setattr(os, "open", open_folder)
         patch.setattr(os, "close", close)
         yield calls
 
@@ -95,6 +101,14 @@ def test_a_disk_that_fails_at_any_call_leaves_a_whole_file_and_no_other(tmp_path
     assert os.listdir(tmp_path) == ["a.json"]
     atomic_write(path, b"third")
     assert path.read_bytes() == b"third"
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS], ids=errno.errorcode.get)
+def test_a_file_system_that_cannot_sync_a_file_or_a_folder_gets_the_file_all_the_same(tmp_path, code):
+    for fail_at in (i for i, name in enumerate(CALLS) if name == "fsync"):
+        with failing_disk(fail_at, code):
+            atomic_write(tmp_path / "a.json", b"new %d" % fail_at)
+        assert (tmp_path / "a.json").read_bytes() == b"new %d" % fail_at
 
 
 @pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
@@ -124,6 +138,7 @@ def test_a_run_whose_disk_fails_at_any_call_exits_4_with_one_line_and_resumes_wi
 ):
     log = tmp_path / "begun"
     fake(monkeypatch, log)
+    monkeypatch.setattr(session, "require_writable", lambda folder: None)  # what it tries is tests/records/test_session.py's
     run(command, tmp_path / "whole")
     writes = len(CASES[command]) + 1  # a journal for every case, and the report
     for fail_at in range(0, len(CALLS) * writes, 1 if (command, code) == ("memory", errno.ENOSPC) else 7):

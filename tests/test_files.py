@@ -3,6 +3,8 @@ import errno
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -111,3 +113,24 @@ def test_nothing_else_in_the_package_opens_a_file_for_writing():
                 )
                 found += [path.name] if writes or name in writers else []
     assert found == ["files.py"]
+
+
+def test_what_killed_writers_of_this_machine_left_is_removed_by_the_next_write_and_nothing_else(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    machine, ours = files._machine(), os.getpid()
+    other = "0" * 8 if machine != "0" * 8 else "1" * 8
+    stay = [f".a.json.{machine}-{ours:x}-abcdef.tmp", f".a.json.{other}-{dead.pid:x}-abcdef.tmp", ".a.json.0123456789ab.tmp", "x.tmp", ".x.tmp"]
+    for name in (*stay, f".a.json.{machine}-{dead.pid:x}-abcdef.tmp", f".b-00000001.safetensors.{machine}-{dead.pid:x}-012345.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    atomic_write(tmp_path / "c.json", b"{}")
+    assert sorted(os.listdir(tmp_path)) == sorted([*stay, "c.json"])
+
+
+@pytest.mark.parametrize("read", [files.open_plain, read_json])
+def test_what_is_no_plain_file_is_named(tmp_path, read):
+    with pytest.raises((OSError, ValueError), match="no plain file"):
+        read(tmp_path)
+    if Path("/dev/zero").exists():
+        with pytest.raises((OSError, ValueError), match="no plain file"):
+            read("/dev/zero")

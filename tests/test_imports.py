@@ -8,16 +8,18 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "phase1"
-LEAVES = {"errors", "files", "text"}
+LEAVES = {"advice", "errors", "files", "text", "signals"}
 SETTINGS = {"config", "presets", "roster", "runs"}
 MAY_IMPORT = {
     "text": set(),
+    "signals": set(),
     "errors": {"text"},
     "files": {"text"},
     "config": set(),
     "presets": set(),
     "roster": {"config"},
-    "runs": {"config", "roster"},
+    "runs": {"config", "machine", "roster"},
+    "advice": set(),
     "cli": LEAVES | SETTINGS,
     "__main__": {"cli"},
     "ops": set(),
@@ -27,7 +29,7 @@ MAY_IMPORT = {
     "data": LEAVES | {"config"},
     "training": LEAVES | {"config", "data", "model", "ops", "records", "vocabulary"},
     "machine": LEAVES | {"config"},
-    "records": LEAVES,
+    "records": LEAVES | {"config", "machine"},
     "stats": {"records"},
     "checks": {"machine", "records", "roster", "stats"},
     "tables": {"config", "records", "roster", "text"},
@@ -40,9 +42,10 @@ MAY_IMPORT = {
     | {"checks", "data", "generation", "machine", "measure", "model", "plots", "records", "stats", "tables", "training"},
 }
 WINGS = {
+    "execution": set(),
     "workload": set(),
-    "memory": {"workload"},
-    "throughput": {"workload", "memory.estimate.allocator"},  # which rounds sizes as the CUDA allocator does
+    "memory": {"execution", "workload"},
+    "throughput": {"execution", "workload", "memory.estimate.allocator"},  # which rounds sizes as the CUDA allocator does
     "perplexity": set(),
 }
 

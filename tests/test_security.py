@@ -15,6 +15,7 @@ from phase1.data import load_corpus
 from phase1.errors import reason
 from phase1.machine.environment import current_command, environment, settings
 from phase1.plots import plot_losses, plot_memory, plot_perplexity, plot_throughput
+from phase1.records import session
 from phase1.records.schema import FILES
 from phase1.runs import PerplexityRun
 from phase1.text import without_private
@@ -264,12 +265,11 @@ def test_command_settings_and_messages_hold_nothing_private(monkeypatch, text):
 
 
 def test_a_report_written_with_poisoned_variables_names_no_host_user_home_or_token(poisoned, tmp_path, monkeypatch):
-    from phase1.commands import memory
     from tests.fake_runs import fake, run
 
     with monkeypatch.context() as patch:
         fake(patch, tmp_path / "log")
-        patch.setattr(memory, "environment", environment)
+        patch.setattr(session, "environment", environment)
         monkeypatch.setattr(
             "sys.argv", ["/home/poisoned-user/bin/phase1", "memory", "--out-dir", f"/home/poisoned-user/{SECRETS[0]}"]
         )

@@ -11,11 +11,12 @@ from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from phase1 import __version__, runs
+from phase1 import __version__, config, runs
 from phase1.config import Config, to_toml
-from phase1.errors import FAILURES, error_line, exit_status
+from phase1.errors import Unavailable, report_failure
 from phase1.presets import PRESETS
-from phase1.text import one_line
+from phase1.signals import Ending, ending_signals_interrupt
+from phase1.text import one_line, printable_output
 
 COMMANDS: dict[str, type[Config]] = {
     "memory": runs.MemoryRun,
@@ -29,9 +30,43 @@ COMMANDS: dict[str, type[Config]] = {
     "export": runs.ExportRun,
     "doctor": runs.DoctorRun,
 }
+GROUPS: dict[type[Config], str] = {
+    config.Shape: "model",
+    config.Ranked: "model",
+    config.ModelConfig: "model",
+    config.DataConfig: "data",
+    config.TrainConfig: "training",
+    config.WatchConfig: "watching",
+    runs.Output: "output",
+}
+"""Heading of the flags that a class declares; those of the command itself come first, under its name."""
+EXAMPLES = {
+    "memory": ("phase1 memory", 'phase1 memory --card "RTX 3060" --fit', "phase1 memory --batch-size 2 --ablate"),
+    "throughput": ("phase1 throughput --save-plots", "phase1 throughput --preset smoke", "phase1 throughput --compile --a-a"),
+    "perplexity": (
+        "phase1 perplexity --preset smoke",
+        "phase1 perplexity --dataset-name c4 --max-samples 1000",
+        "phase1 perplexity --checkpoint results/checkpoints/train",
+    ),
+    "tables": ("phase1 tables", "phase1 tables --results-dir results/validate --formats csv"),
+    "compare": ("phase1 compare old new --fail-on peak:+2%,tokens_per_second:-5%",),
+    "pipeline": ("phase1 pipeline --preset smoke", "phase1 pipeline --preset rtx3080-10g --resume"),
+    "train": ("phase1 train --dataset-name my.txt --tokenizer bpe --vocab-size 8192",),
+    "generate": (
+        'phase1 generate --checkpoint results/checkpoints/train --prompt "The "',
+        "phase1 generate --checkpoint results/checkpoints/train --prompt-file - --temperature 0",
+    ),
+    "export": ("phase1 export --checkpoint results/checkpoints/train",),
+    "doctor": ("phase1 doctor",),
+}
+START = """start here:
+  phase1 doctor                             what this machine can do
+  phase1 memory --card "RTX 3060" --fit     what trains on a card; needs no GPU
+  phase1 pipeline --preset smoke            everything at small sizes, some minutes on a CPU
+"""
 EXIT_STATUS = (
     "exit status: 0 every check passes, 1 a check fails, 2 wrong usage or input, 3 undecided or unavailable, "
-    "4 a file cannot be written, 130 interrupted"
+    "4 a file cannot be written, 5 an internal error, 130 interrupted"
 )
 
 
@@ -42,50 +77,86 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, one_line(f"{self.prog}: error: {message}; see {self.prog} --help", 2000) + "\n")
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults as they are typed, and none where there is none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, (), argparse.SUPPRESS) or isinstance(action.default, bool):
+            return action.help
+        if isinstance(action.default, tuple):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        return super()._get_help_string(action)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     name = argv[0] if argv and argv[0] in COMMANDS else None
-    if name is None:
-        return _top_level(argv)
+    with printable_output(), ending_signals_interrupt() as ending:
+        if name is None:
+            return _top_level(argv)
+        return _status(name, argv[1:], ending)
+
+
+def _status(name: str, argv: Sequence[str], ending: Ending) -> int:
+    """The exit status of a command, whatever ends it."""
     try:
-        run = parse(name, argv[1:])
-        return _run(name, run)
-    except KeyboardInterrupt:
+        return _run(name, parse(name, argv), ending)
+    except BrokenPipeError:  # the reader, `head` for example, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (Exception, KeyboardInterrupt) as error:
+        if not ending.come and not isinstance(error, KeyboardInterrupt):
+            return report_failure(name, error)
         kept = "; older results are untouched" if name != "generate" else ""
         again = "; --resume goes on with what is finished" if hasattr(COMMANDS[name], "resume") else ""
         again = "; the same command goes on from its checkpoint" if name == "train" else again
         print(f"phase1 {name}: interrupted{kept}{again}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader, `head` for example, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except tuple(FAILURES) as error:
-        print(error_line(name, error), file=sys.stderr)
-        return exit_status(error)
 
 
-def _run(name: str, run: Config) -> int:
+def _run(name: str, run: Config, ending: Ending) -> int:
     """The exit status of a command. What it imports is no garbage: to look through it, over and over, takes seconds."""
+    # On a busy machine, threads that spin while they wait take the cores from the ones that work. Read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     gc.disable()
     try:
-        command = importlib.import_module(f"phase1.commands.{name}")
+        with ending.waiting():
+            command = importlib.import_module(f"phase1.commands.{name}")
         gc.freeze()
+    except ModuleNotFoundError as error:
+        raise _not_installed(error) from error
     finally:
         gc.enable()
     try:
         return int(command.main(run))
+    except ModuleNotFoundError as error:  # of those that are imported where they are needed
+        raise _not_installed(error) from error
     finally:
         gc.unfreeze()
 
 
+def _not_installed(error: ModuleNotFoundError) -> Exception:
+    """One line in place of a traceback; a module of this package that is missing stays an error of ours."""
+    package = (error.name or "").partition(".")[0]
+    if package in ("", "phase1"):
+        return error
+    return Unavailable(
+        f"the Python package {package} is not installed; run: pip install {package}, or pip install -e . for all"
+    )
+
+
 def _top_level(argv: list[str]) -> int:
-    parser = _Parser(prog="phase1", description="Phase 1 Efficiency Engine: an O(N) language model and its validation.")
+    about = "Phase 1 Efficiency Engine: an O(N) language model and its validation."
+    parser = _Parser(prog="phase1", description=about, formatter_class=_Help)
     parser.add_argument("--version", action="version", version=f"phase1 {__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
     for name, cls in COMMANDS.items():
         commands.add_parser(name, help=_summary(cls), add_help=False)
-    parser.epilog = f"phase1 COMMAND --help explains a command. {EXIT_STATUS}"
+    parser.epilog = f"{START}\nphase1 COMMAND --help explains a command.\n{EXIT_STATUS}"
+    if not argv:
+        parser.print_help()
+        return 0
     parser.parse_args(argv)
     return 2
 
@@ -99,19 +170,26 @@ def parse(command: str, argv: Sequence[str]) -> Any:
     cls = COMMANDS[command]
     parser = _Parser(
         prog=f"phase1 {command}",
+        usage=" ".join(["%(prog)s", *(f.name.upper() for f in fields(cls) if f.metadata.get("positional")), "[flags]"]),
         description=cls.__doc__,
-        epilog=EXIT_STATUS,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="\n".join(["examples:", *(f"  {example}" for example in EXAMPLES[command]), "", EXIT_STATUS]),
+        formatter_class=_Help,
         allow_abbrev=False,
     )
     presets = [name for name, commands in PRESETS.items() if command in commands]
     if presets:
         parser.add_argument("--preset", choices=presets, default=None, help="defaults for a card; other flags win over it")
+    groups = {title: parser.add_argument_group(title) for title in dict.fromkeys((command, *GROUPS.values()))}
     for field in fields(cls):
-        parser.add_argument(_spelling(field), help=field.metadata["help"], **_argument(field))
-    parser.add_argument("--config", metavar="FILE", help="TOML file of these flags, without their dashes in front; flags win")
-    parser.add_argument("--print-config", action="store_true", help="print such a file, with where each value is from, and end")
-    first = parser.parse_args(argv)
+        groups[_group(cls, field.name, command)].add_argument(
+            *_spellings(field), help=field.metadata["help"], **_argument(field)
+        )
+    settings = groups[command]
+    settings.add_argument("--config", metavar="FILE", help="TOML file of these flags, without their dashes in front; flags win")
+    settings.add_argument(
+        "--print-config", action="store_true", help="print such a file, with where each value is from, and end"
+    )
+    first = _known(parser, argv)
     from_file = [] if first.config is None else _words(first.config, parser, cls)
     values = vars(parser.parse_args([*from_file, *argv]))
     preset = values["preset"] if presets else None
@@ -150,9 +228,9 @@ def _words(path: str, parser: _Parser, cls: type[Config]) -> list[str]:
         elif known[name].type is bool and isinstance(value, bool):
             words.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
         elif isinstance(value, list):
-            words += [_spelling(known[name]), *map(str, value)] if value else []
+            words += [_spellings(known[name])[0], *map(str, value)] if value else []
         else:
-            words.append(f"{_spelling(known[name])}={value}")
+            words.append(f"{_spellings(known[name])[0]}={value}")
     return words
 
 
@@ -163,8 +241,30 @@ def _given(parser: _Parser, argv: Sequence[str], names: list[str]) -> list[str]:
     return [name for name in names if getattr(values, name) is not nothing]
 
 
-def _spelling(field: Any) -> str:
-    return field.name if field.metadata.get("positional") else "--" + field.name.replace("_", "-")
+def _known(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """The parsed flags; SystemExit(2) for an unknown one, with those that look like it."""
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [spelling for action in parser._actions for spelling in action.option_strings]
+        given = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
+        plain = given.replace("_", "-")
+        near = [flag for flag in flags if flag.startswith(plain)] if len(plain) > 3 else []
+        near = near or get_close_matches(plain, flags, n=2, cutoff=0.6)
+        hint = f"; did you mean {' or '.join(near[:2])}?" if near else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    return values
+
+
+def _group(cls: type[Config], name: str, command: str) -> str:
+    """The heading of a flag: that of the class which declares it, the command's own of any other."""
+    declaring = next(base for base in cls.__mro__ if name in base.__dict__.get("__annotations__", {}))
+    return GROUPS.get(declaring, command)
+
+
+def _spellings(field: Any) -> list[str]:
+    if field.metadata.get("positional"):
+        return [field.name]
+    return ["--" + name.replace("_", "-") for name in (field.name, *field.metadata.get("spellings", ()))]
 
 
 def _argument(field: Any) -> dict[str, Any]:
@@ -174,10 +274,10 @@ def _argument(field: Any) -> dict[str, Any]:
     kind, options = field.type, {"default": field.default}
     if field.default is MISSING:
         options = {"required": True}
-    if kind is bool:
-        return options | {"action": argparse.BooleanOptionalAction}
     if get_origin(kind) is UnionType:
         kind = next(part for part in get_args(kind) if part is not NoneType)
+    if kind is bool:
+        return options | {"action": argparse.BooleanOptionalAction}
     if get_origin(kind) is tuple:
         options["nargs"] = "+"
         kind = get_args(kind)[0]

@@ -3,14 +3,19 @@
 import hashlib
 import json
 import math
+import os
+import re
 import shlex
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 
-def option(default: Any, help: str) -> Any:
-    """A field that is also a command-line flag: one line holds its name, default and help."""
-    return field(default=default, metadata={"help": help})
+def option(default: Any, help: str, *, spellings: tuple[str, ...] = (), affects_results: bool = True) -> Any:
+    """A field that is also a command-line flag: one line holds its name, default and help.
+
+    spellings: other flags that mean the same. affects_results: no for what changes no number of a report.
+    """
+    return field(default=default, metadata={"help": help, "spellings": spellings, "affects_results": affects_results})
 
 
 def argument(help: str) -> Any:
@@ -18,13 +23,33 @@ def argument(help: str) -> Any:
     return field(metadata={"help": help, "positional": True})
 
 
+LARGEST: Final = 10**15  # of any setting: what is larger is a slip, and overflows some library's integers or floats
+
+
+LARGEST_VOCABULARY: Final = 10**7  # forty times that of any published model; libraries take memory for it at once
+
+
+def flag_of(name: str) -> str:
+    """The spelling of a field on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def with_home(value: Any) -> Any:
+    """`value` with ~ and ~user as the home folder where a text, or one of a tuple, is a path or NAME=PATH that begins so."""
+    if isinstance(value, tuple):
+        return tuple(map(with_home, value))
+    if not isinstance(value, str) or "~" not in value:
+        return value
+    name, path = re.fullmatch(r"(\w+=)?(.*)", value, re.DOTALL).groups(default="")  # type: ignore[union-attr]
+    return name + os.path.expanduser(path)
+
+
 def require_positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         for item in value if isinstance(value, tuple) else (value,):
             if not 0 < item < math.inf:
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag} must be greater than 0; got {item}; give a positive number")
+                raise ValueError(f"{flag_of(name)} must be greater than 0; got {item}; give a positive number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +58,16 @@ class Config:
 
     def __post_init__(self) -> None:
         """Raise ValueError (expected, got, remedy) for a value out of range; subclasses call super first."""
+        for setting in fields(self):
+            value = with_home(getattr(self, setting.name))
+            object.__setattr__(self, setting.name, value)
+            for item in value if isinstance(value, tuple) else (value,):
+                if isinstance(item, int | float) and not abs(item) <= LARGEST:
+                    expected = f"{flag_of(setting.name)} must be a finite number of at most 10^15"
+                    raise ValueError(f"{expected}; got {item!r:.40}; give a smaller one")
+                if isinstance(item, str) and item.startswith("~") and item != setting.default:  # a default has a substitute
+                    expected = f"{flag_of(setting.name)} must be a path that this system knows"
+                    raise ValueError(f"{expected}; got {item}, no home folder; give the whole path")
 
 
 C = TypeVar("C", bound=Config)
@@ -68,6 +103,8 @@ class Shape(Config):
         require_positive(self, "ar_ssm_min_rank", "ar_ssm_memory", "copy_window", "htt_groups", "row_norm")
         if self.logit_scale < 0 or self.input_scale is not None and self.input_scale <= 0:
             raise ValueError("--logit-scale must be 0 or more and --input-scale above 0; got less; raise it")
+        if self.vocab_size > LARGEST_VOCABULARY:
+            raise ValueError(f"--vocab-size must be at most {LARGEST_VOCABULARY:,}; got {self.vocab_size:,}; lower it")
         if self.d_model % (2 * self.n_heads):
             raise ValueError(
                 f"--d-model must be a multiple of 2 x --n-heads={2 * self.n_heads} (rotary pairs); got {self.d_model}; "
@@ -170,7 +207,7 @@ def flags(config: Config) -> str:
         value = getattr(config, setting.name)
         if setting.metadata.get("positional"):
             words.append(shlex.quote(value))
-        elif value != setting.default:
+        elif value != with_home(setting.default):
             flag = setting.name.replace("_", "-")
             if isinstance(value, bool):
                 words.append(f"--{flag}" if value else f"--no-{flag}")
@@ -214,11 +251,13 @@ class DataConfig(Config):
         "wikitext, c4 (both from the Hugging Face hub), builtin (offline), or a path: a text file, "
         "or a folder with train/valid/test as .txt, .txt.xz, .gpt2.bin or .gpt2.bin.xz",
     )
-    dataset_config: str = option("wikitext-103-raw-v1", "configuration of a hub data set, for example en for c4")
+    dataset_config: str | None = option(
+        None, "configuration of a hub data set; by default wikitext-103-raw-v1 of wikitext, en of c4, the only one of others"
+    )
     tokenizer: str = option(
         "auto",
         "auto, gpt2, a folder with tokenizer.json, or bpe (train a BPE of --vocab-size on the training text); "
-        "auto is bpe for builtin and gpt2 otherwise",
+        "auto is bpe for builtin and for a --vocab-size below GPT-2's 50,257, and gpt2 otherwise",
     )
     cache_dir: str = option("~/.cache/phase1", "where trained tokenizers and tokenised text are kept")
     offline: bool = option(False, "open no network connection: a hub data set must be in the local cache")

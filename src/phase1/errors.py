@@ -1,5 +1,9 @@
 """The errors that are not the user's mistake, what an error says, and the exit status of every kind of failure."""
 
+import dis
+import sys
+import traceback
+
 from phase1.text import one_line, without_private
 
 
@@ -13,17 +17,47 @@ class Diverged(Unavailable):
 
 FAILURES: dict[type[Exception], int] = {ValueError: 2, Unavailable: 3, OSError: 4}
 """Expected failures of a command, each one line on stderr, and their exit status."""
-
-
-def error_line(command: str, error: Exception) -> str:
-    """What stderr gets for an expected failure: one line, whatever names of files and data sets are in it."""
-    remedy = "; check that path and the free space there" if isinstance(error, OSError) else ""
-    return one_line(f"phase1 {command}: error: {error}{remedy}", 2000)
+INTERNAL = 5  # the exit status of any other: a fault of this program, or of a module that is plugged in
 
 
 def exit_status(error: Exception) -> int:
-    """The exit status of an expected failure."""
-    return next(code for kind, code in FAILURES.items() if isinstance(error, kind))
+    """The exit status of a failure. A ValueError is the user's mistake where this package raised it, no library."""
+    if is_out_of_memory(error):
+        return FAILURES[Unavailable]
+    if isinstance(error, ValueError) and not _raised_here(error):
+        return INTERNAL
+    return next((code for kind, code in FAILURES.items() if isinstance(error, kind)), INTERNAL)
+
+
+def error_line(command: str, error: Exception) -> str:
+    """What stderr gets for a failure: one line, whatever names of files and data sets are in it."""
+    if exit_status(error) == INTERNAL:
+        what = f"internal error: {type(error).__name__}: {reason(error)}; report it with the lines above and `phase1 doctor`"
+    else:
+        remedy = "; check that path and the free space there" if isinstance(error, OSError) else ""
+        what = f"error: {reason(error) if is_out_of_memory(error) else error}{remedy}"
+    return one_line(f"phase1 {command}: {what}", 2000)
+
+
+def report_failure(command: str, error: Exception) -> int:
+    """Say on stderr what happened, with the traceback of what nobody expected; the exit status."""
+    status = exit_status(error)
+    if status == INTERNAL:
+        traceback.print_exception(error)
+    print(error_line(command, error), file=sys.stderr)
+    return status
+
+
+def _raised_here(error: Exception) -> bool:
+    """Whether a `raise` of this package made `error`: not a library, and no function in C that this package called."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None:
+        return True
+    raised = last.tb_frame.f_code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    module = str(last.tb_frame.f_globals.get("__name__", ""))
+    return raised and module.partition(".")[0] == __name__.partition(".")[0]
 
 
 # what PyTorch says, other than torch.OutOfMemoryError, when memory runs out

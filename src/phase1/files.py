@@ -1,37 +1,65 @@
 """Files that survive: written whole or not at all, read as strict JSON or not at all."""
 
+import contextlib
+import errno
 import json
 import math
 import os
+import platform
+import re
 import secrets
+import stat
+import zlib
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from phase1.text import one_line
 
-MAX_JSON_BYTES = 64 * 2**20  # a report is some kilobytes; a file this large is not one
+MAX_JSON_BYTES = 16 * 2**20  # a report is some kilobytes; a file this large is not one
 
 
 def atomic_write(path: Path | str, data: bytes) -> None:
     """Put `data` at `path` so that a crash at any moment leaves the old or the new content, never a part.
 
+    What killed writers have left in the folder is removed afterwards.
     Makes missing folders. Raises OSError, with the old file untouched and no temporary file left; only where the last
     step, the fsync of the folder, fails, the new content is already there, whole, but may not survive a power cut.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    temporary = path.with_name(f".{path.name}.{_machine()}-{os.getpid():x}-{secrets.token_hex(3)}.tmp")
     try:
         with temporary.open("xb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            _sync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+    _remove_orphans(path.parent)
+
+
+_TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})-([0-9a-f]+)-[0-9a-f]{6}\.tmp")
+
+
+def _machine() -> str:
+    """Eight hex digits of the machine's name: a process number means nothing on another one that shares the folder."""
+    return f"{zlib.crc32(platform.node().encode('utf-8', 'replace')):08x}"
+
+
+def _remove_orphans(folder: Path) -> None:
+    """Remove the temporary files in `folder` whose process of this machine is no more: it was killed while it wrote."""
+    with contextlib.suppress(OSError):
+        found = [(name, of) for name in os.listdir(folder) if (of := _TEMPORARY.fullmatch(name)) and of[1] == _machine()]
+        if found:
+            import psutil
+
+            for name, of in found:
+                if not psutil.pid_exists(int(of[2], 16)):
+                    (folder / name).unlink(missing_ok=True)
 
 
 def append_text(path: Path, text: str) -> None:
@@ -46,23 +74,44 @@ def _sync_folder(folder: Path) -> None:
         return
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(handle)
+        _sync(handle)
     finally:
         os.close(handle)
 
 
-def read_json(path: Path | str) -> Any:
-    """The content of a strict JSON file: UTF-8, finite numbers, no key twice in an object.
+def _sync(handle: int) -> None:
+    """`os.fsync`, where the file system has one for this kind of file: network and shared folders often have none."""
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+
+
+def open_plain(path: Path | str) -> BinaryIO:
+    """Open a file for reading. Raises OSError for what is none: a pipe would keep the program waiting for ever.
+
+    A name that leads to a pipe or a device is not waited for, and a folder is named as one.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "no plain file, but a folder, pipe or device", str(path))
+    return os.fdopen(handle, "rb")
+
+
+def read_json(path: Path | str, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """The content of a strict JSON file: UTF-8, finite numbers, no key twice in an object, at most `max_bytes`.
 
     Raises ValueError, one line that says what the file is instead, without its name.
     """
     try:
-        with Path(path).open("rb") as file:
-            data = file.read(MAX_JSON_BYTES + 1)
+        with open_plain(path) as file:
+            data = file.read(max_bytes + 1)
     except OSError as error:
         raise ValueError(f"no readable file ({error.strerror})") from error
-    if len(data) > MAX_JSON_BYTES:
-        raise ValueError(f"more than {MAX_JSON_BYTES // 2**20} MiB")
+    if len(data) > max_bytes:
+        raise ValueError(f"more than {max_bytes // 2**20} MiB")
     try:
         content = json.loads(
             data.decode(), parse_constant=_finite, parse_float=_finite, parse_int=_integer, object_pairs_hook=_no_duplicates

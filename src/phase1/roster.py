@@ -9,9 +9,16 @@ TRANSFORMER: dict[str, Any] = {"mixer": "attention", "embedding": "dense", "copy
 ROLES: dict[str, dict[str, Any]] = {
     "baseline": TRANSFORMER | {"loss": "materialized", "checkpointing": False},
     "baseline_optimized": TRANSFORMER | {"loss": "chunked", "checkpointing": True},
+    "baseline_fast": TRANSFORMER | {"loss": "chunked", "checkpointing": False},
     "phase1": {"mixer": "ar_ssm", "embedding": "htt", "copy_head": True, "loss": "chunked", "checkpointing": True},
 }
 """The models a run compares, by the key they have in a result file (docs/design.md, "Definitions")."""
+
+TRANSFORMERS = tuple(role for role in ROLES if role != "phase1")
+"""Roles that the engine is compared with, each fast or small in its own way."""
+
+COMPILED = frozenset({"baseline_fast"})
+"""Roles that are compiled on a GPU, whatever --compile says: the fastest a Transformer can be made with a flag."""
 
 CONTROLS: dict[str, dict[str, Any]] = {
     "quadratic_control": ROLES["baseline_optimized"] | {"attention": "math"},

@@ -17,6 +17,7 @@ from phase1.config import (
     option,
     require_positive,
 )
+from phase1.machine.cards import card_for
 from phase1.roster import Variant
 
 
@@ -24,9 +25,12 @@ from phase1.roster import Variant
 class Output(Config):
     """Where results go."""
 
-    out_dir: str = option("results/benchmarks", "folder of the result files")
+    out_dir: str = option("results/benchmarks", "folder of the result files", affects_results=False)
     baseline: bool = option(True, "measure the Transformer baselines too")
-    resume: bool = option(False, "go on with what an interrupted run of the same config, code and data has finished")
+    resume: bool = option(
+        False, "go on with what an interrupted run of the same config, code and data has finished", affects_results=False
+    )
+    verbose: bool = option(False, "print every table, not only the answer", affects_results=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +42,8 @@ class MemoryRun(Ranked, Output):
     gradient_checkpointing: bool = option(True, "recompute the engine's activations in the backward pass")
     vram_limit: str | None = option(None, "let every model have so much of the card and no more: 8GB, 7.2GB, 8GiB or bytes")
     card: str | None = option(
-        None, "hold every model to the usable bytes of that card, for example rtx4060, and check that it fits"
+        None,
+        'hold every model to the usable bytes of that card, for example "RTX 4060", and check that it fits; list names all',
     )
     fit: bool = option(False, "find the largest batch at --seq-length and the longest sequence at a batch of 1 that train")
     dry_run: bool = option(False, "estimate without running anything, also where there is a GPU; without one it always does")
@@ -47,6 +52,8 @@ class MemoryRun(Ranked, Output):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "batch_size", "seq_length")
+        if self.card not in (None, "list"):
+            card_for(str(self.card))
         if self.ablate and not self.baseline:
             raise ValueError("--ablate compares engine and baseline; got --no-baseline; leave one of them out")
 
@@ -55,13 +62,23 @@ class MemoryRun(Ranked, Output):
 class ThroughputRun(Ranked, Output):
     """Training throughput over sequence lengths, and whether the time is linear in the length."""
 
-    seq_lengths: tuple[int, ...] = option((512, 1024, 2048, 4096), "T, the lengths to measure; a verdict needs 4 over 8x")
+    seq_lengths: tuple[int, ...] = option(
+        (512, 1024, 2048, 4096), "T, the lengths to measure; a verdict needs 4 over 8x", spellings=("seq_length",)
+    )
     batch_size: int = option(4, "B, sequences per step")
     warmup_steps: int = option(5, "steps before the measurement, per model and length")
     measure_steps: int = option(20, "measured steps, per model and length")
-    compile: bool = option(False, "torch.compile every block of every model; compilation is not in the times")
-    cuda_graphs: bool = option(False, "launch every step's passes as two CUDA graphs: times of the GPU, not of the host")
-    save_plots: bool = option(False, "write phase1_throughput_comparison.png")
+    saturate: bool = option(
+        True, "on a GPU that waits for the host or is not full at the shortest length, measure larger batches than --batch-size"
+    )
+    compile: bool = option(
+        False,
+        "torch.compile every model; without, on a GPU, baseline_fast alone; compilation is not in the times",
+    )
+    cuda_graphs: bool | None = option(
+        None, "launch every step's passes as two CUDA graphs: times of the GPU, not of the host; by default on a GPU"
+    )
+    save_plots: bool = option(False, "write phase1_throughput_comparison.png", affects_results=False)
     decode: bool = option(False, "also measure generation, B = 1: tokens/s and bytes of the state over --decode-contexts")
     decode_contexts: tuple[int, ...] = option(
         (1024, 4096, 16384, 65536, 131072), "tokens before the one that is generated; a verdict needs 8x"
@@ -86,8 +103,8 @@ class PerplexityRun(Shape, DataConfig, TrainConfig, Output):
     seq_length: int = option(512, "T, tokens per window in evaluation, and in the training of what is not trained yet")
     stride: int | None = option(None, "S: every window but the first scores only its last S tokens; T by default, side by side")
     batch_size: int = option(8, "windows per forward pass of the evaluation; does not change the result")
-    test_htt_ranks: tuple[int, ...] = option((16,), "HTT ranks to test, each with every AR-SSM rank")
-    test_ar_ssm_ranks: tuple[int, ...] = option((32,), "AR-SSM ranks to test")
+    test_htt_ranks: tuple[int, ...] = option((16,), "HTT ranks to test, each with every AR-SSM rank", spellings=("htt_rank",))
+    test_ar_ssm_ranks: tuple[int, ...] = option((32,), "AR-SSM ranks to test", spellings=("ar_ssm_max_rank",))
     variants: tuple[Variant, ...] = option(
         (),
         "further models, with the first rank of each kind: the engine with a dense table that starts like its own, with and "
@@ -96,7 +113,8 @@ class PerplexityRun(Shape, DataConfig, TrainConfig, Output):
     )
     repeats: int = option(1, "trainings of every model, with --seed, --seed + 1, ...: how much of a difference is chance")
     checkpoint: tuple[str, ...] = option(
-        (), "NAME=PATH of trained models: these are evaluated, and none is trained; NAME as in a report, phase1_htt16_ar32 say"
+        (),
+        "folders of trained models: these are evaluated, and none is trained; NAME=PATH gives one another name in the report",
     )
     also_evaluate: tuple[str, ...] = option(
         (), "further data sets whose validation texts every model is scored on; reports in folders of their names in --out-dir"
@@ -122,9 +140,10 @@ class TablesRun(Config):
     """Comparison tables from result files."""
 
     results_dir: str = option("results/benchmarks", "folder with the result files of the other three scripts")
-    out_dir: str = option("results/benchmarks/tables", "folder of the tables")
+    out_dir: str | None = option(None, "folder of the tables; tables in --results-dir by default")
     hardware: str | None = option(None, "name to print for the hardware; by default the one in the result files")
     formats: tuple[Literal["markdown", "csv", "latex"], ...] = option(("markdown", "csv", "latex"), "formats to write")
+    verbose: bool = option(False, "print every table, not only what was written")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +157,7 @@ class CompareRun(Config):
         "limits NAME:+X%% or NAME:-X%%, separated by commas, on peak, tokens_per_second and perplexity; for example "
         "peak:+2%%,tokens_per_second:-5%%,perplexity:+1%%",
     )
+    verbose: bool = option(False, "print every number of the two runs, not only the answer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,8 +217,12 @@ class PipelineRun(Output):
     """Memory, throughput, perplexity and tables, one after the other."""
 
     preset: Literal["rtx3080-10g", "rtx3080m-8g", "rtx4090-24g", "smoke"] = option("rtx3080-10g", "sizes of every step")
-    dataset_name: str = option("wikitext", "data set of the perplexity step (see phase1 perplexity --help)")
-    dataset_config: str = option("wikitext-103-raw-v1", "configuration of a hub data set")
+    dataset_name: str | None = option(
+        None,
+        "data set of the perplexity step (see phase1 perplexity --help); wikitext, with --preset smoke builtin, by default",
+    )
+    dataset_config: str | None = option(None, "configuration of a hub data set")
+    tokenizer: str = option("auto", "of the perplexity step: auto, gpt2, bpe or a folder with tokenizer.json")
     offline: bool = option(False, "open no network connection: a hub data set must be in the local cache")
 
 

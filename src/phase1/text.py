@@ -1,7 +1,65 @@
 """Text that may be printed and kept: one line of it, and nothing private in it."""
 
+import codecs
+import os
 import re
-from pathlib import Path
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+_ASCII = {
+    "²": "^2",
+    "³": "^3",
+    "×": "x",
+    "±": "+/-",
+    "≤": "<=",
+    "≥": ">=",
+    "≈": "~",
+    "µ": "u",
+    "μ": "u",
+    "Σ": "sum",
+    "√": "sqrt ",
+}
+_ASCII |= {"–": "-", "—": "-", "−": "-", "…": "...", "→": "->", "·": "*", "“": '"', "”": '"', "’": "'"}
+
+
+def ascii_forms(text: str) -> str:
+    """`text` with the signs of mathematics and typesetting in ASCII: R², T × T become R^2, T x T."""
+    return "".join(_ASCII.get(c, c) for c in text)
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    """What stands for characters that an output cannot show: their form in ASCII, or a question mark."""
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(_ASCII.get(c, "?") for c in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error("phase1.ascii", _in_ascii)
+
+
+@contextmanager
+def printable_output() -> Iterator[None]:
+    """Within the block no print fails on its encoding: a Japanese Windows gets "R^2" for "R²", and "?" for the unknown."""
+    changed: list[tuple[Any, Any]] = []
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) in ("strict", "surrogateescape") and hasattr(stream, "reconfigure"):
+            changed.append((stream, stream.errors))
+            stream.reconfigure(errors="phase1.ascii")
+    try:
+        yield
+    finally:
+        for stream, errors in changed:
+            with suppress(ValueError, OSError):  # closed meanwhile, or a reader that is gone
+                stream.reconfigure(errors=errors)
+
+
+def printable_name(name: str) -> str:
+    """A name from the system as text that can be written: bytes that are no UTF-8, as of old zip archives, become U+FFFD."""
+    try:
+        return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    except UnicodeEncodeError:  # half a pair of surrogates that stands for no byte
+        return name.encode("utf-8", "replace").decode()
 
 
 def one_line(text: object, limit: int = 300) -> str:
@@ -10,7 +68,8 @@ def one_line(text: object, limit: int = 300) -> str:
 
 
 def without_private(text: str) -> str:
-    """`text` without home folders and without what gives access to something: tokens, passwords, signatures."""
+    """`text`, printable, without home folders and without what gives access to something: tokens, passwords, signatures."""
+    text = printable_name(text)
     text = re.sub(r"(?<=://)[^/\s@]+@", "***@", text)
     text = re.sub(r"\b(?:hf|gh[a-z]|github_pat|glpat|sk|xox[a-z])[_-][\w-]{16,}|\bAKIA[0-9A-Z]{16}\b", "***", text)
     keys = r"(?:access_?|auth_?|api_?)?(?:token|key)|secret|password|passwd|credential|sig|signature|x-amz-[a-z-]+"
@@ -20,7 +79,10 @@ def without_private(text: str) -> str:
 
 def without_home(text: str) -> str:
     """`text` with home folders, and so the names of users, replaced by ~."""
-    home = str(Path.home())
+    begin, end = r"(?<![\w.-])", r"(?=$|[/\\\s'\":;,)])"  # a whole path, not /data/root/x for the home /root
+    home = os.path.expanduser("~")  # "~" itself where this user has none
     if len(home) > 1:
-        text = text.replace(home, "~")
-    return re.sub(r"(?:/home|/Users|[A-Za-z]:\\Users)[/\\][^/\\\s'\":;,]+", "~", text)
+        text = re.sub(f"{begin}{re.escape(home)}{end}", "~", text)
+    name = r"[/\\][^/\\\s'\":;,]+"
+    text = re.sub(rf"{begin}(?:/home|/Users|[A-Za-z]:\\Users){name}", "~", text)
+    return re.sub(rf"(/home|/Users|\\Users){name}(?=[/\\])", r"\1/***", text)

@@ -9,7 +9,7 @@ from phase1.runs import DoctorRun
 
 def test_doctor_prints_what_a_bug_report_needs(capsys):
     assert doctor.main(DoctorRun()) == 0
-    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line)
     assert lines["phase1"] == __version__ and lines["torch"] == torch.__version__
     assert {"git_commit", "gpu", "driver", "cuda_works", "triton_works", "free_gpu_bytes", "numpy"} <= set(lines)
     assert "GiB" in lines["free_ram_bytes"]

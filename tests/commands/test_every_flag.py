@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from phase1.commands import compare, export, generate, memory, perplexity, pipeline, tables, throughput, train
+from phase1.records import session
 from phase1.runs import (
     CompareRun,
     ExportRun,
@@ -44,7 +45,7 @@ def watched(run):
 @pytest.fixture(autouse=True)
 def settings_are_not_read(monkeypatch):
     """The report lists every setting; that must not count as an effect."""
-    for module in (memory, throughput, perplexity):
+    for module in (session, perplexity, pipeline):
         monkeypatch.setattr(module, "settings", lambda run: {})
 
 

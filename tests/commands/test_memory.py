@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from phase1.commands import memory
 from phase1.machine.isolate import Outcome
 from phase1.measure.memory.estimate.estimate import estimate_memory
 from phase1.measure.memory.measured import as_result
+from phase1.records import session
 from phase1.records.schema import MemoryResult, read_report
 from phase1.runs import MemoryRun
 
@@ -38,10 +40,10 @@ def by_name(results, free_bytes=None):
 
 
 @needs_no_gpu
-def test_without_a_gpu_it_writes_estimates_for_engine_and_both_baselines(tmp_path, capsys):
-    code = memory.main(run(tmp_path))
+def test_without_a_gpu_it_writes_estimates_for_engine_and_transformers(tmp_path, capsys):
+    code = memory.main(run(tmp_path, verbose=True))
     report = read_report(tmp_path / "phase1_memory_validation.json", "memory")
-    assert list(report.results) == ["baseline", "baseline_optimized", "phase1"]
+    assert list(report.results) == ["baseline", "baseline_optimized", "baseline_fast", "phase1"]
     for role, one in report.results.items():
         assert (one.model_name, one.status, one.measured) == (role, "ok", "estimated")
         assert sum(one.breakdown.values()) == one.peak_allocated_bytes
@@ -54,7 +56,7 @@ def test_without_a_gpu_it_writes_estimates_for_engine_and_both_baselines(tmp_pat
     assert all(check.detail.startswith("estimated") for check in report.checks)
     assert code == (0 if all(check.status == "pass" for check in report.checks) else 1)
     out = capsys.readouterr().out
-    assert "estimated" in out and "written: " in out
+    assert "estimated" in out and "files " in out
     assert (tmp_path / memory.PLOT).stat().st_size > 1000 and (tmp_path / memory.TIMELINE_PLOT).stat().st_size > 1000
     assert report.ablation == []
 
@@ -69,15 +71,16 @@ def test_no_baseline_leaves_both_out_and_the_reduction_undecided(tmp_path):
 
 def test_a_dry_run_measures_nothing_where_there_is_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(memory, "environment", lambda: {"gpu": "a card"})
+    chip = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
+    monkeypatch.setattr(session, "environment", lambda: {"gpu": "a card"})
     memory.main(run(tmp_path, dry_run=True, baseline=False))
     assert read_report(tmp_path / "phase1_memory_validation.json", "memory").results["phase1"].measured == "estimated"
 
 
 @needs_no_gpu
 def test_ablate_writes_and_prints_one_component_at_a_time(tmp_path, capsys):
-    memory.main(run(tmp_path, ablate=True))
+    memory.main(run(tmp_path, ablate=True, verbose=True))
     rows = read_report(tmp_path / "phase1_memory_validation.json", "memory").ablation
     assert [(row.from_role, row.name) for row in rows] == [
         ("baseline", "with the engine's loss"),
@@ -102,7 +105,7 @@ def test_an_interrupted_ablation_goes_on_with_the_model_it_was_at(tmp_path, monk
 
     def counted(role, case):
         calls.append((role, case.model.config_id))
-        if len(calls) == 6:  # the three models, two rows, and in the third
+        if len(calls) == 7:  # the four models, two rows, and in the third
             raise KeyboardInterrupt
         return whole(role, case)
 
@@ -110,7 +113,7 @@ def test_an_interrupted_ablation_goes_on_with_the_model_it_was_at(tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         memory.main(run(tmp_path, ablate=True))
     memory.main(run(tmp_path, ablate=True, resume=True))
-    assert len(calls) == 14 and len(set(calls)) == 13 and calls[5] == calls[6]
+    assert len(calls) == 15 and len(set(calls)) == 14 and calls[6] == calls[7]
     resumed = read_report(tmp_path / "phase1_memory_validation.json", "memory").ablation
     monkeypatch.undo()
     memory.main(run(tmp_path, ablate=True))

@@ -4,6 +4,7 @@ import random
 import shlex
 import shutil
 import signal
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,10 @@ from safetensors.torch import load_file, save_file
 from phase1.cli import parse
 from phase1.commands import perplexity, train
 from phase1.data import load_corpus
-from phase1.errors import Unavailable
+from phase1.data.tokenizer_files import gpt2_tokenizer
+from phase1.errors import Diverged, Unavailable
 from phase1.measure.perplexity import result as one_case
+from phase1.measure.perplexity.evaluate import Evaluation
 from phase1.records.schema import read_report
 from phase1.runs import PerplexityRun, TrainRun
 from phase1.stats.perplexity_ratio import paired_ratio_interval
@@ -49,7 +52,7 @@ def run(folder, tmp_path):
         checkpoint_dir=str(tmp_path / "checkpoints"), vocab_size=300, d_model=16, n_layers=1, n_heads=2, ar_ssm_min_rank=2,
         ar_ssm_window=4, htt_dense_rows=20, htt_groups=10, test_htt_ranks=(2, 3), test_ar_ssm_ranks=(4,), seq_length=32,
         train_tokens=16 * 32 * 40, train_batch_size=16, micro_batch_size=16, learning_rate=1e-2,
-        baseline_learning_rate=1e-2,
+        baseline_learning_rate=1e-2, verbose=True,
     )  # fmt: skip
 
 
@@ -190,7 +193,7 @@ def test_the_table_knows_only_the_tokens_its_model_is_trained_on(run, monkeypatc
 
 @pytest.mark.parametrize("value", ["baseline", "x=y", "phase1_htt16=z"])
 def test_a_wrong_checkpoint_argument_is_named(run, value):
-    with pytest.raises(ValueError, match="must be NAME=PATH"):
+    with pytest.raises(ValueError, match="must be a folder, or NAME=PATH"):
         perplexity.main(replace(run, checkpoint=(value,)))
 
 
@@ -205,7 +208,7 @@ def test_train_writes_a_checkpoint_and_prints_the_command_that_evaluates_it(run,
     assert "trained on 4,096 tokens" in out
     command = shlex.split(out.split("next: phase1 perplexity ")[1])
     evaluation = parse("perplexity", [*command, "--out-dir", run.out_dir])
-    assert perplexity.main(evaluation) == 3  # one model, nothing to compare it with
+    assert perplexity.main(evaluation) == 0  # one model: nothing to compare, nothing to judge
     result = read_report(f"{run.out_dir}/{FILE}", "perplexity").results["phase1_htt2_ar4"]
     assert result.trained_tokens == 4096 and result.training["train_tokens"] == 4096
 
@@ -313,7 +316,7 @@ def trained(folder, tmp_path_factory):
         checkpoint_dir=str(path / "checkpoints"), vocab_size=300, d_model=16, n_layers=1, n_heads=2, ar_ssm_min_rank=2,
         ar_ssm_window=4, htt_dense_rows=20, htt_groups=10, test_htt_ranks=(2,), test_ar_ssm_ranks=(4,), seq_length=16,
         train_tokens=16 * 16 * 40, train_batch_size=16, micro_batch_size=16, learning_rate=1e-2,
-        baseline_learning_rate=1e-2,
+        baseline_learning_rate=1e-2, verbose=True,
     )  # fmt: skip
     perplexity.main(run)
     folders = {name: next(Path(run.checkpoint_dir).glob(f"{name}-*")) for name in ("baseline", "phase1_htt2_ar4")}
@@ -338,7 +341,7 @@ def other(folder, tmp_path):
 
 def test_a_further_text_has_a_report_of_its_own_like_a_run_on_it_alone(trained, other, tmp_path, capsys):
     status, first = evaluated(replace(trained, also_evaluate=(str(other),)), tmp_path / "both")
-    assert capsys.readouterr().out.count("written:") == 6  # a report and two plots each
+    assert capsys.readouterr().out.count("phase1_perplexity_losses.png, phase1_perplexity_comparison.png") == 2  # each a report and two plots
     _, alone = evaluated(trained, tmp_path / "first")
     other_status, other_alone = evaluated(replace(trained, dataset_name=str(other)), tmp_path / "second")
     beside = read_report(tmp_path / "both" / "other_text" / FILE, "perplexity")
@@ -457,7 +460,11 @@ def test_bands_of_other_ranks_are_not_put_side_by_side(trained, tmp_path, capsys
 
 
 def test_models_trained_at_different_lengths_are_not_compared(trained, tmp_path):
-    longer = copied(trained, tmp_path, "baseline", lambda folder, index: index["facts"].update(seq_length=32))
+    def twice_as_long(folder, index):
+        index["facts"]["seq_length"] *= 2
+        index["train_config"]["train_batch_size"] //= 2  # as many tokens in as many steps
+
+    longer = copied(trained, tmp_path, "baseline", twice_as_long)
     status, report = evaluated(longer, tmp_path)
     assert status == 3 and "trained_seq_length differ: 16 and 32" in report.checks[0].detail
     assert report.results["phase1_htt2_ar4"].ppl_degradation_percent is None
@@ -467,3 +474,87 @@ def test_models_trained_at_different_lengths_are_not_compared(trained, tmp_path)
 def test_a_stride_that_leaves_targets_out_is_refused(stride):
     with pytest.raises(ValueError, match="--stride must be"):
         PerplexityRun(stride=stride)
+
+
+def test_a_training_that_diverges_before_a_checkpoint_is_due_saves_nothing_and_is_the_error_of_its_model(run, monkeypatch):
+    monkeypatch.setattr(job, "SAVE_SECONDS", 0.0)
+    diverging = replace(run, learning_rate=1e14, test_htt_ranks=(2,), train_tokens=16 * 32 * 6, baseline_learning_rate=1e-3)
+    assert perplexity.main(diverging) == 3
+    results = read_report(f"{run.out_dir}/{FILE}", "perplexity").results
+    assert results["baseline"].status == "ok"
+    assert results["phase1_htt2_ar4"].status == "error" and "lower --learning-rate" in results["phase1_htt2_ar4"].detail
+    saved = [path for path in Path(run.checkpoint_dir).rglob("*.safetensors") if "phase1" in path.parent.name]
+    assert all(torch.isfinite(tensor).all() for path in saved for tensor in load_file(path).values())
+
+
+def test_an_interrupt_of_a_diverged_training_ends_with_the_divergence(run, monkeypatch):
+    config = settings_of(run, learning_rate=1e14, train_tokens=16 * 32 * 50)
+    monkeypatch.setattr(job, "interrupts_wait", lambda: nullcontext(lambda: True))
+    with pytest.raises(Diverged, match="lower --learning-rate"):
+        for _ in range(3):  # the first step may still have a finite loss, and its checkpoint is refused for its weights
+            with suppress(KeyboardInterrupt):
+                train.main(config)
+
+
+def test_words_are_counted_document_by_document(run, tmp_path):
+    """As tokens with end-of-text between documents, as text, and against the documents themselves."""
+    rng = random.Random(2)
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "rain", "falls"]
+    documents = [" ".join(rng.choices(words, k=rng.randint(8, 14))) + "." for _ in range(50)] + ["", "東京 は\n大きい", "\n"]
+    tokenizer = gpt2_tokenizer()
+    ids = np.array([i for text in documents for i in (*tokenizer.encode(text), tokenizer.end_of_text)])
+    expected = sum(len(text.split()) + text.count("\n") for text in documents)
+    assert one_case.word_count(tokenizer, ids) == expected == one_case.word_count(tokenizer, ids[:-1])
+    evaluation = Evaluation(np.ones(len(ids)), np.zeros(len(ids), int), np.array([len(ids)]), None)
+    fields = one_case.per_byte_and_word(evaluation, tokenizer, ids)
+    assert fields["byte_count"] == sum(len(text.encode()) for text in documents) and fields["absent"] == {}
+    assert fields["word_perplexity"] == pytest.approx(math.exp(len(ids) / expected))
+
+
+@pytest.mark.parametrize(
+    "text, missing",
+    [
+        ("", {"bits_per_byte", "word_perplexity"}), ("   ", {"word_perplexity"}), ("朝の市場で魚を買った。" * 20, {"word_perplexity"}),
+        ("ACGT" * 200, {"word_perplexity"}), ("a few words", set()), ("朝の市場で 魚を買った。", set()), ("\n", set()),
+    ],
+    ids=["nothing", "blanks", "japanese", "letters", "english", "spaces", "newline"],
+)  # fmt: skip
+def test_a_number_that_a_text_does_not_have_is_absent_with_its_reason(text, missing):
+    tokenizer = gpt2_tokenizer()
+    ids = np.array([*tokenizer.encode(text), tokenizer.end_of_text])
+    fields = one_case.per_byte_and_word(Evaluation(np.ones(len(ids)), ids, np.array([len(ids)]), None), tokenizer, ids)
+    assert fields["absent"].keys() == missing == {name for name in ("bits_per_byte", "word_perplexity") if fields[name] is None}
+    assert all(fields["absent"].values())
+
+
+def test_losses_past_the_end_of_float64_give_no_number(run):
+    tokenizer = gpt2_tokenizer()
+    ids = np.array(tokenizer.encode("a few words"))
+    evaluation = Evaluation(np.full(len(ids), 701.0), ids, np.array([len(ids)]), None)
+    fields = one_case.per_byte_and_word(evaluation, tokenizer, ids)
+    assert fields["word_perplexity"] is None and "float64" in fields["absent"]["word_perplexity"]
+
+
+def test_a_text_of_blanks_is_scored_and_its_report_says_what_it_lacks(run, capsys, tmp_path, recwarn):
+    shutil.copytree(run.dataset_name, tmp_path / "blank")
+    (tmp_path / "blank" / "valid.txt").write_text("   ")
+    blank = replace(run, dataset_name=str(tmp_path / "blank"), test_htt_ranks=(2,), train_tokens=2048)
+    assert perplexity.main(blank) == 3
+    results = read_report(f"{run.out_dir}/{FILE}", "perplexity").results
+    assert all(r.word_perplexity is None and r.word_count == 0 and r.bits_per_byte > 0 for r in results.values())
+    assert "No word perplexity: the scored text has 0 words" in capsys.readouterr().out
+    assert not [warning for warning in recwarn if "divide" in str(warning.message)]
+
+
+def test_micro_batches_are_no_part_of_what_a_trained_model_is_found_by(run, monkeypatch):
+    short = replace(run, test_htt_ranks=(2,), train_tokens=2048, baseline=False)
+    perplexity.main(short)
+    monkeypatch.setattr(job, "make_state", lambda *arguments: pytest.fail("trained again"))
+    perplexity.main(replace(short, micro_batch_size=4))
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_text_is_read(run, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(train, "load_corpus", lambda *arguments, **needs: pytest.fail("read"))
+    with pytest.raises(OSError):
+        train.main(settings_of(run, out_dir=str(tmp_path / "file")))

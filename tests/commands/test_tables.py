@@ -1,13 +1,18 @@
 import csv
 import json
 import os
+import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from phase1 import tables
 from phase1.commands.tables import main
 from phase1.errors import Unavailable
 from phase1.records.schema import FILES, write_report
 from phase1.runs import TablesRun
+from phase1.tables import build_tables
 from tests.reports import all_reports, memory_result
 
 NAMES = (
@@ -24,7 +29,7 @@ NAMES = (
 def run(tmp_path):
     for kind, report in all_reports().items():
         write_report(report, tmp_path / "in" / FILES[kind])
-    return TablesRun(results_dir=str(tmp_path / "in"), out_dir=str(tmp_path / "out"))
+    return TablesRun(results_dir=str(tmp_path / "in"), out_dir=str(tmp_path / "out"), verbose=True)
 
 
 def contents(folder):
@@ -36,7 +41,7 @@ def test_every_table_is_written_in_every_format_and_printed(run, capsys):
     assert sorted(os.listdir(run.out_dir)) == sorted(f"{name}{suffix}" for name in NAMES for suffix in (".md", ".csv", ".tex"))
     printed = capsys.readouterr().out
     assert printed.count("### ") == len(NAMES)
-    assert all(f"{run.out_dir}/{name}" in printed for name in os.listdir(run.out_dir))
+    assert all(f"{run.out_dir}/{name} " in printed for name in NAMES)
 
 
 def test_only_the_asked_formats_are_written(run):
@@ -92,10 +97,10 @@ def test_mixed_configurations_are_refused_and_the_tables_stay(run):
     assert contents(run.out_dir) == before
 
 
-def test_the_hardware_flag_replaces_the_name_in_every_table(run):
+def test_the_hardware_flag_names_every_table_and_captions_keep_what_was_recorded(run):
     main(TablesRun(results_dir=run.results_dir, out_dir=run.out_dir, hardware="A card"))
     for name, data in contents(run.out_dir).items():
-        assert b"A card" in data and b"NVIDIA" not in data, name
+        assert b"A card" in data and (b"recorded on NVIDIA" in data or name.endswith(".csv")), name
 
 
 def test_tables_of_the_same_results_are_the_same_bytes(run):
@@ -103,3 +108,22 @@ def test_tables_of_the_same_results_are_the_same_bytes(run):
     before = contents(run.out_dir)
     main(run)
     assert contents(run.out_dir) == before
+
+
+def test_a_table_of_earlier_results_beside_the_new_ones_is_named(run, capsys):
+    out = Path(run.out_dir)
+    out.mkdir()
+    for name in ("memory_ablation.md", "fit_comparison.tex", "notes.md", "memory_comparison.md"):
+        (out / name).write_text("older")
+    assert main(run) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "of an earlier run" in line]
+    assert [("memory_ablation.md" in line, "fit_comparison.tex" in line) for line in lines] == [(True, False), (False, True)]
+    capsys.readouterr()
+    assert main(replace(run, formats=("csv",))) == 0
+    assert "memory_comparison.md" in capsys.readouterr().err
+
+
+def test_every_table_that_there_may_be_is_known_by_its_name():
+    sources = "".join(path.read_text() for path in Path(tables.__file__).parent.glob("*.py"))
+    assert sorted(re.findall(r'\bTable\(\s*"(\w+)"', sources)) == sorted(tables.NAMES)
+    assert {table.name for table in build_tables(all_reports())} <= set(tables.NAMES)

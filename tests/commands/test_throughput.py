@@ -31,9 +31,9 @@ def engine(verdict="linear", r_squared=0.999, lengths=4, exponent=1.0) -> Throug
 
 
 def test_it_writes_every_model_and_length_with_plot_and_checks(tmp_path, capsys):
-    code = throughput.main(run(tmp_path, save_plots=True))
+    code = throughput.main(run(tmp_path, save_plots=True, verbose=True))
     report = read_report(tmp_path / "phase1_throughput_benchmark.json", "throughput")
-    assert list(report.results) == ["baseline", "baseline_optimized", "phase1"]
+    assert list(report.results) == ["baseline", "baseline_optimized", "baseline_fast", "phase1"]
     for one in report.results.values():
         assert [m.seq_length for m in one.measurements] == [8, 16, 32, 64]
         assert one.measured == "measured" and one.excluded_seconds > 0 and one.scaling is not None
@@ -42,14 +42,14 @@ def test_it_writes_every_model_and_length_with_plot_and_checks(tmp_path, capsys)
     assert [check.name for check in report.checks] == ["scaling_linear", "r_squared"]
     assert code in (0, 1, 3)
     out = capsys.readouterr().out
-    assert "written: " in out and "tokens" in out
+    assert "files " in out and "tokens" in out
     assert (tmp_path / throughput.PLOT).stat().st_size > 1000
 
 
 def test_controls_are_measured_beside_the_models_and_checked(tmp_path, capsys):
-    code = throughput.main(run(tmp_path, a_a=True, quadratic_control=True, measure_steps=9))
+    code = throughput.main(run(tmp_path, a_a=True, quadratic_control=True, measure_steps=9, verbose=True))
     report = read_report(tmp_path / "phase1_throughput_benchmark.json", "throughput")
-    assert list(report.results) == ["baseline", "baseline_optimized", "phase1", "quadratic_control", "baseline_again"]
+    assert list(report.results) == ["baseline", "baseline_optimized", "baseline_fast", "phase1", "quadratic_control", "baseline_again"]
     checks = {check.name: check for check in report.checks}
     assert list(checks) == ["scaling_linear", "r_squared", "a_a_no_difference", "control_rejected"]
     assert checks["a_a_no_difference"].status in ("pass", "fail") and checks["control_rejected"].detail
@@ -81,7 +81,7 @@ def test_cuda_graphs_without_a_gpu_are_refused_before_anything_is_measured(tmp_p
 def test_warnings_of_the_run_and_of_models_are_written_printed_and_in_the_tables(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(throughput, "run_warnings", lambda samples, cpu: ["the room is on fire: leave"])
     monkeypatch.setattr(throughput, "model_warnings", lambda measurements, device: ["slow: hurry"])
-    throughput.main(run(tmp_path, baseline=False, seq_lengths=(8, 16)))
+    throughput.main(run(tmp_path, baseline=False, seq_lengths=(8, 16), verbose=True))
     report = read_report(tmp_path / "phase1_throughput_benchmark.json", "throughput")
     assert report.warnings == ["the room is on fire: leave"] and report.results["phase1"].warnings == ["slow: hurry"]
     out = capsys.readouterr().out

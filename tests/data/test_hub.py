@@ -200,10 +200,33 @@ dataset_info:
 """
 
 
-def test_a_downloaded_wikitext_needs_no_network(offline, data_config):
+@pytest.mark.parametrize("repository", ["Salesforce/wikitext", "wikitext"], ids=["today", "former name"])
+def test_a_downloaded_wikitext_needs_no_network(offline, data_config, repository):
     config = "wikitext-2-raw-v1"
     rows = {f"{config}/{name}.jsonl": json_lines(WIKITEXT) for name in ("train", "validation")}
-    downloaded(offline, "Salesforce/wikitext", CARD.format(config=config, train=5), rows)
+    downloaded(offline, repository, CARD.format(config=config, train=5), rows)
+    corpus = load_corpus(data_config("wikitext", dataset_config=config), vocab_size=V)
+    assert corpus.revision == COMMIT
+    assert corpus.tokenizer.decode(corpus.splits["train"].ids).startswith(" \n = Title = \n \n Some text")
+
+
+def test_what_load_dataset_has_prepared_under_its_former_name_is_found(offline, data_config, tmp_path, monkeypatch):
+    """`load_dataset("wikitext", ...)`, as the first guide has it."""
+    import datasets
+
+    config, features = "wikitext-2-raw-v1", datasets.Features({"text": datasets.Value("string")})
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "prepared")
+    folder = tmp_path / "prepared" / "wikitext" / config / "0.0.0" / COMMIT
+    folder.mkdir(parents=True)
+    splits = datasets.SplitDict(dataset_name="wikitext")
+    for name in ("train", "validation"):
+        writer = datasets.arrow_writer.ArrowWriter(path=str(folder / f"wikitext-{name}.arrow"), features=features)
+        for text in WIKITEXT:
+            writer.write({"text": text})
+        examples, size = writer.finalize()
+        splits[name] = datasets.SplitInfo(name=name, num_bytes=size, num_examples=examples, dataset_name="wikitext")
+    info = {"builder_name": "parquet", "dataset_name": "wikitext", "config_name": config, "version": "0.0.0"}
+    datasets.DatasetInfo(features=features, splits=splits, **info).write_to_directory(str(folder))
     corpus = load_corpus(data_config("wikitext", dataset_config=config), vocab_size=V)
     assert corpus.revision == COMMIT
     assert corpus.tokenizer.decode(corpus.splits["train"].ids).startswith(" \n = Title = \n \n Some text")

@@ -170,3 +170,32 @@ def test_plotting_leaves_no_state_and_loads_no_window_system():
     env = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'src'}"}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     assert out.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    "environment, settings",
+    [({"MPLBACKEND": "module://matplotlib_inline.backend_inline"}, ""), ({"MPLBACKEND": "no such"}, ""), ({}, "text.usetex: True\nfont.size: 40")],
+    ids=["notebook", "no such backend", "matplotlibrc"],
+)  # fmt: skip
+def test_the_users_matplotlib_changes_no_plot(tmp_path, environment, settings):
+    """A notebook names its backend to the programs that it starts, and it may be none of this environment's."""
+    (tmp_path / "matplotlibrc").write_text(settings)
+    code = (
+        "import sys; from phase1.plots import plot_memory; from tests.reports import memory_report\n"
+        "plot_memory(memory_report(), sys.argv[1]); import os; print(os.environ.get('MPLBACKEND'))"
+    )
+    root = Path(__file__).parents[2]
+    paths = os.environ | {"PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}", "PATH": "", "MATPLOTLIBRC": str(tmp_path)}
+    paths.pop("MPLBACKEND", None)
+    command = [sys.executable, "-c", code, str(tmp_path / "theirs.png")]
+    ran = subprocess.run(command, env=paths | environment, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == str(environment.get("MPLBACKEND"))  # as it was for everybody else
+    assert (tmp_path / "theirs.png").read_bytes() == plot_memory(memory_report(), tmp_path / "ours.png").read_bytes()
+
+
+def test_a_plot_leaves_the_settings_of_its_process_as_they_were(tmp_path):
+    import matplotlib
+
+    with matplotlib.rc_context({"font.size": 33}):
+        plot_memory(memory_report(), tmp_path / "a.png")
+        assert matplotlib.rcParams["font.size"] == 33

@@ -1,15 +1,20 @@
 import csv
 import io
 import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from phase1.records.collect import read_reports
 from phase1.tables import SUFFIXES, Column, Table, build_tables, render
 from phase1.tables.console import console
 from tests.reports import all_reports
 
+RESULTS = Path(__file__).parents[2] / "results"
 TABLES = build_tables(all_reports())
 HOSTILE = [
     "a|b", "=1+1", "+cmd", "-x", "@sum", "  =1", "\t=1", "<script>alert(1)</script>", "[x](javascript:y)", "`x`", "**x**",
@@ -40,18 +45,27 @@ def tex_braces(text):
     return depth
 
 
+def environments(text):
+    """The `table` environments of a LaTeX file, one after the other."""
+    head, *parts = re.split(r"(?m)^(?=\\begin\{table\})", text)
+    first, *comments = head.splitlines()
+    assert first == r"% needs \usepackage{booktabs}" and parts and all(line.startswith("% ") for line in comments)
+    return [part.rstrip("\n") + "\n" for part in parts]
+
+
 def assert_compilable(text):
-    """One `table` environment that LaTeX with booktabs sets: structure, counts, commands and characters."""
-    lines = text.split("\n")
-    assert lines[0] == r"% needs \usepackage{booktabs}"
-    body = "\n".join(lines[1:])
+    """`table` environments that LaTeX with booktabs sets: structure, counts, commands and characters; the rows of the first."""
+    return [_assert_compilable(part) for part in environments(text)][0]
+
+
+def _assert_compilable(body):
     assert body.startswith("\\begin{table}[t]\n") and body.endswith("\\end{table}\n")
     assert re.findall(r"\\(begin|end)\{(\w+)\}", body) == [
         ("begin", "table"), ("begin", "tabular"), ("end", "tabular"), ("end", "table"),
     ]  # fmt: skip
     assert tex_braces(body) == 0
     known = r"begin|end|centering|caption|label|footnotesize|setlength|tabcolsep|toprule|midrule|bottomrule|par|smallskip"
-    known += r"|shortstack|textbackslash|textasciitilde|textasciicircum|textless|textgreater|textbar|times|pm|le|ge|mu"
+    known += r"|sloppy|shortstack|textbackslash|textasciitilde|textasciicircum|textless|textgreater|textbar|times|pm|le|ge|mu"
     assert not re.findall(rf"\\(?!(?:{known})(?![a-zA-Z]))[a-zA-Z]+", body)
     plain = re.sub(r"\\[\\{}$&#%_]", "", body)  # what is left of these characters is syntax
     assert "#" not in plain and "%" not in plain and "~" not in plain
@@ -94,6 +108,48 @@ def test_the_csv_of_every_comparison_has_its_numbers_in_full(built):
                 assert text == "n/a"
 
 
+MEASURED = [table for folder in sorted(RESULTS.iterdir()) if (reports := read_reports(folder)) for table in build_tables(reports)]
+TEXT_WIDTH = 345.0  # points, of \\documentclass{article}
+
+
+def points(text):
+    """The width of a cell's text in Computer Modern of 8 points: the font of 10 points that comes with matplotlib, 7 % wider."""
+    import matplotlib
+    from matplotlib.ft2font import FT2Font
+
+    font = FT2Font(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "cmr10.ttf")))
+    font.set_size(8, 72)
+    lines = re.sub(r"\\shortstack(\[l\])?\{(.*)\}$", r"\2", text.strip()).split(r" \\ ")
+    widths = []
+    for line in lines:
+        font.set_text(re.sub(r"\\([a-z]+\{\}|(?=[$&#%_{}]))|\$|\{|\}", "", line))
+        widths.append(1.07 * font.get_width_height()[0] / 64)
+    return max(widths)
+
+
+@pytest.mark.parametrize("built", [*TABLES, *MEASURED], ids=lambda t: f"{t.name} {len(t.rows)} x {len(t.columns)}")
+def test_no_latex_table_is_wider_than_the_text_of_an_article(built):
+    parts = environments(render(built, "latex"))
+    for part in parts:
+        rows = [re.split(r"(?<!\\)&", row.removesuffix(r" \\")) for row in _assert_compilable(part)]
+        assert sum(max(map(points, column)) + 6 for column in zip(*rows)) <= TEXT_WIDTH, part
+    shown = {heading for part in parts for heading in _assert_compilable(part)[0].removesuffix(r" \\").split(" & ")}
+    assert len(shown) == len({column.heading for column in built.columns}) or len(built.rows) <= 5
+    assert [f"({i + 1} of {len(parts)})" in part for i, part in enumerate(parts)] == [len(parts) > 1] * len(parts)
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex")
+@pytest.mark.parametrize("built", [*TABLES, *MEASURED], ids=lambda t: f"{t.name} {len(t.rows)} x {len(t.columns)}")
+def test_latex_sets_every_table_within_the_text(tmp_path, built):
+    (tmp_path / "table.tex").write_text(render(built, "latex"), encoding="utf-8")
+    (tmp_path / "a.tex").write_text(
+        r"\documentclass{article}\usepackage[utf8]{inputenc}\usepackage[T1]{fontenc}\usepackage{booktabs}"
+        r"\begin{document}\input{table}\end{document}"
+    )
+    ran = subprocess.run(["pdflatex", "-interaction=nonstopmode", "a.tex"], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0 and not re.findall(r"Overfull .hbox \(([1-9]\d+)", ran.stdout)
+
+
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_names_stay_text_in_every_form(text):
     built = table((text, 1.0), columns=(Column("Name"), Column(text)), notes=(text,), caption=text)
@@ -134,7 +190,7 @@ def test_underscores_inside_a_word_need_no_escape_in_markdown():
 def test_numeric_columns_are_aligned_right():
     text = render(table(("a", 1.0), ("b", None)), "markdown")
     assert text.split("\n")[3].endswith(":|")
-    assert "  \\begin{tabular}{lr}" in render(table(("a", 1.0)), "latex")
+    assert "\\begin{tabular}{lr}" in render(table(("a", 1.0)), "latex")
 
 
 def test_a_wide_table_of_few_models_stands_on_end_in_latex_and_on_the_console():

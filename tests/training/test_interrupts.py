@@ -1,3 +1,5 @@
+import os
+import pty
 import signal
 import threading
 
@@ -5,7 +7,7 @@ import pytest
 
 from phase1.training.interrupts import interrupts_wait
 
-HELD = [signal.SIGINT, signal.SIGTERM]
+HELD = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
 @pytest.fixture(autouse=True)
@@ -48,13 +50,38 @@ def test_handlers_are_what_they_were_however_the_block_ends(error, handlers):
                 raise error
     except BaseException as raised:
         assert raised is error
-    assert [signal.getsignal(number) for number in HELD] == [handlers, handlers]
+    assert [signal.getsignal(number) for number in HELD] == [handlers] * 3
 
 
 def test_without_an_interrupt_a_block_is_like_any_other():
     with interrupts_wait() as interrupted:
         pass
     assert not interrupted()
+
+
+def test_when_the_terminal_is_gone_what_is_printed_goes_nowhere_and_the_block_goes_on():
+    """As when a window is closed: every later write to it would be an error, in the middle of a step."""
+    ours, theirs = pty.openpty()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        os.dup2(theirs, 1)
+        os.dup2(theirs, 2)
+        os.close(ours)
+        os.close(theirs)
+        status = 70
+        try:
+            with interrupts_wait() as interrupted:
+                os.kill(os.getpid(), signal.SIGHUP)
+                os.write(2, b"progress")
+                status = 71 if interrupted() else 72
+        except KeyboardInterrupt:
+            status = 0 if status == 71 else status
+        finally:
+            os._exit(status)
+    os.close(theirs)
+    os.close(ours)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_signal_that_is_ignored_stays_ignored():

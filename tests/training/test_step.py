@@ -180,3 +180,26 @@ def test_a_folder_without_a_checkpoint_is_named(tmp_path):
 def test_cuda_graphs_without_a_gpu_are_refused():
     with pytest.raises(ValueError, match="--cuda-graphs needs a GPU"):
         state(replace(CONFIG, cuda_graphs=True))
+
+
+def test_compilation_without_a_compiler_is_one_line_before_training(monkeypatch):
+    def no_compiler(*args, **kwargs):
+        raise RuntimeError("No working C++ compiler found\nin 100 lines")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    with pytest.raises(Unavailable, match="--compile needs a C.. compiler that works here; got RuntimeError: No working") as error:
+        state(replace(CONFIG, compile=True))
+    assert "\n" not in str(error.value)
+
+
+def test_a_training_that_ran_out_of_memory_goes_on_with_smaller_micro_batches(tmp_path):
+    """They change the result by rounding alone, so a checkpoint of other ones is the same training."""
+    first = state()
+    train_until(first, 7)
+    save_checkpoint(tmp_path, first, {"data": "x"})
+    second = state(replace(CONFIG, micro_batch_size=1))
+    resume(tmp_path, second)
+    train(second, batch_at, STEPS)
+    train(first, batch_at, STEPS)
+    for a, b in zip(parameters(first), parameters(second), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)

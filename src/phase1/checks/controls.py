@@ -1,5 +1,7 @@
 """Checks of the measurement itself: it must find no difference between copies, and a quadratic model not linear."""
 
+from typing import Literal
+
 from phase1.records.schema import Check, ThroughputResult
 from phase1.stats.step_times import MIN_ROUNDS, reaches, rounds_of, speed_ratio
 
@@ -56,5 +58,5 @@ def control_check(control: ThroughputResult) -> Check:
     return _check(CONTROL, fit.exponent, "inconclusive", f"undecided ({upto}): {fit.detail}; {worth}")
 
 
-def _check(name: str, value: float | None, status: str, detail: str) -> Check:
-    return Check.model_validate({"name": name, "value": value, "limit": None, "status": status, "detail": detail})
+def _check(name: str, value: float | None, status: Literal["pass", "fail", "inconclusive"], detail: str) -> Check:
+    return Check(name=name, value=value, limit=None, status=status, detail=detail)

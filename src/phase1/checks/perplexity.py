@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 from statistics import fmean, stdev
-from typing import Any
 
 from scipy.special import stdtrit
 
@@ -86,9 +85,9 @@ def _within(key: str, result: PerplexityResult, baseline: PerplexityResult | Non
     if not reason and baseline is not None:
         reason = why_no_verdict(baseline, seq_length)
     if reason or value is None:
-        return Check(name=name, value=value, limit=limit, status="inconclusive", detail=reason)
+        return Check.undecided(name, reason, limit, value)
     detail = f"percent above the baseline, {_interval(result.degradation_ci95)}, {result.trained_tokens:,} tokens each"
-    return Check(name=name, value=value, limit=limit, status="pass" if value < limit else "fail", detail=detail)
+    return Check.below(name, value, limit, detail)
 
 
 def _interval(interval: Bounds | None) -> str:
@@ -107,12 +106,12 @@ def _mean(name: str, seeds: list[Check], reference: str) -> list[Check]:
     undecided = sum(check.status == "inconclusive" for check in seeds)
     if undecided:
         detail = f"{undecided} of {len(seeds)} seeds have no verdict"
-        return [Check(name=name, value=None, limit=limit, status="inconclusive", detail=detail)]
+        return [Check.undecided(name, detail, limit)]
     logs = [math.log1p(check.value / 100) for check in seeds if check.value is not None]
     half = float(stdtrit(len(logs) - 1, 0.975)) * stdev(logs) / math.sqrt(len(logs))
     value, low, high = (100 * math.expm1(fmean(logs) + shift) for shift in (0.0, -half, half))
     detail = f"percent above {reference}, geometric mean of {len(logs)} seeds, 95 % interval over seeds {low:.2f} to {high:.2f}"
-    return [Check(name=name, value=value, limit=limit, status="pass" if value < limit else "fail", detail=detail)]
+    return [Check.below(name, value, limit, detail)]
 
 
 def _gate(results: Mapping[str, PerplexityResult]) -> list[Check]:
@@ -128,12 +127,7 @@ def _gate(results: Mapping[str, PerplexityResult]) -> list[Check]:
         cost, interval = (None, None) if engine is None or reason else degradation(engine, ungated)
         rank = None if engine is None or reason else engine.effective_rank
         detail = reason or f"percent above {_UNGATED}, {_interval(interval)}"
-        costs.append(_limited(f"gate_costs_at_most_1_percent{seed}", cost, GATE_LIMIT, detail))
+        costs.append(Check.at_most(f"gate_costs_at_most_1_percent{seed}", cost, GATE_LIMIT, detail))
         detail = reason or "mean over tokens of the sum of rank gates"
-        ranks.append(_limited(f"effective_rank_at_most_half{seed}", rank, max_rank / 2, detail))
+        ranks.append(Check.at_most(f"effective_rank_at_most_half{seed}", rank, max_rank / 2, detail))
     return [*costs, *_mean("gate_costs_mean_of_seeds_within_1_percent", costs, _UNGATED), *ranks]
-
-
-def _limited(name: str, value: float | None, limit: float, detail: str) -> Check:
-    status: Any = "inconclusive" if value is None else "pass" if value <= limit else "fail"
-    return Check(name=name, value=value, limit=limit, status=status, detail=detail)

@@ -1,10 +1,19 @@
 """Is the engine's step time linear in the sequence length, and did the measurement pass its own controls?"""
 
+from typing import Literal
+
 from phase1.checks.controls import COPIES, a_a_check, control_check
 from phase1.checks.limits import R_SQUARED_LIMIT
-from phase1.records.schema import Check, ThroughputResult
+from phase1.records.schema import Check, ThroughputResult, Verdict
 from phase1.stats.decoding import DECODE_SPEED_LIMIT
-from phase1.stats.scaling import MIN_LENGTHS
+from phase1.stats.scaling import MIN_LENGTHS, deciding_lengths
+from phase1.stats.step_times import UNSTABLE, spread
+
+STATUS: dict[Verdict, Literal["pass", "fail", "inconclusive"]] = {
+    "linear": "pass",
+    "not linear": "fail",
+    "inconclusive": "inconclusive",
+}
 
 
 def control_checks(results: dict[str, ThroughputResult]) -> list[Check]:
@@ -19,21 +28,11 @@ def throughput_checks(engine: ThroughputResult) -> list[Check]:
     fit = engine.scaling
     if fit is None:
         detail = f"the engine was measured at no length ({engine.status}: {engine.detail})"
-        return [
-            Check(name="scaling_linear", value=None, limit=None, status="inconclusive", detail=detail),
-            Check(name="r_squared", value=None, limit=R_SQUARED_LIMIT, status="inconclusive", detail=detail),
-        ]
-    verdict = {"linear": "pass", "not linear": "fail", "inconclusive": "inconclusive"}[fit.verdict]
-    linear = Check.model_validate(
-        {
-            "name": "scaling_linear",
-            "value": fit.exponent,
-            "limit": None,
-            "status": verdict,
-            "detail": f"exponent of the step time in T; {fit.verdict}{': ' if fit.detail else ''}{fit.detail}",
-        }
-    )
-    return [linear, _r_squared(fit.r_squared, sum(m.status == "ok" for m in engine.measurements))]
+        return [Check.undecided("scaling_linear", detail), Check.undecided("r_squared", detail, R_SQUARED_LIMIT)]
+    status = STATUS[fit.verdict]
+    detail = f"exponent of the step time in T; {fit.verdict}{': ' if fit.detail else ''}{fit.detail}"
+    linear = Check(name="scaling_linear", value=fit.exponent, limit=None, status=status, detail=detail)
+    return [linear, _r_squared(engine)]
 
 
 def decoding_checks(results: dict[str, ThroughputResult]) -> list[Check]:
@@ -52,10 +51,18 @@ def decoding_checks(results: dict[str, ThroughputResult]) -> list[Check]:
     return [Check.model_validate(values | {"status": status, "detail": detail})]
 
 
-def _r_squared(value: float | None, lengths: int) -> Check:
-    name, limit = "r_squared", R_SQUARED_LIMIT
-    if value is None or lengths < MIN_LENGTHS:  # a line through two points explains everything
-        detail = f"a line needs {MIN_LENGTHS} lengths to be tested; got {lengths}; give more --seq-lengths"
-        return Check(name=name, value=value, limit=limit, status="inconclusive", detail=detail)
+def _r_squared(engine: ThroughputResult) -> Check:
+    """Undecided over too few lengths, and where it fails because the steps of one length scatter, not because of the line."""
+    name, limit, fit = "r_squared", R_SQUARED_LIMIT, engine.scaling
+    assert fit is not None
+    done = [m for m in engine.measurements if m.status == "ok"]
+    if fit.r_squared is None or len(done) < MIN_LENGTHS:  # a line through two points explains everything
+        more = deciding_lengths([m.seq_length for m in done])
+        detail = f"a line needs {MIN_LENGTHS} lengths to be tested; got {len(done)}: {more}"
+        return Check.undecided(name, detail, limit, fit.r_squared)
+    noisy = [f"{m.seq_length:,}" for m in done if spread(m.step_times_ms) > UNSTABLE]
+    if fit.r_squared <= limit and fit.verdict == "inconclusive" and noisy:
+        detail = f"the steps of T = {', '.join(noisy)} scatter too much: measure on an idle machine, or raise --measure-steps"
+        return Check.undecided(name, detail, limit, fit.r_squared)
     detail = "of t = a + b T; necessary, not sufficient: T^2 over 512 to 4096 reaches 0.962"
-    return Check(name=name, value=value, limit=limit, status="pass" if value > limit else "fail", detail=detail)
+    return Check.above(name, fit.r_squared, limit, detail)

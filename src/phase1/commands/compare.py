@@ -1,16 +1,19 @@
 """`phase1 compare`: two runs against each other, as a gate for regressions. Reads result files alone."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from phase1.checks.regression import METRICS, Difference, Outcome, Rule, differences, parse_rules
-from phase1.files import read_json
-from phase1.records.schema import FILES, Kind, Report, read_report
+from phase1.records.collect import read_reports
+from phase1.records.schema import FILES, Report
 from phase1.runs import CompareRun
 from phase1.tables.grid import grid
+from phase1.tables.screen import Screen
+from phase1.tables.screen import text as screen_text
 from phase1.text import one_line
 
-KINDS: tuple[Kind, ...] = ("memory", "throughput", "perplexity")
+MOST = 10  # changes on the last screen
 HEADINGS = ("model", "metric", "T", "old", "new", "change %", "limit", "result")
 UNITS = {"peak": "peak (bytes)"}
 EXIT = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
@@ -22,22 +25,61 @@ def main(run: CompareRun) -> int:
     Raises ValueError for a malformed rule, and for files that are missing, corrupt, foreign or of no common kind.
     """
     rules = [] if run.fail_on is None else parse_rules(run.fail_on)
-    old, new = read_reports(Path(run.old)), read_reports(Path(run.new))
+    old, new = reports_at(run.old), reports_at(run.new)
     if not old.keys() & new.keys():
         kinds = f"{' and '.join(old)} in OLD, {' and '.join(new)} in NEW"
         raise ValueError(f"OLD and NEW must hold reports of one kind; got {kinds}; give two runs of the same command")
     found = differences(old, new)
-    print(table(found, rules))
-    for difference in found:
-        if difference.reason:
-            where = "" if difference.seq_length is None else f" at T = {difference.seq_length}"
-            word = "lost" if difference.lost else "not comparable"
-            print(one_line(f"- {word}: {difference.metric} of {difference.model}{where}: {difference.reason}"))
     verdicts = [verdict(rule, found) for rule in rules]
-    for rule, (word, detail) in zip(rules, verdicts):
-        print(f"{rule}: {word} ({detail})")
+    if run.verbose:
+        print(table(found, rules), *map(reason_line, (d for d in found if d.reason)), "", sep="\n")
+    print(screen_text(screen(run, found, rules, verdicts)))
     words = [word for word, _ in verdicts]
     return EXIT[next((word for word in ("FAIL", "INCONCLUSIVE") if word in words), "PASS")]
+
+
+def screen(run: CompareRun, found: list[Difference], rules: list[Rule], verdicts: list[tuple[str, str]]) -> Screen:
+    """The verdict of every rule, the numbers past a limit, the largest changes, and what cannot be compared, counted."""
+    broken = [d for d in found if any(d.metric == rule.metric and d.outcome(rule) == "FAIL" for rule in rules)]
+    known = sorted((d for d in found if d.change_percent is not None), key=lambda d: -abs(d.change_percent or 0))
+    shown = [*broken, *(d for d in known if d not in broken)][:MOST]
+    reasons = Counter((d.metric, d.reason) for d in found if d.reason and d not in broken)
+    lines = [change_line(d) for d in shown]
+    if len(known) + len(broken) > len(shown):
+        lines.append(f"... and {len({*map(id, known), *map(id, broken)}) - len(shown)} more numbers: --verbose")
+    lines += [f"not comparable: {count} x {metric}, {why}"[:150] for (metric, why), count in reasons.most_common(4)]
+    answers = [f"{rule}: {word} ({detail})" for rule, (word, detail) in zip(rules, verdicts)]
+    return Screen(
+        question=f"What changed from {run.old} to {run.new}, and does it break a limit?",
+        numbers=lines or ["no number is in both"],
+        answer="; ".join(answers) or f"{len(known)} numbers compared, no limit given (--fail-on peak:+2%)",
+    )
+
+
+def change_line(difference: Difference) -> str:
+    """One number in both runs."""
+    if difference.change_percent is None:
+        return reason_line(difference)
+    where = "" if difference.seq_length is None else f" at T = {difference.seq_length:,}"
+    name = f"{difference.model}, {UNITS.get(difference.metric, difference.metric)}{where}"
+    numbers = " -> ".join(_number(difference.metric, value) for value in (difference.old, difference.new))
+    return one_line(f"{name:<58} {difference.change_percent:>+9.2f} %   {numbers}")
+
+
+def reason_line(difference: Difference) -> str:
+    """Why a number is in no comparison."""
+    where = "" if difference.seq_length is None else f" at T = {difference.seq_length}"
+    word = "lost" if difference.lost else "not comparable"
+    return one_line(f"- {word}: {difference.metric} of {difference.model}{where}: {difference.reason}")
+
+
+def reports_at(text: str) -> dict[str, Report[Any]]:
+    """The reports at a path by kind; ValueError where there is none."""
+    reports = read_reports(Path(text))
+    if not reports:
+        expected = f"expected a folder with {' or '.join(FILES.values())}"
+        raise ValueError(f"{one_line(text)}: {expected}; got none of them; give the --out-dir of a run")
+    return reports
 
 
 def verdict(rule: Rule, found: list[Difference]) -> tuple[str, str]:
@@ -76,29 +118,3 @@ def _number(metric: str, value: float | None) -> str:
     if value is None:
         return "n/a"
     return f"{value:.4f}" if metric == "perplexity" else f"{value:,.0f}" if isinstance(value, float) else f"{value:,}"
-
-
-def read_reports(path: Path) -> dict[str, Report[Any]]:
-    """The report at `path`, or those in the folder `path`, by kind; ValueError where there is none."""
-    if not path.is_dir():
-        kind = _kind(path)
-        return {kind: read_report(path, kind)}
-    paths = {kind: path / FILES[kind] for kind in KINDS}
-    reports: dict[str, Report[Any]] = {kind: read_report(file, kind) for kind, file in paths.items() if file.exists()}
-    if not reports:
-        expected = f"expected a folder with {' or '.join(FILES.values())}"
-        raise ValueError(f"{one_line(path)}: {expected}; got none of them; give the --out-dir of a run")
-    return reports
-
-
-def _kind(path: Path) -> Kind:
-    """What the file says it is."""
-    try:
-        content = read_json(path)
-    except ValueError as error:
-        raise ValueError(f"{one_line(path)}: expected a phase1 report; got {one_line(error)}; give a result file") from error
-    named = content.get("kind") if isinstance(content, dict) else None
-    for kind in KINDS:
-        if named == kind:
-            return kind
-    raise ValueError(f"{one_line(path)}: expected a phase1 report; got the file of another program; give a result file")

@@ -15,7 +15,15 @@ def main(run: DoctorRun) -> int:
     facts |= {"cuda_works": cuda_status(), "triton_works": triton_status()}
     width = max(map(len, facts))
     print("\n".join(f"{name:<{width}}  {_text(name, value)}" for name, value in facts.items()))
+    print(f"\nnext  {next_step(str(facts['cuda_works']))}")
     return 0
+
+
+def next_step(cuda: str) -> str:
+    """What this machine can do."""
+    if cuda == "works":
+        return "phase1 memory --fit   what trains on this GPU; then phase1 throughput, phase1 pipeline"
+    return 'phase1 memory --card "RTX 3060" --fit   estimated without a GPU; phase1 pipeline --preset smoke runs on a CPU'
 
 
 def _text(name: str, value: object) -> str:

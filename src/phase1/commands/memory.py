@@ -1,73 +1,120 @@
 """`phase1 memory`: does a training step fit an 8 GB and a 10 GB card, and how much less does the engine take?"""
 
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+import torch
 from tqdm import tqdm
 
 from phase1.checks.memory import memory_checks, with_reductions
-from phase1.config import ModelConfig
-from phase1.machine.environment import current_command, environment, free_gpu_bytes, machine, settings, total_gpu_bytes
+from phase1.config import ModelConfig, flags
+from phase1.machine.cards import CARDS, Card, card_for
+from phase1.machine.environment import free_gpu_bytes, total_gpu_bytes
 from phase1.measure.memory.ablation import ROWS, ablation
 from phase1.measure.memory.case import MemoryCase
 from phase1.measure.memory.largest import fit_sizes
 from phase1.measure.memory.limit import basis, check_limit, limit_bytes
 from phase1.measure.memory.measured import memory_result
 from phase1.plots import plot_memory, plot_memory_timeline
-from phase1.records.journal import Journal, open_journal
-from phase1.records.schema import FILES, Ablation, Fit, MemoryResult, Report, exit_code, write_report
-from phase1.roster import model_config
+from phase1.records.schema import Ablation, Fit, MemoryResult, Report, exit_code
+from phase1.records.session import Session
+from phase1.roster import COMPILED, TRANSFORMERS, model_config
 from phase1.runs import MemoryRun
 from phase1.tables.console import checks_text, memory_text
+from phase1.tables.grid import grid
+from phase1.tables.screen import Screen, conditions, memory_numbers, text
 
 PLOT: Final = "phase1_memory_breakdown.png"
 TIMELINE_PLOT: Final = "phase1_memory_timeline.png"
 
 
 def main(run: MemoryRun) -> int:
-    """Write the memory report and its plot, and print it; see `MemoryRun` for the flags."""
+    """Write the memory report and its plots, and print the answer; see `MemoryRun` for the flags."""
+    if run.card == "list":
+        print(cards_text())
+        return 0
+    card = None if run.card is None else card_for(run.card)
     free_bytes, limit = free_gpu_bytes(), limit_of(run)  # before this run takes some of it
-    cases = {role: MemoryCase(model, run.batch_size, run.seq_length, limit, run.dry_run) for role, model in models(run).items()}
-    path = Path(run.out_dir) / FILES["memory"]
-    journal = open_journal(path, settings(run), machine=machine(), resume=run.resume)
-    results: dict[str, MemoryResult] = {}
-    for role, case in tqdm(cases.items(), desc="memory", unit="model", disable=None):
-        results[role] = journal.case(role, MemoryResult, partial(memory_result, role, case))
-    results = with_reductions(results)
+    session = Session(run, "memory")
+    cases = cases_of(run, limit, card)
+    results = with_reductions(dict(measured(cases, session)))
     if run.fit:
-        results = with_fits(results, cases, journal)
-    report = Report[MemoryResult](
-        kind="memory",
-        environment=environment(),
-        command=current_command(),
-        run=settings(run) | {"free_gpu_bytes": free_bytes, "vram_limit_bytes": limit},
-        results=results,
-        checks=memory_checks(results, free_bytes, limit, run.card),
-        ablation=with_one_change(cases, results, journal) if run.ablate else [],
+        results = with_fits(results, cases, session)
+    found = any(result.status == "ok" for result in results.values())
+    known = {"free_gpu_bytes": free_bytes, "vram_limit_bytes": limit, "card_name": None if card is None else card.title}
+    report, files = session.write(
+        results,
+        memory_checks(results, free_bytes, limit, card),
+        plots=[(plot_memory, PLOT), (plot_memory_timeline, TIMELINE_PLOT)] if found else [],
+        run=session.settings | known,
+        ablation=with_one_change(cases, results, session) if run.ablate else [],
     )
-    write_report(report, path)
-    written = [path]
-    if any(result.status == "ok" for result in results.values()):
-        written.append(plot_memory(report, path.with_name(PLOT)))
-        written.append(plot_memory_timeline(report, path.with_name(TIMELINE_PLOT)))
-    print(memory_text(report), checks_text(report.checks), *(f"written: {p}" for p in written), sep="\n")
-    journal.close()  # last: until here --resume finds every case
+    if run.verbose:
+        print(memory_text(report), checks_text(report.checks), sep="\n")
+    print(text(screen(run, report, files)))
+    session.close()
     return exit_code(report.checks)
 
 
-def with_one_change(cases: dict[str, MemoryCase], results: dict[str, MemoryResult], journal: Journal) -> list[Ablation]:
+def screen(run: MemoryRun, report: Report[MemoryResult], files: list[Any]) -> Screen:
+    """What the report answers, and what to run next."""
+    size = f"{run.batch_size} x {run.seq_length:,} tokens"
+    return Screen(
+        question=f"Memory of one training step of {size}: does it fit, and how much less is it? {conditions(report)}",
+        numbers=memory_numbers(report),
+        checks=report.checks,
+        next=list(next_steps(run, report)),
+        files=files,
+    )
+
+
+def next_steps(run: MemoryRun, report: Report[MemoryResult]) -> Iterator[str]:
+    """The command that goes on from here."""
+    if any(check.status == "fail" and check.name.startswith("fits_") for check in report.checks):
+        yield f"phase1 memory {flags(replace(run, batch_size=max(1, run.batch_size // 2)))}   what half the batch takes"
+    elif not run.fit and (run.card or torch.cuda.is_available()):
+        yield f"phase1 memory {flags(replace(run, fit=True))}   the largest batch and the longest sequence that train"
+    elif not run.card and not torch.cuda.is_available():
+        yield 'phase1 memory --card "RTX 3060" --fit   what trains on your card; --card list names all'
+    else:
+        yield "phase1 throughput   how fast it is, and whether its time is linear in the length"
+
+
+def cards_text() -> str:
+    """Every card that --card knows by its key."""
+    rows = [(card.key, card.title, str(card.gigabytes), f"{card.usable_bytes / 1e9:.1f}") for card in CARDS.values()]
+    return grid(("--card", "name", "GB", "usable GB"), rows, [False, False, True, True])
+
+
+def cases_of(run: MemoryRun, limit: int | None, card: Card | None) -> dict[str, MemoryCase]:
+    """What is measured, by role."""
+    size = (run.batch_size, run.seq_length, limit, run.dry_run)
+    chip = None if card is None else card.chip
+    return {role: MemoryCase(model, *size, compiled=role in COMPILED, chip=chip) for role, model in models(run).items()}
+
+
+def measured(cases: dict[str, MemoryCase], session: Session) -> Iterator[tuple[str, MemoryResult]]:
+    """The result of every case."""
+    with tqdm(cases.items(), desc="memory", unit="model", disable=None) as bar:
+        for role, case in bar:
+            bar.set_postfix_str(role)
+            yield role, session.case(role, MemoryResult, partial(memory_result, role, case))
+
+
+def with_one_change(cases: dict[str, MemoryCase], results: dict[str, MemoryResult], session: Session) -> list[Ablation]:
     """What each component saves, every changed model a case of the journal."""
 
     def measure(role: str, case: MemoryCase) -> MemoryResult:
-        return journal.case(f"{role} as {case.model.config_id}", MemoryResult, partial(memory_result, role, case))
+        return session.case(f"{role} as {case.model.config_id}", MemoryResult, partial(memory_result, role, case))
 
     return list(tqdm(ablation(cases, results, measure), desc="ablation", unit="row", total=ROWS, disable=None))
 
 
 def models(run: MemoryRun) -> dict[str, ModelConfig]:
     """The models to measure, by role."""
-    roles = ("baseline", "baseline_optimized") if run.baseline else ()
+    roles = TRANSFORMERS if run.baseline else ()
     engine = {} if run.gradient_checkpointing else {"checkpointing": False}
     return {role: model_config(role, run) for role in roles} | {"phase1": model_config("phase1", run, **engine)}
 
@@ -82,12 +129,17 @@ def limit_of(run: MemoryRun) -> int | None:
     return limit
 
 
-def with_fits(results: dict[str, MemoryResult], cases: dict[str, MemoryCase], journal: Journal) -> dict[str, MemoryResult]:
+def with_fits(results: dict[str, MemoryResult], cases: dict[str, MemoryCase], session: Session) -> dict[str, MemoryResult]:
     """The results with the largest sizes of their models that train on the card."""
     fitted, total = {}, total_gpu_bytes()
     with tqdm(desc="fit", unit="probe", disable=None) as bar:
-        for role, result in results.items():
-            bar.set_postfix_str(role)
-            search = partial(fit_sizes, cases[role], result, total, bar.update)
-            fitted[role] = result.model_copy(update={"fit": journal.case(f"fit {role}", list[Fit], search)})
+        for number, (role, result) in enumerate(results.items(), 1):
+
+            def on_probe(size: str, model: str = f"{role} ({number} of {len(results)})") -> None:
+                bar.set_postfix_str(f"{model}, {size}", refresh=False)
+                bar.update()
+
+            bar.set_postfix_str(f"{role} ({number} of {len(results)})")
+            search = partial(fit_sizes, cases[role], result, total, on_probe)
+            fitted[role] = result.model_copy(update={"fit": session.case(f"fit {role}", list[Fit], search)})
     return fitted

@@ -5,22 +5,27 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from phase1.checks.perplexity import compared, quality_checks
 from phase1.config import Shape, TrainConfig, content_id
 from phase1.data import Corpus, load_corpus
-from phase1.machine.environment import current_command, environment, machine, settings
+from phase1.machine.environment import settings
 from phase1.measure.perplexity.candidates import Candidate, candidates
 from phase1.measure.perplexity.evaluate import Protocol
 from phase1.measure.perplexity.result import Text, measure
 from phase1.plots import plot_losses, plot_perplexity
-from phase1.records.journal import open_journal
-from phase1.records.schema import FILES, Check, PerplexityResult, Report, exit_code, write_report
+from phase1.records.schema import Check, PerplexityResult, Report, exit_code
+from phase1.records.session import Session
 from phase1.runs import PerplexityRun
 from phase1.tables.console import checks_text, perplexity_text
+from phase1.tables.screen import Screen, perplexity_numbers, text
+from phase1.tables.screen import conditions as hardware
 from phase1.text import without_private
 from phase1.training.checkpoint import read_index
+
+PLOT: Final = "phase1_perplexity_comparison.png"
+LOSSES_PLOT: Final = "phase1_perplexity_losses.png"
 
 
 def main(run: PerplexityRun) -> int:
@@ -28,15 +33,14 @@ def main(run: PerplexityRun) -> int:
     models = candidates(run)
     need = ("valid",) if all(m.checkpoint for m in models) else ("train", "valid")
     corpus = load_corpus(run, vocab_size=run.vocab_size, need=need, train_tokens=run.train_tokens)
-    texts = [text_of(run, text) for text in (corpus, *further_texts(run, corpus))]
-    folders = folders_of(run, [text.corpus.name for text in texts])
-    path = Path(run.out_dir) / FILES["perplexity"]
-    journal = open_journal(path, settings(run), machine=machine(), resume=run.resume, data=data_identity(models, texts))
-    kept = {model.key: journal.case(model.key, list[PerplexityResult], partial(measure, run, model, texts)) for model in models}
+    texts = [text_of(run, one) for one in (corpus, *further_texts(run, corpus))]
+    folders = folders_of(run, [one.corpus.name for one in texts])
+    session = Session(run, "perplexity", data=data_identity(models, texts))
+    kept = {model.key: session.case(model.key, list[PerplexityResult], partial(measure, run, model, texts)) for model in models}
     checks = []
-    for i, (text, folder) in enumerate(zip(texts, folders, strict=True)):
-        checks += report_on(run, text, {key: results[i] for key, results in kept.items()}, folder)
-    journal.close()  # last: until here --resume finds every case
+    for i, (scored, folder) in enumerate(zip(texts, folders, strict=True)):
+        checks += report_on(run, scored, {key: results[i] for key, results in kept.items()}, folder, session)
+    session.close()
     return exit_code(checks)
 
 
@@ -77,28 +81,39 @@ def folders_of(run: PerplexityRun, names: list[str]) -> list[Path]:
     return [Path(run.out_dir), *(Path(run.out_dir) / name for name in plain)]
 
 
-def report_on(run: PerplexityRun, text: Text, results: dict[str, PerplexityResult], folder: Path) -> list[Check]:
-    """Compare the models on one text, write the report and its plots into `folder`, and print it; its checks."""
+def report_on(
+    run: PerplexityRun, scored: Text, results: dict[str, PerplexityResult], folder: Path, session: Session
+) -> list[Check]:
+    """Compare the models on one text, write the report and its plots into `folder`, and print the answer; its checks.
+
+    A run of given checkpoints that has no baseline compares nothing, and so judges nothing.
+    """
     results = compared(results, run.seq_length)
-    checks = quality_checks(results, run.seq_length)
-    source = {"dataset_source": without_private(text.corpus.source), "dataset_revision": text.corpus.revision}
-    report = Report[PerplexityResult](
-        kind="perplexity",
-        environment=environment(),
-        command=current_command(),
-        run=conditions(run) | source,
-        results=results,
-        checks=checks,
-    )
-    path = folder / FILES["perplexity"]
-    write_report(report, path)
-    written = [path]
-    if any(result.status == "ok" for result in results.values()):
-        written.append(plot_losses(report, path.with_name("phase1_perplexity_losses.png")))
-    if len(results) > 1:
-        written.append(plot_perplexity(report, path.with_name("phase1_perplexity_comparison.png")))
-    print(perplexity_text(report), checks_text(checks), *(f"written: {p}" for p in written), sep="\n")
+    alone = bool(run.checkpoint) and not any(key.startswith("baseline") for key in results)
+    failed = any(result.status != "ok" for result in results.values())
+    checks = [] if alone and not failed else quality_checks(results, run.seq_length)
+    source = {"dataset_source": without_private(scored.corpus.source), "dataset_revision": scored.corpus.revision}
+    plots = [(plot_losses, LOSSES_PLOT)] if any(result.status == "ok" for result in results.values()) else []
+    plots += [(plot_perplexity, PLOT)] if len(results) > 1 else []
+    report, files = session.write(results, checks, plots, folder, run=conditions(run) | source)
+    if run.verbose:
+        print(perplexity_text(report), checks_text(checks), sep="\n")
+    print(text(screen(report, scored.corpus.name, files)))
     return checks
+
+
+def screen(report: Report[PerplexityResult], name: str, files: list[Path]) -> Screen:
+    """What the report answers, and what to run next."""
+    trained = {result.trained_tokens for result in report.results.values() if result.trained_tokens}
+    tokens = ", ".join(f"{count:,}" for count in sorted(trained)) or "no"
+    return Screen(
+        question=f"Quality on {name}: how well do the models predict it, after {tokens} tokens of training? {hardware(report)}",
+        numbers=perplexity_numbers(report),
+        checks=report.checks,
+        answer=None if report.checks else "no baseline in this run: nothing is compared, nothing judged",
+        next=[f"phase1 tables --results-dir {files[0].parent}   tables of all reports in that folder"],
+        files=files,
+    )
 
 
 def conditions(run: PerplexityRun) -> dict[str, Any]:

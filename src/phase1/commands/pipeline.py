@@ -1,55 +1,137 @@
 """`phase1 pipeline`: the four scripts one after the other; a step that fails does not stop the next."""
 
+import contextlib
 import importlib
-import sys
+import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from phase1.config import Config, flags
-from phase1.errors import FAILURES, error_line, exit_status
+from phase1.errors import report_failure
+from phase1.files import atomic_write
 from phase1.machine.environment import machine, settings
 from phase1.presets import PRESETS
+from phase1.records.collect import read_reports
 from phase1.records.journal import open_journal
+from phase1.records.schema import Check, Report
+from phase1.records.session import require_writable
 from phase1.runs import MemoryRun, PerplexityRun, PipelineRun, TablesRun, ThroughputRun
+from phase1.tables.screen import Screen, conditions, model_title, text
+
+LOG = "phase1_pipeline.log"
+SUMMARY = "summary.md"
+WORDS = {0: "PASS", 1: "FAIL", 3: "INCONCLUSIVE"}
 
 
 def main(run: PipelineRun) -> int:
-    """Run every step with the sizes of the preset; the exit status is that of the worst step (1, 2, 4, 3, then 0).
+    """Run every step with the sizes of the preset; the exit status is that of the worst step (5, 1, 2, 4, 3, then 0).
 
-    With --resume, steps that ended are not run again, and the one that was interrupted goes on with its finished cases; a
-    step that ended with an error is tried again.
+    What a step prints goes to the log; one summary of all steps is the last screen, and a file. With --resume, steps that
+    ended are not run again, and the one that was interrupted goes on with its finished cases; a step that ended with an error
+    is tried again. Raises ValueError, before any step runs, where the settings of one are wrong.
     """
-    journal = open_journal(Path(run.out_dir) / "phase1_pipeline.json", settings(run), machine=machine(), resume=run.resume)
-    codes, failed = [], False
-    for name, config in steps(run):
-        print(f"\n== phase1 {name} {flags(config)}".rstrip(), flush=True)
-        step = partial(_run_step, name, config)
-        try:
-            codes.append(step() if name == "tables" else journal.case(name, int, step))  # tables: of what the others left
-        except tuple(FAILURES) as error:
-            print(error_line(name, error), file=sys.stderr)
-            codes.append(exit_status(error))
-            failed = True
+    todo, out, began = steps(run), Path(run.out_dir), time.monotonic()
+    require_writable(out)
+    journal = open_journal(out / "phase1_pipeline.json", settings(run), machine=machine(), resume=run.resume)
+    codes: dict[str, int] = {}
+    failed: list[tuple[str, str]] = []
+    with (out / LOG).open("a" if run.resume else "w", encoding="utf-8", errors="replace") as log:
+        for name, config in todo:
+            print(f"== phase1 {name} {flags(config)}".rstrip(), flush=True)
+            step, started = partial(_run_step, name, config, None if run.verbose else log), time.monotonic()
+            try:
+                codes[name] = step() if name == "tables" else journal.case(name, int, step)  # tables: of what the others left
+                word = WORDS.get(codes[name], "FAIL") if name != "tables" else "written"
+                print(f"   {name}: {word}, {_minutes(time.monotonic() - started)}", flush=True)
+            except Exception as error:
+                codes[name] = report_failure(name, error)
+                failed.append((name, str(error)))
     if not failed:
         journal.close()
-    print("\nplots:", *sorted(Path(run.out_dir).glob("*.png")), sep="\n  ")
-    return next((code for code in (1, 2, 4, 3) if code in codes), 0)
+    summary = text(screen(run, failed, time.monotonic() - began))
+    atomic_write(out / SUMMARY, f"```\n{summary}\n```\n".encode())
+    print("", summary, sep="\n")
+    return next((code for code in (5, 1, 2, 4, 3) if code in codes.values()), 0)
 
 
-def _run_step(name: str, config: Config) -> int:
-    return int(importlib.import_module(f"phase1.commands.{name}").main(config))
+def _run_step(name: str, config: Config, log: TextIO | None) -> int:
+    """The exit status of a step, whose output goes to `log`; its progress and errors stay on the terminal."""
+    module = importlib.import_module(f"phase1.commands.{name}")
+    with contextlib.nullcontext() if log is None else contextlib.redirect_stdout(log):
+        print(f"== phase1 {name} {flags(config)}".rstrip(), flush=True)
+        return int(module.main(config))
+
+
+def screen(run: PipelineRun, failed: list[tuple[str, str]], seconds: float) -> Screen:
+    """One answer from the reports of all steps."""
+    out = Path(run.out_dir)
+    broken = {name for name, _ in failed}
+    reports = {kind: report for kind, report in read_reports(out).items() if kind not in broken}
+    checks = [check for report in reports.values() for check in report.checks]
+    where = next((conditions(reports[kind]) for kind in ("throughput", "perplexity", "memory") if kind in reports), "no report")
+    plots = sorted(out.glob("*.png"))
+    return Screen(
+        question=f"phase1 summary: preset {run.preset}, {where}, {_minutes(seconds)}",
+        numbers=list(_numbers(reports)),
+        checks=checks,
+        next=list(next_steps(run, failed, checks)),
+        files=[
+            out / SUMMARY,
+            out / LOG,
+            out / f"tables: tables, *.png: {len(plots)} plots, *.json: {len(reports)} result files",
+        ],
+        failed_steps=failed,
+    )
+
+
+def _numbers(reports: dict[str, Report[Any]]) -> Iterator[str]:
+    """The engine against the Transformers, a line of each report."""
+    if "memory" in reports:
+        peaks = {key: r.peak_allocated_bytes for key, r in reports["memory"].results.items() if r.peak_allocated_bytes}
+        yield "memory      " + "; ".join(f"{model_title(key)} {peak / 1e9:.2f} GB" for key, peak in peaks.items())
+    if "throughput" in reports and (engine := reports["throughput"].results.get("phase1")):
+        ratios = [(m.seq_length, m.ratio_to_fastest) for m in engine.measurements if m.ratio_to_fastest]
+        ends = [ratios[0], ratios[-1]] if len(ratios) > 1 else ratios
+        said = ", ".join(f"{ratio:.2f} x at T = {length:,}" for length, ratio in ends) or "no Transformer ran"
+        yield f"speed       engine against the fastest Transformer: {said}"
+    if "perplexity" in reports:
+        scored = {key: r.perplexity for key, r in reports["perplexity"].results.items() if r.perplexity and not r.untrained}
+        yield "perplexity  " + (
+            "; ".join(f"{model_title(key)} {value:,.2f}" for key, value in scored.items()) or "no trained model"
+        )
+    if any(result.measured == "estimated" for report in reports.values() for result in report.results.values()):
+        yield "without a GPU memory is estimated; small sizes say little about speed and quality at full size"
+
+
+def next_steps(run: PipelineRun, failed: list[tuple[str, str]], checks: list[Check]) -> Iterator[str]:
+    """What to type after the summary."""
+    if failed:
+        yield f"phase1 pipeline {flags(run)} --resume   tries what failed again"
+    if any(check.status == "inconclusive" for check in checks) and run.preset == "smoke":
+        sizes = flags(dict(steps(run))["throughput"])
+        yield f"close other programs, then: phase1 throughput {sizes} --measure-steps 20"
+    if run.preset == "smoke":
+        yield 'phase1 memory --card "RTX 3060" --fit   what trains on your card, no GPU needed'
+        yield "phase1 pipeline --preset rtx3080-10g   full size, needs a GPU, hours"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
 
 
 def steps(run: PipelineRun) -> list[tuple[str, Config]]:
     """The commands and their configs, in order."""
     sizes = PRESETS[run.preset]
-    common: dict[str, Any] = {"out_dir": run.out_dir, "baseline": run.baseline, "resume": run.resume}
-    data: dict[str, Any] = {name: getattr(run, name) for name in ("dataset_name", "dataset_config", "offline")}
+    common: dict[str, Any] = {"out_dir": run.out_dir, "baseline": run.baseline, "resume": run.resume, "verbose": run.verbose}
+    names = ("dataset_name", "dataset_config")
+    data: dict[str, Any] = {name: value for name in names if (value := getattr(run, name)) is not None}
+    data |= {"offline": run.offline} | ({} if run.tokenizer == "auto" else {"tokenizer": run.tokenizer})
     checkpoints = str(Path(run.out_dir) / "checkpoints")
     return [
         ("memory", MemoryRun(**(common | sizes["memory"]))),
         ("throughput", ThroughputRun(**(common | {"save_plots": True} | sizes["throughput"]))),
-        ("perplexity", PerplexityRun(**(common | data | {"checkpoint_dir": checkpoints} | sizes["perplexity"]))),
-        ("tables", TablesRun(results_dir=run.out_dir, out_dir=str(Path(run.out_dir) / "tables"))),
+        ("perplexity", PerplexityRun(**(common | {"checkpoint_dir": checkpoints} | sizes["perplexity"] | data))),
+        ("tables", TablesRun(results_dir=run.out_dir, verbose=run.verbose)),
     ]

@@ -2,48 +2,54 @@
 
 import sys
 from pathlib import Path
-from typing import Any
 
 from phase1.errors import Unavailable
 from phase1.files import atomic_write
-from phase1.records.schema import FILES, Kind, Report, read_report
+from phase1.records.collect import read_reports
+from phase1.records.schema import FILES, Kind
 from phase1.runs import TablesRun
-from phase1.tables import SUFFIXES, build_tables, render
+from phase1.tables import NAMES, SUFFIXES, build_tables, render
+from phase1.tables.screen import Screen
+from phase1.tables.screen import text as screen_text
 from phase1.text import one_line
-
-KINDS: tuple[Kind, ...] = ("memory", "throughput", "perplexity")
 
 
 def main(run: TablesRun) -> int:
-    """Write every table that the result files allow and print them; missing files are named and skipped.
+    """Write every table that the result files allow and name them; missing result files are named and skipped.
 
     Raises ValueError for a corrupt or foreign result file, Unavailable where there is none; no table is touched then.
     """
-    reports = read_reports(Path(run.results_dir))
+    results = Path(run.results_dir)
+    reports = read_reports(results, _missing)
+    if not reports:
+        raise Unavailable(
+            f"no result file in {results}; run phase1 memory, throughput or perplexity first, or give --results-dir"
+        )
+    out = results / "tables" if run.out_dir is None else Path(run.out_dir)
     tables = build_tables(reports, run.hardware)
     files = {
-        Path(run.out_dir) / f"{table.name}{SUFFIXES[form]}": render(table, form)
-        for table in tables
-        for form in dict.fromkeys(run.formats)
+        out / f"{table.name}{SUFFIXES[form]}": render(table, form) for table in tables for form in dict.fromkeys(run.formats)
     }
-    for path, text in files.items():  # all rendered before the first is written
-        atomic_write(path, text.encode())
-    print("\n".join(render(table, "markdown") for table in tables))
-    print(*(f"written: {path}" for path in files), sep="\n")
+    for path, content in files.items():  # all rendered before the first is written
+        atomic_write(path, content.encode())
+    older = [path for name in NAMES for suffix in SUFFIXES.values() if (path := out / f"{name}{suffix}") not in files]
+    for path in filter(Path.exists, older):
+        print(one_line(f"not of these results: {path} is of an earlier run; remove it", 2000), file=sys.stderr)
+    if run.verbose:
+        print("\n".join(render(table, "markdown") for table in tables))
+    print(screen_text(screen(run, [table.name for table in tables], [FILES[kind] for kind in reports], out)))
     return 0
 
 
-def read_reports(folder: Path) -> dict[str, Report[Any]]:
-    """The reports in `folder`, by kind."""
-    reports: dict[str, Report[Any]] = {}
-    for kind in KINDS:
-        path = folder / FILES[kind]
-        if path.exists():
-            reports[kind] = read_report(path, kind)
-        else:
-            print(one_line(f"missing, skipped: {path} (make it with phase1 {kind})", 2000), file=sys.stderr)
-    if not reports:
-        raise Unavailable(
-            f"no result file in {folder}; run phase1 memory, throughput or perplexity first, or give --results-dir"
-        )
-    return reports
+def screen(run: TablesRun, names: list[str], sources: list[str], out: Path) -> Screen:
+    """What was written from what."""
+    suffixes = " ".join(SUFFIXES[form] for form in dict.fromkeys(run.formats))
+    return Screen(
+        question=f"Tables from {', '.join(sources)} in {run.results_dir}",
+        numbers=[f"written: {out / name}  {suffixes}" for name in names],
+        answer=f"{len(names)} tables written",
+    )
+
+
+def _missing(kind: Kind, path: Path) -> None:
+    print(one_line(f"missing, skipped: {path} (make it with phase1 {kind})", 2000), file=sys.stderr)

@@ -16,11 +16,13 @@ from phase1.generation import Decoder, Sampling, continuation, text_of
 from phase1.machine.environment import total_gpu_bytes
 from phase1.measure.memory.case import MemoryCase
 from phase1.measure.memory.estimate.estimate import estimate_memory
+from phase1.measure.memory.measured import chip_of
 from phase1.measure.perplexity.evaluate import Protocol, evaluate, unigram_entropy
 from phase1.measure.throughput.efficiency import step_flops
 from phase1.model import LanguageModel
 from phase1.plots import plot_training
 from phase1.records.metrics import METRICS, read_metrics
+from phase1.records.session import require_writable
 from phase1.roster import report_key
 from phase1.runs import GenerateRun, PerplexityRun, TrainRun
 from phase1.text import one_line
@@ -39,6 +41,7 @@ SAMPLE_TOKENS = 40
 def main(run: TrainRun) -> int:
     """Train one model as the flags say; the checkpoint goes to --out-dir, with metrics.jsonl and its plot."""
     folder = Path(run.out_dir)
+    require_writable(folder)
     corpus = load_corpus(run, vocab_size=run.vocab_size, need=("train",), train_tokens=run.train_tokens)
     valid = _valid(run)
     model_config, train_config = part_of(ModelConfig, run), part_of(TrainConfig, run)
@@ -100,7 +103,7 @@ def plan(run: TrainRun, model: ModelConfig, corpus: Corpus, valid: Corpus | None
         lines.append(f"loss on {_windows(run, valid) * run.seq_length:,} tokens of the valid split every {_every(run)} steps")
     if device == "cuda":
         case = MemoryCase(model, min(run.micro_batch_size, run.train_batch_size), run.seq_length)
-        needed, total = estimate_memory(case, torch.cuda.get_device_capability()).needed_bytes, total_gpu_bytes()
+        needed, total = estimate_memory(case, chip_of(case)).needed_bytes, total_gpu_bytes()
         fits = total is None or needed <= total
         remedy = "" if fits else f"; it does not fit: try --micro-batch-size {max(1, case.batch_size // 2)}"
         lines.append(f"memory: {needed / 1e9:.2f} GB estimated, of {(total or 0) / 1e9:.2f} GB{remedy}")

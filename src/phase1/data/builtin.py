@@ -1,6 +1,7 @@
 """An English text that every Python brings along: its language reference and the docstrings of its library."""
 
 import ast
+import contextlib
 import functools
 import hashlib
 import json
@@ -55,7 +56,8 @@ def builtin_documents(cache_dir: Path) -> tuple[str, ...]:
     key = json.dumps([1, sys.version, [(name, path.stat().st_size) for name, path in paths.items()]])
     stored = cache_dir / "builtin" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     if stored.is_file():
-        return tuple(json.loads(stored.read_text(encoding="utf-8")))
+        with contextlib.suppress(ValueError):  # damaged, and so made again
+            return tuple(json.loads(stored.read_text(encoding="utf-8")))
     documents = _topics() + tuple(text for path in paths.values() if (text := docstrings(path.read_bytes())))
     store(stored, json.dumps(documents).encode())
     return documents

@@ -1,7 +1,11 @@
 """Files that save a later run the work: token ids by the content they come from."""
 
+import functools
 import hashlib
 import json
+import os
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +14,7 @@ import numpy as np
 
 from phase1.files import atomic_write
 
-FORMAT = 1  # raise when the same key must no longer give the same tokens
+FORMAT = 2  # raise when the same key must no longer give the same tokens
 _DIGEST_BYTES = 32
 
 
@@ -22,7 +26,7 @@ def cached_ids(cache_dir: Path, key: dict[str, Any], dtype: np.dtype, compute: C
     name = hashlib.sha256(json.dumps(key | {"format": FORMAT}, sort_keys=True).encode()).hexdigest()[:32]
     path = cache_dir / "tokens" / f"{name}.{dtype.name}"
     stored = dtype.newbyteorder("<")
-    if path.is_file():
+    if path.is_file():  # no pipe
         data = path.read_bytes()
         if hashlib.sha256(memoryview(data)[_DIGEST_BYTES:]).digest() == data[:_DIGEST_BYTES]:
             return np.frombuffer(data, dtype=stored, offset=_DIGEST_BYTES).astype(dtype)
@@ -38,6 +42,17 @@ def store(path: Path, data: bytes) -> None:
         atomic_write(path, data)
     except OSError as error:
         raise ValueError(f"--cache-dir must be a folder with free space; got {error}; give another folder") from error
+
+
+@functools.cache  # says it once
+def cache_folder(cache_dir: str) -> Path:
+    """The folder that `--cache-dir` means; where that is in the home of a user who has none, one for temporary files."""
+    if not cache_dir.startswith("~"):
+        return Path(cache_dir)
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    folder = Path(tempfile.gettempdir()) / f"phase1-cache-{user}"
+    print(f"--cache-dir {cache_dir}: this user has no home folder; {folder} is used", file=sys.stderr)
+    return folder
 
 
 def ids_sha256(ids: np.ndarray) -> str:

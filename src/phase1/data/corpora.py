@@ -2,6 +2,7 @@
 
 import contextlib
 import platform
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,12 +10,13 @@ import numpy as np
 
 from phase1.config import DataConfig
 from phase1.data.builtin import builtin_texts
-from phase1.data.cache import cached_ids, ids_sha256
+from phase1.data.cache import cache_folder, cached_ids, ids_sha256
 from phase1.data.hub import go_offline, hub_set, hub_texts, quiet
 from phase1.data.local import file_text, local_files, read_token_file, split_file
 from phase1.data.text import Text
 from phase1.data.tokenizer_files import load_tokenizer, tokenizer_kind
 from phase1.data.tokenizers import Tokenizer
+from phase1.text import printable_name
 
 STREAMED_VALID_TOKENS = 500_000  # of a streamed set, valid and test are the first documents above this many tokens
 
@@ -78,10 +80,12 @@ def load_corpus(
     if config.offline:
         go_offline()
     # a bpe is trained on the training text, also where only another split is evaluated
-    wanted = tuple(dict.fromkeys((*need, "train"))) if tokenizer_kind(config) == "bpe" else need
+    kind = tokenizer_kind(config, vocab_size)
+    wanted = tuple(dict.fromkeys((*need, "train"))) if kind == "bpe" else need
+    tokenizer = None if kind == "bpe" else load_tokenizer(config, vocab_size, None)  # before the text, which may take hours
     with quiet() if _is_on_hub(config.dataset_name) else contextlib.nullcontext():
-        origin = _open(config, wanted)
-        tokenizer = load_tokenizer(config, vocab_size, origin.texts.get("train"))
+        origin = _open(config, wanted, tokenised=kind == "gpt2")
+        tokenizer = tokenizer or load_tokenizer(config, vocab_size, origin.texts.get("train"))
         if origin.streamed and train_tokens is None and "train" in need:
             raise ValueError(f"{origin.source} is streamed: train_tokens must say how much to read; got None")
         splits = {name: _split(origin, name, tokenizer, config, train_tokens) for name in need}
@@ -89,31 +93,33 @@ def load_corpus(
 
 
 def _is_on_hub(name: str) -> bool:
-    return name in ("wikitext", "c4") or (name != "builtin" and not Path(name).expanduser().exists())
+    return name in ("wikitext", "c4") or (name != "builtin" and not Path(name).exists())
 
 
-def _open(config: DataConfig, wanted: tuple[str, ...]) -> _Origin:
+def _open(config: DataConfig, wanted: tuple[str, ...], tokenised: bool) -> _Origin:
     name = config.dataset_name
     if name == "builtin":
-        texts = builtin_texts(Path(config.cache_dir).expanduser())
+        texts = builtin_texts(cache_folder(config.cache_dir))
         return _Origin(name, name, platform.python_version(), texts)
     if not _is_on_hub(name):
-        return _open_local(name, wanted, tokenised=tokenizer_kind(config) == "gpt2")
+        return _open_local(name, wanted, tokenised)
+    if Path(name).exists():
+        print(f"--dataset-name {name} is the data set of the hub; for what is called so here give ./{name}", file=sys.stderr)
     found = hub_set(name, config.dataset_config)
     revision, texts = hub_texts(found, wanted, offline=config.offline)
-    return _Origin(name, f"{found.repository} ({found.config})", revision, texts, streamed=not found.lines)
+    return _Origin(name, f"{found.repository} ({found.config or 'default'})", revision, texts, streamed=not found.lines)
 
 
 def _open_local(name: str, wanted: tuple[str, ...], tokenised: bool) -> _Origin:
     """A file or folder; of a split that is there as text and as tokens, GPT-2 takes the tokens."""
-    path = Path(name).expanduser()
+    path, source = Path(name), printable_name(name)
     if path.is_dir():
         text_files, token_files = local_files(path)
         token_files = token_files if tokenised else {}
         as_text = {split: file for split, file in text_files.items() if split in wanted and split not in token_files}
         texts = {split: file_text(file) for split, file in as_text.items()}
-        return _Origin(path.resolve().name, name, None, texts, token_files)
-    return _Origin(path.name, name, None, split_file(path))
+        return _Origin(printable_name(path.resolve().name), source, None, texts, token_files)
+    return _Origin(printable_name(path.name), source, None, split_file(path))
 
 
 def _split(origin: _Origin, name: str, tokenizer: Tokenizer, config: DataConfig, train_tokens: int | None) -> Split:
@@ -121,7 +127,7 @@ def _split(origin: _Origin, name: str, tokenizer: Tokenizer, config: DataConfig,
         ids = read_token_file(origin.token_files[name])
     elif name in origin.texts:
         more_than = (train_tokens if name == "train" else STREAMED_VALID_TOKENS) if origin.streamed else None
-        ids = _tokenise(origin.texts[name], tokenizer, Path(config.cache_dir).expanduser(), more_than)
+        ids = _tokenise(origin.texts[name], tokenizer, cache_folder(config.cache_dir), more_than)
     else:
         there = ", ".join(sorted({*origin.texts, *origin.token_files})) or "none that this tokenizer can read"
         raise ValueError(

@@ -16,6 +16,8 @@ from phase1.errors import Unavailable
 from phase1.text import one_line
 
 SPLITS = {"train": ("train",), "valid": ("validation", "valid", "dev"), "test": ("test",)}
+FORMER_NAMES = {"Salesforce/wikitext": ("wikitext",), "allenai/c4": ("c4",)}
+"""Of repositories: `load_dataset` of such a name, as in older tutorials, fills the cache under it."""
 STREAM_RETRIES = {"MAX_RETRIES": 3, "INTERVAL": 1}  # the library's own wait minutes before they report a lost network
 
 
@@ -24,7 +26,7 @@ class HubSet:
     """A data set by its repository, and how its rows become documents."""
 
     repository: str
-    config: str
+    config: str | None
     files: str = ""  # what to download of a set too large to have as a whole
     lines: bool = False  # rows are the lines of one document, else each row is one
 
@@ -34,17 +36,19 @@ class HubSet:
         return f"hf download --repo-type dataset {self.repository}{self.files}"
 
 
-def hub_set(name: str, config: str) -> HubSet:
+def hub_set(name: str, config: str | None) -> HubSet:
     """The set that `--dataset-name` and `--dataset-config` mean; the names of old tutorials are today's repositories.
 
     Raises ValueError for a name that is neither known nor owner/name, and for a configuration of another set.
     """
     if name in ("wikitext", "Salesforce/wikitext"):
+        config = config or "wikitext-103-raw-v1"
         known = ("wikitext-103-raw-v1", "wikitext-103-v1", "wikitext-2-raw-v1", "wikitext-2-v1")
         if config not in known:
             raise ValueError(f"--dataset-config of {name} must be one of {', '.join(known)}; got {config}; choose one")
         return HubSet("Salesforce/wikitext", config, lines=True)
     if name in ("c4", "allenai/c4"):
+        config = config or "en"
         if config.startswith("wikitext"):
             raise ValueError(f"--dataset-config of {name} must be one of its own; got {config}; try --dataset-config en")
         first = f"{config}/c4-train.00000-of-01024.json.gz {config}/c4-validation.00000-of-00008.json.gz"
@@ -63,6 +67,22 @@ def go_offline() -> None:
     for loaded in ("huggingface_hub.constants", "datasets.config"):
         if loaded in sys.modules:
             sys.modules[loaded].HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
+
+
+def hub_client() -> Any:
+    """The package huggingface_hub. Raises ValueError, one line, for variables of the environment that it stumbles over."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        if not os.environ.get(name, "").isascii():
+            raise ValueError(
+                f"the variable {name} must hold ASCII letters and digits; got others; copy the token again, or unset it"
+            )
+    try:
+        import huggingface_hub.constants  # which reads them
+    except ValueError as error:
+        names = ", ".join(sorted(name for name in os.environ if name.startswith("HF_")))
+        expected = f"the variables {names} must be as huggingface_hub reads them"
+        raise ValueError(f"{expected}; got {one_line(error)}; correct or unset them") from error
+    return huggingface_hub
 
 
 def hub_texts(wanted: HubSet, need: tuple[str, ...], *, offline: bool = False) -> tuple[str, dict[str, Text]]:
@@ -104,23 +124,40 @@ def _locate(wanted: HubSet) -> tuple[str, str]:
 
 
 def _in_cache(wanted: HubSet, cause: str) -> tuple[str, str]:
-    """(folder, commit hash) of the copy in the local cache; Unavailable, with the `cause` of looking there, without one."""
+    """(folder or name, commit hash) of the copy in the local cache; Unavailable, with the `cause` of looking there, without.
+
+    That of `hf download`, under any name the repository has had, or what `load_dataset` has prepared under a former one.
+    """
     import huggingface_hub
 
-    card = huggingface_hub.try_to_load_from_cache(wanted.repository, "README.md", repo_type="dataset")
-    if not isinstance(card, str):
-        raise Unavailable(_unreachable(wanted, cause))
-    return str(Path(card).parent), Path(card).parent.name
+    for repository in (wanted.repository, *FORMER_NAMES.get(wanted.repository, ())):
+        card = huggingface_hub.try_to_load_from_cache(repository, "README.md", repo_type="dataset")
+        if isinstance(card, str):
+            return str(Path(card).parent), Path(card).parent.name
+    for name in FORMER_NAMES.get(wanted.repository, ()):
+        if (commit := _prepared(name, wanted.config)) is not None:
+            go_offline()  # the library would ask the hub first, which does not answer
+            return name, commit
+    raise Unavailable(_unreachable(wanted, cause))
+
+
+def _prepared(name: str, config: str | None) -> str | None:
+    """Commit hash of the newest form of a data set that `load_dataset(name, config)` has left behind, if it has."""
+    import datasets
+
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / name / (config or "default")
+    found = [path.parent for path in folder.glob("*/*/dataset_info.json")]
+    return max(found, key=lambda path: path.stat().st_mtime).name if found else None
 
 
 def _text(wanted: HubSet, revision: str, loaded: Any, split: str) -> Text:
     there = [name for name in SPLITS[split] if name in loaded]
     if not there:
         raise ValueError(
-            f"{wanted.repository} ({wanted.config}) must have a {split} split; got only {', '.join(loaded)}; "
+            f"{wanted.repository} ({wanted.config or 'default'}) must have a {split} split; got only {', '.join(loaded)}; "
             "choose another data set or configuration"
         )
-    key = f"hub:{wanted.repository}@{revision}/{wanted.config}/{there[0]}"
+    key = f"hub:{wanted.repository}@{revision}/{wanted.config or 'default'}/{there[0]}"
     rows = loaded[there[0]]
     if wanted.lines:
         return Text(key, lambda: iter([_wikitext_lines(wanted, rows)]))
@@ -156,6 +193,7 @@ def quiet() -> Iterator[None]:
         logging.disable(logging.CRITICAL)
         stack.callback(logging.disable, disabled)
         try:
+            hub_client()
             import datasets
         except ImportError:  # hub_texts says so
             yield
@@ -182,7 +220,9 @@ def _one_line_errors(wanted: HubSet) -> Iterator[None]:
     except ValueError as error:
         if str(error).startswith(wanted.repository):
             raise
-        raise ValueError(f"{wanted.repository} with --dataset-config {wanted.config}: {_cause(error)}") from error
+        raise ValueError(
+            f"{wanted.repository} with --dataset-config {wanted.config or 'of its own'}: {_cause(error)}"
+        ) from error
 
 
 def _transport_errors() -> tuple[type[BaseException], ...]:
@@ -194,7 +234,7 @@ def _transport_errors() -> tuple[type[BaseException], ...]:
 
 def _unreachable(wanted: HubSet, cause: str) -> str:
     return (
-        f"data set {wanted.repository} ({wanted.config}) cannot be reached: {cause}; download it first "
+        f"data set {wanted.repository} ({wanted.config or 'default'}) cannot be reached: {cause}; download it first "
         f"where there is a network (`{wanted.command}`) or use --dataset-name builtin"
     )
 

@@ -2,15 +2,17 @@
 
 import contextlib
 import hashlib
+import io
 import itertools
 import lzma
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 
 from phase1.data.text import Document, Text
+from phase1.files import open_plain
 
 VALID_LINES_DIVISOR = 20  # of a single text file the last 5 % of lines, at least one, are valid
 STEMS = {"train": ("train",), "valid": ("valid", "validation"), "test": ("test",)}
@@ -73,14 +75,13 @@ def read_token_file(path: Path) -> np.ndarray:
 
 
 def _open(path: Path) -> IO[Any]:
-    return lzma.open(path, "rb") if path.name.endswith(".xz") else path.open("rb")
+    file = open_plain(path)
+    return lzma.open(file, "rb") if path.name.endswith(".xz") else file
 
 
 def _open_text(path: Path) -> IO[str]:
-    # newline="\n": text is kept as it is, and only \n ends a line
-    if path.name.endswith(".xz"):
-        return lzma.open(path, "rt", encoding="utf-8", newline="\n")
-    return path.open("r", encoding="utf-8", newline="\n")
+    # newline="\n": text is kept as it is, and only \n ends a line; a byte order mark is none of the text
+    return io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="\n")
 
 
 @contextlib.contextmanager
@@ -106,5 +107,5 @@ def _lines(path: Path, start: int, stop: int) -> Document:
 
 
 def _file_sha256(path: Path) -> str:
-    with _readable(path), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with _readable(path), open_plain(path) as file:
+        return hashlib.file_digest(cast(io.BufferedReader, file), "sha256").hexdigest()

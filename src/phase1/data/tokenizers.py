@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from phase1.data.interruptible import interruptible
 from phase1.data.text import Document, pieces
 from phase1.text import one_line
 
@@ -76,7 +77,7 @@ class Tokenizer:
         return np.concatenate(parts) if parts else np.empty(0, self.dtype)
 
     def _encode_pieces(self, batch: list[tuple[str, bool]]) -> Iterator[list[int]]:
-        encodings = self._backend.encode_batch_fast([piece for piece, _ in batch])
+        encodings = interruptible(lambda: self._backend.encode_batch_fast([piece for piece, _ in batch]))
         for (_, ends), encoding in zip(batch, encodings, strict=True):
             yield encoding.ids + [self.end_of_text] if ends else encoding.ids
 

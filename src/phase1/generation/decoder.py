@@ -11,7 +11,7 @@ from phase1.data.tokenizer_files import TOKENIZER, folder_tokenizer, gpt2_tokeni
 from phase1.data.tokenizers import Tokenizer
 from phase1.generation.replay import Replay
 from phase1.model import LanguageModel
-from phase1.training.checkpoint import load_model, training_facts
+from phase1.training.checkpoint import load_model, read_index, training_facts
 from phase1.training.step import compute_dtype, require_gpu_for_graphs
 
 PIECE = 1024  # tokens of a prompt at a time: what a piece needs besides the state does not grow with the prompt
@@ -117,8 +117,8 @@ def load(
         ValueError: missing or damaged, without a tokenizer or with another one than that of the training.
     """
     folder = Path(folder).expanduser()
-    model, facts = load_model(folder)
-    facts = training_facts(folder, facts)
+    facts = training_facts(folder, read_index(folder))
+    model, _ = load_model(folder)
     found = _tokenizer(folder, tokenizer)
     if found.fingerprint != facts["tokenizer"]:
         raise ValueError(

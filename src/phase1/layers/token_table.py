@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +73,7 @@ class CoordinateBand(nn.Module):
 
     def factors(self, hidden: Tensor, parts: int) -> list[tuple[Tensor, Tensor]]:
         """Output of the first `parts` stretches of rows: the coordinates of `hidden` (…, D) that they have, and theirs."""
-        return [(hidden[..., : part.shape[1]], part) for part in self.coordinates[:parts]]
+        return [(hidden[..., : part.shape[1]], part) for part in list(self.coordinates)[:parts]]
 
 
 class TensorTrainTail(nn.Module):
@@ -189,9 +190,27 @@ class HTTTable(nn.Module):
             self.register_buffer(f"places_{level}", users.places, persistent=False)
             self.register_buffer(f"starts_{level}", users.starts, persistent=False)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.turn_anchors()
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: list[str]
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        if wrong := self._index_out_of_range():
+            errors.append(f"{prefix}{wrong}")
+        else:
+            self.turn_anchors()
+
+    def _index_out_of_range(self) -> str | None:
+        """What a row index is that no row has: on a GPU it would read foreign memory. None where there are no numbers yet."""
+        if self.positions_of.is_meta:
+            return None
+        every = torch.arange(len(self.positions_of), device=self.positions_of.device)
+        if not torch.equal(self.positions_of.sort().values, every):
+            return f"positions_of must hold 0 to {len(self.positions_of) - 1} once each"
+        for start, end in pairwise(self.levels):
+            level = self.anchors[start - self.levels[0] : end - self.levels[0]]
+            if level.numel() and not 0 <= level.min() <= level.max() < start:
+                return f"anchors of rows {start} to {end - 1} must be between 0 and {start - 1}"
+        return None
 
     def positions(self, ids: Tensor) -> Tensor:
         """Where ids stand in the table; ids below 0 (not scored) stay as they are."""

@@ -4,8 +4,17 @@ import difflib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 USABLE_SHARE = 0.9  # of the decimal size: 7.2e9 bytes of 8 GB, 9.0e9 of 10 GB (docs/design.md, "Definitions")
+
+
+class Chip(NamedTuple):
+    """Compute capability, and multiprocessors where they are known."""
+
+    major: int
+    minor: int
+    multiprocessors: int | None = None
 
 
 @dataclass(frozen=True)
@@ -25,6 +34,18 @@ class Card:
     usable_bytes: int
     fp16_flops: float
     bandwidth_bytes_per_s: float
+    chip: Chip
+
+    @property
+    def gigabytes(self) -> int:
+        """As on the box."""
+        return round(self.memory_bytes / 2**30)
+
+    @property
+    def title(self) -> str:
+        """The maker's name and the size, where the name does not say it."""
+        plain = re.sub(r"^NVIDIA (GeForce )?", "", self.name)
+        return plain if re.search(r"\d ?GB", plain) else f"{plain} {self.gigabytes} GB"
 
 
 # FP16 products summed in FP32, per multiprocessor and clock. GeForce cards do half of the rate with FP16 sums, which is 1024
@@ -78,39 +99,42 @@ _GEFORCE: tuple[tuple[str, str, int, int, int, float], ...] = (
     ("rtx5090", "RTX 5090", 32, 170, 2407, 1792),
 )
 
-# key, device names, GB, TFLOPS, GB/s, from NVIDIA's data sheets; FP32 sums cost these cards nothing. Sheets that state the
-# rate with sparsity (L4, L40S, RTX 6000 Ada, Hopper) are halved.
-_PROFESSIONAL: tuple[tuple[str, tuple[str, ...], int, float, float], ...] = (
-    ("v100-16gb", ("Tesla V100-SXM2-16GB",), 16, 125, 900),
-    ("v100-32gb", ("Tesla V100-SXM2-32GB",), 32, 125, 900),
-    ("t4", ("Tesla T4",), 16, 65, 320),
-    ("a10", ("NVIDIA A10",), 24, 125, 600),
-    ("a100-40gb", ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), 40, 312, 1555),
-    ("a100-80gb", ("NVIDIA A100-SXM4-80GB",), 80, 312, 2039),
-    ("a100-80gb-pcie", ("NVIDIA A100 80GB PCIe",), 80, 312, 1935),
-    ("rtx-a6000", ("NVIDIA RTX A6000",), 48, 154.8, 768),
-    ("l4", ("NVIDIA L4",), 24, 121, 300),
-    ("l40s", ("NVIDIA L40S",), 48, 362, 864),
-    ("rtx6000-ada", ("NVIDIA RTX 6000 Ada Generation",), 48, 364.2, 960),
-    ("h100", ("NVIDIA H100 80GB HBM3",), 80, 989.4, 3352),
-    ("h100-pcie", ("NVIDIA H100 PCIe",), 80, 756.5, 2039),
-    ("h200", ("NVIDIA H200",), 141, 989.4, 4800),
+_CAPABILITY = {"20": (7, 5), "30": (8, 6), "40": (8, 9), "50": (12, 0)}  # of the GeForce RTX series
+
+# key, device names, GB, TFLOPS, GB/s, chip, from NVIDIA's data sheets; FP32 sums cost these cards nothing. Sheets that state
+# the rate with sparsity (L4, L40S, RTX 6000 Ada, Hopper) are halved.
+_PROFESSIONAL: tuple[tuple[str, tuple[str, ...], int, float, float, tuple[int, int, int]], ...] = (
+    ("v100-16gb", ("Tesla V100-SXM2-16GB",), 16, 125, 900, (7, 0, 80)),
+    ("v100-32gb", ("Tesla V100-SXM2-32GB",), 32, 125, 900, (7, 0, 80)),
+    ("t4", ("Tesla T4",), 16, 65, 320, (7, 5, 40)),
+    ("a10", ("NVIDIA A10",), 24, 125, 600, (8, 6, 72)),
+    ("a100-40gb", ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), 40, 312, 1555, (8, 0, 108)),
+    ("a100-80gb", ("NVIDIA A100-SXM4-80GB",), 80, 312, 2039, (8, 0, 108)),
+    ("a100-80gb-pcie", ("NVIDIA A100 80GB PCIe",), 80, 312, 1935, (8, 0, 108)),
+    ("rtx-a6000", ("NVIDIA RTX A6000",), 48, 154.8, 768, (8, 6, 84)),
+    ("l4", ("NVIDIA L4",), 24, 121, 300, (8, 9, 58)),
+    ("l40s", ("NVIDIA L40S",), 48, 362, 864, (8, 9, 142)),
+    ("rtx6000-ada", ("NVIDIA RTX 6000 Ada Generation",), 48, 364.2, 960, (8, 9, 142)),
+    ("h100", ("NVIDIA H100 80GB HBM3",), 80, 989.4, 3352, (9, 0, 132)),
+    ("h100-pcie", ("NVIDIA H100 PCIe",), 80, 756.5, 2039, (9, 0, 114)),
+    ("h200", ("NVIDIA H200",), 141, 989.4, 4800, (9, 0, 132)),
 )
 
 
-def _card(key: str, name: str, gigabytes: int, fp16_flops: float, bandwidth: float) -> Card:
+def _card(key: str, name: str, gigabytes: int, fp16_flops: float, bandwidth: float, chip: Chip) -> Card:
     usable = round(USABLE_SHARE * gigabytes * 10**9)
-    return Card(key, name, gigabytes * 2**30, usable, fp16_flops, bandwidth * 1e9)
+    return Card(key, name, gigabytes * 2**30, usable, fp16_flops, bandwidth * 1e9, chip)
 
 
 def _cards() -> Iterator[tuple[str, Card]]:
     """Every card with a name that CUDA gives it."""
     for key, name, gigabytes, multiprocessors, mhz, bandwidth in _GEFORCE:
         device = f"NVIDIA GeForce {name}"
-        yield device, _card(key, device, gigabytes, multiprocessors * mhz * 1e6 * _GEFORCE_FLOP, bandwidth)
-    for key, devices, gigabytes, tflops, bandwidth in _PROFESSIONAL:
+        chip = Chip(*_CAPABILITY[key[3:5]], multiprocessors)
+        yield device, _card(key, device, gigabytes, multiprocessors * mhz * 1e6 * _GEFORCE_FLOP, bandwidth, chip)
+    for key, devices, gigabytes, tflops, bandwidth, chip_numbers in _PROFESSIONAL:
         for device in devices:
-            yield device, _card(key, devices[0], gigabytes, tflops * 1e12, bandwidth)
+            yield device, _card(key, devices[0], gigabytes, tflops * 1e12, bandwidth, Chip(*chip_numbers))
 
 
 CARDS: dict[str, Card] = {card.key: card for _, card in _cards()}
@@ -129,17 +153,45 @@ def card_named(gpu_name: str, memory_bytes: int | None = None) -> Card | None:
     return min(cards, key=lambda card: card.memory_bytes, default=None)
 
 
-def card_for(key: str) -> Card:
-    """The card that `--card` names, whatever its case and punctuation ("RTX 4060 Ti 16GB"); ValueError if unknown."""
+def card_for(text: str) -> Card:
+    """The card that `--card` names: by key, by the name of the driver or the shop, by number, with or without its size.
+
+    "rtx4060ti-16gb", "NVIDIA GeForce RTX 4060 Ti 16GB", "4060 ti 16g", "RTX 3080 Mobile 8GB", and the presets of that card.
+    Raises ValueError for a name of no card or of several.
+    """
     by_letters = {_letters(known): card for known, card in CARDS.items()}
-    found = by_letters.get(_letters(key))
-    if found is None:
-        sizes = [letters for letters in by_letters if letters.startswith(_letters(key))]  # "rtx4060ti" comes in two
-        near = sizes or difflib.get_close_matches(_letters(key), by_letters, n=5) or by_letters
-        raise ValueError(
-            f"--card must be one of the known cards; got {key!r}; try {', '.join(by_letters[letters].key for letters in near)}"
-        )
-    return found
+    if found := by_letters.get(_letters(text)):
+        return found
+    name, size = _name_and_size(text)
+    matching = {card.key: card for alias, card in _aliases() if alias == name and size in (None, card.gigabytes)}
+    if len(matching) == 1:
+        return next(iter(matching.values()))
+    others = [card.key for alias, card in _aliases() if alias == name]  # of another size
+    near = list(matching) or list(dict.fromkeys(others)) or [
+        by_letters[letters].key for letters in difflib.get_close_matches(_letters(text), by_letters, n=5)
+    ]  # fmt: skip
+    advice = f"try {', '.join(near)}" if near else "phase1 memory --card list names them"
+    raise ValueError(f"--card must be one of the known cards; got {text[:80]!r}; {advice}")
+
+
+def _aliases() -> Iterator[tuple[str, Card]]:
+    """Every name of every card without its size, as `_name_and_size` gives it; those of GeForce by their number too."""
+    for device, card in _cards():
+        for name in {_name_and_size(device)[0], _name_and_size(card.key)[0]}:
+            yield name, card
+            if name.startswith("rtx"):
+                yield name.removeprefix("rtx"), card
+
+
+def _name_and_size(text: str) -> tuple[str, int | None]:
+    """Letters and digits of the name without brand, bus and size; and the size in GB, if it is there."""
+    text = re.sub(r"nvidia|geforce|tesla|quadro|graphics|card|generation|hbm\d?e?|sxm\d?", " ", text.lower())
+    text = re.sub(r"\blaptop( gpu)?\b|\bmobile\b|(?<=\d)m\b", "laptop", text)
+    found = re.search(r"(?<![\d])(\d{1,3})\s*g(i?b)?\b", text)
+    if found:
+        text = text.replace(found[0], " ")
+    name = _letters(re.sub(r"\bgpu\b", " ", text))
+    return name, int(found[1]) if found else None
 
 
 def _plain(device: str) -> str:

@@ -23,7 +23,10 @@ POLL_SECONDS = 0.1  # between looks at a silent process
 
 @dataclass(frozen=True)
 class Outcome(Generic[T]):
-    """How a call ended. `value` is there when status is ok; otherwise `message` is one line that says why."""
+    """How a call ended. `value` is there when status is ok; otherwise `message` is one line that says why.
+
+    What is out of memory only by a limit may have a value too: what was found before the limit was looked at.
+    """
 
     status: Literal["ok", "oom", "error"]
     value: T | None = None

@@ -1,6 +1,10 @@
 """What the plots share: colours, titles, axes, files. Made without pyplot, so without state left behind or a display."""
 
+import functools
 import io
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +20,36 @@ if TYPE_CHECKING:
 # Okabe and Ito: told apart by colour-blind readers and in print
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000", "#999999", "#882255")
 MARKERS = "osD^vPX*"
-ROLE_COLORS = {"baseline": COLORS[1], "baseline_optimized": COLORS[4], "phase1": COLORS[0]}
+ROLE_COLORS = {"baseline": COLORS[1], "baseline_optimized": COLORS[4], "baseline_fast": COLORS[3], "phase1": COLORS[0]}
 OTHER_COLORS = tuple(color for color in COLORS if color not in ROLE_COLORS.values())
+
+
+@contextmanager
+def own_style() -> Iterator[None]:
+    """Within the block matplotlib is as it comes, whatever MPLBACKEND and the user's matplotlibrc say."""
+    backend = os.environ.get("MPLBACKEND")
+    os.environ["MPLBACKEND"] = "agg"  # read, and refused where it is not installed, when matplotlib is first imported
+    try:
+        import matplotlib
+    finally:
+        if backend is None:
+            del os.environ["MPLBACKEND"]
+        else:
+            os.environ["MPLBACKEND"] = backend
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        yield
+
+
+def in_own_style(plot: Callable[..., Path]) -> Callable[..., Path]:
+    """`plot`, made within `own_style`."""
+
+    @functools.wraps(plot)
+    def plain(report: Report[Any], path: Path | str) -> Path:
+        with own_style():
+            return plot(report, path)
+
+    return plain
 
 
 def limit_line(axes: "Axes", label: str, height: float) -> None:

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from phase1.plots.figure import clean, conditions, escaped, new_figure, save, trained_on
+from phase1.plots.figure import clean, conditions, escaped, in_own_style, new_figure, save, trained_on
 from phase1.plots.perplexity import looks
 from phase1.records.schema import LossPart, PerplexityResult, Report
 from phase1.roster import repetition
 from phase1.tables.losses import bands, comparable
 
 
+@in_own_style
 def plot_losses(report: Report[PerplexityResult], path: Path | str) -> Path:
     """Mean loss over octaves of the context, and over bands of frequency, a line per model. Returns `path`.
 

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from phase1.plots.figure import COLORS, clean, conditions, escaped, limit_line, new_figure, save
+from phase1.plots.figure import COLORS, clean, conditions, escaped, in_own_style, limit_line, new_figure, save
 from phase1.records.schema import MemoryResult, Report
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ GREY_PARTS = {
 }
 
 
+@in_own_style
 def plot_memory(report: Report[MemoryResult], path: Path | str) -> Path:
     """Every model's memory as a stacked bar, with the limits of the cards. Returns `path`.
 
@@ -39,7 +40,8 @@ def plot_memory(report: Report[MemoryResult], path: Path | str) -> Path:
     axes.set_ylim(0, 1.22 * max([*floors, *limits.values()], default=1.0) or 1.0)
     for name, limit in limits.items():
         card = re.sub(r"fits_(\d+)gb", r"\1 GB card", name)
-        limit_line(axes, escaped(f"{limit:.1f} GB: limit of the {card}"), limit)
+        card = report.run.get("card_name") or "--vram-limit" if card == name else f"the {card}"
+        limit_line(axes, escaped(f"{limit:.1f} GB: limit of {card}"), limit)
     axes.set_xlim(-0.5, len(keys) - 0.1)
     axes.set_xticks(range(len(keys)), [escaped(key) for key in keys])
     axes.set_ylabel("memory (GB)")

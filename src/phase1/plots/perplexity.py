@@ -11,6 +11,7 @@ from phase1.plots.figure import (
     clean,
     conditions,
     escaped,
+    in_own_style,
     limit_line,
     log_ticks,
     new_figure,
@@ -32,6 +33,7 @@ BESIDE = 0.02  # decades between models whose tables are equally large
 _ENGINE = re.compile(r"phase1_htt(\d+)_ar(\d+)")
 
 
+@in_own_style
 def plot_perplexity(report: Report[PerplexityResult], path: Path | str) -> Path:
     """Size of the token table against the change of perplexity, with the 5 % line. Returns `path`.
 
@@ -90,7 +92,7 @@ def _ranks(key: str) -> tuple[int, int] | None:
 
 def _change(key: str, result: PerplexityResult) -> tuple[float, float, float] | None:
     """Percent against the baseline and its interval; None for what is untrained or has nothing to be compared with."""
-    if result.parameters is None or result.perplexity is None:
+    if result.parameters is None or result.perplexity is None or result.untrained:
         return None
     value = 0.0 if repetition(key)[0] == "baseline" else result.ppl_degradation_percent
     return None if value is None else (value, *(result.degradation_ci95 or (value, value)))

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phase1.plots.figure import MARKERS, clean, color_of, conditions, escaped, log_ticks, new_figure, save
+from phase1.plots.figure import MARKERS, clean, color_of, conditions, escaped, in_own_style, log_ticks, new_figure, save
 from phase1.records.schema import Measurement, Report, ThroughputResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+@in_own_style
 def plot_throughput(report: Report[ThroughputResult], path: Path | str) -> Path:
     """Tokens per second and step time over T, with linear and quadratic guides. Returns `path`."""
     figure = new_figure(12.5, 4.6, f"Training throughput, {conditions(report)}")

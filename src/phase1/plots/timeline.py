@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from phase1.plots.figure import COLORS, clean, conditions, escaped, new_figure, save
+from phase1.plots.figure import COLORS, clean, conditions, escaped, in_own_style, new_figure, save
 from phase1.records.schema import MemoryResult, MemoryTimeline, Report
 
 if TYPE_CHECKING:
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 SHADES = {"forward": "#F2F2F2", "backward": "#FFFFFF", "optimizer": "#E6E6E6"}
 
 
+@in_own_style
 def plot_memory_timeline(report: Report[MemoryResult], path: Path | str) -> Path:
     """Live bytes by part through forward, backward and optimizer step, a panel per model. Returns `path`."""
     timelines = {key: result.timeline for key, result in report.results.items() if result.timeline is not None}

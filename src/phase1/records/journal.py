@@ -16,7 +16,7 @@ from phase1.text import one_line
 T = TypeVar("T")
 VERSION: Final = 1
 SUFFIX: Final = ".partial.json"
-NOT_IN_RESULTS: Final = ("resume", "offline", "out_dir", "save_plots")  # settings that change no case
+NOT_IN_RESULTS: Final = ("resume", "offline", "out_dir", "save_plots", "verbose")  # settings that change no case
 START_OVER: Final = "leave out --resume to start over"
 
 
@@ -53,6 +53,9 @@ class Journal:
         content = {"journal_version": VERSION, "identity": self._identity, "cases": self._cases}
         atomic_write(self.path, (json.dumps(content, allow_nan=False) + "\n").encode())
         return value
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._cases
 
     def close(self) -> None:
         """Remove the file: the report is written, and holds every case."""

@@ -52,6 +52,44 @@ class Check(_Record):
     status: Literal["pass", "fail", "inconclusive"]
     detail: str = ""
 
+    @classmethod
+    def below(cls, name: str, value: float | None, limit: float, detail: str) -> Self:
+        """Passes where `value` < `limit`; inconclusive without a value."""
+        return cls._judged(name, value, limit, detail, value is not None and value < limit)
+
+    @classmethod
+    def at_most(cls, name: str, value: float | None, limit: float, detail: str) -> Self:
+        """Passes where `value` <= `limit`; inconclusive without a value."""
+        return cls._judged(name, value, limit, detail, value is not None and value <= limit)
+
+    @classmethod
+    def above(cls, name: str, value: float | None, limit: float, detail: str) -> Self:
+        """Passes where `value` > `limit`; inconclusive without a value."""
+        return cls._judged(name, value, limit, detail, value is not None and value > limit)
+
+    @classmethod
+    def undecided(cls, name: str, detail: str, limit: float | None = None, value: float | None = None) -> Self:
+        """A claim that cannot be judged; `detail` says why and what would decide it."""
+        return cls(name=name, value=value, limit=limit, status="inconclusive", detail=detail)
+
+    @classmethod
+    def _judged(cls, name: str, value: float | None, limit: float, detail: str, passes: bool) -> Self:
+        if value is None:
+            return cls.undecided(name, detail, limit)
+        return cls(name=name, value=value, limit=limit, status="pass" if passes else "fail", detail=detail)
+
+
+class Execution(_Record):
+    """How a step ran, as seen while it did."""
+
+    device: str
+    precision: str = Field(description="type of most matrix products")
+    attention: str | None = Field(default=None, description="cudnn, flash, efficient or math; None without attention")
+    kernels: str = Field(description="triton or torch: of the loss and other operators with a kernel of their own")
+    compiled: bool
+    cuda_graphs: bool
+    otherwise: list[str] = Field(default_factory=list, description="what ran otherwise than asked")
+
 
 class Parameters(_Record):
     """Numbers of trained values; `total` includes the norms, which no other field counts."""
@@ -151,6 +189,11 @@ class MemoryResult(Result):
     timeline: MemoryTimeline | None = None
     assumptions: str | None = Field(default=None, description="of an estimate: the card it is for")
     memory_reduction_percent: float | None = None
+    estimated_peak_bytes: int | None = Field(default=None, description="of a model that ran out of memory: its peak, estimated")
+    estimated_needed_bytes: int | None = Field(
+        default=None, description="that, reserved and with what is outside the allocator"
+    )
+    ran: Execution | None = Field(default=None, description="how the steps ran; none of an estimate")
     fit: list[Fit] = Field(default_factory=list, description="largest sizes that train, where --fit asked for them")
 
     def _needed(self) -> dict[str, Any]:
@@ -171,6 +214,12 @@ class Measurement(_Record):
     tokens_per_second_ci95: Interval | None = Field(default=None, description="of the median; none under 5 steps")
     ratio_to_baseline: float | None = Field(default=None, description="tokens/s over the baseline's, from pairs of one round")
     ratio_ci95: Interval | None = Field(default=None, description="of ratio_to_baseline; none under 5 rounds")
+    fastest: str | None = Field(default=None, description="the Transformer with the most tokens/s at this length")
+    ratio_to_fastest: float | None = Field(
+        default=None, description="tokens/s over those of `fastest`, from pairs of one round"
+    )
+    ratio_to_fastest_ci95: Interval | None = None
+    ran: Execution | None = Field(default=None, description="how the steps ran; none in records of earlier versions")
     launch_time_ms: float | None = Field(default=None, description="median; until the host had launched the step, CUDA only")
     model_flops: int | None = Field(default=None, description="matrix products of one step, nothing computed twice")
     achieved_flops_per_second: float | None = Field(default=None, description="model_flops over the median step")
@@ -181,7 +230,7 @@ class Measurement(_Record):
     bandwidth_utilization: float | None = Field(
         default=None, description="optimizer_bytes_per_second over the card's bandwidth, a share"
     )
-    peak_allocated_bytes: int | None = None
+    peak_allocated_bytes: int | None = Field(default=None, description="of a step; with CUDA graphs, of one before the capture")
     step_times_ms: list[float] = Field(default_factory=list, description="in the order of the rounds, which models share")
     status: Status
     detail: str = ""
@@ -269,6 +318,7 @@ class PerplexityResult(Result):
     token_count: int | None = None
     byte_count: int | None = None
     word_count: int | None = None
+    absent: dict[str, str] = Field(default_factory=dict, description="numbers that the scored text does not have, and why")
     trained_tokens: int | None = None
     skipped_steps: int | None = Field(default=None, description="of the training: gradients overflowed, nothing was learnt")
     trained_on: Dataset | None = Field(default=None, description="the training text")
@@ -338,7 +388,7 @@ class Report(_Record, Generic[R]):
 
 
 RESULTS: dict[str, type[Result]] = {"memory": MemoryResult, "throughput": ThroughputResult, "perplexity": PerplexityResult}
-_REPORTS: dict[str, type[Report[Any]]] = {
+REPORTS: dict[str, type[Report[Any]]] = {
     "memory": Report[MemoryResult],
     "throughput": Report[ThroughputResult],
     "perplexity": Report[PerplexityResult],
@@ -407,7 +457,7 @@ def _parse(content: Any, kind: Kind) -> Report[Any]:
     if content["kind"] != kind:
         raise ValueError(f"a report of kind {content['kind']!r:.40}")
     try:
-        return _REPORTS[kind].model_validate(migrated(content, version))
+        return REPORTS[kind].model_validate(migrated(content, version))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "report"

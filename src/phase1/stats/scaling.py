@@ -15,6 +15,7 @@ QUADRATIC_SHARE_LIMIT = 0.15
 NOISE = 0.02  # relative standard deviation of a time that is assumed where no raw samples say what it is
 NOISE_FLOOR = 0.002  # no time is known better: clocks and temperatures drift by this much between lengths
 MIN_SAMPLES = 5  # of a length, to tell the noise of its median
+GROWTH_FLOOR = 0.01  # nor is any kernel known to follow its law better: caches and waves of blocks bend a line by 1 to 8 %
 NOISE_WEIGHT = 4  # residuals that the assumed noise is worth when residuals are few
 MISFIT = 0.05  # a candidate that misses by more than this, root mean square, does not describe the times
 WIDE_INTERVAL = 0.5  # width of the 95 % interval of the exponent
@@ -90,10 +91,31 @@ def _checked(lengths: ArrayLike, seconds: ArrayLike) -> tuple[Array, Array]:
 def _too_short(T: Array) -> str:
     """Why these lengths cannot decide, or nothing."""
     if T.size < MIN_LENGTHS:
-        return f"{T.size} lengths measured, a verdict needs {MIN_LENGTHS}; add lengths"
+        return f"{T.size} lengths measured, a verdict needs {MIN_LENGTHS}: {deciding_lengths(T)}"
     if T[-1] < MIN_SPAN * T[0]:
-        return f"lengths span {T[-1] / T[0]:.3g}x, a verdict needs {MIN_SPAN}x; add longer lengths"
+        return f"lengths span {T[-1] / T[0]:.3g}x, a verdict needs {MIN_SPAN}x: {deciding_lengths(T)}"
     return ""
+
+
+def enough_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
+    """`lengths` in order, and by doubling the last as many more as a verdict needs."""
+    wanted = sorted(set(lengths))
+    while len(wanted) < MIN_LENGTHS or wanted[-1] < MIN_SPAN * wanted[0]:
+        wanted.append(2 * wanted[-1])
+    return tuple(wanted)
+
+
+def deciding_lengths(lengths: ArrayLike) -> str:
+    """Which further lengths would allow a verdict: the next ones by doubling, and by halving where one is enough."""
+    given = sorted(int(length) for length in np.asarray(lengths, dtype=np.float64))
+    if not given:
+        return "give smaller --seq-lengths"
+    wanted = enough_lengths(given)
+    longer = f"--seq-lengths {' '.join(map(str, wanted))}"
+    shorter = [given[0] // 2, *given]
+    if len(shorter) < MIN_LENGTHS or shorter[-1] < MIN_SPAN * shorter[0] or given[0] < 2:
+        return f"add T = {', '.join(f'{length:,}' for length in wanted[len(given) :])} ({longer})"
+    return f"add T = {shorter[0]:,} or {wanted[-1]:,} (--seq-lengths {' '.join(map(str, shorter))}, or {longer})"
 
 
 def _saturated(T: Array, t: Array) -> Fits:
@@ -169,10 +191,11 @@ def _better(rss: float, freedom: int, line_rss: float, noise: float | None) -> b
     """Does a description with `rss` beat the line significantly?
 
     F tests with the noise of its own residuals, which hold for any noise, and with that noise pooled with the known or
-    assumed one, which are strong when residuals are few.
+    assumed one, which are strong when residuals are few. Neither noise is taken for less than GROWTH_FLOOR: on a quiet
+    machine every bend of a linear kernel would be significant.
     """
-    own = max(rss / freedom, NOISE_FLOOR**2)
-    pooled = (rss + NOISE_WEIGHT * (noise or NOISE) ** 2) / (freedom + NOISE_WEIGHT)
+    own = max(rss / freedom, GROWTH_FLOOR**2)
+    pooled = (rss + NOISE_WEIGHT * max(noise or NOISE, GROWTH_FLOOR) ** 2) / (freedom + NOISE_WEIGHT)
     tests = ((own, freedom), (pooled, freedom + NOISE_WEIGHT))
     return any(fdtrc(1, df, max(line_rss - rss, 0) / variance) <= ALPHA for variance, df in tests)
 

@@ -1,6 +1,6 @@
 """Step times: their median, and the speed ratio of two models that took their steps in the same rounds, with intervals."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -12,6 +12,7 @@ from phase1.stats import Bounds
 Array = NDArray[np.float64]
 
 MIN_ROUNDS = 5  # the widest interval, from the least to the greatest of 5, holds the median in 93.75 % of cases
+UNSTABLE = 0.10  # relative interquartile range of the steps of one length
 MAX_AUTOCORRELATION = 0.8  # of so few numbers no more can be believed
 
 
@@ -109,6 +110,14 @@ def median(samples: Sequence[float]) -> float:
     return float(np.median(_positive("samples", samples)))
 
 
+def spread(samples: Sequence[float]) -> float:
+    """Relative interquartile range: of the middle half of the samples, as a share of the median; 0 of too few."""
+    if len(samples) < MIN_ROUNDS:
+        return 0.0
+    low, mid, high = np.quantile(samples, [0.25, 0.5, 0.75])
+    return float((high - low) / mid)
+
+
 def relative_median_error(samples: Sequence[float]) -> float:
     """Standard error of the median, as a share of it: 1.2533 s / sqrt(n) / median, s from the interquartile range.
 
@@ -126,6 +135,26 @@ def with_ratios(measurements: Sequence[Measurement], baseline: Sequence[Measurem
         if pair := rounds_of(m, baseline):
             ratio, interval = speed_ratio(*pair)
             m = m.model_copy(update={"ratio_to_baseline": ratio, "ratio_ci95": None if m in baseline else interval})
+        found.append(m)
+    return found
+
+
+def with_fastest(measurements: Sequence[Measurement], rivals: Mapping[str, Sequence[Measurement]]) -> list[Measurement]:
+    """`measurements` with the ratio to the fastest of `rivals` at the same length and batch size, wherever one ran."""
+    found = []
+    for m in measurements:
+        speeds = {
+            name: other.tokens_per_second
+            for name, others in rivals.items()
+            for other in others
+            if (other.seq_length, other.batch_size) == (m.seq_length, m.batch_size) and other.tokens_per_second is not None
+        }
+        fastest = max(speeds, key=lambda name: speeds[name], default=None)
+        if fastest is not None and (pair := rounds_of(m, rivals[fastest])):
+            ratio, interval = speed_ratio(*pair)
+            own = pair[0] is pair[1]  # no interval of a model against itself
+            update = {"fastest": fastest, "ratio_to_fastest": ratio, "ratio_to_fastest_ci95": None if own else interval}
+            m = m.model_copy(update=update)
         found.append(m)
     return found
 

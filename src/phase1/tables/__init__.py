@@ -14,6 +14,7 @@ from phase1.tables.table import SUFFIXES, Column, Table, render
 from phase1.tables.throughput import scaling_comparison, throughput_comparison
 
 __all__ = [
+    "NAMES",
     "SUFFIXES",
     "Column",
     "Table",
@@ -28,6 +29,13 @@ __all__ = [
     "scaling_comparison",
     "throughput_comparison",
 ]
+
+
+NAMES = (
+    "memory_comparison", "memory_breakdown", "memory_ablation", "fit_comparison", "throughput_comparison", "scaling_comparison",
+    "perplexity_comparison", "loss_comparison", "configuration_comparison",
+)  # fmt: skip
+"""Of every table that there may be: a file of this name that was not written now is of other results."""
 
 
 def build_tables(reports: Mapping[str, Report[Any]], hardware: str | None = None) -> list[Table]:

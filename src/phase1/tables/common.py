@@ -17,9 +17,17 @@ BASIS = Column("Basis")
 def hardware_of(report: Report[Any]) -> str:
     """The GPU, or the processor, that the record names."""
     facts = report.environment
+    if report.results and all(result.measured == "estimated" for result in report.results.values()):
+        card = report.run.get("card_name")
+        return f"{f'{card}, ' if card else ''}estimated on {_processor(report)}"
     memory = facts.get("gpu_memory_bytes")
     if facts.get("gpu"):
         return f"{facts['gpu']}, {memory / 1e9:.1f} GB" if isinstance(memory, int | float) else str(facts["gpu"])
+    return _processor(report)
+
+
+def _processor(report: Report[Any]) -> str:
+    facts = report.environment
     cores = facts.get("cpu_cores")
     return f"{facts.get('cpu') or 'unknown processor'} (CPU{f', {cores} cores' if cores else ''})"
 
@@ -62,7 +70,14 @@ def notes_of(report: Report[Any]) -> tuple[str, ...]:
 def caption_of(title: str, report: Report[Any], hardware: str | None, *conditions: str) -> str:
     """What, under which conditions, on which hardware, and whether it was measured."""
     given = [text for text in conditions if text]
-    return f"{title}: {', '.join([*given, hardware or hardware_of(report)])} ({basis_of(report.results.values())})"
+    basis = basis_of(report.results.values())
+    return f"{title}: {', '.join([*given, hardware_named(report, hardware)])} ({basis})"
+
+
+def hardware_named(report: Report[Any], hardware: str | None) -> str:
+    """The hardware of the record; with another name given for it, both: a name makes no number another machine's."""
+    recorded = hardware_of(report)
+    return recorded if hardware in (None, recorded) else f"{hardware}, recorded on {recorded}"
 
 
 def setting(report: Report[Any], symbol: str, name: str) -> str:

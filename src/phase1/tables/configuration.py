@@ -5,7 +5,7 @@ from typing import Any
 
 from phase1.records.schema import MemoryResult, PerplexityResult, Report, Result, ThroughputResult
 from phase1.roster import CONTROLS
-from phase1.tables.common import CONFIG, MODEL, gigabytes, hardware_of, headline
+from phase1.tables.common import CONFIG, MODEL, gigabytes, hardware_named, headline
 from phase1.tables.join import Row, joined_rows
 from phase1.tables.perplexity import perplexity_cells
 from phase1.tables.table import Cell, Column, Table
@@ -32,7 +32,7 @@ def configuration_comparison(reports: Mapping[str, Report[Any]], hardware: str |
         Column("Degradation", "%"),
         Column("Within 5 %"),
     )
-    names = {kind: hardware or hardware_of(report) for kind, report in reports.items()}
+    names = {kind: hardware_named(report, hardware) for kind, report in reports.items()}
     shared = len(set(names.values())) == 1
     label = next(iter(names.values())) if shared else "; ".join(f"{kind}: {name}" for kind, name in names.items())
     missing = [kind for kind in ("memory", "throughput", "perplexity") if kind not in reports]

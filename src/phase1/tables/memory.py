@@ -78,8 +78,9 @@ def _breakdown_notes(report: Report[MemoryResult]) -> list[str]:
 
 def _memory_cells(key: str, result: MemoryResult, cards: list[Check]) -> tuple[Cell, ...]:
     peak, reserved, outside = result.peak_allocated_bytes, result.peak_reserved_bytes, result.outside_allocator_bytes
-    needed = None if reserved is None or outside is None else reserved + outside
-    suffix = "" if result.measured == "measured" else f" ({result.measured})"
+    needed = result.estimated_needed_bytes if reserved is None or outside is None else reserved + outside
+    basis = "estimated" if reserved is None and needed is not None else result.measured
+    suffix = "" if basis == "measured" else f" ({basis})"
 
     def fits(check: Check) -> Cell:
         if key == "phase1":  # the check is about this model and knows more, such as the free memory of the card
@@ -126,7 +127,8 @@ def fit_comparison(report: Report[MemoryResult], hardware: str | None = None) ->
         )
         for key, fits in searched.items()
     )
-    notes = [f"{key}: {FAILED[fit.status]}, {fit.detail}" for key, fits in searched.items() for fit in fits if fit.detail]
+    told = [(key, fit) for key, fits in searched.items() for fit in fits if fit.detail]
+    notes = [f"{key}: {FAILED.get(fit.status, 'lower limit')}, {fit.detail}" for key, fit in told]
     steps = ", ".join(f"{fit.searched} by {fit.step}" for fit in next(iter(searched.values())))
     notes.append(f"Sizes that train: {steps}; one step more does not. >= where the search ended at its bound.")
     card = "whole card" if limit is None else f"{limit / 1e9:.2f} GB of the card"
@@ -138,4 +140,4 @@ def _size(fit: Fit) -> Cell:
     size = fit.batch_size if fit.searched == "batch_size" else fit.seq_length
     if fit.status != "ok" or size is None:
         return FAILED.get(fit.status)
-    return f">= {size:,}" if size == fit.bound else size
+    return f">= {size:,}" if size == fit.bound or fit.detail else size

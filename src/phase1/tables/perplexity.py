@@ -42,6 +42,7 @@ def perplexity_comparison(report: Report[PerplexityResult], hardware: str | None
         if r.dataset
     }
     texts |= {text for r in report.results.values() if (text := _windows_text(r, report))}
+    texts |= {f"No {name.replace('_', ' ')}: {why}." for r in report.results.values() for name, why in r.absent.items()}
     if len({r.protocol_hash for r in report.results.values() if r.protocol_hash}) > 1:
         texts.add("Different protocols: perplexities of different protocols are not comparable.")
     return Table(

@@ -11,6 +11,7 @@ from phase1.text import one_line
 
 Cell = str | float | int | None  # None: not measured, not applicable
 MISSING = "n/a"
+COMMAND = "Command"  # how the note of what made the numbers begins: in LaTeX a comment, nothing to typeset
 
 
 @dataclass(frozen=True)
@@ -97,34 +98,80 @@ def _csv(cell: str | float | int) -> str | float | int:
 
 
 def latex(table: Table) -> str:
-    """A booktabs `table` environment; few models with many numbers stand side by side, a column each."""
-    headings = [_latex_heading(column.heading) for column in table.columns]
-    rows = table.texts(_latex)
-    alignment = "".join("r" if table.is_numeric(i) else "l" for i in range(len(headings)))
+    """booktabs `table` environments, as many as its columns need to stay within the text of an article.
+
+    Few models with many numbers stand side by side, a column each. Every environment begins with the columns that say what a
+    row is, up to the first one of text.
+    """
+    matrix = [[column.heading for column in table.columns], *table.texts(str)]
+    right = [table.is_numeric(i) for i in range(len(table.columns))]
     if is_wide(table):
-        headings, *rows = [[_latex(column.heading), *cells] for column, cells in zip(table.columns, zip(*rows))]
-        alignment = "l" + "r" * (len(headings) - 1)
+        matrix = [list(row) for row in zip(*matrix)]
+        right = [False] + [True] * (len(matrix[0]) - 1)
+    parts = _within_the_text(matrix, 1 + right.index(False) if False in right else 1)
+    return "\n".join(_environment(table, matrix, right, part, i, len(parts)) for i, part in enumerate(parts))
+
+
+def _environment(table: Table, matrix: list[list[str]], right: list[bool], part: list[int], index: int, count: int) -> str:
+    """The columns `part`, number `index` of `count` environments; the notes are in the last."""
+    rows = [[_latex_cell(row[i]) for i in part] for row in matrix[1:]]
+    headings = [_latex_heading(matrix[0][i]) for i in part]
     lines = ["    " + " & ".join(row) + r" \\" for row in [headings, *rows]]
-    notes = "".join(f"\n  \\par\\smallskip {{\\footnotesize {_latex(one_line(note))}}}" for note in table.notes)
+    of_all = f" ({index + 1} of {count})" if count > 1 else ""
+    label = table.name.replace("_", "-") + (f"-{index + 1}" if index else "")
+    told = [note for note in table.notes if not note.startswith(COMMAND)]
+    comments = [f"% {_latex(one_line(note, 2000))}" for note in table.notes if note.startswith(COMMAND)]
+    notes = "".join(f"\n  \\par\\smallskip {{\\sloppy\\footnotesize {_latex(one_line(note))}\\par}}" for note in told)
     return "\n".join(
         [
-            r"% needs \usepackage{booktabs}",
+            *([r"% needs \usepackage{booktabs}", *comments] if not index else []),
             r"\begin{table}[t]",
             r"  \centering",
-            rf"  \caption{{{_latex(one_line(table.caption))}}}",
-            rf"  \label{{tab:{table.name.replace('_', '-')}}}",
+            rf"  \caption{{{_latex(one_line(table.caption) + of_all)}}}",
+            rf"  \label{{tab:{label}}}",
             r"  \footnotesize\setlength{\tabcolsep}{3pt}",
-            rf"  \begin{{tabular}}{{{alignment}}}",
+            rf"  \begin{{tabular}}{{{''.join('r' if right[i] else 'l' for i in part)}}}",
             r"    \toprule",
             lines[0],
             r"    \midrule",
             *lines[1:],
             r"    \bottomrule",
-            r"  \end{tabular}" + notes,
+            r"  \end{tabular}" + (notes if index == count - 1 else ""),
             r"\end{table}",
             "",
         ]
     )
+
+
+TEXT_WIDTH = 340.0  # points of an article's line, of 345
+COLUMN_GAP = 6.0  # points, twice \tabcolsep
+CELL_CHARS = 36  # of a line in a cell
+
+
+def _within_the_text(matrix: list[list[str]], names: int) -> list[list[int]]:
+    """The columns in groups that fit, the first `names` in each."""
+    widths = [
+        COLUMN_GAP + max(map(_points, [*textwrap.wrap(column[0], HEADING_CHARS), *map(_widest, column[1:])]))
+        for column in map(list, zip(*matrix))
+    ]
+    first = list(range(names))
+    groups, room = [[*first]], TEXT_WIDTH - sum(widths[:names])
+    for i, width in enumerate(widths[names:], names):
+        if width > room and len(groups[-1]) > names:
+            groups.append([*first])
+            room = TEXT_WIDTH - sum(widths[:names])
+        groups[-1].append(i)
+        room -= width
+    return groups
+
+
+def _points(text: str) -> float:
+    """At most the width of `text` in Computer Modern of 8 points."""
+    return sum(7.6 if c in "mwMW%@" else 6.6 if c.isupper() else 4.9 for c in text)
+
+
+def _widest(text: str) -> str:
+    return max(textwrap.wrap(text, CELL_CHARS), key=len, default="")
 
 
 def is_wide(table: Table) -> bool:
@@ -132,10 +179,22 @@ def is_wide(table: Table) -> bool:
     return len(table.columns) > 8 and 0 < len(table.rows) <= 5
 
 
+HEADING_CHARS = 10
+
+
 def _latex_heading(heading: str) -> str:
     """A narrow column's heading, one word a line."""
-    words = [_latex(word) for word in textwrap.wrap(heading, 10)]
-    return words[0] if len(words) == 1 else r"\shortstack{" + r" \\ ".join(words) + "}"
+    return _stacked(textwrap.wrap(heading, HEADING_CHARS))
+
+
+def _latex_cell(text: str) -> str:
+    """A cell, in lines where it is long."""
+    return _stacked(textwrap.wrap(text, CELL_CHARS), "[l]") if len(text) > CELL_CHARS else _latex(text)
+
+
+def _stacked(lines: list[str], align: str = "") -> str:
+    words = [_latex(line) for line in lines] or [""]
+    return words[0] if len(words) == 1 else rf"\shortstack{align}{{" + r" \\ ".join(words) + "}"
 
 
 _LATEX = {

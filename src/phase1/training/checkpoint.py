@@ -7,21 +7,29 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from phase1.config import ModelConfig, TrainConfig
-from phase1.files import atomic_write, read_json
+from phase1.config import Config, ModelConfig, TrainConfig
+from phase1.errors import Diverged
+from phase1.files import atomic_write, open_plain, read_json
 from phase1.model import LanguageModel
 from phase1.text import one_line
 from phase1.training.optimizers import kept
-from phase1.training.step import TrainState
+from phase1.training.step import TrainState, total_steps
+
+C = TypeVar("C", bound=Config)
 
 INDEX = "checkpoint.json"  # written last; names the tensor files that belong together
+MAX_INDEX_BYTES: Final = 2**20
+NO_DIFFERENCE: Final = {"micro_batch_size": TrainConfig.micro_batch_size}
+"""Settings of a training that change its result by rounding alone, with the value that stands for all: a training that ran out
+of memory goes on with another one, and none is made again."""
+MARK: Final = {"program": "phase1"}  # in the header of every tensor file, with its step
 _FACTS: dict[str, tuple[type, ...]] = {
     "data": (dict,), "tokenizer": (str,), "seq_length": (int,), "trained_tokens": (int,), "train_seconds": (int, float),
     "loss": (int, float), "finished": (bool,),
@@ -39,17 +47,23 @@ def save_checkpoint(
     `token_order` (V,) integers: all ids by falling frequency in the tokens of the training, for losses by frequency.
 
     The tensor files carry the step in their names and the index that names them is replaced last, so a crash
-    leaves the previous checkpoint whole. Files of older steps are removed afterwards.
+    leaves the previous checkpoint whole. Files of its own earlier saves are removed afterwards, and no other file.
+    Raises Diverged, with nothing written, where a tensor holds a number that is not finite.
     """
     folder = Path(folder)
-    files = {"model": f"model-{state.step:08d}.safetensors"}
-    atomic_write(folder / files["model"], save(_on_cpu(state.model.state_dict())))
+    parts = {"model": _on_cpu(state.model.state_dict())}
     if resumable:
-        files["training"] = f"training-{state.step:08d}.safetensors"
-        atomic_write(folder / files["training"], save(_on_cpu(_optimizer_tensors(state))))
+        parts["training"] = _on_cpu(_optimizer_tensors(state))
     if token_order is not None:
-        files["tokens"] = f"tokens-{state.step:08d}.safetensors"
-        atomic_write(folder / files["tokens"], save({"order": token_order}))
+        parts["tokens"] = {"order": token_order}
+    for tensors in parts.values():
+        if name := _not_finite(tensors):
+            remedy = "lower --learning-rate or use --precision bf16"
+            raise Diverged(f"{name} is not finite at step {state.step}, nothing is saved; {remedy}")
+    older = _own_files(folder)
+    files = {part: f"{part}-{state.step:08d}.safetensors" for part in parts}
+    for part, tensors in parts.items():
+        atomic_write(folder / files[part], save(tensors, MARK | {"step": str(state.step)}))
     index = {
         "format": 1,
         "step": state.step,
@@ -60,16 +74,37 @@ def save_checkpoint(
         "facts": facts,
     }
     atomic_write(folder / INDEX, json.dumps(index, indent=2, allow_nan=False).encode())
-    for old in folder.glob("*.safetensors"):
-        if old.name not in files.values():
-            old.unlink()
+    for name in older - set(files.values()):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _own_files(folder: Path) -> set[str]:
+    """The tensor files that the index of `folder` names, and those with our mark that a killed save has left there."""
+    own = set()
+    with contextlib.suppress(ValueError):  # no index yet: whatever is there is not named by one
+        own = set(read_index(folder)["files"].values())
+    for path in folder.glob("*.safetensors"):
+        if _TENSOR_FILE.fullmatch(path.name):
+            with contextlib.suppress(OSError, SafetensorError), _opened(path) as file:
+                if MARK.items() <= (file.metadata() or {}).items():
+                    own.add(path.name)
+    return own
+
+
+def _not_finite(tensors: dict[str, Tensor]) -> str | None:
+    """The name of the first tensor with NaN or infinity in it."""
+    return next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
 
 
 def read_index(folder: Path | str) -> dict[str, Any]:
-    """The index of a checkpoint; ValueError, one line, if there is none or it is not one of ours."""
+    """The index of a checkpoint; ValueError, one line, if there is none or it is not one of ours.
+
+    Every value has its type, the two configs are in range, and the tensor files are of the step that it says. What `facts`
+    must hold, `training_facts` says.
+    """
     path = Path(folder) / INDEX
     try:
-        index = read_json(path)
+        index = read_json(path, MAX_INDEX_BYTES)
     except ValueError as error:
         raise ValueError(f"no checkpoint in {folder}: {INDEX} is {error}; train one with `phase1 train`") from error
     objects = ("model_config", "train_config", "scaler", "files", "facts")
@@ -77,19 +112,54 @@ def read_index(folder: Path | str) -> dict[str, Any]:
         not isinstance(index, dict)
         or index.get("format") != 1
         or type(index.get("step")) is not int
+        or index["step"] < 0
         or not all(isinstance(index.get(name), dict) for name in objects)
         or not all(isinstance(name, str) and _TENSOR_FILE.fullmatch(name) for name in index["files"].values())
     ):
         raise ValueError(f"{path} is not a checkpoint of format 1; train again, or use the version that wrote it")
+    for part, name in index["files"].items():
+        if name != f"{part}-{index['step']:08d}.safetensors":
+            raise _misfit(folder, ValueError(f"{INDEX} says step {index['step']} and names {name}"))
     try:
-        ModelConfig(**index["model_config"])
-    except TypeError as error:
+        _config(ModelConfig, index["model_config"])
+        _train_config_of(index)
+    except ValueError as error:
         raise _misfit(folder, error) from error
     return index
 
 
-def training_facts(folder: Path | str, facts: dict[str, Any]) -> dict[str, Any]:
-    """`facts` of a checkpoint that `phase1 train` or `phase1 perplexity` wrote; ValueError, one line, where they are not."""
+def _config(cls: type[C], content: dict[str, Any]) -> C:
+    """The config that a file describes; ValueError, one line, for an unknown setting, a wrong type or a value out of range."""
+    from pydantic import TypeAdapter, ValidationError
+
+    if unknown := content.keys() - {field.name for field in fields(cls)}:
+        raise ValueError(f"{min(unknown)!r:.80} is no setting of {cls.__name__}")
+    try:
+        config: C = TypeAdapter(cls).validate_json(json.dumps(content), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{first['msg'].removeprefix('Value error, ')}{where and f' at {where}'}") from error
+    return config
+
+
+def _train_config_of(index: dict[str, Any]) -> TrainConfig:
+    """How the model of an index was trained; settings that this version has not are left out."""
+    known = {field.name for field in fields(TrainConfig)}
+    return _config(TrainConfig, {name: value for name, value in index["train_config"].items() if name in known})
+
+
+def model_config_of(index: dict[str, Any]) -> ModelConfig:
+    """The model of an index that `read_index` gave."""
+    return _config(ModelConfig, index["model_config"])
+
+
+def training_facts(folder: Path | str, index: dict[str, Any]) -> dict[str, Any]:
+    """The facts in the index of a checkpoint that `phase1 train` or `phase1 perplexity` wrote, as far as it can be told true.
+
+    Raises ValueError, one line, where a fact is missing or of a wrong type, or contradicts the step or the schedule.
+    """
+    facts = index["facts"]
     data = facts.get("data")
     wrong = [name for name, kind in _FACTS.items() if type(facts.get(name)) not in kind]
     wrong += ["skipped_steps"] * (type(facts.get("skipped_steps", 0)) is not int)  # earlier versions did not count them
@@ -98,13 +168,23 @@ def training_facts(folder: Path | str, facts: dict[str, Any]) -> dict[str, Any]:
     if wrong:
         expected = f"{INDEX} must say {', '.join(_FACTS)} of the training"
         raise ValueError(f"{one_line(folder)}: {expected}; got none or no such value for {', '.join(wrong)}; train again")
+    step, seq_length = index["step"], facts["seq_length"]
+    skipped = facts.get("skipped_steps", 0)
+    if seq_length < 1 or facts["train_seconds"] < 0 or not math.isfinite(facts["loss"]) or not 0 <= skipped <= step:
+        raise _misfit(folder, ValueError("seq_length, train_seconds, loss or skipped_steps is out of range"))
+    config = _train_config_of(index)
+    steps = total_steps(config, seq_length)
+    tokens = step * config.train_batch_size * seq_length
+    if step > steps or facts["finished"] != (step == steps) or facts["trained_tokens"] != tokens:
+        says = f"step {step} of {steps}, {facts['trained_tokens']} tokens, {'' if facts['finished'] else 'not '}finished"
+        raise _misfit(folder, ValueError(f"{INDEX} contradicts itself: {says}"))
     return facts
 
 
 def load_model(folder: Path | str) -> tuple[LanguageModel, dict[str, Any]]:
     """The model of a checkpoint, on the CPU, and its facts. Raises ValueError for a missing or foreign one."""
     index = read_index(folder)
-    config = ModelConfig(**index["model_config"])
+    config = model_config_of(index)
     try:
         _require_shapes(config, _shapes(folder, index))
         model = LanguageModel(config)
@@ -120,8 +200,8 @@ def load_token_order(folder: Path | str) -> Tensor | None:
     if "tokens" not in index["files"]:
         return None
     order = _tensors(folder, index, "tokens").get("order")
-    every_id = torch.arange(ModelConfig(**index["model_config"]).vocab_size)
-    if order is None or not torch.equal(order.long().sort().values, every_id):
+    every_id = torch.arange(model_config_of(index).vocab_size)
+    if order is None or order.is_floating_point() or not torch.equal(order.long().sort().values, every_id):
         raise _misfit(folder, ValueError(f"the token order must hold 0 to {len(every_id) - 1} once each"))
     return order
 
@@ -133,9 +213,12 @@ def resume(folder: Path | str, state: TrainState) -> dict[str, Any]:
     if "training" not in index["files"]:
         raise ValueError(f"the checkpoint in {folder} holds no optimizer state; it can be evaluated, not resumed")
     _load_weights(folder, index, state.model)
+    tensors = _tensors(folder, index, "training")
     try:
-        _restore_optimizer(state, _tensors(folder, index, "training"))
-    except KeyError as error:
+        _check_optimizer(state, index, tensors)
+        _check_scaler(state.scaler.state_dict(), index["scaler"])
+        _restore_optimizer(state, tensors)
+    except (KeyError, ValueError) as error:
         raise _misfit(folder, error) from error
     state.scaler.load_state_dict(index["scaler"])
     state.step = index["step"]
@@ -145,10 +228,16 @@ def resume(folder: Path | str, state: TrainState) -> dict[str, Any]:
 def _shapes(folder: Path | str, index: dict[str, Any]) -> dict[str, list[int]]:
     """The shape of every tensor of the model, from the header of its file; no tensor is read."""
     try:
-        with safe_open(Path(folder) / index["files"]["model"], framework="pt") as file:
+        with _opened(Path(folder) / index["files"]["model"]) as file:
             return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, it is no dict
     except (KeyError, OSError, SafetensorError) as error:
         raise _misfit(folder, error) from error
+
+
+def _opened(path: Path) -> Any:
+    """`safe_open` of a plain file: on a pipe it would wait for ever."""
+    open_plain(path).close()
+    return safe_open(path, framework="pt")
 
 
 def _require_shapes(config: ModelConfig, shapes: dict[str, list[int]]) -> None:
@@ -180,22 +269,32 @@ def _no_memory(config: ModelConfig) -> Iterator[None]:
 
 
 def _load_weights(folder: Path | str, index: dict[str, Any], model: LanguageModel) -> None:
+    """Raises ValueError, one line, where a tensor does not fit, is not finite, or holds an index out of range."""
+    tensors = _tensors(folder, index, "model")
+    if name := _not_finite(tensors):
+        raise _misfit(folder, ValueError(f"{name} is not finite"))
     try:
-        model.load_state_dict(_tensors(folder, index, "model"))
+        model.load_state_dict(tensors)
     except RuntimeError as error:
         raise _misfit(folder, error) from error
 
 
 def _tensors(folder: Path | str, index: dict[str, Any], part: str) -> dict[str, Tensor]:
+    """The tensors of one file, which must be of the step that the index says, where the file says one."""
     try:
-        return load_file(Path(folder) / index["files"][part])
+        path = Path(folder) / index["files"][part]
+        with _opened(path) as file:
+            step = (file.metadata() or {}).get("step", str(index["step"]))
+        if step != str(index["step"]):
+            raise _misfit(folder, ValueError(f"{INDEX} says step {index['step']} and {path.name} step {step:.20}"))
+        return load_file(path)
     except (KeyError, TypeError, OSError, SafetensorError) as error:
         raise _misfit(folder, error) from error
 
 
 def _misfit(folder: Path | str, error: Exception) -> ValueError:
-    reason = one_line(str(error).partition("\n")[0])
-    return ValueError(f"the checkpoint in {folder} does not fit this version: {reason}; train again")
+    reason = one_line(" ".join(str(error).split()))
+    return ValueError(f"the checkpoint in {one_line(folder)} does not fit this version: {reason}; train again")
 
 
 def check_configs(folder: Path | str, index: dict[str, Any], model: ModelConfig, train: TrainConfig) -> None:
@@ -203,11 +302,12 @@ def check_configs(folder: Path | str, index: dict[str, Any], model: ModelConfig,
 
     Also where its tensors are not those of `model`: an earlier version may have made another model of the same settings.
     """
-    if ModelConfig(**index["model_config"]).config_id == model.config_id:
+    if model_config_of(index).config_id == model.config_id:
         index["model_config"] = asdict(model)
     for name, mine in (("model_config", model), ("train_config", train)):
         defaults = {field.name: field.default for field in fields(mine)}  # of settings that are younger than the checkpoint
-        different = sorted(k for k, v in asdict(mine).items() if index[name].get(k, defaults[k]) != v)
+        theirs = defaults | index[name]
+        different = sorted(k for k, v in asdict(mine).items() if k not in NO_DIFFERENCE and theirs[k] != v)
         if different:
             flags = ", ".join("--" + key.replace("_", "-") for key in different)
             raise ValueError(f"the checkpoint in {folder} was made with other {flags}; use those, or another --out-dir")
@@ -224,6 +324,34 @@ def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
         for parameter, values in state.optimizer.state.items()
         for key, value in values.items()
     }
+
+
+def _check_optimizer(state: TrainState, index: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError unless every moment has its parameter's shape and finite numbers, and the step counts are the index's.
+
+    Loss scaling skips the steps whose gradients overflow; without it the optimizer has made every step.
+    """
+    if name := _not_finite(tensors):
+        raise ValueError(f"{name} is not finite")
+    shapes = {name: parameter.shape for name, parameter in state.model.named_parameters()}
+    for name, tensor in tensors.items():
+        of, _, key = name.rpartition(":")
+        wanted = torch.Size() if key == "step" else shapes.get(of)
+        if wanted != tensor.shape or not tensor.is_floating_point():
+            raise ValueError(f"{name} must be {wanted and list(wanted)} floats; got {list(tensor.shape)} {tensor.dtype}")
+        least = 0 if state.scaler.is_enabled() else index["step"]
+        if key == "step" and not least <= tensor.item() <= index["step"]:
+            raise ValueError(f"{INDEX} says step {index['step']}, {name} {tensor.item():g}")
+
+
+def _check_scaler(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Raise ValueError unless `theirs` is a state of a loss scaler with our settings: its scale and tracker are free."""
+    scale, tracker = theirs.get("scale"), theirs.get("_growth_tracker")
+    fits = theirs == ours | ({"scale": scale, "_growth_tracker": tracker} if ours else {})
+    if fits and ours:
+        fits = isinstance(scale, float) and scale > 0 and type(tracker) is int and 0 <= tracker < ours["growth_interval"]
+    if not fits:
+        raise ValueError(f"the loss scaler must have {', '.join(ours) or 'no state'}, in range; got {theirs!r:.120}")
 
 
 def _restore_optimizer(state: TrainState, tensors: dict[str, Tensor]) -> None:

@@ -17,7 +17,7 @@ from phase1.model import LanguageModel
 from phase1.training.checkpoint import INDEX, check_configs, read_index, resume, save_checkpoint, training_facts
 from phase1.training.interrupts import interrupts_wait
 from phase1.training.progress import Progress
-from phase1.training.step import TrainState, make_train_state, skipped_steps, total_steps, train
+from phase1.training.step import TrainState, check_finite, make_train_state, skipped_steps, total_steps, train
 from phase1.training.watch import Watch
 from phase1.vocabulary.levels import VECTOR_DIM, levels
 from phase1.vocabulary.statistics import (
@@ -51,7 +51,7 @@ def train_to_checkpoint(
     if begun:
         index = read_index(folder)
         check_configs(folder, index, model_config, train_config)
-        facts = training_facts(folder, index["facts"])
+        facts = training_facts(folder, index)
         if facts["data"] != data or facts["seq_length"] != seq_length:
             raise ValueError(f"the checkpoint in {folder} was trained on {facts['data']}; use that data, or another folder")
     keep_tokenizer(folder, corpus.tokenizer)
@@ -136,6 +136,7 @@ def run_schedule(
         progress.step(step, loss)
         stop, late = interrupted(), progress.late
         if step < steps and (stop or late or time.perf_counter() - saved > SAVE_SECONDS):
+            check_finite(loss, step)  # no checkpoint to go on from, but an end with the reason
             save_checkpoint(folder, state, facts | so_far())
             progress.keep()
             saved = time.perf_counter()

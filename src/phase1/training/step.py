@@ -13,6 +13,7 @@ from phase1.config import TrainConfig
 from phase1.errors import Diverged
 from phase1.model import LanguageModel
 from phase1.ops.cross_entropy import IGNORE
+from phase1.training.compiler import require_compiler
 from phase1.training.micro_batch import Passes, Replay
 from phase1.training.optimizers import make_optimizer
 
@@ -49,6 +50,7 @@ def make_train_state(model: LanguageModel, config: TrainConfig, device: torch.de
     device = torch.device(device)
     model = model.to(device)
     if config.compile:
+        require_compiler(device)
         model.losses = torch.compile(model.losses, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
     optimizer = make_optimizer(model, config, device.type)
     dtype = compute_dtype(config.precision, device)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from phase1.config import Ranked
+from phase1.machine.cards import Chip
 from phase1.machine.isolate import Outcome
 from phase1.measure.memory import calibrate as module
 from phase1.measure.memory.calibrate import CalibrationRow, calibrate, calibration_cases, judge
@@ -60,8 +61,8 @@ def test_the_verdict_is_on_the_median_and_the_worst_error_of_enough_cases(errors
 
 
 def test_a_row_compares_the_estimate_for_this_card_with_what_a_process_of_its_own_measured(monkeypatch):
-    monkeypatch.setattr(module, "card_capability", lambda: (9, 0))
-    estimated = estimate_memory(SMALL, (9, 0))
+    monkeypatch.setattr(module, "chip_of", lambda case: Chip(9, 0))
+    estimated = estimate_memory(SMALL, Chip(9, 0))
     measured = replace(estimated, phase_bytes={"forward": 10**8}, peak_reserved_bytes=2 * estimated.peak_reserved_bytes)
 
     def isolated(function, case):
@@ -78,8 +79,8 @@ def test_a_row_compares_the_estimate_for_this_card_with_what_a_process_of_its_ow
 
 
 def test_a_row_holds_what_explains_its_error_in_both_its_sides(monkeypatch):
-    monkeypatch.setattr(module, "card_capability", lambda: (9, 0))
-    estimated = estimate_memory(SMALL, (9, 0))
+    monkeypatch.setattr(module, "chip_of", lambda case: Chip(9, 0))
+    estimated = estimate_memory(SMALL, Chip(9, 0))
     measured = replace(
         estimated, phase_bytes={"forward": 10**8, "backward": 1, "optimizer": 2}, breakdown={"parameters": 10**8}
     )

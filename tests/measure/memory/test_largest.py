@@ -45,7 +45,7 @@ def needed(one: MemoryCase) -> int:
 )  # the engine's estimates take longer: tests/commands/test_fit.py
 def test_what_is_found_fits_and_one_step_more_does_not(role):
     one, ticks = case(role), []
-    batch, length = fit_sizes(one, memory_result(role, one), None, lambda: ticks.append(0))
+    batch, length = fit_sizes(one, memory_result(role, one), None, ticks.append)
     assert (batch.searched, batch.seq_length, batch.step) == ("batch_size", 128, 1)
     assert (length.searched, length.batch_size, length.step) == ("seq_length", 1, 64) and length.seq_length % 64 == 0
     for found in (batch, length):
@@ -65,7 +65,7 @@ def scripted(monkeypatch, probe) -> None:
 
 def search(one: MemoryCase, status="oom"):
     result = as_result("baseline", one, Outcome(status, message="why"), basis(one.vram_limit_bytes))
-    return fit_sizes(one, result, None, lambda: None)
+    return fit_sizes(one, result, None, lambda size: None)
 
 
 def test_a_card_that_holds_everything_gives_the_bounds(monkeypatch):
@@ -153,7 +153,7 @@ def test_on_a_gpu_a_probe_gives_the_same_answer_after_an_oom_one():
 @needs_gpu
 def test_on_a_gpu_the_largest_batch_trains_and_one_more_does_not():
     one = MemoryCase(model_config("baseline", MemoryRun()), 1, 1024, 4 * 10**9)
-    batch, length = fit_sizes(one, memory_result("baseline", one), None, lambda: None)
+    batch, length = fit_sizes(one, memory_result("baseline", one), None, lambda size: None)
     assert (batch.status, batch.measured) == ("ok", "emulated"), batch.detail
     assert run_isolated(train_briefly, replace(one, batch_size=batch.batch_size)).status == "ok"
     assert run_isolated(train_briefly, replace(one, batch_size=batch.batch_size + 2)).status == "oom"

@@ -2,10 +2,12 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from phase1.machine.cards import Chip
 from phase1.machine.isolate import Outcome
 from phase1.measure.memory import measured as memory
 from phase1.measure.memory.calibrate import calibration_cases
@@ -115,9 +117,11 @@ def test_out_of_memory_is_recorded_with_the_sizes_to_try_next():
     result = as_result("baseline", case("baseline", 4, 2048), Outcome("oom", message="CUDA out of memory"), "measured")
     assert result.status == "oom" and result.peak_allocated_bytes is None
     assert result.detail == (
-        "CUDA out of memory; try --batch-size 2, then --seq-length 1024, "
-        "then gradient checkpointing (leave out --no-gradient-checkpointing)"
+        "CUDA out of memory; try --batch-size 2, then --seq-length 1024"
     )
+    engine = case("phase1", 4, 2048)
+    plain = replace(engine, model=replace(engine.model, checkpointing=False))
+    assert sizes_to_try(plain).endswith("then gradient checkpointing (leave out --no-gradient-checkpointing)")
 
 
 def test_the_ladder_leaves_out_the_steps_that_are_taken():
@@ -132,7 +136,8 @@ def test_a_failure_is_recorded_with_its_message():
 
 def test_a_dry_run_is_an_estimate_also_where_there_is_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    chip = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
     result = memory_result("phase1", replace(case("phase1", 1, 16), dry_run=True))
     assert (result.status, result.measured) == ("ok", "estimated")
     assert "9.0" in result.assumptions and result.breakdown["workspace"] == 2 * 2**25
@@ -157,7 +162,7 @@ def documented():
     """The estimates of all models at the documented size on an H100, and the processor's seconds they took."""
     torch.use_deterministic_algorithms(False)
     began = time.process_time()
-    peaks = {role: estimate_memory(MemoryCase(model_config(role, MemoryRun()), 4, 2048), (9, 0)) for role in ROLES}
+    peaks = {role: estimate_memory(MemoryCase(model_config(role, MemoryRun()), 4, 2048), Chip(9, 0)) for role in ROLES}
     return peaks, time.process_time() - began
 
 
@@ -172,7 +177,7 @@ MEASURED = json.loads((Path(__file__).parents[3] / "results/h100/memory_calibrat
 
 @pytest.mark.parametrize("row", [row for row in MEASURED if row["name"].startswith("baseline")], ids=lambda row: row["name"])
 def test_the_estimate_of_the_baselines_is_what_the_h100_measured(row):
-    estimated = estimate_memory(calibration_cases()[row["name"]], (9, 0))
+    estimated = estimate_memory(calibration_cases()[row["name"]], Chip(9, 0))
     assert estimated.peak_allocated_bytes == pytest.approx(row["measured_bytes"], rel=0.005)
 
 
@@ -182,7 +187,7 @@ H100_WITHOUT_WORKSPACES = {512: 2_340_029_440, 1024: 3_963_953_152, 4096: 13_687
 
 @pytest.mark.parametrize("seq_length", H100_WITHOUT_WORKSPACES)
 def test_the_estimate_follows_the_h100_over_sequence_lengths(seq_length):
-    peaks = estimate_memory(MemoryCase(model_config("baseline", MemoryRun()), 4, seq_length), (9, 0))
+    peaks = estimate_memory(MemoryCase(model_config("baseline", MemoryRun()), 4, seq_length), Chip(9, 0))
     estimated = peaks.peak_allocated_bytes - peaks.breakdown["workspace"]
     assert estimated == pytest.approx(H100_WITHOUT_WORKSPACES[seq_length], rel=0.005)
 
@@ -287,7 +292,7 @@ def test_on_a_gpu_the_breakdown_sums_to_the_measured_peak_and_the_estimate_is_cl
     assert result.breakdown["workspace"] > 0 and result.top_modules
     assert result.peak_allocated_bytes <= result.peak_reserved_bytes
     assert 100e6 < result.outside_allocator_bytes < 5e9  # what this process, and the test's own, hold on the card
-    estimated = estimate_memory(large, memory.card_capability())
+    estimated = estimate_memory(large, memory.chip_of(large))
     assert estimated.peak_allocated_bytes == pytest.approx(result.peak_allocated_bytes, rel=0.05)
 
 

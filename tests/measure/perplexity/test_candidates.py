@@ -52,7 +52,7 @@ def test_repetitions_have_the_seeds_that_follow_and_names_that_say_so():
 
 @pytest.mark.parametrize("value", ["baseline", "x=y", "phase1_htt16=z", "baseline_seed=z", "no_gate_2=z"])
 def test_a_wrong_checkpoint_argument_is_named(value):
-    with pytest.raises(ValueError, match="must be NAME=PATH"):
+    with pytest.raises(ValueError, match="must be a folder, or NAME=PATH"):
         candidates(PerplexityRun(checkpoint=(value,)))
 
 

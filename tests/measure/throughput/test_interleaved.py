@@ -1,5 +1,6 @@
 import itertools
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from phase1.measure.throughput.monitor import Monitor
 from phase1.measure.throughput.rounds import round_order
 from phase1.measure.workload import scores_bytes
 from phase1.records.schema import Measurement
-from phase1.roster import ROLES, model_config
+from phase1.roster import ROLES, TRANSFORMERS, model_config
 from phase1.runs import ThroughputRun
 from phase1.stats.step_times import speed_ratio, with_ratios
 from phase1.training.step import train_step
@@ -71,8 +72,9 @@ def test_phases_add_up_to_the_total_and_throughput_follows_from_it(measured):
 
 def test_models_take_their_steps_in_turn_and_warm_up_is_not_counted(calls):
     contenders = measure_throughput(MODELS, PLAN, "cpu")
-    order = [("attention", False), ("attention", True), ("ar_ssm", True)]
-    rounds = [[order[i] for i in places] for places in ([1, 0, 2], [0, 1, 2], [1, 2, 0], [2, 0, 1])]  # numbers -1 to 2
+    order = [("attention", False), ("attention", True), ("attention", False), ("ar_ssm", True)]
+    numbers = range(-PLAN.warmup_steps, PLAN.measure_steps)
+    rounds = [[order[i] for i in round_order(range(4), number)] for number in numbers]
     assert calls[0] == [(model, T) for T in (16, 32) for turn in rounds for model in turn]
     assert all(contender.excluded_seconds > 0 for contender in contenders.values())
 
@@ -91,7 +93,7 @@ def test_over_the_rounds_of_a_design_each_model_has_every_place_and_follows_ever
 def test_the_device_is_watched_during_measured_steps_only(calls):
     samples = itertools.count()
     measure_throughput(MODELS, PLAN, "cpu", in_flight=lambda: next(samples))
-    assert next(samples) == 2 * 3 * 3
+    assert next(samples) == 2 * 3 * 4
 
 
 def test_ratios_are_of_the_same_rounds_and_the_baselines_own_is_1(measured):
@@ -128,7 +130,7 @@ def test_a_ratio_needs_the_same_rounds_and_sizes():
 def test_a_model_may_run_with_a_batch_size_of_its_own():
     plan = ThroughputPlan((16,), 4, 1, 2, batch_sizes={"baseline_optimized": 1})
     results = throughput_results(measure_throughput(MODELS, plan, "cpu"))
-    assert [r.measurements[0].batch_size for r in results.values()] == [4, 1, 4]
+    assert [r.measurements[0].batch_size for r in results.values()] == [4, 1, 4, 4]
     assert results["baseline_optimized"].measurements[0].ratio_to_baseline is None
     assert results["phase1"].measurements[0].ratio_to_baseline > 0
 
@@ -143,12 +145,13 @@ def test_scores_that_do_not_fit_the_memory_of_a_cpu_are_out_of_memory_before_the
 
 
 def test_progress_is_called_once_per_step_and_model():
-    ticks = itertools.count()
-    measure_throughput({"phase1": MODELS["phase1"]}, PLAN, "cpu", lambda: next(ticks))
-    assert next(ticks) == 2 * 4
+    ticks = []
+    measure_throughput({"phase1": MODELS["phase1"]}, PLAN, "cpu", ticks.append)
+    assert ticks == [2 * 16] * 4 + [2 * 32] * 4
 
 
-def test_running_out_of_memory_at_a_length_ends_that_model_and_no_other(calls):
+def test_running_out_of_memory_at_a_length_ends_that_model_and_no_other(calls, monkeypatch):
+    monkeypatch.delitem(MODELS, "baseline_fast")  # as its calls look the same
     calls[1][("attention", False, 32)] = torch.OutOfMemoryError("CUDA out of memory.")
     contenders = measure_throughput(MODELS, ThroughputPlan((16, 32, 64), 2, 1, 2), "cpu")
     result = throughput_result("baseline", contenders["baseline"])
@@ -224,3 +227,28 @@ def test_on_a_gpu_launches_clocks_and_a_quadratic_control_are_seen():
         assert all(0 < m.launch_time_ms < 1.1 * m.total_time_ms for m in result.measurements)
     assert results["quadratic_control"].scaling.verdict == "not linear"
     assert len(watch.samples) >= 2 and any(sample.sm_clock_mhz for sample in watch.samples)
+
+
+def test_with_graphs_the_peak_is_that_of_eager_steps_which_leave_no_gradients(monkeypatch):
+    """The pass of its own, on a state that says it launches graphs: what it does to the model does not need a GPU."""
+    contender = throughput.Contender(MODELS["phase1"], 2)
+    throughput._make(contender, "cpu", PLAN, False)
+    contender.state.config = replace(contender.state.config, cuda_graphs=True)
+    taken = []
+    monkeypatch.setattr(throughput, "train_step", lambda state, batches: (taken.append(state), train_step(state, batches)))
+    throughput._prepare(contender, 16)
+    assert len(taken) == 2 and not any(state.config.cuda_graphs for state in taken)
+    assert all(state.model is contender.state.model and state.optimizer is contender.state.optimizer for state in taken)
+    assert all(parameter.grad is None for parameter in contender.state.model.parameters()), "a capture makes its own"
+    assert contender.ran is not None and contender.state.config.cuda_graphs
+
+
+def test_the_fastest_transformer_of_each_length_is_what_the_engine_is_compared_with(measured):
+    results = throughput_results(measured)
+    for i, m in enumerate(results["phase1"].measurements):
+        speeds = {role: results[role].measurements[i].tokens_per_second for role in TRANSFORMERS}
+        assert m.fastest == max(speeds, key=speeds.get) and m.ratio_to_fastest <= 1.2 * m.ratio_to_baseline
+    own = results[results["phase1"].measurements[0].fastest].measurements[0]
+    assert own.ratio_to_fastest == 1.0 and own.ratio_to_fastest_ci95 is None
+    alone = throughput_results({"phase1": measured["phase1"]})["phase1"].measurements
+    assert all(m.fastest is None and m.ratio_to_fastest is None for m in alone)

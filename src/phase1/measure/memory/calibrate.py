@@ -10,7 +10,7 @@ from phase1.config import Ranked
 from phase1.machine.isolate import run_isolated
 from phase1.measure.memory.case import MemoryCase
 from phase1.measure.memory.estimate.estimate import estimate_memory
-from phase1.measure.memory.measured import card_capability, measure_memory
+from phase1.measure.memory.measured import chip_of, measure_memory
 from phase1.roster import model_config
 
 MEDIAN_LIMIT, WORST_LIMIT = 2.0, 5.0  # percent of the measured peak
@@ -103,11 +103,10 @@ def calibrate(cases: dict[str, MemoryCase], workers: int) -> Iterator[Calibratio
 
     The allocator counts by process, so neighbours do not change its peaks; memory outside it is not compared.
     """
-    capability = card_capability()
     with ThreadPoolExecutor(workers) as pool:
         running = {name: pool.submit(run_isolated, measure_memory, case) for name, case in cases.items()}
         for name, case in cases.items():
-            estimated = estimate_memory(case, capability)
+            estimated = estimate_memory(case, chip_of(case))
             outcome = running[name].result()
             if outcome.value is None:
                 yield CalibrationRow(name, f"{outcome.status}: {outcome.message}")

@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from phase1.config import ModelConfig
+from phase1.machine.cards import Chip
 from phase1.measure.memory.trace import Timeline, downsampled
-from phase1.records.schema import MemoryTimeline
+from phase1.records.schema import Execution, MemoryTimeline
 
 TIMELINE_POINTS = 100
 
@@ -19,6 +20,8 @@ class MemoryCase:
     seq_length: int
     vram_limit_bytes: int | None = None
     dry_run: bool = False
+    compiled: bool = False  # the loss; of no effect on an estimate
+    chip: Chip | None = None  # that an estimate is for
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class MemoryPeaks:
     top_modules: dict[str, int] = field(default_factory=dict)
     timeline: MemoryTimeline | None = None
     assumptions: str | None = None
+    ran: Execution | None = None
 
     @property
     def peak_allocated_bytes(self) -> int:

@@ -89,4 +89,4 @@ def within_limit(outcome: Outcome[T], needed_bytes: int | None, limit: int | Non
     if limit is None or needed_bytes is None or needed_bytes <= limit:
         return outcome
     needs = f"a step needs {needed_bytes / 1e9:.2f} GB ({found_by}) with what is outside the allocator"
-    return Outcome("oom", message=f"out of memory: {needs}, of a limit of {limit / 1e9:.2f} GB")
+    return Outcome("oom", outcome.value, f"out of memory: {needs}, of a limit of {limit / 1e9:.2f} GB")

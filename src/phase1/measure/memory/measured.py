@@ -1,14 +1,18 @@
 """Peak memory of a training step: measured on the GPU in a fresh process, or estimated where there is none."""
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from phase1.advice import smaller
+from phase1.machine.cards import Chip
 from phase1.machine.isolate import Outcome, run_here, run_isolated
+from phase1.measure.execution import compile_loss, execution, strict_compilation
 from phase1.measure.memory.case import MemoryCase, MemoryPeaks, timeline_record
-from phase1.measure.memory.estimate.estimate import CAPABILITY, WARMUP_STEPS, estimate_memory
+from phase1.measure.memory.estimate.estimate import CHIP, WARMUP_STEPS, estimate_memory
 from phase1.measure.memory.limit import Basis, basis, cap_memory, outside_bytes, within_limit
 from phase1.measure.memory.trace import PHASES, Timeline, measured_timeline
 from phase1.measure.memory.tracker import MemoryTracker
@@ -25,16 +29,32 @@ def memory_result(role: str, case: MemoryCase) -> MemoryResult:
     found_by = basis(case.vram_limit_bytes, case.dry_run)
     outcome: Outcome[MemoryPeaks]
     if found_by == "estimated":
-        outcome = run_here(estimate_memory, case, card_capability())
+        outcome = run_here(estimate_memory, case, chip_of(case))
     else:
         outcome = run_isolated(measure_memory, case, timeout_s=PROBE_SECONDS)
     needed = None if outcome.value is None else outcome.value.needed_bytes
-    return as_result(role, case, within_limit(outcome, needed, case.vram_limit_bytes, found_by), found_by)
+    result = as_result(role, case, within_limit(outcome, needed, case.vram_limit_bytes, found_by), found_by)
+    return with_estimate(result, case) if result.status == "oom" and found_by != "estimated" else result
 
 
-def card_capability() -> tuple[int, int]:
-    """Compute capability of the first GPU, or the one that estimates assume."""
-    return torch.cuda.get_device_capability() if torch.cuda.is_available() else CAPABILITY
+def with_estimate(result: MemoryResult, case: MemoryCase) -> MemoryResult:
+    """`result`, of a model that ran out of memory, with what it would have needed by the estimate."""
+    peaks = run_here(estimate_memory, case, chip_of(case)).value
+    if peaks is None:
+        return result
+    detail = f"{result.detail}; by the estimate a step needs {peaks.needed_bytes / 1e9:.1f} GB"
+    update = {"estimated_peak_bytes": peaks.peak_allocated_bytes, "estimated_needed_bytes": peaks.needed_bytes}
+    return result.model_copy(update=update | {"detail": detail})
+
+
+def chip_of(case: MemoryCase) -> Chip:
+    """The chip that an estimate is for: of the card that the case names, of the first GPU, or of the RTX 30 series."""
+    if case.chip is not None:
+        return case.chip
+    if not torch.cuda.is_available():
+        return CHIP
+    properties = torch.cuda.get_device_properties(0)
+    return Chip(properties.major, properties.minor, properties.multi_processor_count)
 
 
 def as_result(role: str, case: MemoryCase, outcome: Outcome[MemoryPeaks], measured: Basis) -> MemoryResult:
@@ -47,11 +67,12 @@ def as_result(role: str, case: MemoryCase, outcome: Outcome[MemoryPeaks], measur
         "measured": measured,
     }
     peaks = outcome.value
+    advice = f"; {sizes_to_try(case)}" if outcome.status == "oom" else ""
     if peaks is None:
-        advice = f"; {sizes_to_try(case)}" if outcome.status == "oom" else ""
         return MemoryResult(**common, detail=outcome.message + advice)
     return MemoryResult(
         **common,
+        detail=outcome.message + advice,
         parameters=Parameters(**peaks.parameters),
         peak_allocated_bytes=peaks.peak_allocated_bytes,
         peak_reserved_bytes=peaks.peak_reserved_bytes,
@@ -65,6 +86,7 @@ def as_result(role: str, case: MemoryCase, outcome: Outcome[MemoryPeaks], measur
         top_modules=peaks.top_modules,
         timeline=peaks.timeline,
         assumptions=peaks.assumptions,
+        ran=peaks.ran,
     )
 
 
@@ -76,8 +98,10 @@ def measure_memory(case: MemoryCase) -> MemoryPeaks:
     """
     cap_memory(case.model, case.vram_limit_bytes)
     state, batch = make_workload(case.model, "cuda"), _batch(case, "cuda")
-    for _ in range(WARMUP_STEPS):
-        train_step(state, [batch])
+    compiler = compile_loss(state.model) if case.compiled else None
+    with strict_compilation() if case.compiled else nullcontext():
+        for _ in range(WARMUP_STEPS):
+            train_step(state, [batch])
     phase_bytes = dict.fromkeys(PHASES, 0)
     reserved = torch.cuda.max_memory_reserved()
 
@@ -92,7 +116,9 @@ def measure_memory(case: MemoryCase) -> MemoryPeaks:
         train_step(state, [batch], mark)
     torch.cuda.synchronize()
     outside = outside_bytes()
-    timeline = _timeline(case, state, batch)
+    ran = execution(state, compiler)
+    # the operators of a compiled block are not those that its parts are named by
+    timeline = None if case.compiled else _timeline(case, state, batch)
     return MemoryPeaks(
         measured="measured",
         parameters=state.model.parameter_counts(),
@@ -102,6 +128,7 @@ def measure_memory(case: MemoryCase) -> MemoryPeaks:
         breakdown={} if timeline is None else timeline.parts_at_peak,
         top_modules={} if timeline is None else timeline.top_modules,
         timeline=None if timeline is None else timeline_record(timeline),
+        ran=ran,
     )
 
 
@@ -151,15 +178,10 @@ def _requested_bytes() -> int:
 
 
 def sizes_to_try(case: MemoryCase) -> str:
-    """What to lower when memory runs out, the gentlest first."""
-    steps = []
-    if case.batch_size > 1:
-        steps.append(f"--batch-size {case.batch_size // 2}")
-    if case.seq_length > 1:
-        steps.append(f"--seq-length {case.seq_length // 2}")
-    if not case.model.checkpointing:
-        steps.append("gradient checkpointing (leave out --no-gradient-checkpointing)")
-    return "try " + ", then ".join(steps or ["a smaller --d-model or --n-layers"])
+    """What to lower when memory runs out; checkpointing is a choice for the engine alone."""
+    off = case.model.mixer == "ar_ssm" and not case.model.checkpointing
+    more = ("gradient checkpointing (leave out --no-gradient-checkpointing)",) if off else ()
+    return smaller(batch=("--batch-size", case.batch_size), length=("--seq-length", case.seq_length), more=more)
 
 
 def _batch(case: MemoryCase, device: str) -> tuple[Tensor, Tensor]:

@@ -19,19 +19,25 @@ class Probe:
 
 
 def largest_size(
-    probe: Callable[[int], Probe], start: int, bound: int, limit: int | None, known: Mapping[int, Probe] | None = None
+    probe: Callable[[int], Probe],
+    start: int,
+    bound: int,
+    limit: int | None,
+    known: Mapping[int, Probe] | None = None,
+    out_of_time: Callable[[], bool] = lambda: False,
 ) -> dict[int, Probe]:
     """Probe sizes in 1..bound until the largest that fits is known: every probe, in order, after the `known` ones.
 
     Memory is taken to grow with the size. Where two sizes have told their bytes, the next probe is where the line through them
     meets `limit`; otherwise the size is doubled, or the interval halved. Ends with some n that fits and an n + 1 that does not
-    (see `edge`), at a bound, or at the first error. At most GUIDED_PROBES + 1 + 2 log2(bound) probes.
+    (see `edge`), at a bound, at the first error, or where time is out before a further probe. At most
+    GUIDED_PROBES + 1 + 2 log2(bound) probes.
     """
     probes = dict(known or {})
     missed = False
     for turn in range(2 * bound.bit_length() + GUIDED_PROBES + 2):
         low, high = edge(probes, bound)
-        if high - low <= 1:
+        if high - low <= 1 or (turn and out_of_time()):
             return probes
         guess = None if missed or turn >= GUIDED_PROBES else _crossing(probes, limit)
         if guess is not None:

@@ -11,7 +11,7 @@ from phase1.config import ModelConfig
 from phase1.model import LanguageModel
 from phase1.roster import RIVALS, ROLES, START, Variant, model_config, repetition, report_key
 from phase1.runs import PerplexityRun
-from phase1.training.checkpoint import read_index
+from phase1.training.checkpoint import model_config_of, read_index
 
 _NAME = re.compile(rf"(baseline|transformer|phase1_htt\d+_ar\d+|{'|'.join(get_args(Variant))})(_seed\d+)?")
 _ENGINES = ("no_gate", "no_copy", "equal_parameters")  # variants that a report would call phase1_...
@@ -82,11 +82,15 @@ def seeded(key: str, seed: int, first: int) -> str:
 
 def _given(argument: str) -> Candidate:
     name, separator, path = argument.partition("=")
+    if Path(argument).exists() and not (separator and _NAME.fullmatch(name)):  # a folder: the model says what it is
+        index = read_index(argument)
+        config = ModelConfig(**index["model_config"])
+        return Candidate(report_key(config), config, index["train_config"].get("seed", 0), Path(argument))
     if not separator or not _NAME.fullmatch(name):
         expected = "NAME as in a report (baseline, phase1_htt{r}_ar{R}, a variant, each with or without _seed{n})"
-        raise ValueError(f"--checkpoint must be NAME=PATH with {expected}; got {argument!r}; correct it")
+        raise ValueError(f"--checkpoint must be a folder, or NAME=PATH with {expected}; got {argument!r}; correct it")
     index = read_index(path)
-    config, plain = ModelConfig(**index["model_config"]), repetition(name)[0]
+    config, plain = model_config_of(index), repetition(name)[0]
     found = report_key(config)
     if plain != found and not (plain in _ENGINES and found.startswith("phase1")):
         raise ValueError(f"--checkpoint {name}={path}: the model there is {found}; use that name")

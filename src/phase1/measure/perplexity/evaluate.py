@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Final
 
 import numpy as np
 import torch
@@ -11,6 +12,8 @@ from tqdm import tqdm
 from phase1.config import content_id
 from phase1.model import LanguageModel
 from phase1.ops.cross_entropy import IGNORE
+
+LARGEST_NATS: Final = 700.0  # e^709 is the end of float64
 
 
 @dataclass(frozen=True)
@@ -63,24 +66,24 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        return _exp(self.loss)
+        """e to the loss, which must be at most LARGEST_NATS."""
+        return math.exp(self.loss)
 
-    def bits_per_byte(self, byte_count: int) -> float:
-        """Σ nll / ln 2 / UTF-8 bytes of the scored text; perplexity per byte is 2 to this."""
-        return float(self.nll_nats.sum() / math.log(2) / byte_count)
+    def bits_per_byte(self, byte_count: int) -> float | None:
+        """Σ nll / ln 2 / UTF-8 bytes of the scored text; perplexity per byte is 2 to this. None for a text of no bytes."""
+        return float(self.nll_nats.sum() / math.log(2) / byte_count) if byte_count else None
 
-    def word_perplexity(self, word_count: int) -> float:
+    def word_perplexity(self, word_count: int) -> float | None:
         """exp(Σ nll / words of the scored text), with every newline a word, as WikiText is reported.
+
+        None for a text of no words, or of so few that it is past the end of float64.
 
         lm-eval has the same formula and another count: it splits at white space, in which a newline is no word of its own
         (and white space at an end adds an empty word). It also rejoins WikiText's punctuation before it scores the text,
         and scores no end-of-text.
         """
-        return _exp(float(self.nll_nats.sum() / word_count))
-
-
-def _exp(nats: float) -> float:
-    return math.exp(min(nats, 700.0))  # e^700 is the end of float64; a text of one word must not overflow a report
+        nats = float(self.nll_nats.sum() / word_count) if word_count else math.inf
+        return math.exp(nats) if nats <= LARGEST_NATS else None
 
 
 def target_count(ids: np.ndarray, protocol: Protocol) -> int:

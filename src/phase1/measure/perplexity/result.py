@@ -1,24 +1,26 @@
 """One case of a perplexity run: a model, trained where needed, and its score on every text."""
 
-import math
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
 
+from phase1.advice import smaller
 from phase1.config import TrainConfig, content_id, part_of
-from phase1.data import Corpus, count_words
+from phase1.data import Corpus, Tokenizer, count_words
 from phase1.errors import Diverged, is_out_of_memory, reason
 from phase1.measure.perplexity.candidates import Candidate
-from phase1.measure.perplexity.evaluate import Evaluation, Protocol, evaluate, unigram_entropy
+from phase1.measure.perplexity.evaluate import LARGEST_NATS, Evaluation, Protocol, evaluate, unigram_entropy
 from phase1.measure.perplexity.loss_parts import loss_by_band, loss_by_position, order_sha256
 from phase1.records.schema import Dataset, Parameters, PerplexityResult, Status
 from phase1.runs import PerplexityRun
-from phase1.training.checkpoint import load_model, load_token_order, read_index, training_facts
+from phase1.training.checkpoint import NO_DIFFERENCE, load_model, load_token_order, read_index, training_facts
 from phase1.training.job import train_to_checkpoint
 from phase1.training.step import compute_dtype
+
+BYTES_PER_WORD: Final = 40  # a text with more has no white space between its words; Malayalam, of long ones, has under 30
 
 
 class Text(NamedTuple):
@@ -38,9 +40,11 @@ def measure(run: PerplexityRun, model: Candidate, texts: list[Text]) -> list[Per
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        sizes = f"--micro-batch-size {max(1, run.micro_batch_size // 2)} --batch-size {max(1, run.batch_size // 2)}"
-        advice = f"{reason(error)}; try {sizes}, then a smaller --seq-length"
-        return [without_number(model, "oom", advice) for _ in texts]
+        ladder = smaller(
+            batch=("--micro-batch-size", run.micro_batch_size),
+            more=(f"--batch-size {max(1, run.batch_size // 2)}", "a smaller --seq-length"),
+        )
+        return [without_number(model, "oom", f"{reason(error)}; {ladder}") for _ in texts]
 
 
 def train_candidate(run: PerplexityRun, model: Candidate, corpus: Corpus) -> Path:
@@ -50,7 +54,7 @@ def train_candidate(run: PerplexityRun, model: Candidate, corpus: Corpus) -> Pat
         train_config = replace(train_config, learning_rate=run.baseline_learning_rate)
     identity = {
         "model": model.config.config_id,
-        "train": asdict(train_config),
+        "train": asdict(train_config) | NO_DIFFERENCE,
         "seq_length": run.seq_length,
         "tokens": corpus.splits["train"].sha256,
         "tokenizer": corpus.tokenizer.fingerprint,
@@ -63,8 +67,9 @@ def train_candidate(run: PerplexityRun, model: Candidate, corpus: Corpus) -> Pat
 def evaluate_checkpoint(run: PerplexityRun, key: str, folder: Path, text: Text) -> PerplexityResult:
     """Score the model in `folder`; perplexities of a model below the unigram entropy are marked untrained."""
     corpus, protocol = text
-    model, facts = load_model(folder)
-    facts = training_facts(folder, facts)
+    index = read_index(folder)
+    facts = training_facts(folder, index)
+    model, _ = load_model(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     scored = corpus.splits["valid"]
     if facts["tokenizer"] != corpus.tokenizer.fingerprint:
@@ -72,11 +77,9 @@ def evaluate_checkpoint(run: PerplexityRun, key: str, folder: Path, text: Text) 
     evaluation = evaluate(
         model.to(device), scored.ids, protocol, batch_size=run.batch_size, dtype=compute_dtype(run.precision, device), label=key
     )
-    if not math.isfinite(evaluation.loss):
-        raise ValueError(f"{folder} gives a loss of {evaluation.loss}; expected a finite number; train again")
+    if not evaluation.loss <= LARGEST_NATS:
+        raise Diverged(f"{folder} gives a loss of {evaluation.loss} nats; expected at most {LARGEST_NATS:.0f}; train again")
     ids = scored.ids[: len(evaluation.losses)]
-    byte_count = int(corpus.tokenizer.token_bytes()[ids].sum())
-    word_count = count_words(corpus.tokenizer.decode(without(ids, corpus.tokenizer.end_of_text)))
     unigram = unigram_entropy(scored.ids)
     return PerplexityResult(
         model_name=key,
@@ -86,18 +89,14 @@ def evaluate_checkpoint(run: PerplexityRun, key: str, folder: Path, text: Text) 
         measured="measured",
         parameters=Parameters(**model.parameter_counts()),
         perplexity=evaluation.perplexity,
-        bits_per_byte=evaluation.bits_per_byte(byte_count),
-        word_perplexity=evaluation.word_perplexity(word_count),
         avg_loss=evaluation.loss,
         token_count=len(ids),
-        byte_count=byte_count,
-        word_count=word_count,
         trained_tokens=facts["trained_tokens"],
         skipped_steps=facts.get("skipped_steps"),
         trained_seq_length=facts.get("seq_length"),
         train_seconds=facts["train_seconds"],
         trained_on=Dataset(**facts["data"]),
-        training=read_index(folder)["train_config"],
+        training=index["train_config"],
         dataset=Dataset(name=corpus.name, split=scored.name, sha256=scored.sha256),
         protocol_hash=protocol.protocol_hash,
         untrained=evaluation.loss >= unigram,
@@ -106,8 +105,24 @@ def evaluate_checkpoint(run: PerplexityRun, key: str, folder: Path, text: Text) 
         window_nll_nats=evaluation.nll_nats.tolist(),
         window_tokens=evaluation.tokens.tolist(),
         loss_by_position=loss_by_position(evaluation),
+        **per_byte_and_word(evaluation, corpus.tokenizer, ids),
         **bands(folder, evaluation, ids),
     )
+
+
+def per_byte_and_word(evaluation: Evaluation, tokenizer: Tokenizer, ids: np.ndarray) -> dict[str, Any]:
+    """The fields of the numbers per byte and per word, and the reason in place of one that the text does not have."""
+    byte_count, words = int(tokenizer.token_bytes()[ids].sum()), word_count(tokenizer, ids)
+    bits, perplexity, absent = evaluation.bits_per_byte(byte_count), evaluation.word_perplexity(words), {}
+    if bits is None:
+        absent["bits_per_byte"] = "the scored text has no byte"
+    if byte_count > BYTES_PER_WORD * words or not words:
+        perplexity = None
+        absent["word_perplexity"] = f"the scored text has {words:,} words between white space for {byte_count:,} bytes"
+    elif perplexity is None:
+        absent["word_perplexity"] = "past the end of float64"
+    numbers = {"byte_count": byte_count, "word_count": words, "bits_per_byte": bits, "word_perplexity": perplexity}
+    return numbers | {"absent": absent}
 
 
 def bands(folder: Path, evaluation: Evaluation, ids: np.ndarray) -> dict[str, Any]:
@@ -119,9 +134,10 @@ def bands(folder: Path, evaluation: Evaluation, ids: np.ndarray) -> dict[str, An
     return {"loss_by_band": loss_by_band(evaluation, ids, order), "token_order_sha256": order_sha256(order)}
 
 
-def without(ids: np.ndarray, end_of_text: int) -> np.ndarray:
-    """The text's tokens: marks between documents are scored, but are no words."""
-    return ids[ids != end_of_text]
+def word_count(tokenizer: Tokenizer, ids: np.ndarray) -> int:
+    """Words of every document by itself: end-of-text is scored, is no word, and parts the words on its two sides."""
+    documents = np.split(ids, np.flatnonzero(ids == tokenizer.end_of_text))
+    return sum(count_words(tokenizer.decode(document)) for document in documents)
 
 
 def without_number(model: Candidate, status: Status, detail: str) -> PerplexityResult:

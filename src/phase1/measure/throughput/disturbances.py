@@ -9,7 +9,7 @@ import numpy as np
 
 from phase1.records.schema import Measurement
 from phase1.stats.curves import FLAT_EXPONENT
-from phase1.stats.step_times import MIN_ROUNDS, drifts
+from phase1.stats.step_times import UNSTABLE, drifts, spread
 
 # Bits of NVML's clocks_event_reasons (nvml.h). Idle, clocks set by the user and display clocks slow nothing down.
 THERMAL: Final = 0x20 | 0x40
@@ -18,7 +18,6 @@ POWER_CAP: Final = 0x04
 
 CLOCK_CHANGE = 0.03  # of the SM clock, first to last tenth of the samples
 FOREIGN_CPU = 0.10  # of all cores
-UNSTABLE = 0.10  # relative interquartile range of the steps of one length
 DRIFT = 0.05  # of the median, first to second half of the steps of one length
 LAUNCH_SHARE = 0.90  # of the step; above it the device has nothing left to do when the host is done
 
@@ -99,7 +98,7 @@ def model_warnings(measurements: Sequence[Measurement], device: str) -> list[str
     """What makes the times of one model doubtful, shortest length first."""
     done = sorted((m for m in measurements if m.status == "ok"), key=lambda m: m.seq_length)
     warnings = []
-    if unstable := [f"{m.seq_length:,} ({spread:.0%})" for m in done if (spread := _spread(m)) > UNSTABLE]:
+    if unstable := [f"{m.seq_length:,} ({share:.0%})" for m in done if (share := spread(m.step_times_ms)) > UNSTABLE]:
         warnings.append(
             f"unstable steps at T = {', '.join(unstable)}: the middle half of them spreads over that share of the median; "
             "measure on an idle machine, or raise --measure-steps"
@@ -109,19 +108,14 @@ def model_warnings(measurements: Sequence[Measurement], device: str) -> list[str
             f"steps drift at T = {', '.join(drifting)}, first to second half: raise --warmup-steps, lock the clock and stop "
             "other programs; ratios to the baseline are taken round by round and suffer less"
         )
+    for sentence in dict.fromkeys(text for m in done if m.ran for text in m.ran.otherwise):
+        warnings.append(f"otherwise than asked: {sentence}")
     if device == "cuda" and (bound := host_bound(done)):
         warnings.append(
             f"host-bound at T = {', '.join(f'{length:,}' for length in bound)}: the GPU waits for the host to launch "
             "operators, so these times are the host's; use --cuda-graphs, --compile, larger --batch-size or --seq-lengths"
         )
     return warnings
-
-
-def _spread(m: Measurement) -> float:
-    if len(m.step_times_ms) < MIN_ROUNDS:
-        return 0.0
-    low, mid, high = np.quantile(m.step_times_ms, [0.25, 0.5, 0.75])
-    return float((high - low) / mid)
 
 
 def host_bound(done: Sequence[Measurement]) -> list[int]:

@@ -3,24 +3,29 @@
 import gc
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from phase1.advice import smaller
 from phase1.config import ModelConfig
 from phase1.machine.environment import free_ram_bytes
 from phase1.machine.isolate import Outcome, run_here
+from phase1.measure.execution import Compiler, compile_loss, execution, forget_compiled, strict_compilation
 from phase1.measure.memory.estimate.allocator import rounded
 from phase1.measure.throughput.rounds import round_order
 from phase1.measure.throughput.timing import StepTime, Stopwatch, median_step
 from phase1.measure.workload import make_workload, optimizer_tensors, random_batch, scores_bytes
 from phase1.records.journal import Journal
-from phase1.records.schema import Measurement, Parameters, Scaling, ThroughputResult
+from phase1.records.schema import Execution, Measurement, Parameters, Scaling, ThroughputResult
+from phase1.roster import TRANSFORMERS
 from phase1.stats.scaling import fit_scaling
-from phase1.stats.step_times import median, median_interval, with_ratios
+from phase1.stats.step_times import median, median_interval, with_fastest, with_ratios
+from phase1.training.micro_batch import Passes
 from phase1.training.step import Batch, TrainState, train_step
 
 
@@ -32,7 +37,7 @@ class ThroughputPlan:
     batch_size: int
     warmup_steps: int
     measure_steps: int
-    compile: bool = False
+    compiled: frozenset[str] = frozenset()  # models whose loss is compiled
     cuda_graphs: bool = False
     batch_sizes: Mapping[str, int] = field(default_factory=dict)  # of models that run with another than `batch_size`
 
@@ -53,6 +58,8 @@ class Contender:
     config: ModelConfig
     batch_size: int
     state: TrainState | None = None  # None before it is made, and after a failure
+    compiler: Compiler | None = None  # of its loss, where that is to be compiled
+    ran: Execution | None = None  # how the current length runs
     parameters: dict[str, int] | None = None
     failure: Outcome[Any] | None = None
     excluded_seconds: float = 0.0
@@ -71,7 +78,7 @@ class Contender:
     def finish_length(self, seq_length: int) -> Length:
         """What the current length came to; the next one starts at nothing."""
         length = Length(_measurement(self, seq_length), self.warmup_seconds, self.failure)
-        self.steps, self.peak_bytes, self.warmup_seconds = [], 0, 0.0
+        self.steps, self.peak_bytes, self.warmup_seconds, self.ran = [], 0, 0.0, None
         return length
 
     def take(self, length: Length) -> None:
@@ -86,23 +93,27 @@ def measure_throughput(
     models: Mapping[str, ModelConfig],
     plan: ThroughputPlan,
     device: str,
-    progress: Callable[[], object] = lambda: None,
+    progress: Callable[[int], object] = lambda tokens: None,
     in_flight: Callable[[], object] = lambda: None,
     journal: Journal | None = None,
 ) -> dict[str, Contender]:
     """Measure every model at every length, shortest first; a model that fails leaves, the others go on.
 
     All models stay on the device, and take one step each per round, so that a clock that slows down or a noisy neighbour meets
-    them all; `round_order` says who follows whom. `progress` is called after every step, taken or skipped, `in_flight` after
-    every launch of a measured step, while the device works on it. A length that `journal` holds is not measured again.
+    them all; `round_order` says who follows whom. `progress` is called with the tokens of every step, taken or
+    skipped, `in_flight` after every launch of a measured step, while the device works on it. A length that `journal` holds is
+    not measured again.
     """
     contenders = {name: Contender(config, plan.batch_sizes.get(name, plan.batch_size)) for name, config in models.items()}
-    for contender in contenders.values():
-        _attempt(contender, _make, contender, device, plan)
+    for name, contender in contenders.items():
+        _attempt(contender, _make, contender, device, plan, name in plan.compiled)
     for seq_length in sorted(set(plan.seq_lengths)):
-        measure = partial(_measure_length, contenders, plan, seq_length, progress, in_flight)
-        for name, length in (journal.case(f"T={seq_length}", dict[str, Length], measure) if journal else measure()).items():
-            contenders[name].take(length)
+        measure, name = partial(_measure_length, contenders, plan, seq_length, progress, in_flight), f"T={seq_length}"
+        if journal is not None and name in journal:
+            sequences = sum(contender.batch_size for contender in contenders.values())
+            progress(sequences * seq_length * (plan.warmup_steps + plan.measure_steps))
+        for role, length in (journal.case(name, dict[str, Length], measure) if journal else measure()).items():
+            contenders[role].take(length)
     return contenders
 
 
@@ -110,14 +121,20 @@ def _measure_length(
     contenders: dict[str, Contender],
     plan: ThroughputPlan,
     seq_length: int,
-    progress: Callable[[], object],
+    progress: Callable[[int], object],
     in_flight: Callable[[], object],
 ) -> dict[str, Length]:
-    for number in range(-plan.warmup_steps, plan.measure_steps):
-        for name in round_order(list(contenders), number):
-            contender = contenders[name]
-            _attempt(contender, _step, contender, seq_length, None if number < 0 else in_flight)
-            progress()
+    """Warm-up and measured rounds at one length; every model compiles for this length alone, all of them or none."""
+    if plan.compiled:
+        forget_compiled()
+    with strict_compilation() if plan.compiled else nullcontext():
+        for contender in contenders.values():
+            _attempt(contender, _prepare, contender, seq_length)
+        for number in range(-plan.warmup_steps, plan.measure_steps):
+            for name in round_order(list(contenders), number):
+                contender = contenders[name]
+                _attempt(contender, _step, contender, seq_length, None if number < 0 else in_flight)
+                progress(contender.batch_size * seq_length)
     return {name: contender.finish_length(seq_length) for name, contender in contenders.items()}
 
 
@@ -128,10 +145,39 @@ def _attempt(contender: Contender, function: Callable[..., None], *args: Any) ->
             contender.fail(outcome)
 
 
-def _make(contender: Contender, device: str, plan: ThroughputPlan) -> None:
+def _make(contender: Contender, device: str, plan: ThroughputPlan, compiled: bool) -> None:
     began = time.perf_counter()
-    contender.state = make_workload(contender.config, device, compile=plan.compile, cuda_graphs=plan.cuda_graphs)
+    contender.state = make_workload(contender.config, device, cuda_graphs=plan.cuda_graphs)
+    contender.compiler = compile_loss(contender.state.model) if compiled else None
     contender.parameters = contender.state.model.parameter_counts()
+    contender.excluded_seconds += time.perf_counter() - began
+
+
+def _prepare(contender: Contender, seq_length: int) -> None:
+    """The first step at a length, which compiles; on CUDA eager ones whose peak is that of the length; what runs how.
+
+    CUDA graphs hold their memory for good, so the allocator sees no peak in a replay: it is that of the step they are made
+    of, the second of two, when all that stays is there.
+    Raises RuntimeError where a model that was to be compiled was not.
+    """
+    state, began = contender.state, time.perf_counter()
+    assert state is not None
+    if contender.compiler is not None:
+        contender.compiler.calls = 0
+    if state.config.cuda_graphs:
+        eager = replace(
+            state, passes=Passes(state.model, state.scaler, state.dtype), config=replace(state.config, cuda_graphs=False)
+        )
+        batch = random_batch(contender.config.vocab_size, contender.batch_size, seq_length, state.device.type)
+        for _ in range(2):
+            memory = _StepPeak(eager, batch)
+            train_step(eager, [batch])
+        contender.peak_bytes = memory.bytes()
+    elif contender.compiler is not None:
+        train_step(state, [random_batch(contender.config.vocab_size, contender.batch_size, seq_length, state.device.type)])
+    contender.ran = execution(state, contender.compiler)
+    if contender.compiler is not None and not contender.ran.compiled:
+        raise RuntimeError("the model was to be compiled, and ran eagerly; leave out --compile, or run phase1 doctor")
     contender.excluded_seconds += time.perf_counter() - began
 
 
@@ -193,7 +239,8 @@ def resident_bytes(tensors: Iterable[Tensor]) -> int:
 def _measurement(contender: Contender, seq_length: int) -> Measurement:
     batch_size, failure = contender.batch_size, contender.failure
     if failure is not None:
-        advice = f"; {_sizes_to_try(batch_size, seq_length)}" if failure.status == "oom" else ""
+        smallest = f"--seq-lengths below {seq_length}"
+        advice = f"; {smaller(batch=('--batch-size', batch_size), more=(smallest,))}" if failure.status == "oom" else ""
         failed_before = any(m.status != "ok" for m in contender.measurements)
         detail = "skipped: a shorter length failed" if failed_before else failure.message + advice
         return Measurement(seq_length=seq_length, batch_size=batch_size, status=failure.status, detail=detail)
@@ -214,22 +261,19 @@ def _measurement(contender: Contender, seq_length: int) -> Measurement:
         samples_per_second=batch_size / (step.total_ms / 1e3),
         launch_time_ms=median(launch_ms) if launch_ms else None,
         peak_allocated_bytes=contender.peak_bytes or None,
+        ran=contender.ran,
         step_times_ms=total_ms,
         status="ok",
     )
 
 
-def _sizes_to_try(batch_size: int, seq_length: int) -> str:
-    steps = [f"--batch-size {batch_size // 2}"] if batch_size > 1 else []
-    return "try " + ", then ".join([*steps, f"--seq-lengths below {seq_length}"])
-
-
 def throughput_results(contenders: Mapping[str, Contender]) -> dict[str, ThroughputResult]:
-    """The records of all models, with their ratios to `baseline`."""
+    """The records of all models, with their ratios to `baseline` and to the fastest Transformer of each length."""
     results = {role: throughput_result(role, contender) for role, contender in contenders.items()}
     baseline = results["baseline"].measurements if "baseline" in results else []
+    rivals = {role: results[role].measurements for role in TRANSFORMERS if role in results}
     return {
-        role: result.model_copy(update={"measurements": with_ratios(result.measurements, baseline)})
+        role: result.model_copy(update={"measurements": with_fastest(with_ratios(result.measurements, baseline), rivals)})
         for role, result in results.items()
     }
 

@@ -18,10 +18,10 @@ PROGRAMS = 528  # stretches that run beside each other, about: four for each of 
 class Launch:
     """How one kernel runs: positions of a chunk, of the window at a time, warps, and stages of its software pipeline."""
 
-    chunk: int = 32
-    keys: int = 32
-    warps: int = 4
-    stages: int = 1
+    chunk: int
+    keys: int
+    warps: int
+    stages: int
 
     def near(self, window: int) -> dict[str, int]:
         return {"KB": self.keys, "NK": triton.cdiv(self.chunk + max(window, 1) - 1, self.keys)}
@@ -32,14 +32,14 @@ class Launch:
 
 @dataclass(frozen=True)
 class Launches:
-    """Of all kernels of the core; the defaults are the fastest on an H200 at 32 ranks and heads of 64 in half precision."""
+    """Of all kernels of the core."""
 
-    state: Launch = Launch(32, 32, 4, 2)
-    forward: Launch = Launch(32, 32, 2, 2)
-    far_u: Launch = Launch(32, 32, 2, 2)
-    near_q: Launch = Launch(32, 32, 2, 3)
-    near_keys: Launch = Launch(32, 32, 2, 3)
-    far_v: Launch = Launch(32, 32, 2, 2)
+    state: Launch
+    forward: Launch
+    far_u: Launch
+    near_q: Launch
+    near_keys: Launch
+    far_v: Launch
 
 
 class Core(NamedTuple):
@@ -66,11 +66,15 @@ class Gradients(NamedTuple):
 
 
 def launches_for(R: int, P: int, dtype: torch.dtype) -> Launches:
-    """Blocks that neither spill registers nor fill the shared memory of Ampere and Ada."""
+    """The fastest found on an H200 at heads of 64; larger heads and float32 take blocks that fit other cards' memory too."""
     if dtype == torch.float32 or R > 64 or P > 64:
-        small = Launch(chunk=16, keys=16)
-        return Launches(*[small] * 6)
-    return Launches()
+        return Launches(*[Launch(16, 16, 4, 1)] * 6)
+    state, near_keys = Launch(32, 32, 4, 2), Launch(32, 16, 2, 3)
+    if R > 32:
+        wide = Launch(32, 32, 4, 2)
+        return Launches(state, wide, wide, Launch(64, 32, 4, 3), near_keys, Launch(16, 16, 2, 2))
+    narrow = Launch(32, 32, 2, 2)
+    return Launches(state, narrow, narrow, Launch(32, 16, 2, 3), near_keys, narrow)
 
 
 def _padded(n: int) -> int:

@@ -19,6 +19,7 @@ ROWS, BACKWARD_ROWS = 16, 8  # positions of a tile in front of the core, and in 
 GATE_ROWS = 32  # tokens of a tile of the gate
 COLUMNS = 128  # of the convolution, at a time
 TILES = 32  # of BACKWARD_ROWS positions in a program of the convolution's gradient
+NORM_ROWS = 2  # of the gated norm's gradient, at a time: one warp holds a whole row
 PROGRAMS = 264  # that add up the gradients of parameters
 
 
@@ -94,17 +95,13 @@ def fused_forward(
     core = core_forward(u, v, q, k, x, dt, log_a, state_scale, skip, past_S, window, eps)
     D = s.H * s.P
     z, out = proj[..., s.conv : s.conv + D], half(s.B, s.T, D)
-    rows = _norm_rows(D)
+    rows = max(1, 2048 // triton.next_power_of_2(D))
     gated_norm_kernel[(triton.cdiv(n, rows),)](
         core.y, z, norm, out, n, s.T, proj.stride(0), proj.stride(1), eps,
         D=D, DB=triton.next_power_of_2(D), ROWS=rows, num_warps=4,
     )  # fmt: skip
     total = proj.new_empty(0, dtype=torch.float32) if core.total is None else core.total
     return [out, gate, core.states, k, x, u, v, q, dt, log_a, core.y, core.lse, total, cos, sin]
-
-
-def _norm_rows(D: int) -> int:
-    return max(1, 1024 // triton.next_power_of_2(D))
 
 
 @torch.library.custom_op("phase1::ar_ssm_backward", mutates_args=())
@@ -123,11 +120,11 @@ def fused_backward(
     d_proj = torch.empty_like(proj, memory_format=torch.contiguous_format)
     strides = proj.stride(0), proj.stride(1), d_proj.stride(0), d_proj.stride(1)
     z, dz = proj[..., s.conv : s.conv + D], d_proj[..., s.conv : s.conv + D]
-    dy, rows = torch.empty_like(y), _norm_rows(D)
-    norm_sums = wide(min(triton.cdiv(n, rows), 4 * PROGRAMS), D)
+    dy, rows = torch.empty_like(y), NORM_ROWS
+    norm_sums = wide(min(triton.cdiv(n, rows), 8 * PROGRAMS), D)
     gated_norm_backward_kernel[(len(norm_sums),)](
         y, z, norm, d_out.contiguous(), dy, dz, norm_sums, n, s.T, *strides, eps,
-        D=D, DB=triton.next_power_of_2(D), ROWS=rows, num_warps=4,
+        D=D, DB=triton.next_power_of_2(D), ROWS=rows, num_warps=1,
     )  # fmt: skip
     core = Core(y, states, lse, total if total.numel() else None)
     g = core_backward(dy, d_last, u, v, q, k, x, dt, log_a, state_scale, skip, past_S, core, window, eps)

@@ -32,6 +32,9 @@ def _(like: Tensor, length: int, half: int, start: int) -> tuple[Tensor, Tensor]
     return cos, sin
 
 
+rotary_angles.register_autograd(lambda ctx, d_cos, d_sin: (None, None, None, None))
+
+
 if find_spec("triton"):
 
     @rotary_angles.register_kernel("cuda")

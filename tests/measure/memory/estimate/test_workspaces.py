@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from phase1.machine.cards import Chip
 from phase1.measure.memory.estimate.allocator import MIB
 from phase1.measure.memory.estimate.workspaces import ModelledCuda, Processors, processors, scratch_bytes, workspace_bytes
 
@@ -12,14 +13,14 @@ H100 = Processors(132, 2048)
     "capability, size", [((9, 0), 32 * MIB), ((10, 0), 32 * MIB), ((8, 6), 8.125 * MIB), ((8, 9), 8.125 * MIB)]
 )
 def test_a_workspace_is_32_mib_on_hopper_and_its_successors(capability, size):
-    assert workspace_bytes(capability) == size
+    assert workspace_bytes(Chip(*capability)) == size
 
 
 def test_each_of_the_two_threads_gets_a_workspace_at_its_first_product():
-    cuda = ModelledCuda((8, 6))
+    cuda = ModelledCuda(Chip(8, 6))
     asked = [(aten.add.Tensor, "forward"), (aten.mm.default, "forward"), (aten.bmm.default, "forward"), (aten.mm.default, "backward"),
              (aten.addmm.default, "optimizer")]  # fmt: skip
-    size = workspace_bytes((8, 6))
+    size = workspace_bytes(Chip(8, 6))
     assert [cuda.before(func, phase) for func, phase in asked] == [0, size, 0, size, 0]
 
 
@@ -75,5 +76,5 @@ def test_a_sum_over_few_rows_or_along_memory_or_of_an_odd_number_of_columns_is_n
 
 
 def test_a_card_of_unknown_compute_capability_works_like_an_h100():
-    assert processors((9, 0)) == processors((11, 0)) == H100
-    assert processors((8, 6)) == Processors(68, 1536)
+    assert processors(Chip(9, 0)) == processors(Chip(11, 0)) == H100
+    assert processors(Chip(8, 6)) == Processors(68, 1536)

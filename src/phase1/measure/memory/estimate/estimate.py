@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from phase1.machine.cards import Chip
 from phase1.measure.memory.case import MemoryCase, MemoryPeaks, timeline_record
 from phase1.measure.memory.estimate.cuda_autocast import imitated_cuda
 from phase1.measure.memory.estimate.simulate import simulated_timeline
@@ -16,11 +17,11 @@ from phase1.model import LanguageModel
 from phase1.training.step import TrainState, train_step
 
 CONTEXT_BYTES = 500_000_000  # of an estimate: CUDA context and libraries take 0.3 to 0.6 GB on most cards
-CAPABILITY = (8, 6)  # of an estimate without a GPU: the RTX 30 series, for which the limits of 8 and 10 GB are
+CHIP = Chip(8, 6, 68)  # of an estimate without a GPU: the RTX 3080, for which the limits of 8 and 10 GB are
 WARMUP_STEPS = 2  # optimizer state exists after the first, the allocator has its blocks after the second
 
 
-def estimate_memory(case: MemoryCase, capability: tuple[int, int] = CAPABILITY) -> MemoryPeaks:
+def estimate_memory(case: MemoryCase, chip: Chip = CHIP) -> MemoryPeaks:
     """Peaks of a training step on tensors that have sizes and no contents, so no GPU and no memory is needed.
 
     It imitates the GPU's run (cuda_autocast.py): FP16 autocast, FP32 gradients, loss scaling, fused AdamW with its state;
@@ -29,9 +30,10 @@ def estimate_memory(case: MemoryCase, capability: tuple[int, int] = CAPABILITY) 
     not known.
 
     Args:
-        capability: compute capability of the card, which decides the size of the workspaces and of shared sums.
+        chip: of the card: its compute capability decides the size of the workspaces, it and the multiprocessors that of sums
+            which blocks of threads share.
     """
-    surroundings = ModelledCuda(capability)
+    surroundings = ModelledCuda(chip)
     with imitated_cuda(), MemoryTracker(case.model.vocab_size, "cpu", surroundings) as tracker:
         state = make_workload(case.model, "cpu", "fp16", model_class=_FakeModel)
         _make_lasting_tensors(state)
@@ -44,9 +46,9 @@ def estimate_memory(case: MemoryCase, capability: tuple[int, int] = CAPABILITY) 
         parameters = state.model.parameter_counts()
     timeline, reserved = simulated_timeline(tracker.trace, moved, WARMUP_STEPS)
     assumptions = (
-        f"compute capability {capability[0]}.{capability[1]} ({workspace_bytes(capability) / 2**20:g} MiB of cuBLAS workspace "
+        f"compute capability {chip.major}.{chip.minor} ({workspace_bytes(chip) / 2**20:g} MiB of cuBLAS workspace "
         f"per thread), {surroundings.card.multiprocessors} multiprocessors, {CONTEXT_BYTES / 1e9:g} GB outside the allocator, "
-        f"PyTorch {torch.__version__.split('+')[0]}"
+        f"PyTorch {torch.__version__.split('+')[0]}{', not compiled' if case.compiled else ''}"
     )
     return MemoryPeaks(
         measured="estimated",

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from phase1.machine.cards import Chip
 from phase1.measure.memory.estimate.allocator import MIB
 
 _MATMULS = frozenset(
@@ -20,21 +21,21 @@ _WARP, _MAX_THREADS = 32, 512  # threads beside each other, and in all, of a blo
 _MIN_VALUES, _MAX_VALUES = 16, 256  # that one thread should sum
 
 
-def workspace_bytes(capability: tuple[int, int]) -> int:
+def workspace_bytes(chip: Chip) -> int:
     """What PyTorch gives each cuBLAS handle, of which every thread that multiplies matrices has one.
 
     32 MiB on Hopper and Blackwell, 8.125 MiB on other cards, where CUBLAS_WORKSPACE_CONFIG is not set.
     Source: parseChosenWorkspaceSize in aten/src/ATen/cuda/CublasHandlePool.cpp.
     """
-    return 32 * MIB if capability[0] in (9, 10, 12) else 8 * MIB + 128 * 1024
+    return 32 * MIB if chip.major in (9, 10, 12) else 8 * MIB + 128 * 1024
 
 
 class ModelledCuda:
     """`Surroundings` (phase1.measure.memory.tracker) of a fake step: what the operators of a CUDA device would take besides."""
 
-    def __init__(self, capability: tuple[int, int]) -> None:
-        self.workspace = workspace_bytes(capability)
-        self.card = processors(capability)
+    def __init__(self, chip: Chip) -> None:
+        self.workspace = workspace_bytes(chip)
+        self.card = processors(chip)
         self._threads: set[str] = set()
 
     def before(self, func: Any, phase: str) -> int:
@@ -57,9 +58,11 @@ class Processors(NamedTuple):
     threads: int
 
 
-def processors(capability: tuple[int, int]) -> Processors:
-    """Those of a card of this compute capability, of the H100 where none is known."""
-    return Processors(_MULTIPROCESSORS.get(capability, _MULTIPROCESSORS[9, 0]), _FEW_THREADS.get(capability, 2048))
+def processors(chip: Chip) -> Processors:
+    """Those of `chip`; where it does not say, those of the best known card of its capability, or of the H100."""
+    capability = (chip.major, chip.minor)
+    known = chip.multiprocessors or _MULTIPROCESSORS.get(capability, _MULTIPROCESSORS[9, 0])
+    return Processors(known, _FEW_THREADS.get(capability, 2048))
 
 
 def scratch_bytes(func: Any, args: Any, card: Processors) -> int:

@@ -1,0 +1,146 @@
+"""How a step really runs: device, type of its products, kernel of attention, compiled loss, CUDA graphs."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from phase1.model import LanguageModel
+from phase1.records.schema import Execution
+from phase1.training.micro_batch import Replay
+from phase1.training.step import TrainState
+
+PROBE_TOKENS = 64  # of the forward pass that is watched: which kernels run does not depend on the length
+INDUCTOR = "inductor"
+LIMITS: dict[str, Any] = {
+    "recompile_limit": 64,
+    "accumulated_recompile_limit": 4096,
+    "fail_on_recompile_limit_hit": True,
+}
+"""Of torch._dynamo, whose own limit of 8 is reached by three models of a few lengths, and then runs them eagerly, silently."""
+
+
+class Compiler:
+    """A backend of torch.compile, one per model: it counts how often what it has compiled is called."""
+
+    def __init__(self, backend: str = INDUCTOR) -> None:
+        self.backend, self.calls = backend, 0
+
+    def __call__(self, graph: Any, inputs: Any) -> Callable[..., Any]:
+        compiled = torch._dynamo.lookup_backend(self.backend)(graph, inputs)
+
+        def run(*arguments: Any) -> Any:
+            self.calls += 1
+            return compiled(*arguments)
+
+        return run
+
+
+def compile_loss(model: LanguageModel, backend: str = INDUCTOR) -> Compiler:
+    """Compile the loss of `model` as `make_train_state` does, at its first call, for the shapes of that call.
+
+    Returns the compiler that will have done it.
+    """
+    import torch._dynamo
+
+    compiler = Compiler(backend)
+    compiled = torch.compile(model.losses, fullgraph=True, dynamic=False, backend=compiler)
+    model.losses = compiled  # type: ignore[method-assign]
+    return compiler
+
+
+@contextmanager
+def strict_compilation() -> Iterator[None]:
+    """Inside, a model that would have to run eagerly for too many recompilations raises an error."""
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(**{name: value for name, value in LIMITS.items() if hasattr(torch._dynamo.config, name)}):
+        yield
+
+
+def forget_compiled() -> None:
+    """Drop what was compiled for another length: the models of the next one compile for themselves."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+
+
+class _Watch(TorchDispatchMode):
+    """The operators that run, and the types of what matrix products multiply."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.types: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.split(".")[0]
+        self.names.add(name)
+        if name in ("mm", "addmm", "bmm", "baddbmm"):
+            self.types[str(args[-1].dtype).removeprefix("torch.")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def execution(state: TrainState, compiler: Compiler | None) -> Execution:
+    """What `state` runs with, watched in a forward pass of a few tokens, and where that is not what was asked for.
+
+    compiler: that of the loss, after a step of the model; None where it was not to be compiled.
+    """
+    device = next(state.model.parameters()).device
+    ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64, device=device)
+    autocast = torch.autocast(device.type, state.dtype, enabled=state.dtype != torch.float32)
+    with uncompiled(state.model), _Watch() as watch, autocast:
+        state.model.loss(ids, ids)  # with its graph: kernels of attention differ where there is none
+    precision = watch.types.most_common(1)[0][0] if watch.types else str(state.dtype).removeprefix("torch.")
+    attention = _attention(watch.names) if state.model.config.mixer == "attention" else None
+    kernels = "triton" if device.type == "cuda" and find_spec("triton") else "torch"
+    found = Execution(
+        device=device.type,
+        precision=precision,
+        attention=attention,
+        kernels=kernels,
+        compiled=compiler is not None and compiler.calls > 0,
+        cuda_graphs=isinstance(state.passes, Replay),
+    )
+    return found.model_copy(update={"otherwise": _otherwise(found, state, compiler)})
+
+
+@contextmanager
+def uncompiled(model: LanguageModel) -> Iterator[None]:
+    """Inside, the loss runs as it is written: a compiled one would hide its operators, or compile for one more shape."""
+    compiled = vars(model).pop("losses", None)
+    try:
+        yield
+    finally:
+        if compiled is not None:
+            model.losses = compiled  # type: ignore[method-assign]
+
+
+def _attention(names: set[str]) -> str:
+    """The kernel behind scaled_dot_product_attention."""
+    for word, kernel in (("cudnn", "cudnn"), ("flash", "flash"), ("efficient", "efficient")):
+        if any("scaled_dot_product" in name and word in name for name in names):
+            return kernel
+    return "math"
+
+
+def _otherwise(found: Execution, state: TrainState, compiler: Compiler | None) -> list[str]:
+    """Each way in which the step runs otherwise than asked, as a sentence without a subject."""
+    config, said = state.model.config, []
+    if found.attention == "math" and config.attention == "fused":
+        said.append("attention ran by matrix products that hold all T x T scores: no fused kernel takes this type and size")
+    if config.attention == "math" and found.attention not in (None, "math"):
+        said.append(f"attention ran by the {found.attention} kernel, not by matrix products")
+    if found.precision != (asked := str(state.dtype).removeprefix("torch.")):
+        said.append(f"matrix products ran in {found.precision}, not in {asked}")
+    if found.device != state.device.type:
+        said.append(f"the step ran on {found.device}, not on {state.device.type}")
+    if compiler is not None and not found.compiled:
+        said.append("what was compiled was not called")
+    if found.device == "cuda" and found.kernels == "torch":
+        said.append("the loss ran by PyTorch's operators, not by its kernel: pip install triton")
+    return said

@@ -1,0 +1,117 @@
+"""One run of a measuring command: its folder, its journal, and the report it ends with."""
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from phase1.errors import reason
+from phase1.machine.environment import Fact, current_command, environment, machine, settings
+from phase1.records.journal import Journal, open_journal
+from phase1.records.schema import FILES, REPORTS, Check, Kind, Report, Result, read_report, write_report
+from phase1.text import one_line
+
+T = TypeVar("T")
+Plot = Callable[[Report[Any], Path], Path]
+PREVIOUS: Final = ".previous.json"  # a report that another command had written where this one goes
+
+
+class Session:
+    """Cases that survive an interrupt, then reports.
+
+    `case` returns what an earlier run kept, or computes and keeps it; `write` makes a report; `close`, last, drops the journal.
+
+    Args:
+        run: the settings; `out_dir` and `resume` are read here.
+        data: what identifies the data, as JSON; None where a case depends on none.
+    Raises:
+        OSError: nothing can be written into --out-dir. ValueError: --resume finds another run.
+    """
+
+    def __init__(self, run: Any, kind: Kind, data: Any = None) -> None:
+        self.kind, self.path = kind, Path(run.out_dir) / FILES[kind]
+        require_writable(self.path.parent)
+        self.settings = settings(run)
+        self.journal: Journal = open_journal(self.path, self.settings, machine=machine(), resume=run.resume, data=data)
+        self._facts: dict[str, Fact] | None = None
+
+    @property
+    def facts(self) -> dict[str, Fact]:
+        """Of hardware and software. Asked for once, and late: on a GPU it makes a context, which a measurement would count."""
+        if self._facts is None:
+            self._facts = dict(environment())
+        return self._facts
+
+    def case(self, name: str, kind: Any, compute: Callable[[], T]) -> T:
+        """The value of case `name`: see `Journal.case`."""
+        return self.journal.case(name, kind, compute)
+
+    def write(
+        self,
+        results: Mapping[str, Result],
+        checks: Sequence[Check],
+        plots: Sequence[tuple[Plot, str]] = (),
+        folder: Path | None = None,
+        **fields: Any,
+    ) -> tuple[Report[Any], list[Path]]:
+        """Write a report into `folder` (by default --out-dir), and every plot of it; the report and what was written.
+
+        fields: further ones of the report; `run` replaces the settings.
+        """
+        path = (folder or self.path.parent) / self.path.name
+        report = REPORTS[self.kind](
+            kind=self.kind,
+            environment=self.facts,
+            command=current_command(),
+            results=dict(results),
+            checks=list(checks),
+            **({"run": self.settings} | fields),
+        )
+        kept = keep_previous(path, self.kind, report.command)
+        older = set(path.parent.glob(f"phase1_{self.kind}_*.png"))
+        write_report(report, path)
+        for stale in sorted(older - {path.with_name(name) for _, name in plots}):
+            print(one_line(f"not of this run: {stale} is of an earlier one; remove it", 1000), file=sys.stderr)
+        return report, [
+            path,
+            *kept,
+            *(drawn for plot, name in plots for drawn in self._drawn(plot, report, path.with_name(name))),
+        ]
+
+    def _drawn(self, plot: Plot, report: Report[Any], path: Path) -> list[Path]:
+        """The file of a plot; none, and a line on stderr, where it cannot be made: it costs nothing that was measured."""
+        try:
+            return [plot(report, path)]
+        except Exception as error:
+            what = f"{type(error).__name__}: {reason(error)}"
+            print(
+                one_line(f"phase1 {self.kind}: warning: no plot {path.name} ({what}); the report is whole", 1000),
+                file=sys.stderr,
+            )
+            return []
+
+    def close(self) -> None:
+        """Until here --resume finds every case."""
+        self.journal.close()
+
+
+def require_writable(folder: Path) -> None:
+    """Raise OSError now, and not after hours of work, where nothing can be written into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def keep_previous(path: Path, kind: Kind, command: str) -> list[Path]:
+    """Move the report of another command at `path` aside, so that it is not lost; where it is now, if there was one."""
+    try:
+        old = read_report(path, kind)
+    except ValueError:  # none, or nothing of ours
+        return []
+    if old.command == command:
+        return []
+    kept = path.with_name(path.name.removesuffix(".json") + PREVIOUS)
+    os.replace(path, kept)
+    return [kept]
