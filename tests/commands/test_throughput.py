@@ -132,12 +132,15 @@ def test_an_interrupt_passes_and_leaves_an_old_report_as_it_is(tmp_path, monkeyp
 
 
 def test_generation_is_measured_where_it_is_asked_for(tmp_path, capsys):
-    throughput.main(run(tmp_path, seq_lengths=(8,), decode=True, decode_contexts=(8, 64), measure_steps=5, cuda_graphs=False))
+    sizes = {"seq_lengths": (8,), "decode_contexts": (8, 64), "measure_steps": 5}
+    throughput.main(run(tmp_path, decode=True, cuda_graphs=False, verbose=True, **sizes))
     report = read_report(tmp_path / "phase1_throughput_benchmark.json", "throughput")
     assert {role for role, result in report.results.items() if result.decoding is not None} == {"baseline", "phase1"}
     assert "decode_constant" in {check.name for check in report.checks}
     out = capsys.readouterr().out
     assert out.startswith("Generation: B = 1") and "Decode" in out and "longest over shortest" in out
+    screen = out[out.index("Speed of training steps") :]
+    assert "generated/s after" in screen and "generation as fast after any context" in screen
 
 
 def decoding(verdict):

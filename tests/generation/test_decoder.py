@@ -201,7 +201,7 @@ def checkpoint(tmp_path):
     state = make_train_state(LanguageModel(model_config("phase1", SHAPE)), TrainConfig(), "cpu")
     state.model.embedding.output_bias.data[BYTES.end_of_text] = -1e4  # so that no text ends
     facts = {"data": {"name": "a", "split": "train", "sha256": "b"}, "tokenizer": BYTES.fingerprint, "seq_length": 8}
-    facts |= {"trained_tokens": 0, "train_seconds": 0.0, "loss": 0.0, "finished": True}
+    facts |= {"trained_tokens": 0, "train_seconds": 0.0, "loss": 0.0, "finished": False}
     save_checkpoint(tmp_path, state, facts, resumable=False)
     keep_tokenizer(tmp_path, BYTES)
     return tmp_path
@@ -241,7 +241,7 @@ def damage_weights(folder):
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer.json"),
         (damage_tokenizer, "must be that of the training"),
         (lambda folder: (folder / "checkpoint.json").unlink(), "no checkpoint in"),
-        (damage_weights, "NaN"),
+        (damage_weights, "norm.weight is not finite"),
     ],
 )
 def test_what_cannot_be_used_is_one_line(checkpoint, damage, says):

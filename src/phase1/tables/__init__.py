@@ -33,7 +33,7 @@ __all__ = [
 
 NAMES = (
     "memory_comparison", "memory_breakdown", "memory_ablation", "fit_comparison", "throughput_comparison", "scaling_comparison",
-    "perplexity_comparison", "loss_comparison", "configuration_comparison",
+    "decoding_comparison", "perplexity_comparison", "loss_comparison", "configuration_comparison",
 )  # fmt: skip
 """Of every table that there may be: a file of this name that was not written now is of other results."""
 
