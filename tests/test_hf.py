@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("transformers", minversion="5.24")
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import phase1.hf
@@ -173,3 +174,12 @@ def test_it_works_without_network_and_remote_code(folder):
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=root)
     assert done.stdout.strip() == "1", done.stderr[-2000:]
+
+
+def test_an_index_that_no_row_has_is_refused(folder):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.embedding.anchors"][0] = 10**6
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"^anchors of rows [^\n]*export it again$"):
+        AutoModelForCausalLM.from_pretrained(folder)

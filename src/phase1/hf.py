@@ -112,6 +112,8 @@ class Phase1ForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, HTTTable):  # from_pretrained fills buffers that are in no file with what was in memory
+            if wrong := module.index_out_of_range():
+                raise ValueError(f"{wrong}; the file is damaged: export it again")
             module.turn_anchors()
 
     def get_input_embeddings(self) -> nn.Module:

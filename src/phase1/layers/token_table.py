@@ -194,12 +194,12 @@ class HTTTable(nn.Module):
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: list[str]
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-        if wrong := self._index_out_of_range():
+        if wrong := self.index_out_of_range():
             errors.append(f"{prefix}{wrong}")
         else:
             self.turn_anchors()
 
-    def _index_out_of_range(self) -> str | None:
+    def index_out_of_range(self) -> str | None:
         """What a row index is that no row has: on a GPU it would read foreign memory. None where there are no numbers yet."""
         if self.positions_of.is_meta:
             return None
