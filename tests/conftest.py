@@ -39,10 +39,10 @@ def interrupts_arrive():
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that are drawn, to look at what is in them."""
-    from phase1.plots import figure, losses, memory, perplexity, throughput, timeline
+    from phase1.plots import figure, losses, memory, perplexity, throughput, timeline, training
 
     figures = []
     save = figure.save
-    for module in (losses, memory, perplexity, throughput, timeline):
+    for module in (losses, memory, perplexity, throughput, timeline, training):
         monkeypatch.setattr(module, "save", lambda figure, path: (figures.append(figure), save(figure, path))[1])
     return figures

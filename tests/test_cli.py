@@ -16,17 +16,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 import phase1
 from phase1 import cli
 from phase1.cli import COMMANDS, main, parse
-from phase1.config import flags
+from phase1.config import flags, to_toml
 from phase1.data.cache import cache_folder
 from phase1.errors import Unavailable
 from phase1.presets import PRESETS
 from phase1.records.schema import Check
-from phase1.runs import CompareRun
+from phase1.runs import CompareRun, TrainRun
 from phase1.text import without_private
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -101,6 +103,76 @@ def test_arguments_by_place_come_with_flags_on_either_side():
 def test_a_flag_wins_over_the_preset():
     assert parse("memory", ["--preset", "rtx4090-24g", "--batch-size", "3"]).batch_size == 3
     assert parse("memory", ["--batch-size", "3", "--preset", "rtx4090-24g"]).batch_size == 3
+
+
+def test_a_file_gives_flags_and_a_flag_wins_over_it(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('preset = "smoke"\nseq-lengths = [512, 640]\nsave_plots = true\nbaseline = false\nbatch-size = 3\n')
+    run = parse("throughput", ["--config", str(path), "--batch-size", "2"])
+    assert (run.batch_size, run.seq_lengths, run.save_plots, run.baseline, run.d_model) == (2, (512, 640), True, False, 128)
+    assert parse("throughput", ["--config", str(path), "--preset", "rtx4090-24g"]).d_model == 512
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"compare"}))
+def test_a_printed_file_gives_the_same_run(command, tmp_path, capsys):
+    path = tmp_path / "run.toml"
+    with pytest.raises(SystemExit) as exit:
+        main([command, "--print-config"])
+    path.write_text(capsys.readouterr().out)
+    assert exit.value.code == 0 and parse(command, ["--config", str(path)]) == COMMANDS[command]()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.builds(
+        TrainRun,
+        prompt=st.text(st.characters(exclude_categories=["Cs"]), max_size=9),
+        dataset_name=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=9),
+        seed=st.integers(0, 2**31),
+        learning_rate=st.floats(1e-9, 1e9),
+        copy_head=st.booleans(),
+        max_hours=st.none() | st.floats(1e-9, 1e9),
+        report_to=st.lists(st.sampled_from(["tensorboard", "trackio"]), max_size=2).map(tuple),
+    )
+)
+def test_any_run_survives_its_file(run):
+    with tempfile.NamedTemporaryFile("wb", suffix=".toml") as file:
+        file.write(to_toml(run).encode())
+        file.flush()
+        assert parse("train", ["--config", file.name]) == run
+
+
+def test_a_printed_file_says_where_a_value_is_from(tmp_path, capsys):
+    path = tmp_path / "run.toml"
+    path.write_text("measure-steps = 4\n")
+    with pytest.raises(SystemExit):
+        main(["throughput", "--preset", "smoke", "--config", str(path), "--batch-size", "2", "--print-config"])
+    out = capsys.readouterr().out
+    for line in ("batch-size = 2  # flag", f"measure-steps = 4  # {path}", "warmup-steps = 1  # preset smoke", "compile = false  # default"):
+        assert line in out.splitlines()
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        ("batch-sise = 3", "no flag is called batch-sise; the nearest is batch-size"),
+        ("batch-size = 'x'", "--batch-size: invalid int value: 'x'"),
+        ("batch-size = ", "must be a readable TOML file"),
+        ("batch-size = 0", "--batch-size must be greater than 0"),
+        (b"\xff", "must be a readable TOML file"),
+        (None, "must be a readable TOML file"),
+    ],
+)
+def test_a_wrong_file_is_one_line_and_exit_2(content, says, tmp_path, capsys):
+    path = tmp_path / "run.toml"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    try:
+        code = main(["memory", "--config", str(path)])
+    except SystemExit as exit:
+        code = exit.code
+    err = capsys.readouterr().err
+    assert code == 2 and err.count("\n") == 1 and says in err
 
 
 @pytest.mark.parametrize("preset", PRESETS)

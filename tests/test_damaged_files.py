@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
+from phase1.config import ModelConfig
 from phase1.data.local import file_text, read_token_file, split_file
 from phase1.errors import Diverged
 from phase1.measure.perplexity.result import Text, evaluate_checkpoint
+from phase1.model import LanguageModel
 from phase1.records.journal import open_journal
 from phase1.records.schema import FILES, MemoryResult, read_report
 from phase1.runs import PerplexityRun
@@ -157,7 +159,25 @@ def test_a_checkpoint_that_declares_other_sizes_than_its_tensors_have_is_refused
         (tmp_path / INDEX).write_text(json.dumps(index | {"model_config": index["model_config"] | {name: value}}))
         answer = at_once(lambda: load_model(tmp_path))
         assert isinstance(answer, ValueError) and str(answer).isprintable(), (name, value)
-    assert all(parameter.is_meta for model in made for parameter in model.parameters())
+    for model in made:
+        taken = sum(parameter.numel() for parameter in model.parameters() if not parameter.is_meta)
+        assert taken == 0 or taken < checkpoint.SMALL
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {}, {"n_layers": 1}, {"mixer": "attention", "embedding": "dense"}, {"d_model": 64, "n_heads": 2, "ar_ssm_max_rank": 64},
+        {"htt_groups": 1}, {"htt_groups": 40_000, "htt_rank": 64}, {"d_model": 262, "n_heads": 1}, {"vocab_size": 2000, "htt_dense_rows": 0},
+    ],
+)  # fmt: skip
+def test_what_is_called_a_small_model_has_no_more_elements_than_that(sizes, monkeypatch):
+    config = ModelConfig(**({"n_layers": 2, "d_model": 64, "n_heads": 4} | sizes))
+    with torch.device("meta"):
+        elements = sum(tensor.numel() for tensor in LanguageModel(config).state_dict().values())
+    monkeypatch.setattr(checkpoint, "SMALL", elements // 3)  # an HTT table has buffers besides, in proportion
+    with checkpoint._no_memory(config):
+        assert torch.empty(1).is_meta
 
 
 def test_the_index_of_a_checkpoint_damaged_in_any_way_is_refused_in_one_line_or_fits_its_tensors(tmp_path):

@@ -27,17 +27,19 @@ MAY_IMPORT = {
     "layers": {"ops", "vocabulary"},
     "model": {"config", "layers", "ops", "vocabulary"},
     "data": LEAVES | {"config"},
-    "training": LEAVES | {"config", "data", "model", "ops", "vocabulary"},
+    "training": LEAVES | {"config", "data", "model", "ops", "records", "vocabulary"},
     "machine": LEAVES | {"config"},
     "records": LEAVES | {"config", "machine"},
     "stats": {"records"},
     "checks": {"machine", "records", "roster", "stats"},
     "tables": {"config", "records", "roster", "text"},
+    "generation": {"config", "data", "layers", "model", "training"},
+    "hf": {"config", "layers", "model"},
     "plots": {"files", "records", "roster", "tables", "text"},
-    "measure": LEAVES | SETTINGS | {"data", "machine", "model", "ops", "records", "stats", "training"},
+    "measure": LEAVES | SETTINGS | {"data", "generation", "machine", "model", "ops", "records", "stats", "training"},
     "commands": LEAVES
     | SETTINGS
-    | {"checks", "data", "machine", "measure", "model", "plots", "records", "stats", "tables", "training"},
+    | {"checks", "data", "generation", "machine", "measure", "model", "plots", "records", "stats", "tables", "training"},
 }
 WINGS = {
     "execution": set(),
@@ -92,6 +94,12 @@ def test_no_private_name_crosses_a_file():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("phase1"):
                 assert not [a.name for a in node.names if a.name.startswith("_") and not a.name.endswith("__")], path
+
+
+def test_only_its_user_imports_the_part_for_transformers():
+    for path in PACKAGE.rglob("*.py"):
+        assert path.name == "hf.py" or not ("transformers" in path.read_text() and "import transformers" in path.read_text()), path
+        assert path.name == "hf.py" or "phase1.hf" not in set(modules(path)), path
 
 
 def test_no_module_imports_the_scripts():

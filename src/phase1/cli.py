@@ -1,18 +1,18 @@
 """The command line: every flag, default and help text comes from a config dataclass."""
 
 import argparse
-import difflib
 import gc
 import importlib
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
+from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from phase1 import __version__, config, runs
-from phase1.config import Config
+from phase1.config import Config, to_toml
 from phase1.errors import Unavailable, report_failure
 from phase1.presets import PRESETS
 from phase1.signals import Ending, ending_signals_interrupt
@@ -26,6 +26,8 @@ COMMANDS: dict[str, type[Config]] = {
     "compare": runs.CompareRun,
     "pipeline": runs.PipelineRun,
     "train": runs.TrainRun,
+    "generate": runs.GenerateRun,
+    "export": runs.ExportRun,
     "doctor": runs.DoctorRun,
 }
 GROUPS: dict[type[Config], str] = {
@@ -34,6 +36,7 @@ GROUPS: dict[type[Config], str] = {
     config.ModelConfig: "model",
     config.DataConfig: "data",
     config.TrainConfig: "training",
+    config.WatchConfig: "watching",
     runs.Output: "output",
 }
 """Heading of the flags that a class declares; those of the command itself come first, under its name."""
@@ -49,6 +52,11 @@ EXAMPLES = {
     "compare": ("phase1 compare old new --fail-on peak:+2%,tokens_per_second:-5%",),
     "pipeline": ("phase1 pipeline --preset smoke", "phase1 pipeline --preset rtx3080-10g --resume"),
     "train": ("phase1 train --dataset-name my.txt --tokenizer bpe --vocab-size 8192",),
+    "generate": (
+        'phase1 generate --checkpoint results/checkpoints/train --prompt "The "',
+        "phase1 generate --checkpoint results/checkpoints/train --prompt-file - --temperature 0",
+    ),
+    "export": ("phase1 export --checkpoint results/checkpoints/train",),
     "doctor": ("phase1 doctor",),
 }
 START = """start here:
@@ -100,9 +108,10 @@ def _status(name: str, argv: Sequence[str], ending: Ending) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if not ending.come and not isinstance(error, KeyboardInterrupt):
             return report_failure(name, error)
+        kept = "; older results are untouched" if name != "generate" else ""
         again = "; --resume goes on with what is finished" if hasattr(COMMANDS[name], "resume") else ""
         again = "; the same command goes on from its checkpoint" if name == "train" else again
-        print(f"phase1 {name}: interrupted; older results are untouched{again}", file=sys.stderr)
+        print(f"phase1 {name}: interrupted{kept}{again}", file=sys.stderr)
         return 130
 
 
@@ -153,9 +162,10 @@ def _top_level(argv: list[str]) -> int:
 
 
 def parse(command: str, argv: Sequence[str]) -> Any:
-    """`argv` as the config of `command`: a flag wins over the preset, the preset over the default.
+    """`argv` as the config of `command`: a flag wins over the file, the file over the preset, the preset over the default.
 
-    Raises SystemExit(2) for unknown flags and values of the wrong type, ValueError for values out of range.
+    Raises SystemExit(2) for unknown flags and values of the wrong type, SystemExit(0) after --print-config has printed, and
+    ValueError for values out of range and files that cannot be read.
     """
     cls = COMMANDS[command]
     parser = _Parser(
@@ -174,13 +184,61 @@ def parse(command: str, argv: Sequence[str]) -> Any:
         groups[_group(cls, field.name, command)].add_argument(
             *_spellings(field), help=field.metadata["help"], **_argument(field)
         )
-    values = vars(_known(parser, argv))
-    if presets and values["preset"] is not None:
-        parser.set_defaults(**PRESETS[values["preset"]][command])
-        values = vars(parser.parse_args(argv))
-    if presets:
-        del values["preset"]
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    settings = groups[command]
+    settings.add_argument("--config", metavar="FILE", help="TOML file of these flags, without their dashes in front; flags win")
+    settings.add_argument(
+        "--print-config", action="store_true", help="print such a file, with where each value is from, and end"
+    )
+    first = _known(parser, argv)
+    from_file = [] if first.config is None else _words(first.config, parser, cls)
+    values = vars(parser.parse_args([*from_file, *argv]))
+    preset = values["preset"] if presets else None
+    if preset is not None:
+        parser.set_defaults(**PRESETS[preset][command])
+        values = vars(parser.parse_args([*from_file, *argv]))
+    names = [field.name for field in fields(cls)]
+    run = cls(**{name: tuple(values[name]) if isinstance(values[name], list) else values[name] for name in names})
+    if first.print_config:
+        origins = dict.fromkeys(PRESETS[preset][command], f"preset {preset}") if preset else {}
+        origins |= dict.fromkeys(_given(parser, from_file, names), one_line(first.config))
+        origins |= dict.fromkeys(_given(parser, argv, names), "flag")
+        print(to_toml(run, dict.fromkeys(names, "default") | origins), end="")
+        parser.exit(0)
+    return run
+
+
+def _words(path: str, parser: _Parser, cls: type[Config]) -> list[str]:
+    """The flags in the TOML file at `path`, as words of a command line."""
+    import tomllib  # of a few runs only
+
+    try:
+        with open(path, "rb") as file:
+            content = tomllib.load(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--config must be a readable TOML file; got {path} ({one_line(error)}); correct it") from error
+    known = {field.name: field for field in fields(cls) if not field.metadata.get("positional")}
+    words = []
+    for key, value in content.items():
+        name = key.replace("-", "_")
+        if name == "preset":
+            words += ["--preset", str(value)]
+        elif name not in known:
+            nearest = get_close_matches(key, [k.replace("_", "-") for k in known], n=1, cutoff=0)[0]
+            parser.error(f"{one_line(path)}: no flag is called {key}; the nearest is {nearest}")
+        elif known[name].type is bool and isinstance(value, bool):
+            words.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
+        elif isinstance(value, list):
+            words += [_spellings(known[name])[0], *map(str, value)] if value else []
+        else:
+            words.append(f"{_spellings(known[name])[0]}={value}")
+    return words
+
+
+def _given(parser: _Parser, argv: Sequence[str], names: list[str]) -> list[str]:
+    """Those of `names` that `argv` has a value for."""
+    nothing = object()
+    values = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, nothing)))
+    return [name for name in names if getattr(values, name) is not nothing]
 
 
 def _known(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
@@ -191,7 +249,7 @@ def _known(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Nam
         given = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
         plain = given.replace("_", "-")
         near = [flag for flag in flags if flag.startswith(plain)] if len(plain) > 3 else []
-        near = near or difflib.get_close_matches(plain, flags, n=2, cutoff=0.6)
+        near = near or get_close_matches(plain, flags, n=2, cutoff=0.6)
         hint = f"; did you mean {' or '.join(near[:2])}?" if near else ""
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     return values

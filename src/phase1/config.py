@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -47,7 +48,7 @@ def require_positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         for item in value if isinstance(value, tuple) else (value,):
-            if item <= 0:
+            if not 0 < item < math.inf:
                 raise ValueError(f"{flag_of(name)} must be greater than 0; got {item}; give a positive number")
 
 
@@ -215,6 +216,22 @@ def flags(config: Config) -> str:
     return " ".join(words)
 
 
+def to_toml(config: Config, origins: dict[str, str] | None = None) -> str:
+    """The file that `--config` reads: every flag that has a value, with where the value is from as a comment."""
+    lines = []
+    for setting in fields(config):
+        value, origin = getattr(config, setting.name), (origins or {}).get(setting.name)
+        key = setting.name.replace("_", "-")
+        line = f"# {key} has no value" if value is None else f"{key} = {_toml(value)}"
+        lines.append(line + (f"  # {origin}" if origin else ""))
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    """JSON's numbers, strings, booleans and lists are TOML's, but for DEL."""
+    return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def part_of(cls: type[C], run: Config) -> C:
     """The fields of `run` that make up a `cls`."""
     return cls(**{f.name: getattr(run, f.name) for f in fields(cls)})
@@ -244,6 +261,26 @@ class DataConfig(Config):
     )
     cache_dir: str = option("~/.cache/phase1", "where trained tokenizers and tokenised text are kept")
     offline: bool = option(False, "open no network connection: a hub data set must be in the local cache")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchConfig(Config):
+    """What a training shows and keeps while it runs, and when it pauses; none of it changes the model."""
+
+    eval_every: int | None = option(None, "steps between losses on the valid split; 0 is never, by default 20 times a run")
+    eval_tokens: int | None = option(None, "tokens that such a loss is of, whole windows; by default a 500th of --train-tokens")
+    sample_every: int = option(0, "steps between texts that the model writes, into samples.txt; 0 is never")
+    prompt: str = option("", "beginning of these texts; by default that of a document")
+    max_hours: float | None = option(None, "hours of training, all sessions together, after which it pauses with a checkpoint")
+    report_to: tuple[Literal["tensorboard", "trackio"], ...] = option((), "where the course of the training goes besides")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.eval_every or 0, self.sample_every) < 0:
+            raise ValueError("--eval-every and --sample-every must be 0 or more; got a negative number; raise it")
+        for name in ("eval_tokens", "max_hours"):
+            if getattr(self, name) is not None:
+                require_positive(self, name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,6 +62,12 @@ def _remove_orphans(folder: Path) -> None:
                     (folder / name).unlink(missing_ok=True)
 
 
+def append_text(path: Path, text: str) -> None:
+    """Put `text` at the end of the file at `path`."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
 def _sync_folder(folder: Path) -> None:
     """Make a rename in `folder` survive a power cut."""
     if not hasattr(os, "O_DIRECTORY"):  # Windows cannot open a folder

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +58,13 @@ TABLES: dict[str, Callable[[ModelConfig, TokenStatistics | TokenVectors | None],
     ),
 }
 """Token tables by the name they have in `ModelConfig.embedding`, started from what is `known` of the text; None: random."""
+
+
+class Rows(NamedTuple):
+    """The token table as every position of a text uses it."""
+
+    table: Tensor  # (V, D), in the order of positions
+    order: Tensor  # (V,) position of every id
 
 
 class Block(nn.Module):
@@ -119,22 +126,32 @@ class LanguageModel(nn.Module):
         """Logits (B, T, V) of the next token after each of `ids` (B, T)."""
         return self.continue_from(ids, None)[0]
 
-    def continue_from(self, ids: Tensor, states: list[Any] | None) -> tuple[Tensor, list[Any]]:
+    def continue_from(
+        self, ids: Tensor, states: list[Any] | None, rows: Rows | None = None, *, last: bool = False
+    ) -> tuple[Tensor, list[Any]]:
         """Logits (B, T, V) for `ids` that follow the text that left `states` (None: the beginning), and the new states.
 
         With a copy head they are the log-probabilities of its mixture.
+
+        Args:
+            rows: what `rows()` gives, for many calls with the same weights.
+            last: only the logits of the last position, (B, 1, V); no more are computed.
         """
-        table = self._table()
+        table, order = self.rows() if rows is None else rows
         past = None if states is None or self.copy_head is None else states[-1]  # the others are the blocks'
         hidden, states, _ = self._hidden(ids, table, states, keep_states=True)
         dtype = _compute_dtype(hidden)
-        logits = self._logits(self._scaled(hidden).to(dtype), table.to(dtype))
-        every_id = torch.arange(self.config.vocab_size, device=ids.device)
-        logits = logits[..., self.embedding.positions(every_id)]
+        shown = hidden[:, -1 if last else 0 :]
+        logits = self._logits(self._scaled(shown).to(dtype), table.to(dtype))[..., order]
         if self.copy_head is None:
             return logits, states
         logits, state = self.copy_head.mixture(hidden, ids, logits, past)
         return logits, [*states, state]
+
+    def rows(self) -> Rows:
+        """The token table and the position of every id in it, for `continue_from`."""
+        every_id = torch.arange(self.config.vocab_size, device=self.norm.weight.device)
+        return Rows(self._table(), self.embedding.positions(every_id))
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """What training minimises: the cross-entropy of `losses` and, in training, the penalty of the rank gate."""

@@ -1,5 +1,6 @@
 """The settings of every command, as frozen dataclasses: a field is a flag, its default and its help."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +11,7 @@ from phase1.config import (
     Ranked,
     Shape,
     TrainConfig,
+    WatchConfig,
     argument,
     check_ranks,
     option,
@@ -77,6 +79,10 @@ class ThroughputRun(Ranked, Output):
         None, "launch every step's passes as two CUDA graphs: times of the GPU, not of the host; by default on a GPU"
     )
     save_plots: bool = option(False, "write phase1_throughput_comparison.png", affects_results=False)
+    decode: bool = option(False, "also measure generation, B = 1: tokens/s and bytes of the state over --decode-contexts")
+    decode_contexts: tuple[int, ...] = option(
+        (1024, 4096, 16384, 65536, 131072), "tokens before the one that is generated; a verdict needs 8x"
+    )
     a_a: bool = option(False, "measure a second copy of the baseline (of the engine with --no-baseline): they must not differ")
     quadratic_control: bool = option(
         False, "measure attention that holds all T x T scores: it must be found not linear; slow, and memory grows with T x T"
@@ -84,7 +90,7 @@ class ThroughputRun(Ranked, Output):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "seq_lengths", "batch_size", "measure_steps", "warmup_steps")
+        require_positive(self, "seq_lengths", "batch_size", "measure_steps", "warmup_steps", "decode_contexts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +161,7 @@ class CompareRun(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainRun(ModelConfig, DataConfig, TrainConfig):
+class TrainRun(ModelConfig, DataConfig, TrainConfig, WatchConfig):
     """Train one model and write its checkpoint; run it again with the same flags to resume."""
 
     seq_length: int = option(512, "T, tokens per window")
@@ -164,6 +170,46 @@ class TrainRun(ModelConfig, DataConfig, TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "seq_length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRun(Config):
+    """Text from a trained model, printed as it comes."""
+
+    checkpoint: str = option("results/checkpoints/train", "folder of the checkpoint")
+    prompt: str | None = option(None, "text to go on from; without one the beginning of a document")
+    prompt_file: str | None = option(None, "file with the text to go on from, UTF-8; - is standard input")
+    max_tokens: int = option(200, "tokens per sample; fewer where the model ends the document")
+    samples: int = option(1, "texts, each as if it were the only one")
+    temperature: float = option(0.8, "below 1 the likelier tokens become likelier still; 0 takes the likeliest")
+    top_k: int | None = option(None, "draw from the K likeliest tokens only")
+    top_p: float | None = option(None, "draw from the fewest likeliest tokens that have so much of the probability together")
+    seed: int = option(0, "seed of the draws: the same text again on the same machine")
+    copy_head: bool = option(True, "mix the copy head in, where the model has one; without, what the rest of it says")
+    tokenizer: str | None = option(None, "gpt2 or a folder with tokenizer.json, for a checkpoint of an earlier version")
+    precision: Literal["auto", "fp16", "bf16", "fp32"] = option("auto", "autocast type; auto is fp16 on CUDA, fp32 on the CPU")
+    cuda_graphs: bool = option(False, "launch every step as one CUDA graph: faster on a GPU")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "max_tokens", "samples")
+        if self.prompt is not None and self.prompt_file is not None:
+            raise ValueError("--prompt and --prompt-file are two texts to go on from; got both; leave one out")
+        if not 0 <= self.temperature < math.inf or self.seed < 0:
+            raise ValueError("--temperature and --seed must be 0 or more; got a negative number; raise it")
+        if self.top_k is not None:
+            require_positive(self, "top_k")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"--top-p must be above 0 and at most 1; got {self.top_p}; try 0.9")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRun(Config):
+    """A checkpoint as a folder for Hugging Face transformers."""
+
+    checkpoint: str = option("results/checkpoints/train", "folder of the checkpoint")
+    out_dir: str = option("results/export", "folder to write")
+    tokenizer: str | None = option(None, "gpt2 or a folder with tokenizer.json, for a checkpoint of an earlier version")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,9 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from phase1.commands import compare, memory, perplexity, pipeline, tables, throughput, train
+from phase1.commands import compare, export, generate, memory, perplexity, pipeline, tables, throughput, train
 from phase1.records import session
-from phase1.runs import CompareRun, MemoryRun, PerplexityRun, PipelineRun, TablesRun, ThroughputRun, TrainRun
+from phase1.runs import (
+    CompareRun,
+    ExportRun,
+    GenerateRun,
+    MemoryRun,
+    PerplexityRun,
+    PipelineRun,
+    TablesRun,
+    ThroughputRun,
+    TrainRun,
+)
+from tests.generation.test_decoder import checkpoint  # noqa: F401, a fixture
 
 SHAPE = {
     "vocab_size": 300, "d_model": 16, "n_layers": 1, "n_heads": 2, "ar_ssm_min_rank": 2, "ar_ssm_window": 4, "htt_dense_rows": 4,
@@ -45,15 +56,27 @@ def data(tmp_path):
     return {"dataset_name": str(tmp_path), "tokenizer": "bpe", "cache_dir": str(tmp_path / "cache")}
 
 
-@pytest.mark.parametrize("command", ["memory", "throughput", "perplexity", "train", "tables", "compare", "pipeline"])
-def test_every_flag_is_read_by_its_command(command, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "command", ["memory", "throughput", "perplexity", "train", "generate", "export", "tables", "compare", "pipeline"]
+)
+def test_every_flag_is_read_by_its_command(command, data, tmp_path, monkeypatch, checkpoint):  # noqa: F811
     out = {"out_dir": str(tmp_path / "out")}
     short = {"seq_length": 8, "train_tokens": 64, "train_batch_size": 4, "micro_batch_size": 4}
     runs = {
         "memory": (memory, lambda: MemoryRun(**SHAPE, **RANKS, **out, batch_size=1, seq_length=8)),
         "throughput": (
             throughput,
-            lambda: ThroughputRun(**SHAPE, **RANKS, **out, batch_size=1, seq_lengths=(8, 16), warmup_steps=1, measure_steps=1),
+            lambda: ThroughputRun(
+                **SHAPE,
+                **RANKS,
+                **out,
+                batch_size=1,
+                seq_lengths=(8, 16),
+                warmup_steps=1,
+                measure_steps=1,
+                decode=True,
+                decode_contexts=(4, 8),
+            ),
         ),
         "perplexity": (
             perplexity,
@@ -62,6 +85,8 @@ def test_every_flag_is_read_by_its_command(command, data, tmp_path, monkeypatch)
             ),
         ),
         "train": (train, lambda: TrainRun(**SHAPE, **RANKS, **data, **out, **short)),
+        "generate": (generate, lambda: GenerateRun(checkpoint=str(checkpoint), max_tokens=2)),
+        "export": (export, lambda: ExportRun(**out, checkpoint=str(checkpoint))),
         "tables": (tables, lambda: TablesRun(**out, results_dir=RESULTS)),
         "compare": (compare, lambda: CompareRun(old=RESULTS, new=RESULTS, fail_on="peak:+2%")),
         "pipeline": (pipeline, lambda: PipelineRun(**out, preset="smoke")),

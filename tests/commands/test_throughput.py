@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from phase1.checks.throughput import throughput_checks
+from phase1.checks.throughput import decoding_checks, throughput_checks
 from phase1.commands import throughput
-from phase1.records.schema import Scaling, ThroughputResult, exit_code, read_report
+from phase1.records.schema import Decoding, Scaling, ThroughputResult, exit_code, read_report
 from phase1.runs import ThroughputRun
 from phase1.tables import throughput_comparison
 
@@ -129,3 +129,42 @@ def test_an_interrupt_passes_and_leaves_an_old_report_as_it_is(tmp_path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         throughput.main(run(tmp_path))
     assert old.read_text() == "old"
+
+
+def test_generation_is_measured_where_it_is_asked_for(tmp_path, capsys):
+    sizes = {"seq_lengths": (8,), "decode_contexts": (8, 64), "measure_steps": 5}
+    throughput.main(run(tmp_path, decode=True, cuda_graphs=False, verbose=True, **sizes))
+    report = read_report(tmp_path / "phase1_throughput_benchmark.json", "throughput")
+    assert {role for role, result in report.results.items() if result.decoding is not None} == {"baseline", "phase1"}
+    assert "decode_constant" in {check.name for check in report.checks}
+    out = capsys.readouterr().out
+    assert out.startswith("Generation: B = 1") and "Decode" in out and "longest over shortest" in out
+    screen = out[out.index("Speed of training steps") :]
+    assert "generated/s after" in screen and "generation as fast after any context" in screen
+
+
+def decoding(verdict):
+    return Decoding(points=[], speed_ratio=0.97, verdict=verdict)
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, status",
+    [
+        ("constant", "not constant", "pass"),
+        ("constant", "constant", "inconclusive"),  # a measurement that sees no growth where there is some
+        ("constant", "inconclusive", "inconclusive"),
+        ("constant", None, "inconclusive"),
+        ("not constant", "not constant", "fail"),
+        ("inconclusive", "not constant", "inconclusive"),
+    ],
+)
+def test_generation_passes_only_if_the_transformer_is_found_to_slow_down(ours, theirs, status):
+    results = {"phase1": engine().model_copy(update={"decoding": decoding(ours)})}
+    if theirs is not None:
+        results["baseline"] = engine().model_copy(update={"decoding": decoding(theirs)})
+    (check,) = decoding_checks(results)
+    assert (check.name, check.status, check.value, check.limit) == ("decode_constant", status, 0.97, 0.95)
+
+
+def test_without_generation_there_is_no_check_of_it():
+    assert decoding_checks({"phase1": engine()}) == []

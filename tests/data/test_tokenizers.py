@@ -138,6 +138,10 @@ def test_a_saved_tokenizer_encodes_as_before(tmp_path, gpt2, english):
     assert loaded.encode(english) == gpt2.encode(english)
 
 
+def test_the_package_holds_the_licence_of_what_it_took_from_gpt2():
+    assert "OpenAI" in (tokenizer_files.GPT2_MERGES.with_name("gpt2_merges.LICENSE")).read_text()
+
+
 def test_gpt2_comes_with_the_package_and_a_damaged_file_is_refused(tmp_path, monkeypatch):
     whole = tokenizer_files.GPT2_MERGES.read_bytes()
     lines = lzma.decompress(whole).splitlines(keepends=True)

@@ -5,6 +5,7 @@ from typing import Literal
 from phase1.checks.controls import COPIES, a_a_check, control_check
 from phase1.checks.limits import R_SQUARED_LIMIT
 from phase1.records.schema import Check, ThroughputResult, Verdict
+from phase1.stats.decoding import DECODE_SPEED_LIMIT
 from phase1.stats.scaling import MIN_LENGTHS, deciding_lengths
 from phase1.stats.step_times import UNSTABLE, spread
 
@@ -32,6 +33,22 @@ def throughput_checks(engine: ThroughputResult) -> list[Check]:
     detail = f"exponent of the step time in T; {fit.verdict}{': ' if fit.detail else ''}{fit.detail}"
     linear = Check(name="scaling_linear", value=fit.exponent, limit=None, status=status, detail=detail)
     return [linear, _r_squared(engine)]
+
+
+def decoding_checks(results: dict[str, ThroughputResult]) -> list[Check]:
+    """Generation costs the same after any context: the engine's does, and the Transformer's is found not to."""
+    found = {role: result.decoding for role, result in results.items() if result.decoding is not None}
+    engine, control = found.get("phase1"), found.get("baseline")
+    if engine is None:
+        return []
+    status = {"constant": "pass", "not constant": "fail", "inconclusive": "inconclusive"}[engine.verdict]
+    detail = f"tokens/s after the longest context over those after the shortest; {engine.verdict}"
+    detail += f": {engine.detail}" if engine.detail else ""
+    if status == "pass" and (control is None or control.verdict != "not constant"):
+        status, seen = "inconclusive", "was not measured" if control is None else f"was found {control.verdict}"
+        detail += f", but the Transformer, whose state grows, {seen}: give longer --decode-contexts"
+    values = {"name": "decode_constant", "value": engine.speed_ratio, "limit": DECODE_SPEED_LIMIT}
+    return [Check.model_validate(values | {"status": status, "detail": detail})]
 
 
 def _r_squared(engine: ThroughputResult) -> Check:

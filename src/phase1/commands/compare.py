@@ -8,6 +8,7 @@ from phase1.checks.regression import METRICS, Difference, Outcome, Rule, differe
 from phase1.records.collect import read_reports
 from phase1.records.schema import FILES, Report
 from phase1.runs import CompareRun
+from phase1.tables.grid import grid
 from phase1.tables.screen import Screen
 from phase1.tables.screen import text as screen_text
 from phase1.text import one_line
@@ -93,8 +94,6 @@ def verdict(rule: Rule, found: list[Difference]) -> tuple[str, str]:
 
 def table(found: list[Difference], rules: list[Rule]) -> str:
     """A row for every number, and one for each rule where a metric has two."""
-    from tabulate import tabulate
-
     rows = []
     for difference in found:
         of_metric: list[Rule | None] = [rule for rule in rules if rule.metric == difference.metric]
@@ -112,8 +111,7 @@ def table(found: list[Difference], rules: list[Rule]) -> str:
                     difference.outcome(rule) if rule else "n/a" if difference.reason else "",
                 )
             )
-    align = ("left", "left", *["right"] * 5, "left") if rows else None
-    return tabulate(rows, headers=HEADINGS, tablefmt="simple", colalign=align, disable_numparse=True)
+    return grid(HEADINGS, rows, [False, False, *[True] * 5, False])
 
 
 def _number(metric: str, value: float | None) -> str:

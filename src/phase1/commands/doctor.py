@@ -4,7 +4,7 @@ from phase1.machine.environment import environment, free_gpu_bytes, free_ram_byt
 from phase1.machine.probe import cuda_status, triton_status
 from phase1.runs import DoctorRun
 
-PACKAGES = ("numpy", "scipy", "pydantic", "safetensors", "tokenizers", "datasets", "matplotlib", "tabulate", "tqdm")
+PACKAGES = ("numpy", "scipy", "pydantic", "safetensors", "tokenizers", "datasets", "matplotlib", "tqdm")
 
 
 def main(run: DoctorRun) -> int:

@@ -23,6 +23,7 @@ from phase1.records.session import Session
 from phase1.roster import COMPILED, TRANSFORMERS, model_config
 from phase1.runs import MemoryRun
 from phase1.tables.console import checks_text, memory_text
+from phase1.tables.grid import grid
 from phase1.tables.screen import Screen, conditions, memory_numbers, text
 
 PLOT: Final = "phase1_memory_breakdown.png"
@@ -83,10 +84,8 @@ def next_steps(run: MemoryRun, report: Report[MemoryResult]) -> Iterator[str]:
 
 def cards_text() -> str:
     """Every card that --card knows by its key."""
-    from tabulate import tabulate
-
-    rows = [(card.key, card.title, card.gigabytes, f"{card.usable_bytes / 1e9:.1f}") for card in CARDS.values()]
-    return tabulate(rows, headers=("--card", "name", "GB", "usable GB"), tablefmt="simple", disable_numparse=True)
+    rows = [(card.key, card.title, str(card.gigabytes), f"{card.usable_bytes / 1e9:.1f}") for card in CARDS.values()]
+    return grid(("--card", "name", "GB", "usable GB"), rows, [False, False, True, True])
 
 
 def cases_of(run: MemoryRun, limit: int | None, card: Card | None) -> dict[str, MemoryCase]:

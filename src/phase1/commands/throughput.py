@@ -3,14 +3,16 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 import torch
 from tqdm import tqdm
 
-from phase1.checks.throughput import control_checks, throughput_checks
+from phase1.checks.throughput import control_checks, decoding_checks, throughput_checks
 from phase1.config import ModelConfig, flags
 from phase1.machine.isolate import run_isolated
+from phase1.measure.throughput.decode import measure_decoding
 from phase1.measure.throughput.disturbances import model_warnings, run_warnings
 from phase1.measure.throughput.efficiency import card_of, with_efficiency
 from phase1.measure.throughput.interleaved import Contender, ThroughputPlan, measure_throughput, throughput_results
@@ -18,13 +20,14 @@ from phase1.measure.throughput.monitor import Monitor
 from phase1.measure.throughput.saturation import graphs_fail, saturating_batch
 from phase1.measure.workload import control_batch_size
 from phase1.plots import plot_throughput
-from phase1.records.schema import Report, ThroughputResult, exit_code
+from phase1.records.schema import Decoding, Report, ThroughputResult, exit_code
 from phase1.records.session import Session
 from phase1.roster import COMPILED, ROLES, model_config
 from phase1.runs import ThroughputRun
 from phase1.stats.scaling import enough_lengths
-from phase1.tables.console import checks_text, throughput_text
-from phase1.tables.screen import Screen, conditions, text, throughput_numbers
+from phase1.tables import decoding_comparison
+from phase1.tables.console import checks_text, console, throughput_text
+from phase1.tables.screen import Screen, conditions, decoding_numbers, text, throughput_numbers
 from phase1.training.step import compute_dtype, require_gpu_for_graphs
 
 PLOT: Final = "phase1_throughput_comparison.png"
@@ -55,13 +58,20 @@ def main(run: ThroughputRun) -> int:
     for role, result in throughput_results(contenders).items():
         doubtful = result.model_copy(update={"warnings": model_warnings(result.measurements, device)})
         results[role] = with_efficiency(doubtful, wanted[role], card, basis, precision)
+    if run.decode:
+        sizes = run.decode_contexts, run.warmup_steps, run.measure_steps, way["cuda_graphs"], device
+        decodings = session.case("generation", dict[str, Decoding], partial(measure_decoding, wanted, *sizes))
+        for role, decoding in decodings.items():
+            results[role] = results[role].model_copy(update={"decoding": decoding})
     report, files = session.write(
         results,
-        throughput_checks(results["phase1"]) + control_checks(results),
+        throughput_checks(results["phase1"]) + control_checks(results) + decoding_checks(results),
         plots=[(plot_throughput, PLOT)] if run.save_plots and any(r.status == "ok" for r in results.values()) else [],
         run=session.settings | way | {"precision": precision, "batch_size_asked": run.batch_size},
         warnings=[*way["otherwise"], *run_warnings(monitor.samples, monitor.cpu_use())],
     )
+    if run.verbose and run.decode:
+        print(console(decoding_comparison(report)), end="\n\n")
     if run.verbose:
         print(throughput_text(report), checks_text(report.checks), sep="\n")
     print(text(screen(run, report, files)))
@@ -126,7 +136,11 @@ def screen(run: ThroughputRun, report: Report[ThroughputResult], files: list[Any
     size = report.run["batch_size"]
     return Screen(
         question=f"Speed of training steps, B = {size}: how fast, and is their time linear in T? {conditions(report)}",
-        numbers=[*throughput_numbers(report), *(f"note  {line}"[:220] for line in report.warnings[:2])],
+        numbers=[
+            *throughput_numbers(report),
+            *decoding_numbers(report),
+            *(f"note  {line}"[:220] for line in report.warnings[:2]),
+        ],
         checks=report.checks,
         next=list(next_steps(run, report)),
         files=files,

@@ -1,35 +1,184 @@
 """`phase1 train`: one model, from text to checkpoint, resumed where an earlier run stopped."""
 
-from dataclasses import fields
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, fields
 from pathlib import Path
 
-from phase1.config import DataConfig, ModelConfig, TrainConfig, flags, part_of
-from phase1.data import load_corpus
+import torch
+
+from phase1.config import DataConfig, ModelConfig, TrainConfig, flags, part_of, to_toml
+from phase1.data import Corpus, load_corpus
 from phase1.errors import Unavailable, is_out_of_memory, reason
+from phase1.files import atomic_write
+from phase1.generation import Decoder, Sampling, continuation, text_of
+from phase1.machine.environment import total_gpu_bytes
+from phase1.measure.memory.case import MemoryCase
+from phase1.measure.memory.estimate.estimate import estimate_memory
+from phase1.measure.memory.measured import chip_of
+from phase1.measure.perplexity.evaluate import Protocol, evaluate, unigram_entropy
+from phase1.measure.throughput.efficiency import step_flops
+from phase1.model import LanguageModel
+from phase1.plots import plot_training
+from phase1.records.metrics import METRICS, read_metrics
 from phase1.records.session import require_writable
 from phase1.roster import report_key
-from phase1.runs import PerplexityRun, TrainRun
+from phase1.runs import GenerateRun, PerplexityRun, TrainRun
+from phase1.text import one_line
 from phase1.training.job import train_to_checkpoint
+from phase1.training.step import compute_dtype, total_steps
+from phase1.training.trackers import tracker
+from phase1.training.watch import Watch
+
+PLOT = "training.png"
+SETTINGS = "run.toml"  # what --config reads
+SCORES = 20  # validation losses of a run, by default
+SHARE = 500  # of the training tokens, that each is of: all of them cost about 1 % of the time
+SAMPLE_TOKENS = 40
 
 
 def main(run: TrainRun) -> int:
-    """Train one model as the flags say; the checkpoint goes to --out-dir."""
-    require_writable(Path(run.out_dir))
+    """Train one model as the flags say; the checkpoint goes to --out-dir, with metrics.jsonl and its plot."""
+    folder = Path(run.out_dir)
+    require_writable(folder)
     corpus = load_corpus(run, vocab_size=run.vocab_size, need=("train",), train_tokens=run.train_tokens)
-    model_config = part_of(ModelConfig, run)
-    train_config = part_of(TrainConfig, run)
+    valid = _valid(run)
+    model_config, train_config = part_of(ModelConfig, run), part_of(TrainConfig, run)
+    for line in plan(run, model_config, corpus, valid):
+        print(one_line(line, 500), file=sys.stderr, flush=True)
+    watch = watch_of(run, corpus, valid)
     try:
-        facts = train_to_checkpoint(model_config, train_config, corpus, run.seq_length, Path(run.out_dir), label=run.mixer)
+        facts = train_to_checkpoint(model_config, train_config, corpus, run.seq_length, folder, label=run.mixer, watch=watch)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         smaller = f"try --micro-batch-size {max(1, run.micro_batch_size // 2)}, then a smaller --seq-length"
         raise Unavailable(f"{reason(error)}; {smaller}") from error
-    print(f"trained on {facts['trained_tokens']:,} tokens in {facts['train_seconds']:.0f} s, last loss {facts['loss']:.3f}")
+    atomic_write(folder / SETTINGS, to_toml(run).encode())
+    written = [folder]
+    if (folder / METRICS).exists():
+        unigram = None if valid is None else unigram_entropy(valid.splits["valid"].ids)
+        written.append(plot_training({folder.name: read_metrics(folder / METRICS)}, folder / PLOT, unigram))
+    done = f"{facts['trained_tokens']:,} tokens in {facts['train_seconds']:.0f} s, last loss {facts['loss']:.3f}"
+    if not facts["finished"]:
+        print(f"paused after {done}: --max-hours {run.max_hours:g} are over; the same command with more of them goes on")
+        return 0
+    print(f"trained on {done}")
     if skipped := facts.get("skipped_steps"):
         print(f"of these steps {skipped} changed nothing: their gradients overflowed, and the loss scale was lowered")
-    print(f"written: {run.out_dir}\n{next_command(run, model_config)}")
+    text = f"text from it: phase1 generate {flags(GenerateRun(checkpoint=run.out_dir))}".rstrip()
+    print(*(f"written: {path}" for path in written), text, next_command(run, model_config), sep="\n")
     return 0
+
+
+def _valid(run: TrainRun) -> Corpus | None:
+    """The valid split, or None, with a note, where there is none and none was asked for."""
+    if run.eval_every == 0:
+        return None
+    try:
+        return load_corpus(run, vocab_size=run.vocab_size, need=("valid",))
+    except (ValueError, Unavailable) as error:
+        if run.eval_every is not None:
+            raise
+        print(one_line(f"no loss on a valid split during the training: {error}", 500), file=sys.stderr)
+        return None
+
+
+def plan(run: TrainRun, model: ModelConfig, corpus: Corpus, valid: Corpus | None) -> list[str]:
+    """What will happen, before it does: sizes, work, precision and why, memory, and whether that can fit."""
+    steps, tokens = total_steps(run, run.seq_length), run.train_batch_size * run.seq_length
+    with torch.device("meta"):
+        parameters = LanguageModel(model).parameter_counts()["total"]
+    windows = max(1, (len(corpus.splits["train"].ids) - 1) // run.seq_length)
+    flops = step_flops(model, min(run.micro_batch_size, run.train_batch_size), run.seq_length)
+    flops *= math.ceil(run.train_batch_size / run.micro_batch_size)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    epochs = steps * run.train_batch_size / windows
+    lines = [
+        f"{report_key(model)}: {parameters:,} parameters; {steps:,} steps of {tokens:,} tokens = {steps * tokens:,} tokens, "
+        f"{epochs:.2f} epochs of {corpus.name}; {steps * flops:.2e} FLOPs; {precision(run.precision, device)}"
+    ]
+    if valid is not None:
+        lines.append(f"loss on {_windows(run, valid) * run.seq_length:,} tokens of the valid split every {_every(run)} steps")
+    if device == "cuda":
+        case = MemoryCase(model, min(run.micro_batch_size, run.train_batch_size), run.seq_length)
+        needed, total = estimate_memory(case, chip_of(case)).needed_bytes, total_gpu_bytes()
+        fits = total is None or needed <= total
+        remedy = "" if fits else f"; it does not fit: try --micro-batch-size {max(1, case.batch_size // 2)}"
+        lines.append(f"memory: {needed / 1e9:.2f} GB estimated, of {(total or 0) / 1e9:.2f} GB{remedy}")
+    return lines
+
+
+def precision(asked: str, device: str) -> str:
+    """The autocast type, and why it is that one."""
+    name = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[compute_dtype(asked, device)]
+    if asked != "auto":
+        return f"{name}, as asked"
+    if device == "cpu":
+        return f"{name} on the CPU"
+    major, minor = torch.cuda.get_device_capability()
+    return f"{name} on the GPU" + ("" if major >= 8 else f" (sm_{major}{minor} has no bf16)")
+
+
+def watch_of(run: TrainRun, corpus: Corpus, valid: Corpus | None) -> Watch:
+    hours = math.inf if run.max_hours is None else run.max_hours
+    return Watch(
+        score=None if valid is None else scorer(run, valid),
+        score_every=_every(run),
+        sample=sampler(run, corpus) if run.sample_every else None,
+        sample_every=run.sample_every,
+        max_seconds=3600 * hours,
+        trackers=[tracker(name, Path(run.out_dir), asdict(run)) for name in run.report_to],
+    )
+
+
+def _every(run: TrainRun) -> int:
+    return max(1, total_steps(run, run.seq_length) // SCORES) if run.eval_every is None else run.eval_every
+
+
+def _windows(run: TrainRun, valid: Corpus) -> int:
+    tokens = run.train_tokens // SHARE if run.eval_tokens is None else run.eval_tokens
+    return min(max(1, tokens // run.seq_length), math.ceil(len(valid.splits["valid"].ids) / run.seq_length))
+
+
+def scorer(run: TrainRun, valid: Corpus) -> Callable[[LanguageModel], float]:
+    """The loss that `phase1 perplexity --max-samples` finds on the first windows of the valid split."""
+    split = valid.splits["valid"]
+    protocol = Protocol(
+        dataset_sha256=split.sha256,
+        tokenizer_sha256=valid.tokenizer.fingerprint,
+        split=split.name,
+        seq_length=run.seq_length,
+        stride=run.seq_length,
+        prefix=valid.tokenizer.end_of_text,
+        max_windows=_windows(run, valid),
+    )
+
+    def score(model: LanguageModel) -> float:
+        dtype = compute_dtype(run.precision, model.norm.weight.device)
+        return evaluate(model, split.ids, protocol, batch_size=run.micro_batch_size, dtype=dtype, label=None).loss
+
+    return score
+
+
+def sampler(run: TrainRun, corpus: Corpus) -> Callable[[LanguageModel], str]:
+    """A short text, by draws of its own: no random number of the training is used."""
+    tokenizer = corpus.tokenizer
+
+    def sample(model: LanguageModel) -> str:
+        was_training = model.training
+        try:
+            decoder = Decoder(model, tokenizer)
+            log_p, state = decoder.prefill([tokenizer.end_of_text, *tokenizer.encode(run.prompt)])
+            ids = continuation(decoder, log_p, state, Sampling(0.8), max_tokens=SAMPLE_TOKENS, seed=run.seed)
+            return run.prompt + "".join(text_of(ids, tokenizer))
+        except ValueError as error:  # NaN: the training says so itself
+            return f"({error})"
+        finally:
+            model.train(was_training)
+
+    return sample
 
 
 def next_command(run: TrainRun, model: ModelConfig) -> str:

@@ -95,7 +95,8 @@ def hub_texts(wanted: HubSet, need: tuple[str, ...], *, offline: bool = False) -
     try:
         import datasets
     except ImportError as error:
-        raise Unavailable(_unreachable(wanted, "the package datasets is not installed (pip install datasets)")) from error
+        missing = "the package datasets is not installed; run `pip install 'datasets>=3.0'`"
+        raise Unavailable(_unreachable(wanted, missing)) from error
     place, revision = _in_cache(wanted, "--offline, and it is not in the local cache") if offline else _locate(wanted)
     remote = {"revision": revision} if place == wanted.repository else {}
     with _one_line_errors(wanted):

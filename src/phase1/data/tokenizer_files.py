@@ -1,4 +1,4 @@
-"""Where a tokenizer's vocabulary comes from: GPT-2's files on this machine, a folder, or training on the corpus."""
+"""Where a tokenizer's vocabulary comes from: GPT-2's merges in this package, a folder, or training on the corpus."""
 
 import contextlib
 import json
@@ -20,6 +20,7 @@ from phase1.text import one_line
 
 GPT2_FINGERPRINT = "2a84aa51ea049287ee4c5e438e96023cd6c3bc5250a519851ff57885941f125c"
 GPT2_SIZE = 50257
+TOKENIZER = "tokenizer.json"
 GPT2_MERGES = Path(__file__).with_name("gpt2_merges.txt.xz")
 BPE_TRAINING_CHARS = 64_000_000  # more text changes a BPE little and takes minutes
 BPE_MIN_FREQUENCY = 2
@@ -95,7 +96,7 @@ def gpt2_tokenizer() -> Tokenizer:
 
 def folder_tokenizer(folder: Path) -> Tokenizer:
     """The byte-level BPE of `folder`/tokenizer.json; ValueError, one line, for a damaged file or options that are not read."""
-    path = folder / "tokenizer.json"
+    path = folder / TOKENIZER
     if not path.is_file():
         raise ValueError(f"--tokenizer {folder}: a folder must hold tokenizer.json; got none; save the tokenizer there")
     return make_tokenizer(folder.name, *_read_tokenizer_json(path))
@@ -114,7 +115,7 @@ def trained_tokenizer(text: Text | None, vocab_size: int, cache_dir: Path) -> To
             f"--vocab-size must be at least {smallest} for bpe (256 bytes, end-of-text); got {vocab_size}; raise it"
         )
     key = json.dumps(["bpe 2", text.key, vocab_size, BPE_MIN_FREQUENCY, BPE_TRAINING_CHARS])
-    path = cache_dir / "tokenizers" / sha256(key.encode()).hexdigest()[:32] / "tokenizer.json"
+    path = cache_dir / "tokenizers" / sha256(key.encode()).hexdigest()[:32] / TOKENIZER
     name = f"bpe-{vocab_size}"
     if path.is_file():
         with contextlib.suppress(ValueError):  # damaged, and so made again

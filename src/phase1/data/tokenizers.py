@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from phase1.data.interruptible import interruptible
 from phase1.data.text import Document, pieces
+from phase1.text import one_line
 
 END_OF_TEXT = "<|endoftext|>"
 BATCH_CHARS = 1 << 22  # text that is encoded at once, so that memory does not grow with the corpus
@@ -44,6 +45,14 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; end-of-text is empty, half a character at an edge is U+FFFD."""
         return b"".join(self._bytes[i] for i in ids).decode("utf-8", errors="replace")
+
+    def bytes_of(self, id: int) -> bytes:
+        """UTF-8 of one id, which may be part of a character; end-of-text is empty."""
+        return self._bytes[id]
+
+    def to_json(self) -> str:
+        """What `tokenizer.json` holds: a file of the package tokenizers, from which `folder_tokenizer` makes this again."""
+        return str(self._backend.to_str())
 
     def token_bytes(self) -> np.ndarray:
         """(V,) int64: UTF-8 bytes that each id stands for; their sum over a text's ids is the text's size."""
@@ -95,8 +104,12 @@ def make_tokenizer(name: str, vocab: dict[str, int], merges: list[tuple[str, str
         if token != END_OF_TEXT and not alphabet.keys() >= set(token):
             raise ValueError(f"tokenizer {name}: tokens must be in GPT-2's byte alphabet; got {token!r}; use gpt2")
         values.append(b"" if token == END_OF_TEXT else bytes(alphabet[char] for char in token))
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges))
+    try:
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges))
+    except Exception as error:  # the library raises no narrower one
+        raise ValueError(f"tokenizer {name}: merges must be of its tokens; got {one_line(error)}; use another") from error
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()  # for other programs that read `to_json`
     content = json.dumps([tokens, [list(pair) for pair in merges]], separators=(",", ":"))
     return Tokenizer(
         name=name,

@@ -96,7 +96,8 @@ class ARSSM(nn.Module):
     def forward(self, h: Tensor, state: State | None = None) -> tuple[Tensor, State, Tensor]:
         """(B, T, D) -> (B, T, D), the state after the last position, and the effective rank (mean of Σ g)."""
         proj, p = self.project(h), self.operator_parameters()
-        if fused_runs(proj, p, self.window):
+        graphed = state is not None and isinstance(state.position, Tensor)  # a graph reads it; the kernels take a number
+        if not graphed and fused_runs(proj, p, self.window):
             y, state, rank_gate = fused_ar_ssm(proj, p, window=self.window, memory=self.memory, state=state)
         else:
             y, state, rank_gate = self.composed(proj, state)

@@ -22,6 +22,25 @@ class AttentionState(NamedTuple):
     k: Tensor
     v: Tensor
     conv: Tensor | None = None  # (B, 3, 3 D) last inputs of the convolution, where there is one
+    store: "Store | None" = None  # where keys and values lie, with room for more
+
+    def followed_by(self, k: Tensor, v: Tensor, conv: Tensor | None) -> "AttentionState":
+        """This, and `k` and `v` (B, T, H, P) after it; without gradients in O(T), amortised, and this stays as it is."""
+        if torch.is_grad_enabled():
+            return AttentionState(torch.cat([self.k, k], 1), torch.cat([self.v, v], 1), conv)
+        start, end = self.k.shape[1], self.k.shape[1] + k.shape[1]
+        store = self.store
+        if store is None or store.used != start or store.k.shape[1] < end:  # none, or another text went on from here, or full
+            store = Store(*(F.pad(old, (0, 0, 0, 0, 0, end)) for old in (self.k, self.v)))
+        store.k[:, start:end], store.v[:, start:end], store.used = k, v, end
+        return AttentionState(store.k[:, :end], store.v[:, :end], conv, store)
+
+
+class Store:
+    """Memory for keys and values, (B, ≥ `used`, H, P) each."""
+
+    def __init__(self, k: Tensor, v: Tensor) -> None:
+        self.k, self.v, self.used = k, v, 0
 
 
 class Attention(nn.Module):
@@ -65,16 +84,21 @@ class Attention(nn.Module):
             q, k = rms_norm(q) * self.q_scale.to(q.dtype), rms_norm(k)
         angles = rotary(q, past)
         q, k = rotate(q, *angles), rotate(k, *angles)
-        if state is not None:
-            k, v = torch.cat([state.k, k], 1), torch.cat([state.v, v], 1)
-        mask = None
-        if past:
-            mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=h.device).tril(past)
+        state = AttentionState(k, v, last) if state is None else state.followed_by(k, v, last)
+        k, v = state.k, state.v
+        mask: Tensor | None = None
+        if past and q.shape[1] > 1:
+            if h.is_cuda and not torch.is_grad_enabled():  # the fast kernels need no mask in memory
+                from torch.nn.attention.bias import causal_lower_right  # a second to import
+
+                mask = causal_lower_right(q.shape[1], k.shape[1])
+            else:
+                mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=h.device).tril(past)
         with sdpa_kernel(self.backends, set_priority=True):
             y = F.scaled_dot_product_attention(
-                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=mask is None
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=not past
             )
         y = y.transpose(1, 2).flatten(2)
         if self.norm is not None:
             y = rms_norm(y * F.silu(gate), self.norm)
-        return self.out(y), AttentionState(k, v, last), None
+        return self.out(y), state, None

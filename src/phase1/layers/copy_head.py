@@ -58,12 +58,16 @@ class CopyHead(nn.Module):
         return gate + pointer_log_probability(q, k, bias, ids, targets, window=self.window), gate
 
     def mixture(self, hidden: Tensor, ids: Tensor, logits: Tensor, state: CopyState | None) -> tuple[Tensor, CopyState]:
-        """log p, (B, T, V), with the output's `logits` (B, T, V), for `ids` that follow those of `state`; and the new state."""
+        """log p, (B, n, V), of the last n positions, those of the output's `logits` (B, n, V); and the new state.
+
+        `hidden` (B, T, D) and `ids` (B, T) follow the text that left `state`.
+        """
         q, k, bias, before = self._pointer(hidden, state)
+        first = hidden.shape[1] - logits.shape[1]
         if state is not None:
             k, bias, ids = (torch.cat(pair, 1) for pair in ((state.k, k), (state.bias, bias), (state.ids, ids)))
-        past, gate = k.shape[1] - q.shape[1], self._gate(hidden)[..., None]
-        pointer = pointer_matrix(q, k, bias, past, self.window).exp()
+        q, gate = q[:, first:], self._gate(hidden[:, first:])[..., None]
+        pointer = pointer_matrix(q, k, bias, k.shape[1] - q.shape[1], self.window).exp()
         logits = logits.to(pointer.dtype)
         copied = torch.zeros_like(logits).scatter_add(2, ids[:, None, :].expand_as(pointer), pointer)
         copied = copied.clamp_min(torch.finfo(copied.dtype).tiny).log()

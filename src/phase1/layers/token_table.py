@@ -161,7 +161,7 @@ class HTTTable(nn.Module):
             self.groups = Groups(self.tail.n, self.tail.members, d_model)
         if statistics is not None:
             self._use(statistics)
-        self._turn_anchors()
+        self.turn_anchors()
 
     def _use(self, statistics: TokenStatistics) -> None:
         positions = torch.from_numpy(statistics.positions)
@@ -185,7 +185,7 @@ class HTTTable(nn.Module):
         for parameter in linear:
             parameter.mul_(factor)
 
-    def _turn_anchors(self) -> None:
+    def turn_anchors(self) -> None:
         for level, users in enumerate(users_of(self.anchors, self.levels)):
             self.register_buffer(f"places_{level}", users.places, persistent=False)
             self.register_buffer(f"starts_{level}", users.starts, persistent=False)
@@ -194,12 +194,12 @@ class HTTTable(nn.Module):
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: list[str]
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-        if wrong := self._index_out_of_range():
+        if wrong := self.index_out_of_range():
             errors.append(f"{prefix}{wrong}")
         else:
-            self._turn_anchors()
+            self.turn_anchors()
 
-    def _index_out_of_range(self) -> str | None:
+    def index_out_of_range(self) -> str | None:
         """What a row index is that no row has: on a GPU it would read foreign memory. None where there are no numbers yet."""
         if self.positions_of.is_meta:
             return None

@@ -255,11 +255,33 @@ class Scaling(_Record):
     detail: str = ""
 
 
+class DecodePoint(_Record):
+    """One token after a context of so many, B = 1."""
+
+    context: int
+    prefill_tokens_per_second: float = Field(description="of the tokens from the context before to this, in pieces")
+    decode_tokens_per_second: float = Field(description="1 over the median step")
+    decode_tokens_per_second_ci95: Interval | None = None
+    state_bytes: int = Field(description="all that later tokens need of the context")
+    step_times_ms: list[float] = Field(description="in the order of the rounds, which contexts and models share")
+
+
+class Decoding(_Record):
+    """Generation over contexts, shortest first (`phase1.stats.decoding.judge`)."""
+
+    points: list[DecodePoint]
+    speed_ratio: float = Field(description="tokens/s at the longest context over those at the shortest")
+    speed_ratio_ci95: Interval | None = None
+    verdict: Literal["constant", "not constant", "inconclusive"]
+    detail: str = ""
+
+
 class ThroughputResult(Result):
     """Training throughput over sequence lengths, shortest first."""
 
     measurements: list[Measurement] = Field(default_factory=list)
     scaling: Scaling | None = None
+    decoding: Decoding | None = Field(default=None, description="generation, where --decode asked for it")
     excluded_seconds: float | None = Field(default=None, description="compilation, autotuning and warm-up, in no number above")
     peak_basis: str = Field(default="", description="the card's peaks behind mfu, or why there are none")
     warnings: list[str] = Field(default_factory=list, description="what makes the times doubtful, and what to do")

@@ -5,6 +5,7 @@ from typing import Any
 
 from phase1.records.schema import Report
 from phase1.tables.configuration import configuration_comparison
+from phase1.tables.decoding import decoding_comparison
 from phase1.tables.join import require_one_size
 from phase1.tables.losses import loss_comparison
 from phase1.tables.memory import memory_comparison, memory_tables
@@ -19,6 +20,7 @@ __all__ = [
     "Table",
     "build_tables",
     "configuration_comparison",
+    "decoding_comparison",
     "loss_comparison",
     "memory_comparison",
     "memory_tables",
@@ -31,7 +33,7 @@ __all__ = [
 
 NAMES = (
     "memory_comparison", "memory_breakdown", "memory_ablation", "fit_comparison", "throughput_comparison", "scaling_comparison",
-    "perplexity_comparison", "loss_comparison", "configuration_comparison",
+    "decoding_comparison", "perplexity_comparison", "loss_comparison", "configuration_comparison",
 )  # fmt: skip
 """Of every table that there may be: a file of this name that was not written now is of other results."""
 
@@ -49,6 +51,8 @@ def build_tables(reports: Mapping[str, Report[Any]], hardware: str | None = None
     if "throughput" in reports:
         tables.append(throughput_comparison(reports["throughput"], hardware))
         tables.append(scaling_comparison(reports["throughput"], hardware))
+        decoding = decoding_comparison(reports["throughput"], hardware)
+        tables += [decoding] if decoding.rows else []  # where --decode asked for it
     if "perplexity" in reports:
         tables.append(perplexity_comparison(reports["perplexity"], hardware))
         losses = loss_comparison(reports["perplexity"], hardware)

@@ -14,6 +14,7 @@ from phase1.tables import (
     throughput_comparison,
 )
 from phase1.tables.common import WARNING
+from phase1.tables.grid import grid
 from phase1.tables.table import is_wide
 from phase1.text import one_line
 
@@ -65,13 +66,11 @@ def _console(table: Table, report: Report) -> str:
 
 def checks_text(checks: Iterable[Check]) -> str:
     """PASS, FAIL or INCONCLUSIVE for every check, with its value, limit and reason."""
-    from tabulate import tabulate
-
     rows = [
         (check.status.upper(), one_line(check.name), _number(check.value), _number(check.limit), _wrapped(check.detail))
         for check in checks
     ]
-    return "\n" + tabulate(rows, headers=("", "check", "value", "limit", ""), tablefmt="simple", disable_numparse=True) + "\n"
+    return "\n" + grid(("", "check", "value", "limit", ""), rows, [False] * 5) + "\n"
 
 
 def _paragraph(text: str) -> str:
@@ -90,16 +89,14 @@ def _wrapped(text: str) -> str:
 
 def console(table: Table) -> str:
     """For a terminal: the caption, the rows (few models with many numbers stand side by side), and the notes."""
-    from tabulate import tabulate
-
     headings = [column.heading for column in table.columns]
     rows = table.texts(one_line)
     if is_wide(table):
         rows = [list(row) for row in zip(headings, *rows)]
         headings, rows = rows[0], rows[1:]
-        align = ["left"] + ["right"] * (len(headings) - 1)
+        right = [False] + [True] * (len(headings) - 1)
     else:
         headings = ["\n".join(textwrap.wrap(heading, 12)) for heading in headings]
-        align = ["right" if table.is_numeric(i) else "left" for i in range(len(headings))]
-    body = tabulate(rows, headers=headings, tablefmt="simple", colalign=align if rows else None, disable_numparse=True)
+        right = [table.is_numeric(i) for i in range(len(headings))]
+    body = grid(headings, rows, right)
     return "\n".join([one_line(table.caption), "", body, *(f"- {one_line(note)}" for note in table.notes)])

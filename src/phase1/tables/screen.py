@@ -26,6 +26,7 @@ _CLAIMS = {
     "reduction_50_percent": "memory below the Transformer's",
     "one_sequence_trains": "one sequence trains",
     "scaling_linear": "step time linear in T",
+    "decode_constant": "generation as fast after any context",
     "r_squared": "R² of the straight line",
     "a_a_no_difference": "two copies of one model agree",
     "control_rejected": "a quadratic model is found out",
@@ -197,6 +198,20 @@ def throughput_numbers(report: Report[ThroughputResult]) -> list[str]:
     if ratios:
         cells = [f"{ratios[n].ratio_to_fastest:.2f} x" if n in ratios else "n/a" for n in shown]
         lines.append(f"{'engine / fastest':<24}" + "".join(f"{cell:>12}" for cell in cells))
+    return lines
+
+
+def decoding_numbers(report: Report[ThroughputResult]) -> list[str]:
+    """Tokens per second of generation after every context, where they were measured."""
+    found = {key: result.decoding for key, result in report.results.items() if result.decoding is not None}
+    contexts = sorted({point.context for decoding in found.values() for point in decoding.points})
+    if not contexts:
+        return []
+    shown = contexts if len(contexts) <= 6 else [*contexts[:3], *contexts[-3:]]
+    lines = [f"{'generated/s after':<24}" + "".join(f"{context:>12,}" for context in shown)]
+    for key, decoding in found.items():
+        speeds = {point.context: f"{point.decode_tokens_per_second:,.0f}" for point in decoding.points}
+        lines.append(f"{model_title(key):<24}" + "".join(f"{speeds.get(context, ''):>12}" for context in shown))
     return lines
 
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -34,6 +35,7 @@ _FACTS: dict[str, tuple[type, ...]] = {
     "loss": (int, float), "finished": (bool,),
 }  # fmt: skip
 _DATA = {"name", "split", "sha256"}
+SMALL = 100_000_000  # elements of a model that is made at once
 _TENSOR_FILE = re.compile(r"(model|training|tokens)-\d{8,20}\.safetensors")  # of the checkpoint's own folder, no other
 
 
@@ -245,11 +247,25 @@ def _require_shapes(config: ModelConfig, shapes: dict[str, list[int]]) -> None:
     for name, limit in limits.items():
         if getattr(config, name) > limit:
             raise RuntimeError(f"{INDEX} says {name} = {getattr(config, name)}, more than the tensor file holds")
-    with torch.device("meta"):
+    with _no_memory(config):
         wanted = {name: list(tensor.shape) for name, tensor in LanguageModel(config).state_dict().items()}
     for name in (*wanted, *shapes):
         if wanted.get(name) != shapes.get(name):
             raise RuntimeError(f"{name} must be {wanted.get(name)} by {INDEX}; got {shapes.get(name)} in the tensor file")
+
+
+@contextlib.contextmanager
+def _no_memory(config: ModelConfig) -> Iterator[None]:
+    """Models made inside take no memory, or little: tensors without contents take PyTorch a second of imports."""
+    D, V, groups = config.d_model, config.vocab_size, config.htt_groups
+    block = D * (16 * D + 4 * config.n_heads * config.ar_ssm_max_rank)  # at most
+    tail = 2 * config.htt_rank * (groups * math.isqrt(D) + D * math.ceil(V / groups))
+    if V * D + config.n_layers * block + tail < SMALL:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    else:
+        with torch.device("meta"):
+            yield
 
 
 def _load_weights(folder: Path | str, index: dict[str, Any], model: LanguageModel) -> None:

@@ -8,14 +8,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from phase1.config import ModelConfig, TrainConfig
-from phase1.data import Corpus, Windows
+from phase1.data import Corpus, Tokenizer, Windows
+from phase1.data.tokenizer_files import TOKENIZER
+from phase1.files import atomic_write
 from phase1.model import LanguageModel
 from phase1.training.checkpoint import INDEX, check_configs, read_index, resume, save_checkpoint, training_facts
 from phase1.training.interrupts import interrupts_wait
+from phase1.training.progress import Progress
 from phase1.training.step import TrainState, check_finite, make_train_state, skipped_steps, total_steps, train
+from phase1.training.watch import Watch
 from phase1.vocabulary.levels import VECTOR_DIM, levels
 from phase1.vocabulary.statistics import (
     TokenStatistics,
@@ -26,17 +29,19 @@ from phase1.vocabulary.statistics import (
     token_vectors,
 )
 
+UNWATCHED = Watch()
 SAVE_SECONDS = 300.0  # between checkpoints of an unfinished run
-SHOW_EVERY = 20  # steps between looks at the loss for the progress bar: each look waits for the GPU
 
 
 def train_to_checkpoint(
-    model_config: ModelConfig, train_config: TrainConfig, corpus: Corpus, seq_length: int, folder: Path, *, label: str
-) -> dict[str, Any]:
+    model_config: ModelConfig, train_config: TrainConfig, corpus: Corpus, seq_length: int, folder: Path, *, label: str,
+    watch: Watch = UNWATCHED,
+) -> dict[str, Any]:  # fmt: skip
     """Train to the end of the schedule, or go on from `folder`; a finished checkpoint is left as it is.
 
     Returns:
-        The checkpoint's facts: data, seconds, tokens, skipped steps, last loss.
+        The checkpoint's facts: data, seconds, tokens, skipped steps, last loss, and whether it is finished: the time of `watch`
+        may be over.
     Raises:
         ValueError: `folder` holds a checkpoint of another config or of other data.
     """
@@ -49,8 +54,9 @@ def train_to_checkpoint(
         facts = training_facts(folder, index)
         if facts["data"] != data or facts["seq_length"] != seq_length:
             raise ValueError(f"the checkpoint in {folder} was trained on {facts['data']}; use that data, or another folder")
-        if facts["finished"]:
-            return facts
+    keep_tokenizer(folder, corpus.tokenizer)
+    if begun and facts["finished"]:
+        return facts
     windows = Windows(corpus.splits["train"].ids, seq_length, train_config.seed)
     seen = windows.seen(steps * train_config.train_batch_size)
     state = make_state(model_config, train_config, None if begun else seen)
@@ -59,9 +65,19 @@ def train_to_checkpoint(
     seconds = resume(folder, state)["train_seconds"] if begun else 0.0
     facts = {"data": data, "seq_length": seq_length, "tokenizer": corpus.tokenizer.fingerprint, "train_seconds": seconds}
     with interrupts_wait() as interrupted:
-        facts |= run_schedule(state, windows, steps, folder, facts, label, interrupted)
+        try:
+            facts |= run_schedule(state, windows, steps, folder, facts, label, interrupted, watch)
+        except TimeIsUp:
+            return read_index(folder)["facts"]
         save_checkpoint(folder, state, facts, resumable=False, token_order=order)
     return facts
+
+
+def keep_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Put `tokenizer` beside the checkpoint, which can then be used without the text it was trained on."""
+    path, content = folder / TOKENIZER, tokenizer.to_json().encode()
+    if not path.is_file() or path.read_bytes() != content:
+        atomic_write(path, content)
 
 
 def make_state(model_config: ModelConfig, train_config: TrainConfig, seen: np.ndarray | None) -> TrainState:
@@ -85,6 +101,10 @@ def start_of(config: ModelConfig, seen: np.ndarray, seed: int, device: str) -> T
     return token_vectors(seen, seed=seed, device=device, **sizes) if config.dense_start == "statistics" else None
 
 
+class TimeIsUp(Exception):
+    """`Watch.max_seconds` are over; the checkpoint is there to go on from."""
+
+
 def run_schedule(
     state: TrainState,
     windows: Windows,
@@ -93,38 +113,40 @@ def run_schedule(
     facts: dict[str, Any],
     label: str,
     interrupted: Callable[[], bool],
+    watch: Watch,
 ) -> dict[str, Any]:
-    """Train to `steps` with a progress bar and a checkpoint every SAVE_SECONDS; what the run adds to the facts.
+    """Train to `steps`, watched, with a checkpoint every SAVE_SECONDS; what the run adds to the facts.
 
-    Raises KeyboardInterrupt after the step in which `interrupted` becomes true, with a checkpoint of it; after the last step
-    there is none to go on from.
+    Raises KeyboardInterrupt after the step in which `interrupted` becomes true, and TimeIsUp after that in which the time of
+    `watch` is over, with a checkpoint of it; after the last step there is none to go on from.
     """
     config = state.config
     tokens_per_step = config.train_batch_size * windows.seq_length
-    began = saved = time.perf_counter()
+    progress = Progress(state, steps, tokens_per_step, folder, watch, seconds=facts["train_seconds"], label=label)
+    saved = time.perf_counter()
     last = torch.zeros(())
 
-    def progress() -> dict[str, Any]:
-        seconds = facts["train_seconds"] + time.perf_counter() - began
-        done = {"trained_tokens": state.step * tokens_per_step, "train_seconds": seconds, "finished": state.step == steps}
-        return done | {"loss": last.item(), "skipped_steps": skipped_steps(state)}
+    def so_far() -> dict[str, Any]:
+        done = {"trained_tokens": state.step * tokens_per_step, "finished": state.step == steps}
+        return done | {"train_seconds": progress.seconds, "loss": last.item(), "skipped_steps": skipped_steps(state)}
 
     def on_step(step: int, loss: Tensor) -> None:
         nonlocal saved, last
         last = loss
-        bar.update(tokens_per_step)
-        if step % SHOW_EVERY == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-        stop = interrupted()
-        if step < steps and (stop or time.perf_counter() - saved > SAVE_SECONDS):
+        progress.step(step, loss)
+        stop, late = interrupted(), progress.late
+        if step < steps and (stop or late or time.perf_counter() - saved > SAVE_SECONDS):
             check_finite(loss, step)  # no checkpoint to go on from, but an end with the reason
-            save_checkpoint(folder, state, facts | progress())
+            save_checkpoint(folder, state, facts | so_far())
+            progress.keep()
             saved = time.perf_counter()
             if stop:
                 raise KeyboardInterrupt
+            if late:
+                raise TimeIsUp
 
-    total = steps * tokens_per_step
-    initial = state.step * tokens_per_step
-    with tqdm(total=total, initial=initial, desc=f"train {label}", unit="tok", unit_scale=True, disable=None) as bar:
+    try:
         train(state, lambda step: windows.batch(step, config.train_batch_size), steps, on_step)
-    return progress()
+        return so_far()
+    finally:
+        progress.close()

@@ -35,6 +35,7 @@ class TrainState:
     config: TrainConfig
     passes: Passes
     step: int = 0  # optimizer steps taken
+    grad_norm: Tensor | None = None  # of the last step, before clipping
 
 
 def compute_dtype(precision: str, device: torch.device | str) -> torch.dtype:
@@ -98,7 +99,7 @@ def train_step(state: TrainState, micro_batches: list[Batch], mark: Callable[[st
         del objective, loss
         mark("backward")
     state.scaler.unscale_(state.optimizer)
-    torch.nn.utils.clip_grad_norm_(state.model.parameters(), state.grad_clip)
+    state.grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), state.grad_clip)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=not state.config.cuda_graphs)  # graphs add to the tensors they were made with
@@ -161,7 +162,9 @@ def train(
 def check_finite(loss: Tensor, step: int) -> None:
     """Raise Diverged unless `loss` is a number."""
     if not math.isfinite(loss.item()):
-        raise Diverged(f"the loss is {loss.item()} at step {step}; lower --learning-rate or use --precision bf16")
+        bf16 = loss.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        other = " or use --precision bf16" if bf16 else ""
+        raise Diverged(f"the loss is {loss.item()} at step {step}; lower --learning-rate{other}")
 
 
 def _micro_batches(batch: Batch, size: int, device: torch.device) -> Iterator[Batch]:

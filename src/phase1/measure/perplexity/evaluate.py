@@ -118,18 +118,19 @@ def windows(ids: np.ndarray, protocol: Protocol, batch_size: int) -> Iterator[tu
 
 @torch.no_grad()
 def evaluate(
-    model: LanguageModel, ids: np.ndarray, protocol: Protocol, *, batch_size: int, dtype: torch.dtype, label: str = ""
+    model: LanguageModel, ids: np.ndarray, protocol: Protocol, *, batch_size: int, dtype: torch.dtype, label: str | None = ""
 ) -> Evaluation:
     """Score `ids` under `protocol`, on the model's device, autocast to `dtype` (float32: none).
 
-    `batch_size` windows at once; it does not change the result beyond rounding.
+    `batch_size` windows at once; it does not change the result beyond rounding. No progress is shown where `label` is None.
     """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     losses, places, tokens = [], [], []
     inputs_seen, rank_sum = 0, None
-    with tqdm(total=target_count(ids, protocol), desc=f"evaluate {label}".rstrip(), unit="tok", disable=None) as progress:
+    bar = {"desc": f"evaluate {label}".rstrip(), "unit": "tok", "disable": True if label is None else None}
+    with tqdm(total=target_count(ids, protocol), **bar) as progress:
         for inputs, targets in windows(ids, protocol, batch_size):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 nll, effective_rank = model.nll(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device))

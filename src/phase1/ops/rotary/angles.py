@@ -17,7 +17,8 @@ def rotary_angles_reference(like: Tensor, length: int, half: int, start: int) ->
     """
     exact = {"device": like.device, "dtype": torch.float64}
     frequency = BASE ** (torch.arange(half, **exact) / -half)  # type: ignore[call-overload]
-    angle = torch.arange(start, start + length, **exact)[:, None] * frequency  # type: ignore[call-overload]
+    position = start + torch.arange(length, **exact)  # type: ignore[call-overload]  # `start` may be a tensor: it is not read
+    angle = position[:, None] * frequency
     return angle.cos().float(), angle.sin().float()
 
 

@@ -1,0 +1,113 @@
+"""One step of decoding as a CUDA graph: launched at once, in memory that stays the same."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from phase1.layers.copy_head import CopyState
+
+WARMUP_RUNS = 3  # before a capture: libraries make their handles
+Advance = Callable[[Tensor, list[Any]], tuple[Tensor, list[Any]]]
+
+
+class Replay:
+    """`advance` for one token (B, 1), launched as a graph once the state has the same shapes before and after a step.
+
+    The state it gives is overwritten by the next call. Until the windows of the mixers are full it runs as it is; the state
+    of the copy head is filled up at the first call, with positions that have no weight.
+    """
+
+    def __init__(self, advance: Advance, copy_window: int) -> None:
+        self.advance, self.copy_window = advance, copy_window
+        self._replay: Callable[[], None] | None = None
+        self._ids: Tensor | None = None
+        self._state: list[Any] = []
+        self._log_p: Tensor | None = None
+
+    def __call__(self, ids: Tensor, state: list[Any]) -> tuple[Tensor, list[Any]]:
+        """As `advance`."""
+        if state is not self._state:
+            state = static(state, self.copy_window)
+            if self._replay is None or _shapes(state) != _shapes(self._state):
+                log_p, after = self.advance(ids, state)
+                after = static(after, self.copy_window)
+                if _shapes(after) == _shapes(state):
+                    self._capture(ids, state)
+                return log_p, after
+            _copy(self._state, state)
+        assert self._replay is not None and self._ids is not None and self._log_p is not None
+        self._ids.copy_(ids)
+        self._replay()
+        return self._log_p, self._state
+
+    @torch.inference_mode()
+    def _capture(self, ids: Tensor, state: list[Any]) -> None:
+        self._ids = ids.clone()
+        self._state = [layer._make(_clone(part) for part in layer) for layer in state]
+        given = self._ids, self._state
+        warm_up(lambda: self.advance(*given))
+
+        def step() -> Tensor:
+            log_p, after = self.advance(*given)
+            _copy(self._state, after)
+            return log_p
+
+        self._replay, self._log_p = captured(step, warm=True)
+
+
+def warm_up(step: Callable[[], Any]) -> None:
+    """Run `step` a few times beside the current stream."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(WARMUP_RUNS):
+            step()
+    torch.cuda.current_stream().wait_stream(aside)
+
+
+@torch.inference_mode()
+def captured(step: Callable[[], Any], warm: bool = False) -> tuple[Callable[[], None], Any]:
+    """A function that launches `step` as one graph, and what `step` gave: tensors that each launch overwrites."""
+    if not warm:
+        warm_up(step)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph.replay, result
+
+
+def static(state: list[Any], copy_window: int) -> list[Any]:
+    """`state` with positions as tensors, and that of the copy head with all its window; equal to it for what follows."""
+    return [_static(layer, copy_window) for layer in state]
+
+
+def _static(layer: Any, copy_window: int) -> Any:
+    if isinstance(layer, CopyState):
+        missing = copy_window - layer.k.shape[1]
+        return CopyState(
+            layer.before,
+            F.pad(layer.k, (0, 0, missing, 0)),
+            F.pad(layer.bias, (missing, 0), value=-torch.inf),
+            F.pad(layer.ids, (missing, 0)),
+        )
+    if isinstance(getattr(layer, "position", None), int):
+        return layer._replace(position=torch.tensor(layer.position, device=layer.k.device))
+    return layer
+
+
+def _shapes(state: list[Any]) -> list[Any]:
+    return [part.shape if isinstance(part, Tensor) else None for layer in state for part in layer]
+
+
+def _clone(part: Any) -> Any:
+    return part.clone() if isinstance(part, Tensor) else part
+
+
+def _copy(to: list[Any], state: list[Any]) -> None:
+    for mine, given in zip(to, state, strict=True):
+        for old, new in zip(mine, given, strict=True):
+            if isinstance(old, Tensor):
+                old.copy_(new)

@@ -1,0 +1,81 @@
+"""The course of a training, metrics.jsonl: one strict JSON object per look at it, none lost or doubled by a resumed run."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from phase1.files import atomic_write
+from phase1.text import one_line
+
+METRICS = "metrics.jsonl"
+FIELDS = (
+    "step", "tokens", "seconds", "loss", "val_loss", "lr", "grad_norm", "loss_scale", "tokens_per_second",
+    "peak_allocated_bytes",
+)  # fmt: skip
+"""Of every object; null is unknown. `loss`, `grad_norm`: means since the last object; `seconds`: of training, all sessions."""
+
+
+class MetricsLog:
+    """Appends to the file at `path`. What a killed run left of a line, and what is after `step`, is taken away first."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        kept = [row for row in read_metrics(path) if row["step"] <= step] if path.exists() else []
+        content = "".join(_line(row) for row in kept).encode()
+        if not path.exists() or path.read_bytes() != content:
+            atomic_write(path, content)
+        self._file = path.open("ab")
+
+    def append(self, row: dict[str, Any]) -> None:
+        self._file.write(_line(row).encode())
+        self._file.flush()
+
+    def keep(self) -> None:
+        """Make what is there survive a power cut; called with every checkpoint."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The objects of the file, by rising step, without what is torn or damaged at its end.
+
+    Raises ValueError where the file cannot be read or its first line is not of such a file.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ValueError(f"{one_line(path)}: expected a file that `phase1 train` wrote; got {error.strerror}") from error
+    rows: list[dict[str, Any]] = []
+    for line in lines[:-1]:  # a whole line ends with a newline
+        row = _row(line)
+        if row is None or (rows and row["step"] <= rows[-1]["step"]):
+            break
+        rows.append(row)
+    if not rows and any(lines[:-1]):
+        raise ValueError(f"{one_line(path)}: expected a file that `phase1 train` wrote; got another; name another folder")
+    return rows
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or row.keys() != set(FIELDS) or type(row["step"]) is not int:
+        return None
+    return row if all(value is None or _is_number(value) for value in row.values()) else None
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _line(row: dict[str, Any]) -> str:
+    """A number that is none (a loss that diverged) is null."""
+    assert row.keys() == set(FIELDS)
+    finite = {name: row[name] if row[name] is None or math.isfinite(row[name]) else None for name in FIELDS}
+    return json.dumps(finite, allow_nan=False) + "\n"

@@ -1,0 +1,45 @@
+"""Signs that a training goes wrong, and what to do about them."""
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterator
+
+RECENT = 100  # steps that a loss is compared with
+SPIKE = 3.0  # standard deviations of these
+SMALLEST_SCALE = 1.0  # of the losses: below, fp16 has no room left for gradients
+
+
+class Alarms:
+    """Each sign is told once until it has gone."""
+
+    def __init__(self, grad_clip: float) -> None:
+        self.grad_clip = grad_clip
+        self.losses: deque[float] = deque(maxlen=RECENT)
+        self.clipped: deque[bool] = deque(maxlen=RECENT)
+        self.told: set[str] = set()
+
+    def look(self, step: int, losses: list[float], norms: list[float], loss_scale: float | None) -> Iterator[str]:
+        """One line for every sign in the steps up to `step` since the last look."""
+        spike = None
+        for loss in losses:
+            if len(self.losses) == RECENT and math.isfinite(loss):
+                mean, deviation = statistics.fmean(self.losses), statistics.pstdev(self.losses)
+                if loss > mean + SPIKE * deviation:
+                    spike = f"{loss:.3f} against {mean:.3f} +- {deviation:.3f} of the last {RECENT} steps"
+            self.losses.append(loss)
+        self.clipped.extend(norm > self.grad_clip for norm in norms)
+        often = len(self.clipped) == RECENT and sum(self.clipped) > RECENT / 2
+        jumped = f"the loss jumped by step {step}: {spike}; if it stays there, lower --learning-rate"
+        yield from self._tell("spike", spike is not None, jumped)
+        low = loss_scale is not None and loss_scale <= SMALLEST_SCALE
+        yield from self._tell("scale", low, f"the loss scale fell to {loss_scale}; lower --learning-rate, or --precision bf16")
+        share = sum(self.clipped)
+        yield from self._tell(
+            "clipped", often, f"{share} of the last {RECENT} gradients were clipped; lower --learning-rate or raise --grad-clip"
+        )
+
+    def _tell(self, sign: str, there: bool, text: str) -> Iterator[str]:
+        if there and sign not in self.told:
+            yield text
+        (self.told.add if there else self.told.discard)(sign)

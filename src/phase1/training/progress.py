@@ -1,0 +1,204 @@
+"""The course of a training: what a person sees of it, and what metrics.jsonl and the trackers get."""
+
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from phase1.files import append_text, atomic_write
+from phase1.records.metrics import METRICS, MetricsLog
+from phase1.training.alarms import Alarms
+from phase1.training.step import TrainState
+from phase1.training.watch import Watch
+
+ROWS = 400  # of metrics.jsonl for a whole run, about
+FIRST = (1, 2, 5, 10)  # steps that are shown, whenever they come
+LINE_SECONDS = 30.0  # between lines where standard error is no terminal
+SAMPLES = "samples.txt"
+
+
+class Progress:
+    """Called after every step; looks at the loss, which waits for the GPU, as seldom as `ROWS` asks.
+
+    A terminal gets a bar, everything else lines: at the first steps, then every LINE_SECONDS, and at the end.
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        steps: int,
+        tokens_per_step: int,
+        folder: Path,
+        watch: Watch,
+        *,
+        seconds: float,
+        label: str,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.state, self.steps, self.tokens_per_step, self.folder, self.watch = state, steps, tokens_per_step, folder, watch
+        self.clock, self.earlier_seconds, self.aside_seconds = clock, seconds, 0.0
+        self.began = clock()
+        self.first_step, self.steady = state.step, (state.step, self.began)
+        self.every = max(1, steps // ROWS)
+        self.log = MetricsLog(folder / METRICS, state.step)
+        _trim_samples(folder / SAMPLES, state.step)
+        self.alarms = Alarms(state.grad_clip)
+        self.losses: list[Tensor] = []
+        self.norms: list[Tensor] = []
+        self.row_at, self.line_at = (state.step, self.began), self.began
+        self.line_losses: list[float] = []
+        self.val_loss: float | None = None
+        self.lines = not sys.stderr.isatty()
+        self.bar = tqdm(
+            total=steps * tokens_per_step, initial=state.step * tokens_per_step, desc=f"train {label}", unit="tok",
+            unit_scale=True, disable=self.lines,
+        )  # fmt: skip
+
+    @property
+    def seconds(self) -> float:
+        """Of training, all sessions, without the time of scores and samples."""
+        return self.earlier_seconds + self.clock() - self.began - self.aside_seconds
+
+    @property
+    def late(self) -> bool:
+        return self.seconds >= self.watch.max_seconds
+
+    def step(self, step: int, loss: Tensor) -> None:
+        """After optimizer step number `step`, from 1, of mean loss `loss`."""
+        self.losses.append(loss)
+        if self.state.grad_norm is not None:
+            self.norms.append(self.state.grad_norm)
+        self.bar.update(self.tokens_per_step)
+        score = self._due(step, self.watch.score_every) and self.watch.score is not None
+        sample = self._due(step, self.watch.sample_every) and self.watch.sample is not None
+        shown = step in FIRST or step == self.steps or self.clock() - self.line_at >= LINE_SECONDS
+        if not (score or sample or shown or step % self.every == 0):
+            return
+        losses, norms = self._look()
+        self.line_losses += losses
+        began = self.clock()
+        val_loss = self._score() if score else None
+        text = self._sample(step) if sample else None
+        row = self._row(step, losses, norms, val_loss, began)
+        self.aside_seconds += self.clock() - began
+        self.row_at = step, self.clock()
+        self.log.append(row)
+        for tracker in self.watch.trackers:
+            tracker.log(row)
+            if text is not None:
+                tracker.sample(step, text)
+        self._show(row, shown)
+        for warning in self.alarms.look(step, losses, norms, row["loss_scale"]):
+            self._print(f"warning: {warning}")
+        if step == self.first_step + 1:  # the first step compiles and warms up
+            self.steady = step, self.clock() - self.aside_seconds
+
+    def keep(self) -> None:
+        """With every checkpoint."""
+        self.log.keep()
+
+    def close(self) -> None:
+        self.bar.close()
+        self.log.close()
+        for tracker in self.watch.trackers:
+            tracker.close()
+
+    def _due(self, step: int, every: int) -> bool:
+        return every > 0 and (step % every == 0 or step == self.steps)
+
+    def _look(self) -> tuple[list[float], list[float]]:
+        """Losses and gradient norms since the last look."""
+        losses, norms = (torch.stack(kept).tolist() if kept else [] for kept in (self.losses, self.norms))
+        self.losses, self.norms = [], []
+        return losses, norms
+
+    def _score(self) -> float:
+        assert self.watch.score is not None
+        with torch.compiler.set_stance("force_eager"):
+            self.val_loss = self.watch.score(self.state.model)
+        return self.val_loss
+
+    def _sample(self, step: int) -> str:
+        assert self.watch.sample is not None
+        with torch.compiler.set_stance("force_eager"):
+            text = self.watch.sample(self.state.model)
+        append_text(self.folder / SAMPLES, f"== step {step}\n{text}\n")
+        self._print(f"sample at step {step}: {text!r}")
+        return text
+
+    def _row(self, step: int, losses: list[float], norms: list[float], val_loss: float | None, now: float) -> dict[str, Any]:
+        before, then = self.row_at
+        cuda = self.state.device.type == "cuda"
+        return {
+            "step": step,
+            "tokens": step * self.tokens_per_step,
+            "seconds": self.earlier_seconds + now - self.began - self.aside_seconds,
+            "loss": _mean(losses),
+            "val_loss": val_loss,
+            "lr": self.state.optimizer.param_groups[0]["lr"],
+            "grad_norm": _mean(norms),
+            "loss_scale": self.state.scaler.get_scale() if self.state.scaler.is_enabled() else None,
+            "tokens_per_second": (step - before) * self.tokens_per_step / max(now - then, 1e-9),
+            "peak_allocated_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+        }
+
+    def _show(self, row: dict[str, Any], shown: bool) -> None:
+        val = "" if self.val_loss is None else f"{self.val_loss:.3f}"
+        peak = "" if row["peak_allocated_bytes"] is None else f"{row['peak_allocated_bytes'] / 1e9:.2f} GB"
+        if not self.lines:
+            facts = {"loss": f"{row['loss']:.3f}", "val": val, "lr": f"{row['lr']:.1e}", "peak": peak}
+            self.bar.set_postfix({name: value for name, value in facts.items() if value}, refresh=False)
+        elif shown:
+            loss = sum(self.line_losses) / len(self.line_losses)
+            parts = [
+                f"step {row['step']:,}/{self.steps:,} {100 * row['step'] / self.steps:3.0f} %",
+                f"loss {loss:.3f}", val and f"val {val}", f"lr {row['lr']:.1e}", f"{row['tokens_per_second']:,.0f} tok/s",
+                self._left(row["step"]), peak and f"peak {peak}",
+            ]  # fmt: skip
+            self._print("  ".join(part for part in parts if part))
+        if shown:
+            self.line_at, self.line_losses = self.clock(), []
+
+    def _left(self, step: int) -> str:
+        """Time to the end, at the speed of the steps after the first."""
+        first, then = self.steady
+        if step <= first or step == self.steps:
+            return ""
+        seconds = (self.clock() - self.aside_seconds - then) / (step - first) * (self.steps - step)
+        return f"{duration(seconds)} left"
+
+    def _print(self, text: str) -> None:
+        ascii_text = text.encode("ascii", "backslashreplace").decode()
+        if self.lines:
+            print(ascii_text, file=sys.stderr, flush=True)
+        else:
+            self.bar.write(ascii_text, file=sys.stderr)
+
+
+def duration(seconds: float) -> str:
+    """Roughly, in two units at most: 40s, 5m 20s, 3h 05m, 2d 04h."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    if days:
+        return f"{days}d {h:02}h"
+    if hours:
+        return f"{hours}h {m:02}m"
+    return f"{m}m {s:02}s" if minutes else f"{s}s"
+
+
+def _trim_samples(path: Path, step: int) -> None:
+    """Without the samples after `step`, which come again."""
+    if path.is_file():
+        parts = re.split(r"(?m)^(?=== step \d+$)", path.read_text(encoding="utf-8"))
+        atomic_write(path, "".join(p for p in parts if p and int(p.split()[2]) <= step).encode())
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,33 @@
+"""What is looked at while a model trains; nothing of it changes the training."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from phase1.model import LanguageModel
+
+
+class Tracker(Protocol):
+    """Where else the course of a training goes: a viewer's files or service."""
+
+    def log(self, row: dict[str, Any]) -> None:
+        """One row of metrics.jsonl."""
+
+    def sample(self, step: int, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Looks at a training; `every` is in optimizer steps, 0 is never."""
+
+    score: Callable[[LanguageModel], float] | None = None
+    """Loss in nats per token of text that is not trained on."""
+    score_every: int = 0
+    sample: Callable[[LanguageModel], str] | None = None
+    sample_every: int = 0
+    max_seconds: float = math.inf
+    """Of training, all sessions; the run ends after the step that reaches it, to be resumed."""
+    trackers: Sequence[Tracker] = ()

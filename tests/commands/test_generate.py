@@ -1,0 +1,126 @@
+import io
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from phase1.cli import main
+from tests.generation.test_decoder import checkpoint  # noqa: F401, a fixture
+
+COMMON = ["--max-tokens", "12", "--temperature", "1.5"]
+
+
+@pytest.fixture
+def run(checkpoint, capfd):  # noqa: F811
+    def run(*flags):
+        code = main(["generate", "--checkpoint", str(checkpoint), *COMMON, *flags])
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run
+
+
+def test_the_text_is_on_stdout_and_the_rest_on_stderr(run):
+    code, out, err = run("--prompt", "The cat", "--seed", "4")
+    assert code == 0 and out.startswith("The cat") and out.endswith("\n") and len(out) > 9
+    assert "tokens/s" in err and "state" in err and "The cat" not in err
+
+
+def test_samples_are_the_same_whatever_their_number(run):
+    one, three = run("--prompt", "a")[1], run("--prompt", "a", "--samples", "3")[1]
+    assert three.startswith(one[:-1]) and three.count("\n----\n") == 2
+    assert run("--prompt", "a", "--samples", "3")[1] == three != run("--prompt", "a", "--samples", "3", "--seed", "1")[1]
+
+
+def test_prompts_come_from_a_file_and_from_standard_input_whatever_bytes_they_hold(run, tmp_path, monkeypatch):
+    path = tmp_path / "prompt"
+    path.write_bytes("é日".encode() + b"\xff")
+    from_file = run("--prompt-file", str(path))
+    monkeypatch.setattr("sys.stdin", type("stdin", (), {"buffer": io.BytesIO(path.read_bytes())}))
+    assert run("--prompt-file", "-")[:2] == from_file[:2] and from_file[1].startswith("é日\N{REPLACEMENT CHARACTER}")
+
+
+def test_a_prompt_longer_than_the_training_is_noted(run):
+    assert "trained on texts of 8" in run("--prompt", "a" * 40)[2] and "trained on" not in run("--prompt", "a")[2]
+
+
+def test_every_flag_changes_the_text(run):
+    plain = run("--prompt", "a")[1]
+    for flags in (["--temperature", "0"], ["--top-k", "1"], ["--top-p", "0.001"], ["--no-copy-head"], ["--precision", "bf16"]):
+        changed = run("--prompt", "a", *flags)
+        assert changed[0] == 0 and (changed[1] != plain or flags[0] in ("--no-copy-head", "--precision"))
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--prompt", "a", "--prompt-file", "b"], "leave one out"),
+        (["--temperature", "-1"], "--temperature"),
+        (["--temperature", "nan"], "--temperature"),
+        (["--top-p", "0"], "--top-p"),
+        (["--top-k", "0"], "--top-k"),
+        (["--max-tokens", "0"], "--max-tokens"),
+        (["--prompt-file", "/nowhere"], "--prompt-file"),
+        (["--checkpoint", "/nowhere"], "no checkpoint in /nowhere"),
+        (["--tokenizer", "/nowhere"], "tokenizer.json"),
+        (["--tokenizer", "gpt2"], "must be that of the training"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(run, flags, says):
+    code, out, err = run(*flags)
+    assert (code, out, err.count("\n")) == (2, "", 1) and says in err
+
+
+def program(checkpoint, *flags, **options):  # noqa: F811
+    command = [
+        sys.executable,
+        "-m",
+        "phase1",
+        "generate",
+        "--checkpoint",
+        str(checkpoint),
+        "--prompt",
+        "\x1b[31m日",
+        "--no-copy-head",
+        *flags,
+    ]
+    return subprocess.Popen(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}, **options
+    )
+
+
+def test_a_terminal_gets_no_control_characters_and_ctrl_c_ends_with_the_text_so_far(checkpoint):  # noqa: F811
+    ours, theirs = pty.openpty()
+    process = program(checkpoint, "--max-tokens", "1000000", "--temperature", "2", stdout=theirs, stderr=subprocess.PIPE)
+    os.close(theirs)
+    out = b""
+    while len(out) < 400:
+        out += os.read(ours, 1000)
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=30)[1].decode().splitlines()
+    assert (
+        process.returncode == 130 and len(err) == 2 and err[1] == "phase1 generate: interrupted"
+    )  # after the note on the prompt
+    assert b"\x1b" not in out and out.decode(errors="ignore").startswith("\N{REPLACEMENT CHARACTER}[31m日")
+
+
+def test_a_pipe_that_closes_is_silent(checkpoint):  # noqa: F811
+    process = program(checkpoint, "--max-tokens", "1000000", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.read(3)
+    process.stdout.close()
+    assert process.wait(timeout=30) == 141 and len(process.stderr.read().splitlines()) == 1  # the note on the prompt
+
+
+def test_text_comes_as_it_is_made(checkpoint):  # noqa: F811
+    process = program(
+        checkpoint, "--max-tokens", "100000", "--temperature", "2", stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    began = time.monotonic()
+    os.read(process.stdout.fileno(), 100)
+    assert process.poll() is None and time.monotonic() - began < 60
+    process.kill()
+    process.communicate()

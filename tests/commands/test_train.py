@@ -1,0 +1,135 @@
+import json
+import math
+
+import pytest
+from safetensors.torch import load_file
+
+from phase1.cli import main, parse
+from phase1.commands import train
+from phase1.config import to_toml
+from phase1.records.metrics import METRICS, read_metrics
+from phase1.training.checkpoint import read_index
+
+SHAPE = [
+    "--vocab-size", "300", "--d-model", "16", "--n-layers", "1", "--n-heads", "2", "--ar-ssm-min-rank", "2", "--ar-ssm-window", "4",
+    "--htt-dense-rows", "4", "--htt-groups", "10", "--seq-length", "8", "--train-tokens", "640", "--train-batch-size", "4", "--micro-batch-size", "4",
+]  # fmt: skip
+MODEL = ["--ar-ssm-max-rank", "4", "--htt-rank", "2"]
+
+
+@pytest.fixture
+def data(tmp_path):
+    (tmp_path / "train.txt").write_text("the cat sees the dog . a dog sees the cat .\n" * 40)
+    (tmp_path / "valid.txt").write_text("the dog sees a cat .\n" * 40)
+    return ["--dataset-name", str(tmp_path), "--tokenizer", "bpe", "--cache-dir", str(tmp_path / "cache")]
+
+
+@pytest.fixture
+def run(data, tmp_path, capfd):
+    def run(name, *flags, code=0):
+        assert main(["train", *SHAPE, *MODEL, *data, "--out-dir", str(tmp_path / name), *flags]) == code
+        return capfd.readouterr()
+
+    return run
+
+
+def weights(folder):
+    (path,) = folder.glob("model-*")
+    return {name: tensor.numpy().tobytes() for name, tensor in load_file(path).items()}
+
+
+def test_watching_changes_no_bit_of_the_training(run, tmp_path):
+    run("plain", "--eval-every", "0")
+    run("watched", "--eval-every", "1", "--sample-every", "1", "--prompt", "the")
+    assert weights(tmp_path / "plain") == weights(tmp_path / "watched")
+    facts = [read_index(tmp_path / name)["facts"] for name in ("plain", "watched")]
+    assert facts[0]["loss"] == facts[1]["loss"]
+    assert (tmp_path / "watched" / "samples.txt").read_text().startswith("== step 1\nthe")
+
+
+def test_the_last_validation_loss_is_that_of_perplexity_on_the_same_windows(run, data, tmp_path):
+    run("a", "--eval-every", "7", "--eval-tokens", "40")
+    rows = read_metrics(tmp_path / "a" / METRICS)
+    assert [row["step"] for row in rows if row["val_loss"] is not None] == [7, 14, 20]
+    evaluation = [
+        "perplexity",
+        *SHAPE,
+        *data,
+        "--max-samples",
+        "5",
+        "--test-htt-ranks",
+        "2",
+        "--test-ar-ssm-ranks",
+        "4",
+        "--checkpoint",
+        f"phase1_htt2_ar4={tmp_path / 'a'}",
+    ]
+    main([*evaluation, "--out-dir", str(tmp_path / "out")])
+    (result,) = json.loads((tmp_path / "out" / "phase1_perplexity_validation.json").read_text())["results"].values()
+    assert rows[-1]["val_loss"] == pytest.approx(result["avg_loss"], rel=1e-6) and result["token_count"] == 40
+
+
+def test_the_first_lines_say_what_will_happen(run):
+    out, err = run("a")
+    first, second = err.splitlines()[:2]
+    assert first.startswith("phase1_htt2_ar4: 6,") or "parameters; 20 steps of 32 tokens = 640 tokens" in first
+    assert "epochs of" in first and "FLOPs" in first
+    assert second == "loss on 8 tokens of the valid split every 1 steps"
+    assert "training.png" in out and "next: phase1 perplexity" in out and "phase1 generate --checkpoint" in out
+
+
+def test_a_run_pauses_when_its_hours_are_over_and_goes_on_with_more(run, tmp_path):
+    run("whole")
+    out = run("a", "--max-hours", "1e-9").out
+    assert out.startswith("paused after 32 tokens") and "more of them goes on" in out
+    assert not read_index(tmp_path / "a")["facts"]["finished"]
+    assert run("a", "--max-hours", "1e-9").out.startswith("paused after 64 tokens")  # a step at a time: it always gets on
+    run("a", "--max-hours", "100")
+    assert weights(tmp_path / "a") == weights(tmp_path / "whole")  # the schedule is that of the whole run
+    assert [row["step"] for row in read_metrics(tmp_path / "a" / METRICS)] == list(range(1, 21))
+
+
+def test_data_without_a_valid_split_train_without_its_loss_unless_it_is_asked_for(run, tmp_path):
+    (tmp_path / "valid.txt").unlink()
+    err = run("a").err
+    assert "no loss on a valid split during the training: " in err
+    assert all(row["val_loss"] is None for row in read_metrics(tmp_path / "a" / METRICS))
+    assert "must have a valid split" in run("b", "--eval-every", "5", code=2).err
+
+
+def test_the_file_of_a_run_is_in_its_folder_and_gives_it_again(run, data, tmp_path):
+    run("a", "--prompt", 'say "no"\n\x7f', "--max-hours", "5")
+    path = str(tmp_path / "a" / "run.toml")
+    asked = parse(
+        "train", [*SHAPE, *MODEL, *data, "--out-dir", str(tmp_path / "a"), "--prompt", 'say "no"\n\x7f', "--max-hours", "5"]
+    )
+    assert parse("train", ["--config", path]) == asked and to_toml(asked) == (tmp_path / "a" / "run.toml").read_text()
+
+
+def test_a_text_from_a_model_that_diverged_is_no_error(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(train.Decoder, "prefill", lambda *_: (_ for _ in ()).throw(ValueError("got NaN")))
+    run("a", "--sample-every", "20")
+    assert "(got NaN)" in (tmp_path / "a" / "samples.txt").read_text()
+
+
+@pytest.mark.parametrize("asked, device, says", [("auto", "cpu", "fp32 on the CPU"), ("bf16", "cpu", "bf16, as asked")])
+def test_the_precision_says_why(asked, device, says):
+    assert train.precision(asked, device) == says
+
+
+@pytest.mark.parametrize("capability, says", [((7, 5), "fp16 on the GPU (sm_75 has no bf16)"), ((9, 0), "fp16 on the GPU")])
+def test_the_precision_of_a_card_says_what_it_lacks(monkeypatch, capability, says):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    assert train.precision("auto", "cuda") == says
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--eval-every", "-1"], ["--sample-every", "-1"], ["--eval-tokens", "0"], ["--max-hours", "0"], ["--max-hours", "nan"]],
+)
+def test_bad_values_are_one_line(run, flags):
+    assert run("a", *flags, code=2).err.count("\n") == 1
+
+
+def test_without_limit_there_is_none():
+    assert train.watch_of(parse("train", ["--eval-every", "0"]), None, None).max_seconds == math.inf

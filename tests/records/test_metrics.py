@@ -1,0 +1,67 @@
+import pytest
+
+from phase1.records.metrics import FIELDS, MetricsLog, read_metrics
+
+
+def row(step, **values):
+    return dict.fromkeys(FIELDS) | {"step": step, "loss": 1.5} | values
+
+
+def steps(path):
+    return [r["step"] for r in read_metrics(path)]
+
+
+def write(path, *numbers, step=0):
+    log = MetricsLog(path, step)
+    for number in numbers:
+        log.append(row(number))
+    log.keep()
+    log.close()
+
+
+def test_a_resumed_run_has_every_step_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, 1, 2, 5, 9)
+    write(path, 6, 7, step=5)  # the checkpoint was that of step 5
+    assert steps(path) == [1, 2, 5, 6, 7]
+    write(path, 1)
+    assert steps(path) == [1]
+
+
+@pytest.mark.parametrize("cut", range(1, 40, 7))
+def test_a_torn_line_is_taken_away(tmp_path, cut):
+    path = tmp_path / "metrics.jsonl"
+    write(path, 1, 2, 3)
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert steps(path) == [1, 2]
+    write(path, 4, step=3)
+    assert steps(path) == [1, 2, 4] and path.read_bytes().count(b"\n") == 3
+
+
+def test_a_number_that_is_none_is_null(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, 0)
+    log.append(row(1, loss=float("nan"), grad_norm=float("inf")))
+    log.close()
+    assert b"NaN" not in path.read_bytes() and read_metrics(path)[0]["loss"] is None
+
+
+@pytest.mark.parametrize("content", [b"[1]\n", b"{}\n", b'{"step": 1}\n', b"\xff\n", b"[" * 100_000 + b"\n"])
+def test_another_file_is_refused_and_left_alone(tmp_path, content):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"^[^\n]*expected a file that `phase1 train` wrote[^\n]*$"):
+        MetricsLog(path, 0)
+    assert path.read_bytes() == content
+
+
+def test_a_damaged_line_ends_what_is_read(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, 1, 2)
+    path.write_bytes(path.read_bytes() + b"garbage\n" + path.read_bytes())
+    assert steps(path) == [1, 2]
+
+
+def test_a_missing_file_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match="No such file"):
+        read_metrics(tmp_path / "metrics.jsonl")

@@ -1,0 +1,185 @@
+"""Exported models in transformers; skipped without that package (pip install 'transformers>=5.24,<6')."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", minversion="5.24")
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import phase1.hf
+from phase1.cli import main
+from phase1.generation import load, state_bytes
+from tests.generation.test_decoder import BYTES, checkpoint  # noqa: F401, a fixture
+
+SMALL = {
+    "vocab_size": 512, "d_model": 64, "n_layers": 2, "n_heads": 4, "htt_dense_rows": 16, "htt_groups": 16, "ar_ssm_window": 8,
+    "copy_window": 16, "ar_ssm_max_rank": 8, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+}  # fmt: skip
+IDS = torch.randint(1, 512, (3, 24), generator=torch.Generator().manual_seed(0))
+EVERY = torch.ones_like(IDS)
+
+
+def model(**changes):
+    torch.manual_seed(0)
+    return phase1.hf.Phase1ForCausalLM(phase1.hf.Phase1Config(**(SMALL | changes))).eval()
+
+
+@pytest.fixture
+def folder(checkpoint, tmp_path_factory):  # noqa: F811
+    out = tmp_path_factory.mktemp("export") / "model"
+    assert main(["export", "--checkpoint", str(checkpoint), "--out-dir", str(out)]) == 0
+    return out
+
+
+def gradients(m):
+    m.train().zero_grad()
+    m(IDS, labels=IDS).loss.backward()
+    found = {name: parameter.grad.clone() for name, parameter in m.named_parameters()}
+    m.eval()
+    return found
+
+
+def test_a_loaded_model_has_every_buffer_and_gives_the_same_logits_and_gradients(tmp_path):
+    m = model()
+    m.save_pretrained(tmp_path)
+    same = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert {n: b.tolist() for n, b in m.named_buffers()} == {n: b.tolist() for n, b in same.named_buffers()}
+    assert torch.equal(m(IDS).logits, same(IDS).logits)
+    ours, theirs = gradients(m), gradients(same)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_an_exported_folder_is_the_model_of_the_checkpoint(folder, checkpoint):  # noqa: F811
+    exported = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.randint(0, 257, (1, 30))
+    with torch.no_grad():
+        assert torch.equal(exported(ids).logits, load(checkpoint).model(ids))
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "README.md", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+
+
+def test_generate_feeds_a_token_at_a_time_and_gives_the_argmax_of_whole_passes():
+    m, fed = model(), []
+    step = m.model.continue_from
+    m.model.continue_from = lambda ids, *rest, **options: (fed.append(ids.shape[1]), step(ids, *rest, **options))[1]
+    cached = m.generate(IDS, attention_mask=EVERY, max_new_tokens=64, min_new_tokens=64, do_sample=False)
+    assert fed == [24] + [1] * 63
+    m.model.continue_from = step
+    uncached = m.generate(IDS, attention_mask=EVERY, max_new_tokens=64, min_new_tokens=64, do_sample=False, use_cache=False)
+    ids = IDS
+    with torch.no_grad():
+        for _ in range(64):
+            logits = m(ids).logits[:, -1]
+            logits[:, 0] = -torch.inf  # end-of-text, by min_new_tokens
+            ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
+    assert torch.equal(cached, ids) and torch.equal(uncached, ids)
+
+
+@pytest.mark.parametrize("changes", [{}, {"mixer": "attention", "embedding": "dense", "copy_head": False}])
+def test_beams_with_a_cache_are_those_without(changes):
+    m = model(**changes)
+    options = {"attention_mask": EVERY, "max_new_tokens": 8, "num_beams": 3, "do_sample": False}
+    assert torch.equal(m.generate(IDS, **options), m.generate(IDS, **options, use_cache=False))
+    assert m.generate(IDS, attention_mask=EVERY, max_new_tokens=3, do_sample=True, num_return_sequences=2).shape[0] == 6
+
+
+def test_the_cache_stops_growing():
+    m = model()
+    sizes = []
+    with torch.no_grad():
+        for length in (100, 1000):
+            sizes.append(state_bytes(m(torch.randint(1, 512, (1, length))).cache.states))
+    assert sizes[0] == sizes[1]
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    m = model()
+    plain = gradients(m)
+    m.gradient_checkpointing_enable()
+    again = gradients(m)
+    assert all(torch.allclose(plain[name], again[name], atol=1e-6) for name in plain)
+
+
+def test_the_loss_of_micro_batches_adds_up_to_that_of_the_batch():
+    m = model()
+    parts = [m(row[None], labels=row[None], num_items_in_batch=3 * 23).loss for row in IDS]
+    torch.testing.assert_close(sum(parts), m(IDS, labels=IDS).loss)
+
+
+@pytest.mark.parametrize(
+    "call, says",
+    [
+        (lambda m: m(IDS, attention_mask=torch.tensor([[0] * 4 + [1] * 20] * 3)), "no padding on the left"),
+        (
+            lambda m: m.generate(IDS, attention_mask=torch.tensor([[0] * 4 + [1] * 20] * 3), max_new_tokens=2),
+            "no padding on the left",
+        ),
+        (lambda m: m(IDS, past_key_values=1), "called cache"),
+        (lambda m: m.resize_token_embeddings(600), "train with a larger --vocab-size"),
+    ],
+)
+def test_what_is_not_supported_is_one_line(call, says):
+    with pytest.raises(ValueError, match=rf"^[^\n]*{says}[^\n]*$"):
+        call(model())
+
+
+def test_padding_on_the_right_is_accepted_in_a_loss():
+    m, mask = model(), torch.tensor([[1] * 20 + [0] * 4] * 3)
+    labels = IDS.masked_fill(mask == 0, -100)
+    torch.testing.assert_close(m(IDS, attention_mask=mask, labels=labels).loss, m(IDS[:, :20], labels=IDS[:, :20]).loss)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    from phase1.commands.export import END_OF_TEXT, _json
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "tokenizer.json").write_text(BYTES.to_json())
+    words = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "split_special_tokens": True}
+    (folder / "tokenizer_config.json").write_text(_json(words))
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=12) | st.sampled_from(["<|endoftext|>", " <|endoftext|> é 日本 \n\n x"]))
+def test_the_tokenizer_gives_our_ids_and_the_text_again(tokenizer, text):
+    ids = tokenizer(text)["input_ids"]
+    assert ids == BYTES.encode(text) and tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+
+
+def test_the_exported_tokenizer_says_so_itself(folder):
+    exported = AutoTokenizer.from_pretrained(folder)
+    text = "Hello <|endoftext|> world"
+    assert exported(text)["input_ids"] == BYTES.encode(text) and exported.padding_side == "left"
+    assert exported.decode(exported("Hello world")["input_ids"]) == "Hello world" and exported.eos_token_id == BYTES.end_of_text
+
+
+def test_it_works_without_network_and_remote_code(folder):
+    code = (
+        "import socket\ndef no(*a, **k): raise RuntimeError('network')\nsocket.socket.connect = no\nimport phase1.hf\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"m, t = AutoModelForCausalLM.from_pretrained({str(folder)!r}), AutoTokenizer.from_pretrained({str(folder)!r})\n"
+        "print(m.generate(**t('The', return_tensors='pt'), max_new_tokens=3, do_sample=False).shape[0])"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(["src", *filter(None, sys.path)]), "HF_HUB_OFFLINE": "1"}
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=root)
+    assert done.stdout.strip() == "1", done.stderr[-2000:]
+
+
+def test_an_index_that_no_row_has_is_refused(folder):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.embedding.anchors"][0] = 10**6
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"^anchors of rows [^\n]*export it again$"):
+        AutoModelForCausalLM.from_pretrained(folder)

@@ -1,0 +1,43 @@
+import random
+
+import pytest
+
+from phase1.training.alarms import Alarms
+
+
+def calm(count, seed=0):
+    chance = random.Random(seed)
+    return [3 + 0.1 * chance.gauss(0, 1) for _ in range(count)]
+
+
+def told(alarms, losses=(), norms=(), loss_scale=None):
+    return list(alarms.look(200, list(losses), list(norms), loss_scale))
+
+
+def test_a_calm_training_is_not_commented():
+    alarms = Alarms(1.0)
+    losses = sorted(calm(400), reverse=True)
+    assert told(alarms, losses, [0.5] * 400, 2.0**16) == []
+
+
+@pytest.mark.parametrize(
+    "signs, says",
+    [
+        ({"losses": [3.6]}, "the loss jumped by step 200: 3.600 against"),
+        ({"norms": [2.0] * 60}, "of the last 100 gradients were clipped"),
+        ({"loss_scale": 1.0}, "the loss scale fell to 1.0"),
+    ],
+)
+def test_a_sign_is_told_once_until_it_has_gone(signs, says):
+    alarms = Alarms(1.0)
+    told(alarms, calm(100), [0.5] * 100, 2.0**16)
+    first = told(alarms, **signs)
+    assert len(first) == 1 and says in first[0] and "--" in first[0]
+    again = {"norms": [2.0] * 10, "loss_scale": 1.0} if "losses" not in signs else {"losses": [3.6]}
+    assert told(alarms, **{name: again[name] for name in signs}) == []
+    told(alarms, calm(100, 1), [0.5] * 100, 2.0**16)
+    assert len(told(alarms, **signs)) == 1
+
+
+def test_too_few_steps_say_nothing():
+    assert told(Alarms(1.0), [*calm(50), 100.0], [5.0] * 51) == []
