@@ -1,5 +1,6 @@
 """A training job: one model from text to checkpoint, resumed where an earlier run stopped."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from phase1.config import ModelConfig, TrainConfig
 from phase1.data import Corpus, Tokenizer, Windows
-from phase1.data.tokenizer_files import TOKENIZER
+from phase1.data.tokenizer_files import TOKENIZER, folder_tokenizer
 from phase1.files import atomic_write
 from phase1.model import LanguageModel
 from phase1.training.checkpoint import INDEX, check_configs, read_index, resume, save_checkpoint, training_facts
@@ -74,10 +75,18 @@ def train_to_checkpoint(
 
 
 def keep_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """Put `tokenizer` beside the checkpoint, which can then be used without the text it was trained on."""
-    path, content = folder / TOKENIZER, tokenizer.to_json().encode()
-    if not path.is_file() or path.read_bytes() != content:
-        atomic_write(path, content)
+    """Put `tokenizer` beside the checkpoint, which can then be used without the text it was trained on.
+
+    A file that means the same stays as it is. Raises ValueError for a foreign one in a folder without a checkpoint.
+    """
+    path = folder / TOKENIZER
+    if path.is_file():
+        with contextlib.suppress(ValueError):  # damaged
+            if folder_tokenizer(folder).fingerprint == tokenizer.fingerprint:
+                return
+        if not (folder / INDEX).exists():
+            raise ValueError(f"{path} must be the tokenizer of the training; got another, which stays; use another --out-dir")
+    atomic_write(path, tokenizer.to_json().encode())
 
 
 def make_state(model_config: ModelConfig, train_config: TrainConfig, seen: np.ndarray | None) -> TrainState:
