@@ -5,7 +5,7 @@ from torch import Tensor
 
 from phase1.model import LanguageModel
 
-WARMUP_RUNS = 3  # before a capture: libraries make their handles, compiled blocks their kernels
+WARMUP_RUNS = 3  # before a capture: libraries make their handles, compiled models their kernels
 
 
 class Passes:
