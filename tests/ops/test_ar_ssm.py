@@ -178,6 +178,21 @@ class TestSelfCheck:
         with pytest.warns(UserWarning, match="ZeroDivisionError"):
             assert not self.proven()
 
+    def test_the_check_leaves_generators_alone_and_runs_in_inference_mode(self):
+        before = torch.get_rng_state()
+        with torch.inference_mode():
+            assert self.proven()
+        assert torch.equal(torch.get_rng_state(), before)
+
+    def test_memory_that_runs_out_is_no_fault_of_the_kernels(self, monkeypatch):
+        def full(*_, **__):
+            raise torch.cuda.OutOfMemoryError("full")
+
+        monkeypatch.setattr(fused, "core_forward", full)
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            self.proven()
+        monkeypatch.undo()
+
     def test_a_damaged_or_unwritable_cache_only_costs_a_check(self, tmp_path):
         file = tmp_path / "phase1" / "kernels.json"
         file.parent.mkdir()

@@ -37,6 +37,8 @@ def _proven(index: int, R: int, P: int, fixed: int, window: int, dtype: torch.dt
     if key not in answers:
         try:
             worst = worst_error(torch.device("cuda", index), R, P, fixed, window, dtype)
+        except torch.cuda.OutOfMemoryError:
+            raise  # says nothing of the kernels
         except Exception as error:  # whatever a compiler or driver raises: the PyTorch form still runs
             answers[key] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         else:
@@ -55,9 +57,10 @@ def worst_error(device: torch.device, R: int, P: int, fixed: int, window: int, d
     """Largest relative error of result, state and any gradient against float64, on random operands."""
     from phase1.ops.ar_ssm import fused_ar_ssm
 
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
-        torch.manual_seed(0)
-        proj, p = operands(2, LENGTH, HEADS, R, P, HIDDEN if fixed < R else 0, fixed, dtype, device)
+    # whatever the caller is in: the generators, autocast and inference mode of the program stay as they are
+    with torch.inference_mode(False), torch.enable_grad():
+        generator = torch.Generator(device).manual_seed(0)
+        proj, p = operands(2, LENGTH, HEADS, R, P, HIDDEN if fixed < R else 0, fixed, dtype, device, generator)
         with torch.autocast(device.type, enabled=False):
             got = _results(fused_ar_ssm, proj, p, window)
             exact = Parameters(*(None if q is None else q.double() for q in p))  # type: ignore[arg-type]
@@ -67,13 +70,14 @@ def worst_error(device: torch.device, R: int, P: int, fixed: int, window: int, d
 
 
 def operands(
-    B: int, T: int, H: int, R: int, P: int, N: int, fixed: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Parameters]:
+    B: int, T: int, H: int, R: int, P: int, N: int, fixed: int, dtype: torch.dtype, device: torch.device,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Parameters]:  # fmt: skip
     """A random projection and parameters of the sizes that a model starts with; all of them need gradients."""
     conv = H * (P + 2 * R)
 
     def draw(*shape: int, mean: float = 0.0, std: float = 1.0, to: torch.dtype = torch.float32) -> Tensor:
-        return (torch.randn(*shape, device=device) * std + mean).to(to).requires_grad_()
+        return (torch.randn(*shape, device=device, generator=generator) * std + mean).to(to).requires_grad_()
 
     gate = (draw(N, std=0.1), draw(R - fixed, N, std=0.3), draw(R - fixed, mean=1.0, std=0.1)) if N else (None, None, None)
     decay = (draw(H, mean=-3.0), draw(H), draw(H, mean=1.0, std=0.1))
