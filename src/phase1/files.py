@@ -68,6 +68,11 @@ def append_text(path: Path, text: str) -> None:
         file.write(text)
 
 
+def open_to_append(path: Path) -> BinaryIO:
+    """The file at `path`, to which a log adds line by line; what a kill leaves of a line its reader leaves out."""
+    return path.open("ab")
+
+
 def _sync_folder(folder: Path) -> None:
     """Make a rename in `folder` survive a power cut."""
     if not hasattr(os, "O_DIRECTORY"):  # Windows cannot open a folder

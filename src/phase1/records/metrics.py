@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from phase1.files import atomic_write
+from phase1.files import atomic_write, open_to_append
 from phase1.text import one_line
 
 METRICS = "metrics.jsonl"
@@ -26,7 +26,7 @@ class MetricsLog:
         content = "".join(_line(row) for row in kept).encode()
         if not path.exists() or path.read_bytes() != content:
             atomic_write(path, content)
-        self._file = path.open("ab")
+        self._file = open_to_append(path)
 
     def append(self, row: dict[str, Any]) -> None:
         self._file.write(_line(row).encode())

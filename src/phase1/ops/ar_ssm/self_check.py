@@ -4,12 +4,14 @@ import hashlib
 import json
 import os
 import warnings
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from phase1.files import atomic_write
 from phase1.ops.ar_ssm.reference import Parameters, ar_ssm_reference
 
 LENGTH, HEADS, HIDDEN = 130, 2, 16  # several chunks and stretches, and a part of one
@@ -109,17 +111,13 @@ def _cache_file() -> Path:
 def _kept() -> dict[str, str]:
     try:
         answers = json.loads(_cache_file().read_text())
-    except (OSError, ValueError):  # none yet, or damaged: check again
+    except (OSError, ValueError, RuntimeError):  # none yet, damaged, or a user without a home: check again
         return {}
     return answers if isinstance(answers, dict) else {}
 
 
 def _keep(answers: dict[str, str]) -> None:
-    file = _cache_file()
-    try:
+    with suppress(OSError, RuntimeError):  # a cache that cannot be written costs a check a run, no more
+        file = _cache_file()
         file.parent.mkdir(parents=True, exist_ok=True)
-        new = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-        new.write_text(json.dumps(answers))
-        new.replace(file)
-    except OSError:
-        pass  # a cache that cannot be written costs a check a run, no more
+        atomic_write(file, json.dumps(answers).encode())
