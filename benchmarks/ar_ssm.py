@@ -32,7 +32,8 @@ def main() -> None:
             rows.append({"rank": R, "batch_size": B, "seq_length": T, "worst_error": error, "microseconds": kernels})
             per_token = 1e3 * total / (B * T)
             print(f"R {R}, {B} x {T}: {total:.0f} µs, {per_token:.2f} ns a token, error {error:.1e}", flush=True)
-    facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "options": vars(options), "rows": rows}
+    settings = {name: value for name, value in vars(options).items() if name != "out_dir"}
+    facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "options": settings, "rows": rows}
     file = Path(options.out_dir) / "ar_ssm.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(facts, indent=1) + "\n")

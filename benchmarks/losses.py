@@ -69,7 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
         rows.append(row)
         print(line(row), flush=True)
     device_name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    facts = {"device": device_name, "torch": torch.__version__, "options": vars(options)}
+    settings = {name: value for name, value in vars(options).items() if name != "out_dir"}
+    facts = {"device": device_name, "torch": torch.__version__, "options": settings}
     record = {**facts, "rows": [asdict(row) for row in rows]}
     atomic_write(Path(options.out_dir) / "losses.json", (json.dumps(record, indent=2) + "\n").encode())
     print(f"\n{device_name}, torch {torch.__version__}, {options.tokens} tokens, {options.precision}")

@@ -3,19 +3,17 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from phase1.ops.ar_ssm import self_check
-from phase1.ops.ar_ssm.reference import Parameters, State, ar_ssm_reference
+from phase1.ops.ar_ssm.reference import TAPS, Parameters, State, ar_ssm_reference
+from phase1.ops.card import HAS_TRITON, OLDEST, runs_kernels
 
 __all__ = ["Parameters", "State", "ar_ssm_reference", "fused_ar_ssm", "fused_runs", "imitated_card"]
 
-OLDEST = 8  # compute capability: Ampere's products of bfloat16 and float32
 TYPES = (torch.float16, torch.bfloat16, torch.float32)
-HAS_TRITON = find_spec("triton") is not None
 DISPROVEN: set[str] = set()  # "ar_ssm" once its kernels have failed their check in this process
 
 
@@ -39,11 +37,9 @@ def fused_runs(proj: Tensor, p: Parameters, window: int) -> bool:
     """
     (_, R), P = p.q_scale.shape, p.state_scale.shape[1]
     fits = proj.shape[1] > 0 and window > 0 and R % 2 == 0 and 8 <= R <= 128 and 16 <= P <= 128 and proj.dtype in TYPES
-    if not (fits and HAS_TRITON):
-        return False
     if not proj.is_cuda:
-        return not torch.compiler.is_compiling() and _IMITATED.get()
-    if torch.cuda.get_device_properties(proj.device).major < OLDEST:
+        return fits and HAS_TRITON and not torch.compiler.is_compiling() and _IMITATED.get()
+    if not fits or not runs_kernels(proj):
         return False
     if torch.compiler.is_compiling() or type(proj) is not Tensor or torch.cuda.is_current_stream_capturing():
         return not DISPROVEN
@@ -67,8 +63,8 @@ def fused_ar_ssm(
     (H, R), P = p.q_scale.shape, p.state_scale.shape[1]
     inputs = proj[..., : H * (P + 2 * R)]
     rows = inputs if state is None else torch.cat([state.conv, inputs], 1)
-    if state is None and rows.shape[1] < 3:
-        rows = torch.nn.functional.pad(rows, (0, 0, 3 - rows.shape[1], 0))
+    if rows.shape[1] < TAPS - 1:
+        rows = torch.nn.functional.pad(rows, (0, 0, TAPS - 1 - rows.shape[1], 0))
     S = states[:, -1].view(len(proj), H, R, P)
     keep = slice(max(0, k.shape[2] - max(0, window - 1)), None)
-    return out, State(start + proj.shape[1], rows[:, -3:], S, k[:, :, keep], x[:, :, keep]), gate
+    return out, State(start + proj.shape[1], rows[:, 1 - TAPS :], S, k[:, :, keep], x[:, :, keep]), gate

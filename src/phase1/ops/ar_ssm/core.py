@@ -77,8 +77,9 @@ def launches_for(R: int, P: int, dtype: torch.dtype) -> Launches:
     return Launches(state, narrow, narrow, Launch(32, 16, 2, 3), near_keys, narrow)
 
 
-def _padded(n: int) -> int:
-    return max(16, triton.next_power_of_2(n))
+def _axes(R: int, P: int) -> dict[str, int]:
+    """Ranks and channels, and the blocks that hold them: a product takes 16 or more."""
+    return {"R": R, "P": P, "RB": max(16, triton.next_power_of_2(R)), "PB": max(16, triton.next_power_of_2(P))}
 
 
 def plan(B: int, T: int, H: int) -> tuple[int, int]:
@@ -97,7 +98,7 @@ def core_forward(
     L, P = x.shape[2:]
     launches = launches or launches_for(R, P, x.dtype)
     NS, span = plan(B, T, H)
-    sizes = {"R": R, "P": P, "RB": _padded(R), "PB": _padded(P)}
+    axes = _axes(R, P)
     wide = partial(torch.empty, dtype=torch.float32, device=x.device)
     states = wide(B * H, NS + 1, R, P)
     total = None
@@ -105,7 +106,7 @@ def core_forward(
         added, total = wide(B * H, NS, R, P), wide(B * H, NS)
         run = launches.state
         kernels.state_kernel[(NS, B * H)](
-            v, x, dt, log_a, added, total, T, L, NS, **sizes, NC=span // run.chunk, **run.options()
+            v, x, dt, log_a, added, total, T, L, NS, **axes, NC=span // run.chunk, **run.options()
         )
         _carry(added, total, state, states, reverse=False)
     elif state is not None:
@@ -113,8 +114,8 @@ def core_forward(
     y, lse = torch.empty(B, T, H, P, dtype=x.dtype, device=x.device), wide(B, H, T if window else 0)
     run = launches.forward
     kernels.forward_kernel[(NS, B * H)](
-        u, v, q, k, x, dt, log_a, scale, skip, states, y, lse, T, L, NS, window, 
-        int(NS > 1 or state is not None), eps, H=H, **sizes,
+        u, v, q, k, x, dt, log_a, scale, skip, states, y, lse, T, L, NS, window,
+        int(NS > 1 or state is not None), eps, H=H, **axes,
         NC=span // run.chunk, **run.near(window), WINDOWED=window > 0, **run.options(),
     )  # fmt: skip
     return Core(y, states, lse, total)
@@ -130,7 +131,7 @@ def core_backward(
     L, P = x.shape[2:]
     launches = launches or launches_for(R, P, x.dtype)
     NS, span = plan(B, T, H)
-    axes = {"R": R, "P": P, "RB": _padded(R), "PB": _padded(P)}
+    axes = _axes(R, P)
     wide = partial(torch.empty, dtype=torch.float32, device=x.device)
     du, dv, dq, dk, dx = (torch.empty_like(tensor) for tensor in (u, v, q, k, x))
     d_dt, d_log_a, uw, delta = (wide(B, H, T) for _ in range(4))
@@ -151,15 +152,15 @@ def core_backward(
     elif d_last is not None:
         d_states[:, 1] = d_last.view(B * H, R, P)
     if window:
-        run, sizes = launches.near_q, {"H": H, **axes}
+        run = launches.near_q
         grid = (triton.cdiv(T, run.chunk), B * H)
         kernels.near_backward_q_kernel[grid](
-            q, k, x, dy, saved.lse, delta, dq, T, L, window, **sizes, **run.near(window), **run.options()
+            q, k, x, dy, saved.lse, delta, dq, T, L, window, H=H, **axes, **run.near(window), **run.options()
         )
         run = launches.near_keys
         grid = (triton.cdiv(L, run.chunk), B * H)
         kernels.near_backward_keys_kernel[grid](
-            q, k, x, dy, skip, saved.lse, delta, dk, dx, T, L, window, **sizes, **run.near(window), **run.options()
+            q, k, x, dy, skip, saved.lse, delta, dk, dx, T, L, window, H=H, **axes, **run.near(window), **run.options()
         )
     run = launches.far_v
     kernels.far_backward_v_kernel[(NS, B * H)](

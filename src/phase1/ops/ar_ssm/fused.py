@@ -11,10 +11,10 @@ from phase1.ops.ar_ssm.core import Core, core_backward, core_forward, plan
 from phase1.ops.ar_ssm.gate_kernel import gate_backward_kernel, gate_kernel
 from phase1.ops.ar_ssm.gated_norm_kernel import gated_norm_backward_kernel, gated_norm_kernel
 from phase1.ops.ar_ssm.operands_kernel import conv_backward_kernel, operands_backward_kernel, operands_kernel
+from phase1.ops.ar_ssm.reference import TAPS
 from phase1.ops.ar_ssm.sum_kernel import sum_kernel
 from phase1.ops.rotary.kernel import write_angles
 
-TAPS = 4
 ROWS, BACKWARD_ROWS = 16, 8  # positions of a tile in front of the core, and in its backward pass
 GATE_ROWS = 32  # tokens of a tile of the gate
 COLUMNS = 128  # of the convolution, at a time

@@ -1,6 +1,5 @@
 """The loss inside groups as an operator: Triton kernels on a GPU that can run them, gathered rows elsewhere."""
 
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -8,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from phase1.ops.card import runs_kernels
 from phase1.ops.group_nll import gathered
 from phase1.ops.group_nll.reference import check_arguments
 
-LOWEST_CAPABILITY = (8, 0)  # of a GPU that runs the kernels
 LARGEST = 256  # group
 
 
@@ -80,8 +79,7 @@ _losses.register_autograd(_backward, setup_context=_keep)
 
 def _form(states: Tensor, size: int) -> ModuleType:
     """The kernels or PyTorch's operators, whichever can compute with such states where they are."""
-    fits = states.is_cuda and states.dtype != torch.float64 and size <= LARGEST and find_spec("triton") is not None
-    if not fits or torch.cuda.get_device_capability(states.device) < LOWEST_CAPABILITY:
+    if states.dtype == torch.float64 or size > LARGEST or not runs_kernels(states):
         return gathered
     from phase1.ops.group_nll import kernel  # Triton takes a second to import
 

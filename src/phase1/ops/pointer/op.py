@@ -3,7 +3,6 @@
 Opaque to torch.compile, so that nothing of it breaks or unrolls a graph; scores are never kept.
 """
 
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -11,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from phase1.ops.card import runs_kernels
 from phase1.ops.pointer import blocked
 from phase1.ops.pointer.reference import check_arguments
 
-LOWEST_CAPABILITY = (8, 0)  # of a GPU that runs the kernels: asynchronous copies and bfloat16 products
 WIDEST = 128  # keys
 
 
@@ -81,8 +80,7 @@ pointer.register_autograd(_backward, setup_context=_keep)
 
 def _form(q: Tensor) -> ModuleType:
     """The kernels or the blocks, whichever can compute with such queries where they are."""
-    fits = q.is_cuda and q.dtype != torch.float64 and q.shape[-1] <= WIDEST and find_spec("triton") is not None
-    if not fits or torch.cuda.get_device_capability(q.device) < LOWEST_CAPABILITY:
+    if q.dtype == torch.float64 or q.shape[-1] > WIDEST or not runs_kernels(q):
         return blocked
     from phase1.ops.pointer import kernel  # Triton takes a second to import
 
