@@ -8,26 +8,28 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "phase1"
-LEAVES = {"advice", "errors", "files", "text", "signals"}
+LEAVES = {"advice", "errors", "files", "text", "signals", "world"}
 SETTINGS = {"config", "presets", "roster", "runs"}
 MAY_IMPORT = {
     "text": set(),
     "signals": set(),
-    "errors": {"text"},
-    "files": {"text"},
+    "world": set(),
+    "errors": {"text", "world"},
+    "files": {"text", "world"},
+    "parallel": LEAVES,
     "config": set(),
     "presets": set(),
     "roster": {"config"},
     "runs": {"config", "machine", "roster"},
     "advice": set(),
-    "cli": LEAVES | SETTINGS,
+    "cli": LEAVES | SETTINGS | {"parallel"},
     "__main__": {"cli"},
     "ops": {"files"},  # to keep the answers of checks of kernels
     "vocabulary": set(),
     "layers": {"ops", "vocabulary"},
     "model": {"config", "layers", "ops", "vocabulary"},
     "data": LEAVES | {"config"},
-    "training": LEAVES | {"config", "data", "model", "ops", "records", "vocabulary"},
+    "training": LEAVES | {"config", "data", "model", "ops", "parallel", "records", "vocabulary"},
     "machine": LEAVES | {"config"},
     "records": LEAVES | {"config", "machine"},
     "stats": {"records"},
@@ -36,10 +38,10 @@ MAY_IMPORT = {
     "generation": {"config", "data", "layers", "model", "training"},
     "hf": {"config", "layers", "model"},
     "plots": {"files", "records", "roster", "tables", "text"},
-    "measure": LEAVES | SETTINGS | {"data", "generation", "machine", "model", "ops", "records", "stats", "training"},
+    "measure": LEAVES | SETTINGS | {"data", "generation", "machine", "model", "ops", "parallel", "records", "stats", "training"},
     "commands": LEAVES
     | SETTINGS
-    | {"checks", "data", "generation", "machine", "measure", "model", "plots", "records", "stats", "tables", "training"},
+    | {"checks", "data", "generation", "machine", "measure", "model", "parallel", "plots", "records", "stats", "tables", "training"},
 }
 WINGS = {
     "execution": set(),

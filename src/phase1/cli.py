@@ -5,13 +5,13 @@ import gc
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from phase1 import __version__, config, runs
+from phase1 import __version__, config, runs, world
 from phase1.config import Config, to_toml
 from phase1.errors import Unavailable, report_failure
 from phase1.presets import PRESETS
@@ -30,6 +30,7 @@ COMMANDS: dict[str, type[Config]] = {
     "export": runs.ExportRun,
     "doctor": runs.DoctorRun,
 }
+TOGETHER = ("memory", "throughput", "perplexity", "train")  # commands that run on many GPUs, started by torchrun
 GROUPS: dict[type[Config], str] = {
     config.Shape: "model",
     config.Ranked: "model",
@@ -92,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     name = argv[0] if argv and argv[0] in COMMANDS else None
-    with printable_output(), ending_signals_interrupt() as ending:
+    with printable_output(), world.first_speaks(), ending_signals_interrupt() as ending:
         if name is None:
             return _top_level(argv)
         return _status(name, argv[1:], ending)
@@ -129,11 +130,23 @@ def _run(name: str, run: Config, ending: Ending) -> int:
     finally:
         gc.enable()
     try:
-        return int(command.main(run))
+        if world.size() == 1:
+            return int(command.main(run))
+        return _run_together(name, command.main, run)
     except ModuleNotFoundError as error:  # of those that are imported where they are needed
         raise _not_installed(error) from error
     finally:
         gc.unfreeze()
+
+
+def _run_together(name: str, command: Callable[[Any], int], run: Config) -> int:
+    """The exit status of a command that all processes of torchrun run."""
+    if name not in TOGETHER:
+        raise ValueError(f"phase1 {name} runs in one process; got {world.size()} of torchrun; start it without torchrun")
+    from phase1.parallel.run import processes  # it takes PyTorch
+
+    with processes(name):
+        return int(command(run))
 
 
 def _not_installed(error: ModuleNotFoundError) -> Exception:

@@ -4,11 +4,16 @@ import dis
 import sys
 import traceback
 
+from phase1 import world
 from phase1.text import one_line, without_private
 
 
 class Unavailable(RuntimeError):
     """A data set, a device or a measurement cannot be had on this machine; commands exit 3 with its one line."""
+
+
+class Elsewhere(Unavailable):
+    """Another process of the same run failed, and says so itself: this one has nothing to say."""
 
 
 class Diverged(Unavailable):
@@ -42,9 +47,12 @@ def error_line(command: str, error: Exception) -> str:
 def report_failure(command: str, error: Exception) -> int:
     """Say on stderr what happened, with the traceback of what nobody expected; the exit status."""
     status = exit_status(error)
+    if isinstance(error, Elsewhere):
+        return status
+    world.speak()
     if status == INTERNAL:
         traceback.print_exception(error)
-    print(error_line(command, error), file=sys.stderr)
+    print(error_line(command + world.name(), error), file=sys.stderr)
     return status
 
 

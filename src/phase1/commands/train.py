@@ -20,6 +20,7 @@ from phase1.measure.memory.measured import chip_of
 from phase1.measure.perplexity.evaluate import Protocol, evaluate, unigram_entropy
 from phase1.measure.throughput.efficiency import step_flops
 from phase1.model import LanguageModel
+from phase1.parallel import group
 from phase1.plots import plot_training
 from phase1.records.metrics import METRICS, read_metrics
 from phase1.records.session import require_writable
@@ -27,9 +28,10 @@ from phase1.roster import report_key
 from phase1.runs import GenerateRun, PerplexityRun, TrainRun
 from phase1.text import one_line
 from phase1.training.job import train_to_checkpoint
-from phase1.training.step import compute_dtype, total_steps
+from phase1.training.step import compute_dtype, total_steps, windows_per_rank
 from phase1.training.trackers import tracker
 from phase1.training.watch import Watch
+from phase1.world import is_first
 
 PLOT = "training.png"
 SETTINGS = "run.toml"  # what --config reads
@@ -42,10 +44,10 @@ def main(run: TrainRun) -> int:
     """Train one model as the flags say; the checkpoint goes to --out-dir, with metrics.jsonl and its plot."""
     folder = Path(run.out_dir)
     require_writable(folder)
-    corpus = load_corpus(run, vocab_size=run.vocab_size, need=("train",), train_tokens=run.train_tokens)
-    valid = _valid(run)
+    windows_per_rank(run, group.size())
+    corpus, valid = group.first_before_others(lambda: _texts(run))
     model_config, train_config = part_of(ModelConfig, run), part_of(TrainConfig, run)
-    for line in plan(run, model_config, corpus, valid):
+    for line in plan(run, model_config, corpus, valid) if is_first() else ():
         print(one_line(line, 500), file=sys.stderr, flush=True)
     watch = watch_of(run, corpus, valid)
     try:
@@ -55,6 +57,8 @@ def main(run: TrainRun) -> int:
             raise
         smaller = f"try --micro-batch-size {max(1, run.micro_batch_size // 2)}, then a smaller --seq-length"
         raise Unavailable(f"{reason(error)}; {smaller}") from error
+    if not is_first():
+        return 0
     atomic_write(folder / SETTINGS, to_toml(run).encode())
     written = [folder]
     if (folder / METRICS).exists():
@@ -70,6 +74,12 @@ def main(run: TrainRun) -> int:
     text = f"text from it: phase1 generate {flags(GenerateRun(checkpoint=run.out_dir))}".rstrip()
     print(*(f"written: {path}" for path in written), text, next_command(run, model_config), sep="\n")
     return 0
+
+
+def _texts(run: TrainRun) -> tuple[Corpus, Corpus | None]:
+    """What is trained on, and the valid split where it is looked at."""
+    corpus = load_corpus(run, vocab_size=run.vocab_size, need=("train",), train_tokens=run.train_tokens)
+    return corpus, _valid(run)
 
 
 def _valid(run: TrainRun) -> Corpus | None:
@@ -129,7 +139,7 @@ def watch_of(run: TrainRun, corpus: Corpus, valid: Corpus | None) -> Watch:
         sample=sampler(run, corpus) if run.sample_every else None,
         sample_every=run.sample_every,
         max_seconds=3600 * hours,
-        trackers=[tracker(name, Path(run.out_dir), asdict(run)) for name in run.report_to],
+        trackers=[tracker(name, Path(run.out_dir), asdict(run)) for name in run.report_to if is_first()],
     )
 
 

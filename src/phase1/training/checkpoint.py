@@ -16,11 +16,13 @@ from torch import Tensor
 
 from phase1.config import Config, ModelConfig, TrainConfig
 from phase1.errors import Diverged
-from phase1.files import atomic_write, open_plain, read_json
+from phase1.files import atomic_write, open_plain, read_json, remove
 from phase1.model import LanguageModel
+from phase1.parallel.shards import whole
 from phase1.text import one_line
 from phase1.training.optimizers import kept
 from phase1.training.step import TrainState, total_steps
+from phase1.world import is_first
 
 C = TypeVar("C", bound=Config)
 
@@ -48,6 +50,7 @@ def save_checkpoint(
 
     The tensor files carry the step in their names and the index that names them is replaced last, so a crash
     leaves the previous checkpoint whole. Files of its own earlier saves are removed afterwards, and no other file.
+    Every rank of a run calls it, and rank 0 writes.
     Raises Diverged, with nothing written, where a tensor holds a number that is not finite.
     """
     folder = Path(folder)
@@ -56,6 +59,8 @@ def save_checkpoint(
         parts["training"] = _on_cpu(_optimizer_tensors(state))
     if token_order is not None:
         parts["tokens"] = {"order": token_order}
+    if not is_first():
+        return
     for tensors in parts.values():
         if name := _not_finite(tensors):
             remedy = "lower --learning-rate or use --precision bf16"
@@ -75,7 +80,7 @@ def save_checkpoint(
     }
     atomic_write(folder / INDEX, json.dumps(index, indent=2, allow_nan=False).encode())
     for name in older - set(files.values()):
-        (folder / name).unlink(missing_ok=True)
+        remove(folder / name)
 
 
 def _own_files(folder: Path) -> set[str]:
@@ -362,4 +367,6 @@ def _restore_optimizer(state: TrainState, tensors: dict[str, Tensor]) -> None:
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    """Whole copies, on rank 0; those that are spread over ranks are collected by all."""
+    every = ((name, whole(tensor)) for name, tensor in tensors.items())
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in every if is_first()}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from phase1.signals import forget_terminal, handlers, restore
+from phase1.world import is_first
 
 NOTICE = b"\ninterrupted: ends after this step, with a checkpoint; once more to end at once\n"
 
@@ -26,6 +27,8 @@ def interrupts_wait() -> Iterator[Callable[[], bool]]:
         restore(before)
         forget_terminal(number)
         with suppress(OSError):
+            if not is_first():
+                return
             os.write(2, NOTICE)  # print may be in the middle of a line that it interrupts
 
     for number in before:

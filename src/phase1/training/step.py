@@ -13,6 +13,7 @@ from phase1.config import TrainConfig
 from phase1.errors import Diverged
 from phase1.model import LanguageModel
 from phase1.ops.cross_entropy import IGNORE
+from phase1.parallel.replicas import Alone, replicas_of
 from phase1.training.compiler import require_compiler
 from phase1.training.micro_batch import Passes, Replay
 from phase1.training.optimizers import make_optimizer
@@ -34,6 +35,7 @@ class TrainState:
     grad_clip: float
     config: TrainConfig
     passes: Passes
+    replicas: Alone  # what makes the gradients of all ranks those of one step
     step: int = 0  # optimizer steps taken
     grad_norm: Tensor | None = None  # of the last step, before clipping
 
@@ -61,7 +63,8 @@ def make_train_state(model: LanguageModel, config: TrainConfig, device: torch.de
     if config.cuda_graphs:
         require_gpu_for_graphs(device.type)
         passes = Replay(passes)
-    return TrainState(model, optimizer, scaler, dtype, device, config.grad_clip, config, passes)
+    replicas = replicas_of(model.parameters())
+    return TrainState(model, optimizer, scaler, dtype, device, config.grad_clip, config, passes, replicas)
 
 
 def require_gpu_for_graphs(device_type: str) -> None:
@@ -77,8 +80,10 @@ def ignore(phase: str) -> None:
 def train_step(state: TrainState, micro_batches: list[Batch], mark: Callable[[str], None] = ignore) -> Tensor:
     """Forward, loss, backward over the micro batches; then clip, optimizer step, gradients freed.
 
+    Of several ranks each has micro batches of its own, as many tokens as every other, and all take one step together.
+
     The one step that training, memory and throughput share. `mark` is called with "start", then "forward" and
-    "backward" after those of each micro batch, and "optimizer" at the end. The losses of micro batches weigh by their
+    "backward" after those of each micro batch, "communication" where there are other ranks, and "optimizer" at the end. The losses of micro batches weigh by their
     scored targets and the penalties of the rank gate by their tokens, so that the split does not change the step.
 
     Returns:
@@ -86,11 +91,13 @@ def train_step(state: TrainState, micro_batches: list[Batch], mark: Callable[[st
         the GPU, so read it rarely.
     """
     mark("start")
-    tokens = sum(targets.numel() for _, targets in micro_batches)
+    replicas = state.replicas
+    replicas.begin()
+    tokens = replicas.size * sum(targets.numel() for _, targets in micro_batches)
     scored = torch.stack([(targets != IGNORE).sum() for _, targets in micro_batches])
     mean = torch.zeros((), device=state.device)
     state.model.train()
-    for (inputs, targets), share in zip(micro_batches, (scored / scored.sum()).to(state.device), strict=True):
+    for (inputs, targets), share in zip(micro_batches, (scored / replicas.total(scored.sum())).to(state.device), strict=True):
         part = torch.full((), targets.numel() / tokens, device=state.device)
         objective, loss = state.passes.forward(inputs.to(state.device), targets.to(state.device), share, part)
         mark("forward")
@@ -98,14 +105,33 @@ def train_step(state: TrainState, micro_batches: list[Batch], mark: Callable[[st
         mean += loss.detach()
         del objective, loss
         mark("backward")
+    mean = replicas.finish(mean)
+    if replicas.size > 1:
+        mark("communication")
     state.scaler.unscale_(state.optimizer)
-    state.grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), state.grad_clip)
+    replicas.overflow(state.scaler, state.optimizer)
+    state.grad_norm = replicas.whole(torch.nn.utils.clip_grad_norm_(state.model.parameters(), state.grad_clip))
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=not state.config.cuda_graphs)  # graphs add to the tensors they were made with
     state.step += 1
     mark("optimizer")
     return mean
+
+
+def windows_per_rank(config: TrainConfig, ranks: int) -> int:
+    """Windows of every step that each of `ranks` ranks trains on: the batch of a step is the same for any number of them.
+
+    Raises ValueError where they cannot share it evenly.
+    """
+    B, micro = config.train_batch_size, config.micro_batch_size
+    if B % ranks:
+        near = max(n for n in range(1, ranks + 1) if B % n == 0)
+        raise ValueError(f"--train-batch-size={B} must be a multiple of the {ranks} ranks; it is not; start {near}, or change it")
+    if (B // ranks) % micro and micro < B // ranks:
+        expected = f"--micro-batch-size must divide the {B // ranks} of --train-batch-size={B} windows that each of {ranks} ranks has"
+        raise ValueError(f"{expected}; got {micro}; give a divisor")
+    return B // ranks
 
 
 def total_steps(config: TrainConfig, seq_length: int) -> int:
@@ -139,7 +165,8 @@ def train(
     """Train from `state.step` to `steps`.
 
     Args:
-        batch_at: inputs and targets (train_batch_size, T) of a step; the same for every model of a comparison.
+        batch_at: inputs and targets (train_batch_size, T) of a step, this rank's part of them where there are others; the
+            same for every model of a comparison.
         on_step: called with the number of steps taken and the loss after each, for progress and checkpoints.
     Returns:
         Seconds spent, waiting for the device at the end.
@@ -150,7 +177,8 @@ def train(
     while state.step < steps:
         for group in state.optimizer.param_groups:
             group["lr"] = group["lr_scale"] * learning_rate(state.config, state.step, steps)
-        loss = train_step(state, list(_micro_batches(batch_at(state.step), state.config.micro_batch_size, state.device)))
+        batch = batch_at(state.step)
+        loss = train_step(state, list(_micro_batches(batch, state.config.micro_batch_size, state.device)))
         if state.step % CHECK_EVERY == 0 or state.step == steps:
             check_finite(loss, state.step)
         on_step(state.step, loss)
