@@ -30,6 +30,7 @@ COMMANDS: dict[str, type[Config]] = {
     "export": runs.ExportRun,
     "doctor": runs.DoctorRun,
 }
+UNDECIDED = 3  # the exit status of a report that has no failed check, and one that is undecided
 TOGETHER = ("memory", "throughput", "perplexity", "train")  # commands that run on many GPUs, started by torchrun
 GROUPS: dict[type[Config], str] = {
     config.Shape: "model",
@@ -140,13 +141,15 @@ def _run(name: str, run: Config, ending: Ending) -> int:
 
 
 def _run_together(name: str, command: Callable[[Any], int], run: Config) -> int:
-    """The exit status of a command that all processes of torchrun run."""
+    """The exit status of a command that all processes of torchrun run; torchrun knows success and failure alone, and a
+    report whose checks are undecided is no failure."""
     if name not in TOGETHER:
         raise ValueError(f"phase1 {name} runs in one process; got {world.size()} of torchrun; start it without torchrun")
     from phase1.parallel.run import processes  # it takes PyTorch
 
     with processes(name):
-        return int(command(run))
+        status = command(run)
+        return 0 if status == UNDECIDED else status
 
 
 def _not_installed(error: ModuleNotFoundError) -> Exception:

@@ -19,6 +19,7 @@ from phase1.measure.throughput.interleaved import Contender, ThroughputPlan, mea
 from phase1.measure.throughput.monitor import Monitor
 from phase1.measure.throughput.saturation import graphs_fail, saturating_batch
 from phase1.measure.workload import control_batch_size
+from phase1.parallel.group import from_first
 from phase1.plots import plot_throughput
 from phase1.records.schema import Decoding, Report, ThroughputResult, exit_code
 from phase1.records.session import Session
@@ -29,6 +30,7 @@ from phase1.tables import decoding_comparison
 from phase1.tables.console import checks_text, console, throughput_text
 from phase1.tables.screen import Screen, conditions, decoding_numbers, text, throughput_numbers
 from phase1.training.step import compute_dtype, require_gpu_for_graphs
+from phase1.world import is_first
 
 PLOT: Final = "phase1_throughput_comparison.png"
 SECONDS: Final = 600.0  # for a process that looks for a batch, or tries graphs
@@ -48,11 +50,13 @@ def main(run: ThroughputRun) -> int:
     precision = str(compute_dtype("auto", device)).removeprefix("torch.")
     way: Way = plain_way(run)
     if device == "cuda":
-        way = session.case("way", dict[str, Any], lambda: way_on_gpu(run, wanted))
+        way = session.case("way", dict[str, Any], lambda: from_first(lambda: way_on_gpu(run, wanted)))
     for line in way["otherwise"]:
         print(f"phase1 throughput: {line}", file=sys.stderr)
     monitor = Monitor(device)
     contenders = measured(run, way, wanted, device, monitor, session)
+    if not is_first():
+        return 0
     card, basis = card_of(session.facts)
     results = {}
     for role, result in throughput_results(contenders).items():

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import phase1
+from phase1 import world
 from phase1.config import Config
 from phase1.text import without_private
 
@@ -33,6 +34,7 @@ def environment() -> dict[str, Fact]:
         "cpu": cpu_model(),
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "cpu_threads": torch.get_num_threads(),
+        "world_size": world.size(),
         "ram_bytes": ram_bytes(),
         "cuda": torch.version.cuda,
         "device": "cpu",
@@ -56,6 +58,7 @@ def machine() -> dict[str, Fact]:
         "triton": package_version("triton"),
         "cpu": cpu_model(),
         "cpu_threads": torch.get_num_threads(),
+        "world_size": world.size(),
         "gpu": nvml(lambda library, handle: library.nvmlDeviceGetName(handle)),
         "driver": nvml(lambda library, _: library.nvmlSystemGetDriverVersion()),
     }
