@@ -81,11 +81,12 @@ def measure_steps(options: argparse.Namespace) -> int:
     from phase1.model import LanguageModel
     from phase1.parallel import group
     from phase1.parallel.replicas import Alone
-    from phase1.parallel.run import processes
+    from phase1.parallel.run import processes, see_one_gpu
     from phase1.roster import model_config
     from phase1.stats.step_times import speed_ratio
     from phase1.training.step import make_train_state, train_step
 
+    see_one_gpu()
     with processes("scaling"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         fast = device == "cuda"

@@ -145,8 +145,9 @@ def _run_together(name: str, command: Callable[[Any], int], run: Config) -> int:
     report whose checks are undecided is no failure."""
     if name not in TOGETHER:
         raise ValueError(f"phase1 {name} runs in one process; got {world.size()} of torchrun; start it without torchrun")
-    from phase1.parallel.run import processes  # it takes PyTorch
+    from phase1.parallel.run import processes, see_one_gpu  # they take PyTorch
 
+    see_one_gpu()
     with processes(name):
         status = command(run)
         return 0 if status == UNDECIDED else status

@@ -46,8 +46,8 @@ class Replicas(Alone):
     everywhere and nothing else has to be exchanged. Passes add to the buffer in place, CUDA graphs too.
     """
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self.size = size()
+    def __init__(self, parameters: Iterable[Tensor], size: int) -> None:
+        self.size = size
         self.parameters = list(parameters)
         first = self.parameters[0]
         places = [0]
@@ -64,22 +64,31 @@ class Replicas(Alone):
                 parameter.grad = view
 
     def total(self, scored: Tensor) -> Tensor:
-        gate()
-        return sum_(scored)
+        return self.summed(scored)
 
     def finish(self, loss: Tensor) -> Tensor:
-        gate()
         self.flat[-1] = loss
-        sum_(self.flat)
-        return self.flat[-1].clone()
+        return self.summed(self.flat)[-1].clone()
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """`tensor`, added up over all ranks in place, if all are well: a GPU would wait for one that is not for ever."""
+        gate()
+        return sum_(tensor)
 
     def tensors(self) -> Iterable[Tensor]:
         return (self.flat,)
 
 
+class Imagined(Replicas):
+    """What one of `size` ranks keeps, without the others: for an estimate."""
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
 def replicas_of(parameters: Iterable[Tensor]) -> Alone:
     """What adds up the gradients of a new training state."""
-    return Replicas(parameters) if together() else Alone()
+    return Replicas(parameters, size()) if together() else Alone()
 
 
 def equal_start(tensors: Iterable[Any]) -> None:

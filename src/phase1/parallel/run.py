@@ -25,18 +25,17 @@ LOOK_SECONDS: Final = 3.0  # for the rank that is gone, or says why it goes
 def processes(command: str, name: str = "run") -> Iterator[None]:
     """Within the block the ranks that torchrun started compute together; nothing changes where there is one.
 
-    Every rank sees one GPU. However one of them ends, all do, and one line says which it was.
+    However one of them ends, all do, and one line says which it was.
 
     Args:
         command: whose line it is.
-        name: of this group; processes that a run starts for a measurement make groups of their own.
+        name: of this group; processes that the ranks start for a measurement make a group of their own.
     Raises:
-        ValueError: there are fewer GPUs than ranks of this machine. Elsewhere: another rank has said why the run ends.
+        Elsewhere: another rank has said why the run ends.
     """
     if world.size() == 1:
         yield
         return
-    see_one_gpu()
     base = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=PATIENCE)
     store = dist.PrefixStore(f"phase1/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{name}", base)
     with Guard(store, command) as guard:
@@ -51,8 +50,11 @@ def processes(command: str, name: str = "run") -> Iterator[None]:
 
 
 def see_one_gpu() -> None:
-    """Leave this rank the GPU of its place on the machine: "cuda" is that one everywhere, as in a run of one process."""
-    if not torch.cuda.is_available():
+    """Leave this rank the GPU of its place on the machine: "cuda" is that one everywhere, as in a run of one process.
+
+    Raises ValueError where there are fewer GPUs than ranks of this machine.
+    """
+    if world.size() == 1 or not torch.cuda.is_available():
         return
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = [str(i) for i in range(torch.cuda.device_count())] if given is None else [g for g in given.split(",") if g.strip()]
@@ -109,16 +111,16 @@ class Guard:
         if not isinstance(error, Lost | KeyboardInterrupt):
             if self.rank > 0:
                 time.sleep(0.5)  # where all fail alike rank 0 speaks
-            return error if self._speaks() else Elsewhere()
+            return error if self._speaks() else Elsewhere("another rank failed")
         for _ in range(1 if isinstance(error, KeyboardInterrupt) else int(LOOK_SECONDS / 0.1)):
             with suppress(RuntimeError):
                 if self.store.check(["failed"]):
-                    return Elsewhere()
+                    return Elsewhere("another rank failed")
             if gone := self._gone():
                 said = f"rank {gone[0]} of {self.size} was ended, by a signal or for want of memory; the same command goes on"
-                return Unavailable(said) if self._speaks() else Elsewhere()
+                return Unavailable(said) if self._speaks() else Elsewhere("another rank failed")
             time.sleep(0.1)
-        return error if isinstance(error, KeyboardInterrupt) or self._speaks() else Elsewhere()
+        return error if isinstance(error, KeyboardInterrupt) or self._speaks() else Elsewhere("another rank failed")
 
     def _speaks(self) -> bool:
         """Whether this is the first rank that asks."""

@@ -175,6 +175,7 @@ class MemoryResult(Result):
     """Peaks of one training step, in bytes; reduction against the `baseline` of the same report, in percent."""
 
     peak_allocated_bytes: int | None = None
+    peak_by_rank_bytes: list[int] | None = Field(default=None, description="of several GPUs, each; the largest is the peak")
     peak_reserved_bytes: int | None = None
     outside_allocator_bytes: int | None = Field(default=None, description="CUDA context and libraries, from the driver")
     peak_forward_bytes: int | None = None

@@ -15,6 +15,7 @@ from phase1.measure.memory.tracker import MemoryTracker
 from phase1.measure.workload import make_workload, optimizer_tensors, random_batch
 from phase1.model import LanguageModel
 from phase1.ops.ar_ssm import imitated_card
+from phase1.parallel.replicas import Imagined
 from phase1.training.step import TrainState, train_step
 
 CONTEXT_BYTES = 500_000_000  # of an estimate: CUDA context and libraries take 0.3 to 0.6 GB on most cards
@@ -37,10 +38,13 @@ def estimate_memory(case: MemoryCase, chip: Chip = CHIP) -> MemoryPeaks:
     surroundings = ModelledCuda(chip)
     with imitated_cuda(), imitated_card(chip.major), MemoryTracker(case.model.vocab_size, "cpu", surroundings) as tracker:
         state = make_workload(case.model, "cpu", "fp16", model_class=_FakeModel)
+        if case.ranks > 1:
+            state.replicas = Imagined(state.model.parameters(), case.ranks)
         _make_lasting_tensors(state)
         moved = tracker.label(_moved(state.model), "parameters", "")  # for their order; `watch` names them
         tracker.watch(state.model)
         batch = random_batch(case.model.vocab_size, case.batch_size, case.seq_length, "cpu")
+        moved += tracker.label(state.replicas.tensors(), "gradients", "(all ranks)")
         moved += tracker.label(batch, "activations", "(batch)")
         tracker.label(optimizer_tensors(state), "optimizer_state", "(optimizer)")
         train_step(state, [batch], tracker.mark)
@@ -50,6 +54,7 @@ def estimate_memory(case: MemoryCase, chip: Chip = CHIP) -> MemoryPeaks:
         f"compute capability {chip.major}.{chip.minor} ({workspace_bytes(chip) / 2**20:g} MiB of cuBLAS workspace "
         f"per thread), {surroundings.card.multiprocessors} multiprocessors, {CONTEXT_BYTES / 1e9:g} GB outside the allocator, "
         f"PyTorch {torch.__version__.split('+')[0]}{', not compiled' if case.compiled else ''}"
+        f"{f', {case.ranks} ranks without the buffers of NCCL' if case.ranks > 1 else ''}"
     )
     return MemoryPeaks(
         measured="estimated",
