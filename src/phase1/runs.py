@@ -166,10 +166,14 @@ class TrainRun(ModelConfig, DataConfig, TrainConfig, WatchConfig):
 
     seq_length: int = option(512, "T, tokens per window")
     out_dir: str = option("results/checkpoints/train", "folder of the checkpoint")
+    shard: bool = option(False, "on many GPUs: spread parameters, gradients and optimizer state over them; the result is the same")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "seq_length")
+        if self.shard and (self.compile or self.cuda_graphs or self.sample_every or self.optimizer == "muon"):
+            expected = "--shard must be without --compile, --cuda-graphs, --sample-every and --optimizer muon"
+            raise ValueError(f"{expected}; got one of them; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,13 +45,15 @@ def main(run: TrainRun) -> int:
     folder = Path(run.out_dir)
     require_writable(folder)
     windows_per_rank(run, group.size())
+    if run.shard and not group.together():
+        raise ValueError("--shard needs several GPUs; got one process; start it by torchrun --nproc-per-node=N, or leave it out")
     corpus, valid = group.first_before_others(lambda: _texts(run))
     model_config, train_config = part_of(ModelConfig, run), part_of(TrainConfig, run)
     for line in plan(run, model_config, corpus, valid) if is_first() else ():
         print(one_line(line, 500), file=sys.stderr, flush=True)
     watch = watch_of(run, corpus, valid)
     try:
-        facts = train_to_checkpoint(model_config, train_config, corpus, run.seq_length, folder, label=run.mixer, watch=watch)
+        facts = train_to_checkpoint(model_config, train_config, corpus, run.seq_length, folder, label=run.mixer, watch=watch, shard=run.shard)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -18,7 +18,7 @@ from phase1.config import Config, ModelConfig, TrainConfig
 from phase1.errors import Diverged
 from phase1.files import atomic_write, open_plain, read_json, remove
 from phase1.model import LanguageModel
-from phase1.parallel.shards import whole
+from phase1.parallel.parts import part_of, whole
 from phase1.text import one_line
 from phase1.training.optimizers import kept
 from phase1.training.step import TrainState, total_steps
@@ -278,8 +278,9 @@ def _load_weights(folder: Path | str, index: dict[str, Any], model: LanguageMode
     tensors = _tensors(folder, index, "model")
     if name := _not_finite(tensors):
         raise _misfit(folder, ValueError(f"{name} is not finite"))
+    own = model.state_dict()
     try:
-        model.load_state_dict(tensors)
+        model.load_state_dict({name: part_of(tensor, own[name]) if name in own else tensor for name, tensor in tensors.items()})
     except RuntimeError as error:
         raise _misfit(folder, error) from error
 
@@ -363,7 +364,7 @@ def _restore_optimizer(state: TrainState, tensors: dict[str, Tensor]) -> None:
     names = kept(state.optimizer)
     for name, parameter in state.model.named_parameters():
         for key in names[parameter]:
-            state.optimizer.state[parameter][key] = tensors[f"{name}:{key}"].to(parameter.device)
+            state.optimizer.state[parameter][key] = part_of(tensors[f"{name}:{key}"], parameter)
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -47,7 +47,7 @@ SAVE_SECONDS = 300.0  # between checkpoints of an unfinished run
 
 def train_to_checkpoint(
     model_config: ModelConfig, train_config: TrainConfig, corpus: Corpus, seq_length: int, folder: Path, *, label: str,
-    watch: Watch = UNWATCHED,
+    watch: Watch = UNWATCHED, shard: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Train to the end of the schedule, or go on from `folder`; a finished checkpoint is left as it is.
 
@@ -58,6 +58,7 @@ def train_to_checkpoint(
         ValueError: `folder` holds a checkpoint of another config or of other data, or ranks cannot share a batch.
 
     All ranks of a run call it: each has its part of every batch, and rank 0 writes. The checkpoint goes on with any number.
+    shard: each has its part of parameters, gradients and optimizer state too.
     """
     windows_per_rank(train_config, group.size())
     require_one_folder(folder)
@@ -75,9 +76,7 @@ def train_to_checkpoint(
         return facts
     windows = Windows(corpus.splits["train"].ids, seq_length, train_config.seed)
     seen = windows.seen(steps * train_config.train_batch_size)
-    state = make_state(model_config, train_config, None if begun else seen)
-    if not begun:
-        equal_start(state.model.parameters())
+    state = make_state(model_config, train_config, None if begun else seen, shard)
     order = torch.from_numpy(frequency_order(token_counts(seen, model_config.vocab_size))).int()
     del seen
     seconds = resume(folder, state)["train_seconds"] if begun else 0.0
@@ -113,8 +112,10 @@ def keep_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     atomic_write(path, tokenizer.to_json().encode())
 
 
-def make_state(model_config: ModelConfig, train_config: TrainConfig, seen: np.ndarray | None) -> TrainState:
-    """A fresh model, ready to train; the same for equal seeds.
+def make_state(
+    model_config: ModelConfig, train_config: TrainConfig, seen: np.ndarray | None, shard: bool = False
+) -> TrainState:
+    """A fresh model, ready to train; the same for equal seeds, and on all ranks. `shard` spreads it over them.
 
     A table that starts from statistics gets those of the tokens `seen` in training and of no others, so that no model of a
     comparison knows more text than another; None where a checkpoint brings them.
@@ -123,7 +124,9 @@ def make_state(model_config: ModelConfig, train_config: TrainConfig, seen: np.nd
     make = partial(start_of, model_config, seen, train_config.seed, device)
     statistics = None if seen is None else group.from_first(make)
     torch.manual_seed(train_config.seed)
-    return make_train_state(LanguageModel(model_config, statistics), train_config, device)
+    model = LanguageModel(model_config, statistics)
+    equal_start(model.parameters())
+    return make_train_state(model, train_config, device, shard)
 
 
 def start_of(config: ModelConfig, seen: np.ndarray, seed: int, device: str) -> TokenStatistics | TokenVectors | None:

@@ -47,9 +47,19 @@ def compute_dtype(precision: str, device: torch.device | str) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
-def make_train_state(model: LanguageModel, config: TrainConfig, device: torch.device | str) -> TrainState:
-    """Move `model` to `device` and give it an optimizer, loss scaling for fp16 and, if asked, a compiled loss."""
+def make_train_state(
+    model: LanguageModel, config: TrainConfig, device: torch.device | str, shard: bool = False
+) -> TrainState:
+    """Move `model` to `device` and give it an optimizer, loss scaling for fp16 and, if asked, a compiled loss.
+
+    shard: spread it over the ranks, on all of which it is equal.
+    """
     device = torch.device(device)
+    replicas = None
+    if shard:
+        from phase1.parallel.shards import spread  # takes a second to import
+
+        replicas = spread(model, model.blocks, ("losses", "nll"), device)
     model = model.to(device)
     dtype = compute_dtype(config.precision, device)
     if config.compile:
@@ -63,7 +73,7 @@ def make_train_state(model: LanguageModel, config: TrainConfig, device: torch.de
     if config.cuda_graphs:
         require_gpu_for_graphs(device.type)
         passes = Replay(passes)
-    replicas = replicas_of(model.parameters())
+    replicas = replicas or replicas_of(model.parameters())
     return TrainState(model, optimizer, scaler, dtype, device, config.grad_clip, config, passes, replicas)
 
 
