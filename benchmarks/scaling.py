@@ -141,7 +141,7 @@ def measure_steps(options: argparse.Namespace) -> int:
             total, single = [s.total_ms for s in together_steps], [s.total_ms for s in alone_steps]
             efficiency, interval = speed_ratio(total, single)
             record = {
-                "device": torch.cuda.get_device_name() if fast else "cpu", "torch": torch.__version__, "backend": group.backend(),
+                "device": torch.cuda.get_device_name() if fast else "cpu", "torch": torch.__version__, "backend": "nccl" if fast else "gloo",
                 "world_size": group.size(), "batch_size_per_gpu": B, "seq_length": T,
                 "one_gpu_ms": one.total_ms, "together_ms": step.total_ms, "communication_ms": step.communication_ms,
                 "phases_ms": {n: getattr(step, f"{n}_ms") for n in ("forward", "backward", "communication", "optimizer")},

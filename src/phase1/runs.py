@@ -119,6 +119,9 @@ class PerplexityRun(Shape, DataConfig, TrainConfig, Output):
     also_evaluate: tuple[str, ...] = option(
         (), "further data sets whose validation texts every model is scored on; reports in folders of their names in --out-dir"
     )
+    gpus: Literal["one", "all"] = option(
+        "one", "all trains the models side by side, one per GPU, and then goes on as one does", affects_results=False
+    )
     checkpoint_dir: str = option("results/checkpoints", "trained models, by hash of config and data; reused by later runs")
 
     def __post_init__(self) -> None:

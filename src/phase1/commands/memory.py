@@ -42,6 +42,7 @@ def main(run: MemoryRun) -> int:
         raise ValueError(f"--fit searches in one process; got {group.size()} of torchrun; start it without torchrun")
     free_bytes, limit = free_gpu_bytes(), limit_of(run)  # before this run takes some of it
     session = Session(run, "memory")
+    group.gate()  # until all ranks have read what is kept of an earlier run
     cases = cases_of(run, limit, card)
     results = with_reductions(dict(measured(cases, session)))
     ablated = with_one_change(cases, results, session) if run.ablate else []

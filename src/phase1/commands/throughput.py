@@ -19,7 +19,7 @@ from phase1.measure.throughput.interleaved import Contender, ThroughputPlan, mea
 from phase1.measure.throughput.monitor import Monitor
 from phase1.measure.throughput.saturation import graphs_fail, saturating_batch
 from phase1.measure.workload import control_batch_size
-from phase1.parallel.group import from_first
+from phase1.parallel.group import from_first, gate
 from phase1.plots import plot_throughput
 from phase1.records.schema import Decoding, Report, ThroughputResult, exit_code
 from phase1.records.session import Session
@@ -47,6 +47,7 @@ def main(run: ThroughputRun) -> int:
     if run.cuda_graphs:
         require_gpu_for_graphs(device)
     session, wanted = Session(run, "throughput"), models(run)
+    gate()  # until all ranks have read what is kept of an earlier run
     precision = str(compute_dtype("auto", device)).removeprefix("torch.")
     way: Way = plain_way(run)
     if device == "cuda":

@@ -41,13 +41,6 @@ def size() -> int:
     return dist.get_world_size() if together() else 1
 
 
-def backend() -> str | None:
-    """What sums run through: nccl or gloo."""
-    if not together():
-        return None
-    return "nccl" if torch.cuda.is_available() else "gloo"
-
-
 @contextmanager
 def _peers() -> Iterator[None]:
     """An error of the connection is one of its own: it is no fault of this rank."""

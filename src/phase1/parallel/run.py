@@ -56,12 +56,18 @@ def see_one_gpu() -> None:
     """
     if world.size() == 1 or not torch.cuda.is_available():
         return
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = [str(i) for i in range(torch.cuda.device_count())] if given is None else [g for g in given.split(",") if g.strip()]
+    gpus = visible_gpus()
     if world.local_rank() >= len(gpus):
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world.size()))
         raise ValueError(f"--nproc-per-node must be at most the {len(gpus)} GPUs of this machine; got {ranks}; lower it")
-    os.environ["CUDA_VISIBLE_DEVICES"] = gpus[world.local_rank()].strip()
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus[world.local_rank()]
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    return names[: torch.cuda.device_count()] or [str(i) for i in range(torch.cuda.device_count())]
 
 
 class Guard:

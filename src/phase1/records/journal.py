@@ -16,7 +16,7 @@ from phase1.text import one_line
 T = TypeVar("T")
 VERSION: Final = 1
 SUFFIX: Final = ".partial.json"
-NOT_IN_RESULTS: Final = ("resume", "offline", "out_dir", "save_plots", "verbose")  # settings that change no case
+NOT_IN_RESULTS: Final = ("resume", "offline", "out_dir", "save_plots", "verbose", "gpus")  # settings that change no case
 START_OVER: Final = "leave out --resume to start over"
 
 

@@ -18,6 +18,7 @@ from phase1.config import Config, ModelConfig, TrainConfig
 from phase1.errors import Diverged
 from phase1.files import atomic_write, open_plain, read_json, remove
 from phase1.model import LanguageModel
+from phase1.parallel import group
 from phase1.parallel.parts import part_of, whole
 from phase1.text import one_line
 from phase1.training.optimizers import kept
@@ -59,12 +60,11 @@ def save_checkpoint(
         parts["training"] = _on_cpu(_optimizer_tensors(state))
     if token_order is not None:
         parts["tokens"] = {"order": token_order}
+    if name := group.from_first(lambda: next(filter(None, map(_not_finite, parts.values())), None)):
+        remedy = "lower --learning-rate or use --precision bf16"
+        raise Diverged(f"{name} is not finite at step {state.step}, nothing is saved; {remedy}")
     if not is_first():
         return
-    for tensors in parts.values():
-        if name := _not_finite(tensors):
-            remedy = "lower --learning-rate or use --precision bf16"
-            raise Diverged(f"{name} is not finite at step {state.step}, nothing is saved; {remedy}")
     older = _own_files(folder)
     files = {part: f"{part}-{state.step:08d}.safetensors" for part in parts}
     for part, tensors in parts.items():

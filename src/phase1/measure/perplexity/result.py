@@ -14,6 +14,7 @@ from phase1.errors import Diverged, is_out_of_memory, reason
 from phase1.measure.perplexity.candidates import Candidate
 from phase1.measure.perplexity.evaluate import LARGEST_NATS, Evaluation, Protocol, evaluate, unigram_entropy
 from phase1.measure.perplexity.loss_parts import loss_by_band, loss_by_position, order_sha256
+from phase1.parallel import group
 from phase1.records.schema import Dataset, Parameters, PerplexityResult, Status
 from phase1.runs import PerplexityRun
 from phase1.training.checkpoint import NO_DIFFERENCE, load_model, load_token_order, read_index, training_facts
@@ -38,7 +39,7 @@ def measure(run: PerplexityRun, model: Candidate, texts: list[Text]) -> list[Per
     except Diverged as error:
         return [without_number(model, "error", str(error)) for _ in texts]
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if not is_out_of_memory(error) or group.together():  # the other ranks are in the middle of a step
             raise
         ladder = smaller(
             batch=("--micro-batch-size", run.micro_batch_size),
@@ -49,6 +50,13 @@ def measure(run: PerplexityRun, model: Candidate, texts: list[Text]) -> list[Per
 
 def train_candidate(run: PerplexityRun, model: Candidate, corpus: Corpus) -> Path:
     """Train `model`, or find it trained by an earlier run on the same config and data; its checkpoint folder."""
+    folder, train_config = training_of(run, model, corpus)
+    train_to_checkpoint(model.config, train_config, corpus, run.seq_length, folder, label=model.key)
+    return folder
+
+
+def training_of(run: PerplexityRun, model: Candidate, corpus: Corpus) -> tuple[Path, TrainConfig]:
+    """Where `model` is when it is trained, by all that decides its training; and how it is trained."""
     train_config = replace(part_of(TrainConfig, run), seed=model.seed)
     if model.config.mixer == "attention":
         train_config = replace(train_config, learning_rate=run.baseline_learning_rate)
@@ -59,9 +67,7 @@ def train_candidate(run: PerplexityRun, model: Candidate, corpus: Corpus) -> Pat
         "tokens": corpus.splits["train"].sha256,
         "tokenizer": corpus.tokenizer.fingerprint,
     }
-    folder = Path(run.checkpoint_dir) / f"{model.key}-{content_id(identity)}"
-    train_to_checkpoint(model.config, train_config, corpus, run.seq_length, folder, label=model.key)
-    return folder
+    return Path(run.checkpoint_dir) / f"{model.key}-{content_id(identity)}", train_config
 
 
 def evaluate_checkpoint(run: PerplexityRun, key: str, folder: Path, text: Text) -> PerplexityResult:
