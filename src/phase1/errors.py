@@ -16,6 +16,10 @@ class Elsewhere(Unavailable):
     """Another process of the same run failed, and says so itself: this one has nothing to say."""
 
 
+class Gone(Unavailable):
+    """Another process of the same run ended without a word: this one says so for it."""
+
+
 class Diverged(Unavailable):
     """A training whose loss is no longer a finite number."""
 
@@ -52,7 +56,8 @@ def report_failure(command: str, error: Exception) -> int:
     world.speak()
     if status == INTERNAL:
         traceback.print_exception(error)
-    print(error_line(command + world.name(), error), file=sys.stderr)
+    who = "" if isinstance(error, Gone) else world.name()
+    print(error_line(command + who, error), file=sys.stderr)
     return status
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from phase1 import world
-from phase1.errors import Elsewhere, Unavailable, error_line
+from phase1.errors import Elsewhere, Gone, error_line
 from phase1.parallel.group import PATIENCE, Lost, gate
 
 GRACE_SECONDS: Final = 15.0  # from the signal that ends a rank to its end, where it waits for a GPU that waits for another
@@ -106,10 +106,9 @@ class Guard:
                     deadline = deadline or time.monotonic() + GRACE_SECONDS
             if os.getppid() != self._parent:
                 os._exit(1)
-            if deadline is not None and time.monotonic() > deadline and not self._done:
-                verdict = self.verdict(KeyboardInterrupt())
-                if isinstance(verdict, Unavailable) and not isinstance(verdict, Elsewhere):
-                    os.write(2, f"{error_line(self.command, verdict)}\n".encode("ascii", "replace"))
+            if deadline is not None and time.monotonic() > deadline and (end := self._end_elsewhere()) and not self._done:
+                if isinstance(end, Gone):
+                    os.write(2, f"{error_line(self.command, end)}\n".encode("ascii", "replace"))
                 os._exit(3)
 
     def verdict(self, error: BaseException) -> BaseException:
@@ -118,15 +117,31 @@ class Guard:
             if self.rank > 0:
                 time.sleep(0.5)  # where all fail alike rank 0 speaks
             return error if self._speaks() else Elsewhere("another rank failed")
-        for _ in range(1 if isinstance(error, KeyboardInterrupt) else int(LOOK_SECONDS / 0.1)):
-            with suppress(RuntimeError):
-                if self.store.check(["failed"]):
-                    return Elsewhere("another rank failed")
-            if gone := self._gone():
-                said = f"rank {gone[0]} of {self.size} was ended, by a signal or for want of memory; the same command goes on"
-                return Unavailable(said) if self._speaks() else Elsewhere("another rank failed")
+        interrupted = isinstance(error, KeyboardInterrupt)
+        for _ in range(1 if interrupted else int(LOOK_SECONDS / 0.1)):
+            if end := self._end_elsewhere():
+                return end
+            if interrupted and self._said("interrupted"):
+                return error
             time.sleep(0.1)
-        return error if isinstance(error, KeyboardInterrupt) or self._speaks() else Elsewhere("another rank failed")
+        if interrupted:
+            with suppress(RuntimeError):
+                self.store.set("interrupted", "")
+        return error if interrupted or self._speaks() else Elsewhere("another rank failed")
+
+    def _end_elsewhere(self) -> Gone | Elsewhere | None:
+        """What ends this rank though it is well: another one has failed, or is gone."""
+        if self._said("failed"):
+            return Elsewhere("another rank failed")
+        if gone := self._gone():
+            text = f"rank {gone[0]} of {self.size} was ended, by a signal or for want of memory; the same command goes on"
+            return Gone(text) if self._speaks() else Elsewhere("another rank failed")
+        return None
+
+    def _said(self, what: str) -> bool:
+        with suppress(RuntimeError):  # torchrun, which keeps the store, is gone
+            return bool(self.store.check([what]))
+        return False
 
     def _speaks(self) -> bool:
         """Whether this is the first rank that asks."""

@@ -51,7 +51,7 @@ def save_checkpoint(
 
     The tensor files carry the step in their names and the index that names them is replaced last, so a crash
     leaves the previous checkpoint whole. Files of its own earlier saves are removed afterwards, and no other file.
-    Every rank of a run calls it, and rank 0 writes.
+    Every rank of a run calls it, and rank 0 writes; when it returns all is there.
     Raises Diverged, with nothing written, where a tensor holds a number that is not finite.
     """
     folder = Path(folder)
@@ -63,8 +63,12 @@ def save_checkpoint(
     if name := group.from_first(lambda: next(filter(None, map(_not_finite, parts.values())), None)):
         remedy = "lower --learning-rate or use --precision bf16"
         raise Diverged(f"{name} is not finite at step {state.step}, nothing is saved; {remedy}")
-    if not is_first():
-        return
+    if is_first():
+        _write(folder, state, facts, parts)
+    group.gate()
+
+
+def _write(folder: Path, state: TrainState, facts: dict[str, Any], parts: dict[str, dict[str, Tensor]]) -> None:
     older = _own_files(folder)
     files = {part: f"{part}-{state.step:08d}.safetensors" for part in parts}
     for part, tensors in parts.items():
