@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +31,10 @@ TINY = Ranked(
     vocab_size=50, d_model=16, n_layers=1, n_heads=2, ar_ssm_max_rank=4, ar_ssm_min_rank=2, ar_ssm_window=4,
     htt_rank=1, htt_dense_rows=2, htt_groups=6,
 )  # fmt: skip
-T, B, STEPS, PAUSE = 8, 8, 20, 7
+T, B, STEPS, JOB_STEPS, PAUSE = 8, 8, 20, 10, 4
 IDS = np.random.default_rng(0).zipf(1.3, 3000).astype(np.int64).clip(max=49).astype(np.uint16)
 CONFIG = TrainConfig(train_tokens=STEPS * B * T, train_batch_size=B, micro_batch_size=2, warmup_steps=3)
+JOB = replace(CONFIG, train_tokens=JOB_STEPS * B * T)
 PROTOCOL = Protocol("", "", "valid", T, 5, 0, 37)
 
 
@@ -42,8 +43,22 @@ def fresh(role="phase1", config=CONFIG, shard=False, **overrides):
     return make_train_state(LanguageModel(model_config(role, TINY, **overrides)), config, "cpu", shard)
 
 
+LOSSES = (("phase1", 1), ("phase1", 2), ("baseline", 2))
+
+
+@cache
 def losses(role="phase1", micro_batch_size=2, shard=False):
-    """Of STEPS steps of the same batches, whoever takes them."""
+    """Loss and norm of the gradient of STEPS steps of the same batches, whoever takes them."""
+    return trained(role, micro_batch_size, shard)[1]
+
+
+def bits(role, micro_batch_size):
+    """Of all parameters after these steps."""
+    state, _ = trained(role, micro_batch_size, False)
+    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in state.model.parameters())).hexdigest()
+
+
+def trained(role, micro_batch_size, shard):
     state, windows, found = fresh(role, replace(CONFIG, micro_batch_size=micro_batch_size), shard), Windows(IDS, T, 0), []
     mine = windows_per_rank(CONFIG, group.size())
     train(
@@ -52,7 +67,7 @@ def losses(role="phase1", micro_batch_size=2, shard=False):
         STEPS,
         lambda step, loss: found.append((loss.item(), state.grad_norm.item())),
     )
-    return found
+    return state, found
 
 
 def uneven_gradients():
@@ -132,7 +147,7 @@ def job(folder, stop=None, shard=False):
     corpus = Corpus("text", "", None, {"train": Split("train", IDS, "sha")}, FakeTokenizer())
     watch = Watch(trackers=[Stop(stop)] if stop and world.is_first() else ())
     try:
-        train_to_checkpoint(model_config("phase1", TINY), CONFIG, corpus, T, Path(folder), label="x", watch=watch, shard=shard)
+        train_to_checkpoint(model_config("phase1", TINY), JOB, corpus, T, Path(folder), label="x", watch=watch, shard=shard)
     except KeyboardInterrupt:
         return "paused"
     return "finished"
@@ -173,7 +188,8 @@ def main(folder):
             sys.addaudithook(partial(opened_for_writing, written))
         n = group.size()
         found = {
-            "losses": {f"{role} {micro}": losses(role, micro) for role in ("phase1", "baseline") for micro in (1, 2)},
+            "losses": {f"{role} {micro}": losses(role, micro) for role, micro in LOSSES},
+            "equal runs": [bits(*LOSSES[-1]) for _ in range(2)],
             "uneven": uneven_gradients(),
             "overflow": overflow(shard=False),
             "scores": scores(),
@@ -188,8 +204,6 @@ def main(folder):
                 "from one": job(folder / "from one"),
                 "to one": job(folder / "to one", stop=PAUSE),
                 "to four": job(folder / "to four", stop=PAUSE),
-                "again": job(folder / "again"),
-                "once more": job(folder / "once more"),
                 "sharded, to one": job(folder / "sharded, to one", stop=PAUSE, shard=True),
                 "from one, sharded": job(folder / "from one, sharded", shard=True),
             }
