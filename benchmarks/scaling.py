@@ -19,13 +19,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 STEPS, WARMUP, ROUNDS = 20, 5, 30
 SECONDS = 150.0  # for any one process
-TINY = {"vocab_size": 300, "d_model": 16, "n_layers": 1, "n_heads": 2, "ar_ssm_window": 4, "htt_dense_rows": 4, "htt_groups": 10}
-TINY |= {"ar_ssm_max_rank": 4, "ar_ssm_min_rank": 2, "htt_rank": 2}
+TINY = {"vocab_size": 300, "d_model": 16, "n_layers": 1, "n_heads": 2, "ar_ssm_window": 4, "htt_dense_rows": 4}
+TINY |= {"htt_groups": 10, "ar_ssm_max_rank": 4, "ar_ssm_min_rank": 2, "htt_rank": 2}
 TRAIN = "--dataset-name builtin --vocab-size 2048 --seq-length 256 --train-batch-size 64 --micro-batch-size 32 --eval-every 0"
-SMOKE = "--dataset-name builtin --vocab-size 512 --d-model 16 --n-layers 1 --n-heads 2 --htt-dense-rows 16 --htt-groups 16 --ar-ssm-max-rank 4 "
-SMOKE += "--htt-rank 2 --seq-length 32 --train-batch-size 8 --micro-batch-size 2 --eval-every 0"
+SMOKE = (
+    "--dataset-name builtin --vocab-size 512 --d-model 16 --n-layers 1 --n-heads 2 --htt-dense-rows 16 --htt-groups 16 "
+    "--ar-ssm-max-rank 4 --htt-rank 2 --seq-length 32 --train-batch-size 8 --micro-batch-size 2 --eval-every 0"
+)
 
 
 def main() -> int:
@@ -63,9 +67,7 @@ def torchrun(ranks: int) -> list[str]:
 
 def run(command: list[str], **environment: str) -> str:
     """The standard output of a command that must succeed."""
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=SECONDS, env=os.environ | environment, check=False
-    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=os.environ | environment, check=False)
     if done.returncode:
         print(done.stdout[-2000:], done.stderr[-6000:], sep="\n", file=sys.stderr)
         raise SystemExit(f"scaling: {' '.join(command)} ended with {done.returncode}")
@@ -74,96 +76,125 @@ def run(command: list[str], **environment: str) -> str:
 
 def measure_steps(options: argparse.Namespace) -> int:
     """On every rank: weak scaling and losses, into scaling_steps.json."""
-    import torch
-
-    from phase1.config import ModelConfig, Ranked, TrainConfig
-    from phase1.measure.throughput.timing import Stopwatch, median_step
-    from phase1.model import LanguageModel
     from phase1.parallel import group
-    from phase1.parallel.replicas import Alone
     from phase1.parallel.run import processes, see_one_gpu
-    from phase1.roster import model_config
-    from phase1.stats.step_times import speed_ratio
-    from phase1.training.step import make_train_state, train_step
 
     see_one_gpu()
     with processes("scaling"):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        fast = device == "cuda"
-        shape: ModelConfig = model_config("phase1", Ranked(), checkpointing=False, **(TINY if options.smoke else {}))
-        B, T = (2, 32) if options.smoke else (options.batch_size, options.seq_length)
-        torch.manual_seed(0)
-        model = LanguageModel(shape)
-        start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        config = TrainConfig(compile=fast, cuda_graphs=fast, train_batch_size=B * group.size(), micro_batch_size=B)
-        state = make_train_state(model, config, device)
-        alone = replace(state, replicas=Alone())
-        mine = micro_batches(torch, shape.vocab_size, B, T, group.size(), device)
-
-        def timed(which: Any) -> Any:
-            if fast:
-                torch.cuda.synchronize()
-            watch = Stopwatch(device)
-            train_step(which, [mine[0][group.rank()]], watch.mark)
-            return watch.step_time()
-
-        together_steps, alone_steps = [], []
-        for number in range(-WARMUP, 4 if options.smoke else ROUNDS):
-            group.gate()
-            step = timed(state)
-            group.gate()
-            one = timed(alone) if group.rank() == 0 else None
-            if number >= 0:
-                together_steps.append(max(group.gathered(step), key=lambda step: step.total_ms))
-                alone_steps.append(one)
-        peak = torch.cuda.max_memory_allocated() if fast else 0
-
-        def losses(which: Any, of: Any) -> list[float]:
-            """Of STEPS steps from the start, each on batches of its own."""
-            with torch.no_grad():
-                for name, tensor in model.state_dict().items():
-                    tensor.copy_(start[name])
-                for values in state.optimizer.state.values():
-                    for value in values.values():
-                        value.zero_()
-            state.scaler.load_state_dict(scaler)
-            return [float(train_step(which, of(batches))) for batches in mine[:STEPS]]
-
-        scaler = make_train_state(LanguageModel(shape), TrainConfig(), device).scaler.state_dict()
-        first = [losses(alone, lambda batches: batches) for _ in range(2)] if group.rank() == 0 else None
+        bench = Bench(options)
+        together, alone = bench.rounds(4 if options.smoke else ROUNDS)
+        peaks = group.gathered(torch.cuda.max_memory_allocated() if bench.fast else 0)
+        first = [bench.losses(bench.alone, lambda batches: sum(batches, [])) for _ in range(2)] if group.rank() == 0 else None
         group.gate()
-        shared = losses(state, lambda batches: [batches[group.rank()]])
+        shared = bench.losses(bench.state, lambda batches: batches[group.rank()])
         same = group.gathered(shared)
-        peaks = group.gathered(peak)
-        if group.rank() == 0:
-            assert first is not None
-            step, one = median_step(together_steps), median_step(alone_steps)
-            total, single = [s.total_ms for s in together_steps], [s.total_ms for s in alone_steps]
-            efficiency, interval = speed_ratio(total, single)
-            record = {
-                "device": torch.cuda.get_device_name() if fast else "cpu", "torch": torch.__version__, "backend": "nccl" if fast else "gloo",
-                "world_size": group.size(), "batch_size_per_gpu": B, "seq_length": T,
-                "one_gpu_ms": one.total_ms, "together_ms": step.total_ms, "communication_ms": step.communication_ms,
-                "phases_ms": {n: getattr(step, f"{n}_ms") for n in ("forward", "backward", "communication", "optimizer")},
-                "one_gpu_phases_ms": {n: getattr(one, f"{n}_ms") for n in ("forward", "backward", "optimizer")},
-                "one_gpu_tokens_per_s": 1e3 * B * T / one.total_ms,
-                "together_tokens_per_s": 1e3 * group.size() * B * T / step.total_ms,
-                "speedup": group.size() * efficiency, "speedup_ci95": interval and [group.size() * end for end in interval],
-                "together_samples_ms": total, "one_gpu_samples_ms": single, "peak_by_rank_bytes": peaks,
-                "losses_one_gpu": first, "losses_together": shared, "losses_equal_on_all_ranks": all(s == same[0] for s in same),
+        if first is not None:
+            record = bench.facts() | speeds(together, alone, bench.tokens) | {
+                "peak_by_rank_bytes": peaks, "losses_one_gpu": first, "losses_together": shared,
+                "losses_equal_on_all_ranks": all(other == same[0] for other in same),
                 "difference_one_to_itself": worst(*first), "difference_together_to_one": worst(shared, first[0]),
             }  # fmt: skip
             (Path(options.out_dir) / "scaling_steps.json").write_text(json.dumps(record))
     return 0
 
 
-def micro_batches(torch: Any, vocab_size: int, B: int, T: int, ranks: int, device: str) -> list[list[Any]]:
-    """Of every step a micro batch for each rank: ids as frequent as words are."""
+class Bench:
+    """One training state for all measurements of a rank, so that it compiles once."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        from phase1.config import Ranked, TrainConfig
+        from phase1.model import LanguageModel
+        from phase1.parallel import group
+        from phase1.parallel.replicas import Alone
+        from phase1.roster import model_config
+        from phase1.training.step import make_train_state
+
+        self.ranks, self.rank = group.size(), group.rank()
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.fast = self.device == "cuda"
+        self.size = (2, 32) if options.smoke else (options.batch_size, options.seq_length)
+        self.tokens = self.size[0] * self.size[1]
+        shape = model_config("phase1", Ranked(), checkpointing=False, **(TINY if options.smoke else {}))
+        torch.manual_seed(0)
+        model = LanguageModel(shape)
+        self.start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        self.state = make_train_state(model, TrainConfig(compile=self.fast, cuda_graphs=self.fast), self.device)
+        self.scaler = dict(self.state.scaler.state_dict())
+        self.alone = replace(self.state, replicas=Alone())
+        self.batches = micro_batches(shape.vocab_size, *self.size, self.ranks, self.device)
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "device": torch.cuda.get_device_name() if self.fast else "cpu", "torch": torch.__version__,
+            "world_size": self.ranks, "backend": "nccl" if self.fast else "gloo", "batch_size_per_gpu": self.size[0], "seq_length": self.size[1],
+        }  # fmt: skip
+
+    def rounds(self, count: int) -> tuple[list[Any], list[Any]]:
+        """Times of steps of all ranks, of the slowest of them, and of rank 0 alone."""
+        from phase1.measure.throughput.ranks import slowest
+        from phase1.parallel import group
+
+        together, alone = [], []
+        for number in range(-WARMUP, count):
+            group.gate()
+            step = self._timed(self.state)
+            group.gate()
+            one = self._timed(self.alone) if self.rank == 0 else None
+            if number >= 0:
+                together.append(step)
+                alone.append(one)
+        return slowest(together), alone
+
+    def _timed(self, state: Any) -> Any:
+        from phase1.measure.throughput.timing import Stopwatch
+        from phase1.training.step import train_step
+
+        if self.fast:
+            torch.cuda.synchronize()
+        watch = Stopwatch(self.device)
+        train_step(state, self.batches[0][self.rank], watch.mark)
+        return watch.step_time()
+
+    def losses(self, state: Any, share: Any) -> list[float]:
+        """Of STEPS steps from the start: of each the micro batches that `share` takes of those of all ranks."""
+        from phase1.training.step import train_step
+
+        with torch.no_grad():
+            for name, tensor in self.state.model.state_dict().items():
+                tensor.copy_(self.start[name])
+            for values in self.state.optimizer.state.values():
+                for value in values.values():
+                    value.zero_()
+        self.state.scaler.load_state_dict(self.scaler)
+        return [float(train_step(state, share(batches))) for batches in self.batches]
+
+
+def speeds(together: list[Any], alone: list[Any], tokens: int) -> dict[str, Any]:
+    from phase1.measure.throughput.timing import median_step
+    from phase1.parallel import group
+    from phase1.stats.step_times import speed_ratio
+
+    step, one, ranks = median_step(together), median_step(alone), group.size()
+    total, single = [s.total_ms for s in together], [s.total_ms for s in alone]
+    efficiency, interval = speed_ratio(total, single)
+    phases = ("forward", "backward", "communication", "optimizer")
+    return {
+        "one_gpu_ms": one.total_ms, "together_ms": step.total_ms, "communication_ms": step.communication_ms,
+        "phases_ms": {name: getattr(step, f"{name}_ms") for name in phases},
+        "one_gpu_phases_ms": {name: getattr(one, f"{name}_ms") for name in phases},
+        "one_gpu_tokens_per_s": 1e3 * tokens / one.total_ms, "together_tokens_per_s": 1e3 * ranks * tokens / step.total_ms,
+        "speedup": ranks * efficiency, "speedup_ci95": interval and [ranks * end for end in interval],
+        "together_samples_ms": total, "one_gpu_samples_ms": single,
+    }  # fmt: skip
+
+
+def micro_batches(vocab_size: int, B: int, T: int, ranks: int, device: str) -> list[list[list[Any]]]:
+    """Of every step, and for each rank, a list of one micro batch: ids as frequent as words are."""
     generator = torch.Generator().manual_seed(1)
     steps = []
     for _ in range(STEPS):
         ids = (torch.rand(ranks, B, T + 1, generator=generator) ** 4 * (vocab_size - 1)).long().to(device)
-        steps.append([(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in ids])
+        steps.append([[(part[:, :-1].contiguous(), part[:, 1:].contiguous())] for part in ids])
     return steps
 
 

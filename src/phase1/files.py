@@ -23,7 +23,8 @@ MAX_JSON_BYTES = 16 * 2**20  # a report is some kilobytes; a file this large is 
 def atomic_write(path: Path | str, data: bytes) -> None:
     """Put `data` at `path` so that a crash at any moment leaves the old or the new content, never a part.
 
-    In a run of several processes rank 0 writes, and the others only call this. What killed writers have left in the folder is removed afterwards.
+    In a run of several processes rank 0 writes, and the others only call this.
+    What killed writers have left in the folder is removed afterwards.
     Makes missing folders. Raises OSError, with the old file untouched and no temporary file left; only where the last
     step, the fsync of the folder, fails, the new content is already there, whole, but may not survive a power cut.
     """

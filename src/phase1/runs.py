@@ -169,7 +169,7 @@ class TrainRun(ModelConfig, DataConfig, TrainConfig, WatchConfig):
 
     seq_length: int = option(512, "T, tokens per window")
     out_dir: str = option("results/checkpoints/train", "folder of the checkpoint")
-    shard: bool = option(False, "on many GPUs: spread parameters, gradients and optimizer state over them; the result is the same")
+    shard: bool = option(False, "spread parameters, gradients and optimizer state over the GPUs of torchrun; same result")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -117,5 +117,5 @@ def test_ranks_share_a_batch(ranks, batch, micro, expected):
 
 @pytest.mark.parametrize("ranks, batch, micro", [(3, 8, 2), (16, 8, 2), (2, 12, 4)])
 def test_ranks_that_cannot_share_a_batch_are_refused(ranks, batch, micro):
-    with pytest.raises(ValueError, match=r"must .*; (got|it is not).*; (start|give)"):
+    with pytest.raises(ValueError, match=r"must .*; got \d+; (start \d|give)"):
         windows_per_rank(TrainConfig(train_batch_size=batch, micro_batch_size=micro), ranks)

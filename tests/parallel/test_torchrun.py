@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import psutil
 import pytest
@@ -95,7 +94,7 @@ def test_a_batch_that_ranks_cannot_share_is_refused_before_there_is_a_model(data
     words = f"{SHAPE} {RANKS} {TRAIN} --train-batch-size 3 --micro-batch-size 3".split()
     done = torchrun(2, "-m", "phase1", "train", *words, *data, "--out-dir", tmp_path / "out")
     (line,) = ours(done.stderr)
-    assert done.returncode and "--train-batch-size=3 must be a multiple of the 2 ranks" in line and "parameters" not in done.stderr
+    assert done.returncode and "--train-batch-size must be a multiple of the 2 ranks; got 3; start 1" in line and "parameters" not in done.stderr
 
 
 def test_throughput_of_two_ranks_and_no_comparison_with_one(tmp_path):

@@ -175,9 +175,9 @@ def times():
 
 
 def opened_for_writing(found, event, arguments):
-    if event == "open" and isinstance(arguments[0], str) and isinstance(arguments[2], int):
-        if arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and not arguments[0].startswith("/dev/"):
-            found.append(arguments[0])
+    path, _, how = arguments if event == "open" else (None, None, None)
+    if isinstance(path, str) and how & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and not path.startswith("/dev/"):
+        found.append(path)
 
 
 def main(folder):

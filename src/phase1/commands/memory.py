@@ -99,8 +99,8 @@ def cards_text() -> str:
 def cases_of(run: MemoryRun, limit: int | None, card: Card | None) -> dict[str, MemoryCase]:
     """What is measured, by role."""
     size = (run.batch_size, run.seq_length, limit, run.dry_run)
-    chip, ranks = None if card is None else card.chip, group.size()
-    return {role: MemoryCase(model, *size, compiled=role in COMPILED, chip=chip, ranks=ranks) for role, model in models(run).items()}
+    where: dict[str, Any] = {"chip": None if card is None else card.chip, "ranks": group.size()}
+    return {role: MemoryCase(model, *size, compiled=role in COMPILED, **where) for role, model in models(run).items()}
 
 
 def measured(cases: dict[str, MemoryCase], session: Session) -> Iterator[tuple[str, MemoryResult]]:

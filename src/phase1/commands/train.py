@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,14 +47,15 @@ def main(run: TrainRun) -> int:
     require_writable(folder)
     windows_per_rank(run, group.size())
     if run.shard and not group.together():
-        raise ValueError("--shard needs several GPUs; got one process; start it by torchrun --nproc-per-node=N, or leave it out")
+        raise ValueError("--shard needs several GPUs; got one process; start it by torchrun, or leave it out")
     corpus, valid = group.first_before_others(lambda: _texts(run))
     model_config, train_config = part_of(ModelConfig, run), part_of(TrainConfig, run)
     for line in plan(run, model_config, corpus, valid) if is_first() else ():
         print(one_line(line, 500), file=sys.stderr, flush=True)
     watch = watch_of(run, corpus, valid)
     try:
-        facts = train_to_checkpoint(model_config, train_config, corpus, run.seq_length, folder, label=run.mixer, watch=watch, shard=run.shard)
+        how: dict[str, Any] = {"label": run.mixer, "watch": watch, "shard": run.shard}
+        facts = train_to_checkpoint(model_config, train_config, corpus, run.seq_length, folder, **how)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

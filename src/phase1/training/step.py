@@ -93,8 +93,9 @@ def train_step(state: TrainState, micro_batches: list[Batch], mark: Callable[[st
     Of several ranks each has micro batches of its own, as many tokens as every other, and all take one step together.
 
     The one step that training, memory and throughput share. `mark` is called with "start", then "forward" and
-    "backward" after those of each micro batch, "communication" where there are other ranks, and "optimizer" at the end. The losses of micro batches weigh by their
-    scored targets and the penalties of the rank gate by their tokens, so that the split does not change the step.
+    "backward" after those of each micro batch, "communication" where there are other ranks, and "optimizer" at the end.
+    The losses of micro batches weigh by their scored targets and the penalties of the rank gate by their tokens, so that the
+    split does not change the step.
 
     Returns:
         The mean cross-entropy in nats per scored target, detached, without the penalty of the rank gate: reading it waits for
@@ -137,9 +138,9 @@ def windows_per_rank(config: TrainConfig, ranks: int) -> int:
     B, micro = config.train_batch_size, config.micro_batch_size
     if B % ranks:
         near = max(n for n in range(1, ranks + 1) if B % n == 0)
-        raise ValueError(f"--train-batch-size={B} must be a multiple of the {ranks} ranks; it is not; start {near}, or change it")
+        raise ValueError(f"--train-batch-size must be a multiple of the {ranks} ranks; got {B}; start {near}, or change it")
     if (B // ranks) % micro and micro < B // ranks:
-        expected = f"--micro-batch-size must divide the {B // ranks} of --train-batch-size={B} windows that each of {ranks} ranks has"
+        expected = f"--micro-batch-size must divide the {B // ranks} windows of a batch that each of {ranks} ranks has"
         raise ValueError(f"{expected}; got {micro}; give a divisor")
     return B // ranks
 

@@ -213,8 +213,9 @@ def _step_alone(contender: Contender, seq_length: int, measured: bool) -> None:
     if rank() > 0:
         return
     assert contender.state is not None
-    state, watch = replace(contender.state, replicas=Alone()), Stopwatch(contender.state.device.type)
-    train_step(state, [random_batch(contender.config.vocab_size, contender.batch_size, seq_length, state.device.type)], watch.mark)
+    state, device = replace(contender.state, replicas=Alone()), contender.state.device.type
+    batch, watch = random_batch(contender.config.vocab_size, contender.batch_size, seq_length, device), Stopwatch(device)
+    train_step(state, [batch], watch.mark)
     step = watch.step_time()
     contender.alone += [step] * measured
 
