@@ -126,7 +126,8 @@ class Bench:
     def facts(self) -> dict[str, Any]:
         return {
             "device": torch.cuda.get_device_name() if self.fast else "cpu", "torch": torch.__version__,
-            "world_size": self.ranks, "backend": "nccl" if self.fast else "gloo", "batch_size_per_gpu": self.size[0], "seq_length": self.size[1],
+            "world_size": self.ranks, "backend": "nccl" if self.fast else "gloo",
+            "batch_size_per_gpu": self.size[0], "seq_length": self.size[1],
         }  # fmt: skip
 
     def rounds(self, count: int) -> tuple[list[Any], list[Any]]:

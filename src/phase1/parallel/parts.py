@@ -1,5 +1,7 @@
 """Tensors that are spread over the ranks, as checkpoints see them: whole. It imports little where there are none."""
 
+from typing import Any
+
 from torch import Tensor
 
 
@@ -8,7 +10,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def part_of(tensor: Tensor, like: Tensor) -> Tensor:
+def part_of(tensor: Tensor, like: Any) -> Tensor:
     """This rank's part of `tensor` where `like`, of the same shape, is spread over the ranks, on its device; else all of it."""
     tensor = tensor.to(like.device)
     if not hasattr(like, "full_tensor") or like.shape != tensor.shape:

@@ -121,8 +121,9 @@ def make_state(
     comparison knows more text than another; None where a checkpoint brings them.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    make = partial(start_of, model_config, seen, train_config.seed, device)
-    statistics = None if seen is None else group.from_first(make)
+    statistics = None
+    if seen is not None:
+        statistics = group.from_first(partial(start_of, model_config, seen, train_config.seed, device))
     torch.manual_seed(train_config.seed)
     model = LanguageModel(model_config, statistics)
     equal_start(model.parameters())

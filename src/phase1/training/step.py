@@ -55,7 +55,7 @@ def make_train_state(
     shard: spread it over the ranks, on all of which it is equal.
     """
     device = torch.device(device)
-    replicas = None
+    replicas: Alone | None = None
     if shard:
         from phase1.parallel.shards import spread  # takes a second to import
 
