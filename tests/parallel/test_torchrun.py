@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,9 +12,10 @@ from dataclasses import replace
 
 import psutil
 import pytest
+from torch.distributed import run as torch_run
 
 from phase1.checks.regression import differences
-from phase1.cli import main
+from phase1.cli import main, parse
 from phase1.commands import perplexity
 from phase1.measure.memory.case import MemoryCase
 from phase1.measure.memory.estimate.estimate import estimate_memory
@@ -157,3 +160,20 @@ def test_gpus_all_needs_gpus(data, tmp_path, capsys):
 def test_shard_needs_several_gpus(data, tmp_path, capsys):
     assert main(["train", *f"{SHAPE} {RANKS} {TRAIN} --shard".split(), *data, "--out-dir", str(tmp_path)]) == 2
     assert "--shard needs several GPUs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("page", ["docs/multi_gpu.md", "docs/ja/multi_gpu.md"])
+def test_every_command_on_the_page_can_be_typed(page):
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    known = 0
+    for words in (shlex.split(line) for block in blocks for line in block.splitlines()):
+        if words[0] == "torchrun":
+            torch_run.get_args_parser().parse_args(words[1:])
+            words = words[words.index("-m") + 1 :]
+        if words[0] == "sbatch":
+            assert "-m phase1 train" in (ROOT / words[1]).read_text()
+            words = ["phase1", "train", *words[2:]]
+        if words[0] == "phase1":
+            parse(*words[1:2], words[2:])
+            known += 1
+    assert known > 8

@@ -21,8 +21,11 @@ GRACE_SECONDS: Final = 15.0  # from the signal that ends a rank to its end, wher
 LOOK_SECONDS: Final = 3.0  # for the rank that is gone, or says why it goes
 
 
+RUN: Final = "run"  # the group of the ranks themselves
+
+
 @contextmanager
-def processes(command: str, name: str = "run") -> Iterator[None]:
+def processes(command: str, name: str = RUN) -> Iterator[None]:
     """Within the block the ranks that torchrun started compute together; nothing changes where there is one.
 
     However one of them ends, all do, and one line says which it was.
@@ -36,8 +39,7 @@ def processes(command: str, name: str = "run") -> Iterator[None]:
     if world.size() == 1:
         yield
         return
-    base = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=PATIENCE)
-    store = dist.PrefixStore(f"phase1/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{name}", base)
+    store = dist.PrefixStore(f"phase1/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{name}", _store(name == RUN))
     with Guard(store, command) as guard:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=world.rank(), world_size=world.size(), timeout=PATIENCE)
@@ -47,6 +49,13 @@ def processes(command: str, name: str = "run") -> Iterator[None]:
         except (Exception, KeyboardInterrupt) as error:
             raise guard.verdict(error) from error
         dist.destroy_process_group()
+
+
+def _store(hosts: bool) -> Any:
+    """Where ranks leave word for each other: with torchrun, or with rank 0 where it leaves that to the ranks."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_host = hosts and world.rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+    return dist.TCPStore(address, port, is_master=is_host, timeout=PATIENCE, wait_for_workers=False)
 
 
 def see_one_gpu() -> None:
