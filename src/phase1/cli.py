@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from phase1 import __version__, config, runs, world
 from phase1.config import Config, to_toml
-from phase1.errors import Unavailable, report_failure
+from phase1.errors import Elsewhere, Gone, Unavailable, report_failure
 from phase1.presets import PRESETS
 from phase1.signals import Ending, ending_signals_interrupt
 from phase1.text import one_line, printable_output
@@ -108,7 +108,8 @@ def _status(name: str, argv: Sequence[str], ending: Ending) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (Exception, KeyboardInterrupt) as error:
-        if not ending.come and not isinstance(error, KeyboardInterrupt):
+        elsewhere = isinstance(error, Elsewhere | Gone)  # torchrun sends a signal to the other ranks of one that ends
+        if elsewhere or not ending.come and not isinstance(error, KeyboardInterrupt):
             return report_failure(name, error)
         kept = "; older results are untouched" if name != "generate" else ""
         again = "; --resume goes on with what is finished" if hasattr(COMMANDS[name], "resume") else ""

@@ -15,6 +15,7 @@ import torch
 from phase1 import world
 from phase1.config import Ranked, TrainConfig
 from phase1.data import Corpus, Windows
+from phase1.machine.isolate import run_isolated
 from phase1.measure.perplexity.evaluate import Protocol, evaluate
 from phase1.measure.throughput.ranks import attempt, slowest
 from phase1.measure.throughput.timing import StepTime
@@ -170,6 +171,21 @@ def failures():
     return group.gathered(heard)
 
 
+def child(name, fails):
+    """In a process that a rank starts: a sum over those of all ranks, or no memory on the last."""
+    with processes("child", name):
+        if fails and group.rank() == group.size() - 1:
+            raise MemoryError
+        return int(group.sum_(torch.tensor(1 + group.rank())))
+
+
+def children():
+    return [
+        [(outcome.status, outcome.value) for outcome in group.gathered(run_isolated(child, f"child {fails}", fails))]
+        for fails in (False, True)
+    ]
+
+
 def times():
     return [step.total_ms for step in slowest([StepTime(1.0 + group.rank(), 1, 1), StepTime(5.0 - group.rank(), 1, 1)])]
 
@@ -188,8 +204,7 @@ def main(folder):
             sys.addaudithook(partial(opened_for_writing, written))
         n = group.size()
         found = {
-            "losses": {f"{role} {micro}": losses(role, micro) for role, micro in LOSSES},
-            "equal runs": [bits(*LOSSES[-1]) for _ in range(2)],
+            "losses": {f"{role} {micro}": losses(role, micro) for role, micro in LOSSES[(n - 1) // 2 :]},
             "uneven": uneven_gradients(),
             "overflow": overflow(shard=False),
             "scores": scores(),
@@ -198,6 +213,8 @@ def main(folder):
             "first": group.from_first(lambda: world.rank()),
         }
         if n == 2:
+            found["equal runs"] = [bits(*LOSSES[-1]) for _ in range(2)]
+            found["children"] = children()
             found["sharded losses"] = losses(shard=True)
             found["sharded overflow"] = overflow(shard=True)
             found["jobs"] = {

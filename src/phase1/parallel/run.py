@@ -16,6 +16,7 @@ import torch.distributed as dist
 from phase1 import world
 from phase1.errors import Elsewhere, Gone, error_line
 from phase1.parallel.group import PATIENCE, Lost, gate
+from phase1.signals import handlers
 
 GRACE_SECONDS: Final = 15.0  # from the signal that ends a rank to its end, where it waits for a GPU that waits for another
 LOOK_SECONDS: Final = 3.0  # for the rank that is gone, or says why it goes
@@ -47,6 +48,8 @@ def processes(command: str, name: str = RUN) -> Iterator[None]:
             yield
             gate()  # a rank that has ended could be taken for one that was ended
         except (Exception, KeyboardInterrupt) as error:
+            for number in handlers():  # torchrun's, which it sends when another rank ends: this one knows, and looks for it
+                signal.signal(number, signal.SIG_IGN)
             raise guard.verdict(error) from error
         dist.destroy_process_group()
 
