@@ -59,7 +59,7 @@ def test_attention_of_matrix_products_is_the_fused_one():
     ids, targets = batch()
     products.load_state_dict(fused.state_dict())
     torch.testing.assert_close(products(ids), fused(ids), rtol=1e-9, atol=1e-9)
-    gradients = [torch.autograd.grad(net.loss(ids, targets), net.blocks[0].mixer.qkv.weight) for net in (fused, products)]
+    gradients = [torch.autograd.grad(net.loss(ids, targets), net.blocks[0].mixer.in_proj.weight) for net in (fused, products)]
     torch.testing.assert_close(*gradients, rtol=1e-7, atol=1e-9)
 
 
@@ -90,7 +90,7 @@ def test_pieces_continued_from_their_state_are_the_whole(role):
 def test_the_htt_table_is_one_explicit_table_for_lookup_logits_and_gradients():
     net, (ids, targets) = model(rank_penalty=0.0), batch()
     explicit = model("phase1", embedding="dense", rank_penalty=0.0)
-    rows = net.embedding.table(torch.float64)[net.embedding.positions(torch.arange(TINY.vocab_size))]
+    rows = net.embedding.table(torch.float64)[net.embedding.rows_of(torch.arange(TINY.vocab_size))]
     explicit.load_state_dict({k: v for k, v in net.state_dict().items() if not k.startswith("embedding")}, strict=False)
     explicit.embedding.rows.data.copy_(rows)
     bias = net.embedding.output_bias
@@ -226,7 +226,7 @@ def test_the_table_starts_where_its_statistics_say():
 
 def test_a_token_order_that_is_no_permutation_is_refused():
     with pytest.raises(ValueError, match="once each"):
-        LanguageModel(model_config("phase1", TINY), statistics()._replace(positions=np.zeros(50, dtype=np.int64)))
+        LanguageModel(model_config("phase1", TINY), statistics()._replace(row_of_id=np.zeros(50, dtype=np.int64)))
 
 
 def test_parameter_counts_add_up():
@@ -257,7 +257,7 @@ def test_wrong_sizes_name_the_flag_and_the_remedy(sizes, remedy):
 
 
 def rows_by_definition(table, every):
-    rows, V = list(table.rows), len(table.positions_of)
+    rows, V = list(table.rows), len(table.row_of_id)
     for i in range(len(rows), V):
         level = next(level for level in every if i < level.end)
         if level.rank:

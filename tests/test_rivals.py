@@ -46,7 +46,7 @@ def test_both_kinds_of_table_start_from_the_same_knowledge(ids, dense_rows):
     every = levels(V, 16, 2, dense_rows)
     htt = token_statistics(ids, vocab_size=V, levels=every, dim=12, seed=3)
     dense = token_vectors(ids, vocab_size=V, dim=12, seed=3)
-    id_at = np.argsort(htt.positions)
+    id_at = np.argsort(htt.row_of_id)
     assert np.array_equal(dense.log_frequency[id_at], htt.log_frequency)
     assert np.array_equal(dense.rows[id_at[:dense_rows]], htt.rows)
 
@@ -58,9 +58,9 @@ def test_a_dense_table_starts_at_the_log_frequencies_and_at_the_rows_of_the_htt_
     counts = np.bincount(ids, minlength=V)
     expected = torch.from_numpy(np.log((counts + 1) / (len(ids) + V))).float()
     torch.testing.assert_close(dense.output_bias.detach(), expected)
-    frequent = torch.argsort(htt.positions_of)[:20]
+    frequent = torch.argsort(htt.row_of_id)[:20]
     assert torch.equal(dense.rows[frequent], htt.rows) and torch.equal(
-        dense.output_bias[torch.argsort(htt.positions_of)], htt.output_bias
+        dense.output_bias[torch.argsort(htt.row_of_id)], htt.output_bias
     )
     torch.testing.assert_close(dense.rows.norm(dim=1)[counts > 0], torch.ones(np.count_nonzero(counts)))
 
@@ -98,7 +98,7 @@ def test_fair_attention_is_its_formula():
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
     h = torch.randn(2, T, D, dtype=torch.float64)
-    mixed, z = layer.qkv(h).split([3 * D, D], -1)
+    mixed, z = layer.in_proj(h).split([3 * D, D], -1)
     padded = torch.nn.functional.pad(mixed, (0, 0, 3, 0))
     mixed = layer.conv_bias + sum(padded[:, j : j + T] * layer.conv_weight[j] for j in range(4))
     q, k, v = mixed.view(2, T, 3, H, D // H).unbind(2)
@@ -107,7 +107,7 @@ def test_fair_attention_is_its_formula():
     scores = torch.einsum("bthp,bshp->bhts", rotate(q, *angles), rotate(k, *angles)) / (D // H) ** 0.5
     weights = scores.masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), -torch.inf).softmax(-1)
     y = torch.einsum("bhts,bshp->bthp", weights, v).flatten(2)
-    expected = layer.out(rms_norm(y * torch.nn.functional.silu(z), layer.norm))
+    expected = layer.out_proj(rms_norm(y * torch.nn.functional.silu(z), layer.norm))
     torch.testing.assert_close(layer(h)[0], expected, rtol=1e-9, atol=1e-9)
 
 

@@ -192,7 +192,7 @@ def test_half_precision_is_that_of_evaluation():
         expected = d.model(torch.tensor([ids]))[0, -1].log_softmax(-1)
     half = Decoder(d.model, BYTES, torch.bfloat16)
     torch.testing.assert_close(half.prefill(ids)[0], expected, atol=0.05, rtol=0.01)
-    assert half.model.blocks[0].mlp.out.weight.dtype == torch.bfloat16 and half.model.norm.weight.dtype == torch.float32
+    assert half.model.blocks[0].mlp.down_proj.weight.dtype == torch.bfloat16 and half.model.norm.weight.dtype == torch.float32
 
 
 @pytest.fixture

@@ -137,7 +137,7 @@ def test_resuming_with_other_settings_names_the_flags(tmp_path):
 
 def test_a_checkpoint_for_evaluation_restores_the_model_with_its_token_order(tmp_path):
     s = state()
-    s.model.embedding.positions_of.copy_(torch.randperm(50))
+    s.model.embedding.row_of_id.copy_(torch.randperm(50))
     train(s, batch_at, 2)
     save_checkpoint(tmp_path, s, {"trained_tokens": 64}, resumable=False)
     model, facts = load_model(tmp_path)

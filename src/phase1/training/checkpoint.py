@@ -18,6 +18,7 @@ from phase1.config import Config, ModelConfig, TrainConfig
 from phase1.errors import Diverged
 from phase1.files import atomic_write, open_plain, read_json
 from phase1.model import LanguageModel
+from phase1.tensor_names import with_present_names
 from phase1.text import one_line
 from phase1.training.optimizers import kept
 from phase1.training.step import TrainState, total_steps
@@ -229,8 +230,9 @@ def _shapes(folder: Path | str, index: dict[str, Any]) -> dict[str, list[int]]:
     """The shape of every tensor of the model, from the header of its file; no tensor is read."""
     try:
         with _opened(Path(folder) / index["files"]["model"]) as file:
-            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, it is no dict
-    except (KeyError, OSError, SafetensorError) as error:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, it is no dict
+        return with_present_names(shapes)
+    except (KeyError, OSError, SafetensorError, ValueError) as error:
         raise _misfit(folder, error) from error
 
 
@@ -280,15 +282,19 @@ def _load_weights(folder: Path | str, index: dict[str, Any], model: LanguageMode
 
 
 def _tensors(folder: Path | str, index: dict[str, Any], part: str) -> dict[str, Tensor]:
-    """The tensors of one file, which must be of the step that the index says, where the file says one."""
+    """The tensors of one file, by their present names. The file must be of the index's step, if it says one."""
     try:
         path = Path(folder) / index["files"][part]
         with _opened(path) as file:
             step = (file.metadata() or {}).get("step", str(index["step"]))
         if step != str(index["step"]):
             raise _misfit(folder, ValueError(f"{INDEX} says step {index['step']} and {path.name} step {step:.20}"))
-        return load_file(path)
+        tensors = load_file(path)
     except (KeyError, TypeError, OSError, SafetensorError) as error:
+        raise _misfit(folder, error) from error
+    try:
+        return with_present_names(tensors)
+    except ValueError as error:
         raise _misfit(folder, error) from error
 
 

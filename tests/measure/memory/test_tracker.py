@@ -154,7 +154,7 @@ def test_watching_modules_changes_no_allocation_and_leaves_no_hook_behind():
 
 
 def test_modules_are_named_as_deep_as_the_mixer_of_a_block():
-    names = ["blocks.3.mixer.rank_gate.out.bias", "blocks.3.mlp_norm.weight", "blocks.3.x", "embedding.parts.0.basis", "norm.weight"]
+    names = ["blocks.3.mixer.rank_gate.out_proj.bias", "blocks.3.mlp_norm.weight", "blocks.3.x", "embedding.parts.0.basis", "norm.weight"]
     assert [site_of(name) for name in names] == ["blocks.3.mixer", "blocks.3.mlp_norm", "blocks.3", "embedding", "norm"]
 
 
