@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from phase1.config import ModelConfig, Ranked
+from phase1.config import EngineShape, ModelConfig
 from phase1.layers.token_table import HTTTable
 from phase1.model import LanguageModel
 from phase1.ops.htt import htt_lookup_reference
@@ -13,7 +13,7 @@ from phase1.roster import ROLES, model_config
 from phase1.vocabulary.levels import levels
 from phase1.vocabulary.statistics import TokenStatistics
 
-TINY = Ranked(
+TINY = EngineShape(
     vocab_size=50, d_model=16, n_layers=2, n_heads=2, ar_ssm_max_rank=4, ar_ssm_min_rank=2, ar_ssm_window=4,
     htt_rank=1, htt_dense_rows=2, htt_groups=6,
 )  # fmt: skip
@@ -68,8 +68,8 @@ def test_attention_of_matrix_products_is_the_fused_one():
     [("baseline", "69bfcfd1a50e"), ("baseline_optimized", "425c3320abf4"), ("phase1", "000423cfa5a7")],
 )
 def test_the_ids_of_published_results_never_change(role, config_id):
-    assert model_config(role, Ranked()).config_id == config_id
-    assert model_config({"baseline": "baseline_again", "phase1": "engine_again"}.get(role, role), Ranked()).config_id == config_id
+    assert model_config(role, EngineShape()).config_id == config_id
+    assert model_config({"baseline": "baseline_again", "phase1": "engine_again"}.get(role, role), EngineShape()).config_id == config_id
 
 
 def test_the_kind_of_attention_is_in_the_id_of_a_model_that_has_attention():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from phase1.config import Ranked, TrainConfig
+from phase1.config import EngineShape, TrainConfig
 from phase1.layers.attention import Attention
 from phase1.layers.norm import rms_norm
 from phase1.layers.rotary import rotary, rotate
@@ -19,7 +19,7 @@ from phase1.vocabulary.levels import levels
 from phase1.vocabulary.statistics import token_statistics, token_vectors
 
 V = 300
-TINY = Ranked(
+TINY = EngineShape(
     vocab_size=V, d_model=16, n_layers=2, n_heads=2, ar_ssm_max_rank=4, ar_ssm_min_rank=2, ar_ssm_window=4,
     htt_rank=2, htt_dense_rows=20, htt_groups=10, copy_window=8,
 )  # fmt: skip

@@ -31,13 +31,13 @@ COMMANDS: dict[str, type[Config]] = {
     "doctor": runs.DoctorRun,
 }
 GROUPS: dict[type[Config], str] = {
-    config.Shape: "model",
-    config.Ranked: "model",
+    config.ModelShape: "model",
+    config.EngineShape: "model",
     config.ModelConfig: "model",
     config.DataConfig: "data",
     config.TrainConfig: "training",
     config.WatchConfig: "watching",
-    runs.Output: "output",
+    runs.OutputConfig: "output",
 }
 """Heading of the flags that a class declares; those of the command itself come first, under its name."""
 EXAMPLES = {

@@ -74,7 +74,7 @@ C = TypeVar("C", bound=Config)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape(Config):
+class ModelShape(Config):
     """What engine and baseline have in common, plus the engine's settings that no run sweeps."""
 
     vocab_size: int = option(50257, "V, rows of the token table; at least the tokenizer's vocabulary")
@@ -114,7 +114,7 @@ class Shape(Config):
             raise ValueError("--ar-ssm-window, --rank-penalty and --htt-dense-rows must be 0 or more; got a negative number")
 
 
-def check_ranks(shape: Shape, ar_ssm_max_rank: int, htt_rank: int) -> None:
+def check_ranks(shape: ModelShape, ar_ssm_max_rank: int, htt_rank: int) -> None:
     """Raise ValueError where a rank does not fit the shape."""
     for flag, rank in (("--ar-ssm-max-rank", ar_ssm_max_rank), ("--htt-rank", htt_rank)):
         if not 0 < rank <= shape.d_model:
@@ -128,7 +128,7 @@ def check_ranks(shape: Shape, ar_ssm_max_rank: int, htt_rank: int) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ranked(Shape):
+class EngineShape(ModelShape):
     """A shape with one rank of each kind."""
 
     ar_ssm_max_rank: int = option(32, "R, columns of U and V per head: the rank that is stored and computed")
@@ -157,7 +157,7 @@ YOUNGER: dict[str, Any] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(Ranked):
+class ModelConfig(EngineShape):
     """One model. Engine and baseline differ in the fields below and in nothing else."""
 
     mixer: Literal["ar_ssm", "attention"] = option("ar_ssm", "sequence layer of every block")

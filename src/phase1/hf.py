@@ -113,8 +113,8 @@ class Phase1ForCausalLM(PreTrainedModel, GenerationMixin):
         """As in the base class; a folder of an earlier version, whose tensors have other names, loads too."""
         loaded = super().from_pretrained(*args, key_mapping=OLD_NAMES | (key_mapping or {}), **options)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        used = model._weight_conversions  # would be undone by save_pretrained, which is to write the present names
-        model._weight_conversions = [conversion for conversion in used if not OLD_NAMES.keys() & set(conversion.source_patterns)]
+        used = model._weight_conversions  # save_pretrained would undo them, and write the old names
+        model._weight_conversions = [renaming for renaming in used if not OLD_NAMES.keys() & set(renaming.source_patterns)]
         return loaded
 
     @classmethod

@@ -3,7 +3,7 @@
 from dataclasses import fields
 from typing import Any, Literal
 
-from phase1.config import YOUNGER, ModelConfig, Ranked, Shape
+from phase1.config import YOUNGER, EngineShape, ModelConfig, ModelShape
 
 TRANSFORMER: dict[str, Any] = {"mixer": "attention", "embedding": "dense", "copy_head": False}
 ROLES: dict[str, dict[str, Any]] = {
@@ -28,9 +28,9 @@ CONTROLS: dict[str, dict[str, Any]] = {
 """Models that test the measurement, not the engine: one that is quadratic beyond doubt, and second copies."""
 
 
-def model_config(role: str, shape: Shape, **overrides: Any) -> ModelConfig:
+def model_config(role: str, shape: ModelShape, **overrides: Any) -> ModelConfig:
     """The model of `role` with the sizes of `shape` (ranks too, where `shape` has them)."""
-    sizes = {f.name: getattr(shape, f.name) for f in fields(Ranked) if hasattr(shape, f.name)}
+    sizes = {f.name: getattr(shape, f.name) for f in fields(EngineShape) if hasattr(shape, f.name)}
     return ModelConfig(**(sizes | (ROLES | CONTROLS)[role] | overrides))
 
 

@@ -7,9 +7,9 @@ from typing import Literal
 from phase1.config import (
     Config,
     DataConfig,
+    EngineShape,
     ModelConfig,
-    Ranked,
-    Shape,
+    ModelShape,
     TrainConfig,
     WatchConfig,
     argument,
@@ -22,7 +22,7 @@ from phase1.roster import Variant
 
 
 @dataclass(frozen=True, kw_only=True)
-class Output(Config):
+class OutputConfig(Config):
     """Where results go."""
 
     out_dir: str = option("results/benchmarks", "folder of the result files", affects_results=False)
@@ -34,7 +34,7 @@ class Output(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemoryRun(Ranked, Output):
+class MemoryRun(EngineShape, OutputConfig):
     """Peak memory of a training step: engine, FP16 Transformer and optimised Transformer, each in a fresh process."""
 
     batch_size: int = option(4, "B, sequences per step")
@@ -59,7 +59,7 @@ class MemoryRun(Ranked, Output):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ThroughputRun(Ranked, Output):
+class ThroughputRun(EngineShape, OutputConfig):
     """Training throughput over sequence lengths, and whether the time is linear in the length."""
 
     seq_lengths: tuple[int, ...] = option(
@@ -94,7 +94,7 @@ class ThroughputRun(Ranked, Output):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerplexityRun(Shape, DataConfig, TrainConfig, Output):
+class PerplexityRun(ModelShape, DataConfig, TrainConfig, OutputConfig):
     """Perplexity of trained models on one evaluation text, engine against the FP16 Transformer."""
 
     baseline_learning_rate: float = option(1.5e-3, "--learning-rate of models with attention: their best is another")
@@ -213,7 +213,7 @@ class ExportRun(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PipelineRun(Output):
+class PipelineRun(OutputConfig):
     """Memory, throughput, perplexity and tables, one after the other."""
 
     preset: Literal["rtx3080-10g", "rtx3080m-8g", "rtx4090-24g", "smoke"] = option("rtx3080-10g", "sizes of every step")

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from phase1.config import Ranked, TrainConfig
+from phase1.config import EngineShape, TrainConfig
 from phase1.data.tokenizers import byte_alphabet, make_tokenizer
 from phase1.generation import Decoder, load, state_bytes
 from phase1.generation.decoder import PIECE
@@ -15,7 +15,7 @@ from phase1.training.checkpoint import save_checkpoint
 from phase1.training.job import keep_tokenizer
 from phase1.training.step import make_train_state
 
-SHAPE = Ranked(
+SHAPE = EngineShape(
     vocab_size=300,
     d_model=32,
     n_layers=2,

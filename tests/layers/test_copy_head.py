@@ -145,7 +145,7 @@ def test_a_model_with_the_head_trains_and_is_read_back(mixer, precision, checkpo
     )
     state = make_train_state(net, settings, "cpu")
     state.scaler = type(state.scaler)("cpu", init_scale=1024.0, enabled=precision == "fp16")
-    state.passes.scaler = state.scaler
+    state.micro_batch.scaler = state.scaler
     begin = {name: p.detach().clone() for name, p in net.named_parameters()}
     losses = []
     train(state, lambda step: (ids, targets), 3, lambda step, loss: losses.append(loss))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from phase1.ops.anchored_table import anchored_table, anchored_table_reference, levels, inverse_index
+from phase1.ops.anchored_table import anchored_table, anchored_table_reference, inverse_index, levels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

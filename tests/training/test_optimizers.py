@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from phase1.config import Ranked, TrainConfig
+from phase1.config import EngineShape, TrainConfig
 from phase1.model import LanguageModel
 from phase1.roster import RIVALS, model_config
 from phase1.training.checkpoint import resume, save_checkpoint
 from phase1.training.optimizers import MuonAdamW, kept, make_optimizer, parameter_groups
 from phase1.training.step import learning_rate, make_train_state, skipped_steps, total_steps, train, train_step
 
-TINY = Ranked(
+TINY = EngineShape(
     vocab_size=50, d_model=16, n_layers=1, n_heads=2, ar_ssm_max_rank=4, ar_ssm_min_rank=2, ar_ssm_window=4,
     htt_rank=1, htt_dense_rows=2, htt_groups=6, copy_window=8,
 )  # fmt: skip

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from phase1.checks.perplexity import compared, quality_checks
-from phase1.config import Shape, TrainConfig, content_id
+from phase1.config import ModelShape, TrainConfig, content_id
 from phase1.data import Corpus, load_corpus
 from phase1.machine.environment import settings
-from phase1.measure.perplexity.candidates import Candidate, candidates
+from phase1.measure.perplexity.candidates import ScoredModel, candidates
 from phase1.measure.perplexity.evaluate import Protocol
 from phase1.measure.perplexity.result import Text, measure
 from phase1.plots import plot_losses, plot_perplexity
@@ -118,11 +118,11 @@ def screen(report: Report[PerplexityResult], name: str, files: list[Path]) -> Sc
 
 def conditions(run: PerplexityRun) -> dict[str, Any]:
     """The settings of the evaluation. Those of training and model are in the results: a checkpoint has its own."""
-    elsewhere = {f.name for cls in (Shape, TrainConfig) for f in fields(cls)} - {"precision"}
+    elsewhere = {f.name for cls in (ModelShape, TrainConfig) for f in fields(cls)} - {"precision"}
     return {name: value for name, value in settings(run).items() if name not in elsewhere}
 
 
-def data_identity(models: list[Candidate], texts: list[Text]) -> dict[str, str]:
+def data_identity(models: list[ScoredModel], texts: list[Text]) -> dict[str, str]:
     """What the cases of a run depend on besides its settings: tokens, tokenizer and given checkpoints, by their hashes."""
     first = texts[0].corpus
     identity = {name: split.sha256 for name, split in first.splits.items()} | {"tokenizer": first.tokenizer.fingerprint}

@@ -15,7 +15,7 @@ from phase1.machine.isolate import run_isolated
 from phase1.measure.throughput.decode import measure_decoding
 from phase1.measure.throughput.disturbances import model_warnings, run_warnings
 from phase1.measure.throughput.efficiency import card_of, with_efficiency
-from phase1.measure.throughput.interleaved import Contender, ThroughputPlan, measure_throughput, throughput_results
+from phase1.measure.throughput.interleaved import ThroughputPlan, TimedModel, measure_throughput, throughput_results
 from phase1.measure.throughput.monitor import Monitor
 from phase1.measure.throughput.saturation import graphs_fail, saturating_batch
 from phase1.measure.workload import control_batch_size
@@ -114,7 +114,7 @@ def models(run: ThroughputRun) -> dict[str, ModelConfig]:
 
 def measured(
     run: ThroughputRun, way: Way, wanted: dict[str, ModelConfig], device: str, monitor: Monitor, session: Session
-) -> dict[str, Contender]:
+) -> dict[str, TimedModel]:
     """Every model at every length, with a bar of tokens: a step of 4,096 of them takes longer than one of 512."""
     memory = session.facts.get("gpu_memory_bytes" if device == "cuda" else "ram_bytes")
     batch_sizes = {

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from phase1.data.tokenizer_files import TOKENIZER, folder_tokenizer, gpt2_tokenizer
 from phase1.data.tokenizers import Tokenizer
-from phase1.generation.replay import Replay
+from phase1.generation.replay import GraphedStep
 from phase1.model import LanguageModel
 from phase1.training.checkpoint import load_model, read_index, training_facts
 from phase1.training.step import compute_dtype, require_gpu_for_graphs
@@ -58,7 +58,7 @@ class Decoder:
             require_gpu_for_graphs(self.device.type)
             if model.config.mixer == "attention":
                 raise ValueError("--cuda-graphs needs a state that does not grow; got a model with attention; leave it out")
-            self._replay = Replay(self.advance, model.config.copy_window)
+            self._replay = GraphedStep(self.advance, model.config.copy_window)
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -13,7 +13,7 @@ WARMUP_RUNS = 3  # before a capture: libraries make their handles
 Advance = Callable[[Tensor, list[Any]], tuple[Tensor, list[Any]]]
 
 
-class Replay:
+class GraphedStep:
     """`advance` for one token (B, 1), launched as a graph once the state has the same shapes before and after a step.
 
     The state it gives is overwritten by the next call. Until the windows of the mixers are full it runs as it is; the state
@@ -88,7 +88,7 @@ def _static(layer: Any, copy_window: int) -> Any:
     if isinstance(layer, CopyState):
         missing = copy_window - layer.k.shape[1]
         return CopyState(
-            layer.before,
+            layer.prev_key,
             F.pad(layer.k, (0, 0, missing, 0)),
             F.pad(layer.bias, (missing, 0), value=-torch.inf),
             F.pad(layer.ids, (missing, 0)),

@@ -96,7 +96,7 @@ class ARSSM(nn.Module):
         fused_runs(weight.new_empty(1, 1, len(weight), dtype=dtype), self.operator_parameters(), self.window)
 
     def forward(self, h: Tensor, state: State | None = None) -> tuple[Tensor, State, Tensor]:
-        """(B, T, D) -> (B, T, D), the state after the last position, and the effective rank (mean over positions of Σ_r g_r)."""
+        """(B, T, D) -> (B, T, D), the state after the last position, and the effective rank (mean of Σ_r g_r)."""
         proj, p = self.in_proj(h), self.operator_parameters()
         graphed = state is not None and isinstance(state.position, Tensor)  # a graph reads it; the kernels take a number
         if not graphed and fused_runs(proj, p, self.window):

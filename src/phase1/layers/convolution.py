@@ -13,7 +13,7 @@ def first_taps(channels: int) -> Tensor:
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """y_t = bias + Σ_j weight[j] ⊙ x_{t - CONV_WIDTH + 1 + j}, (B, T, channels), and the last CONV_WIDTH - 1 inputs, for later positions.
+    """y_t = bias + Σ_j weight[j] ⊙ x_{t - CONV_WIDTH + 1 + j}, (B, T, channels), and the last inputs, for later positions.
 
     `past`: the (B, CONV_WIDTH - 1, channels) inputs before x, zeros if None; weight and bias are taken in the dtype of x.
     """

@@ -256,7 +256,7 @@ class HTTTable(nn.Module):
 
 
 def _start_std(level: Level, d_model: int) -> float:
-    """Initial standard deviation of a row's own part: 1/√D, and a tenth of that if the row has anchors, whose sum it corrects."""
+    """Initial std of a row's own part: 1/√D, a tenth of that if the row also has anchors, whose sum it then only corrects."""
     return (0.1 if level.anchors else 1.0) / math.sqrt(d_model)
 
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from phase1.model import LanguageModel
 from phase1.records.schema import Execution
-from phase1.training.micro_batch import Replay
+from phase1.training.micro_batch import GraphedMicroBatch
 from phase1.training.step import TrainState
 
 PROBE_TOKENS = 64  # of the forward pass that is watched: which kernels run does not depend on the length
@@ -104,7 +104,7 @@ def execution(state: TrainState, compiler: Compiler | None) -> Execution:
         attention=attention,
         kernels=kernels,
         compiled=compiler is not None and compiler.calls > 0,
-        cuda_graphs=isinstance(state.passes, Replay),
+        cuda_graphs=isinstance(state.micro_batch, GraphedMicroBatch),
     )
     return found.model_copy(update={"otherwise": _otherwise(found, state, compiler)})
 

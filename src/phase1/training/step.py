@@ -14,7 +14,7 @@ from phase1.errors import Diverged
 from phase1.model import LanguageModel
 from phase1.ops.cross_entropy import IGNORE
 from phase1.training.compiler import require_compiler
-from phase1.training.micro_batch import Passes, Replay
+from phase1.training.micro_batch import GraphedMicroBatch, MicroBatch
 from phase1.training.optimizers import make_optimizer
 
 CHECK_EVERY = 100  # steps between looks at the loss: each look waits for the GPU
@@ -33,7 +33,7 @@ class TrainState:
     device: torch.device
     grad_clip: float
     config: TrainConfig
-    passes: Passes
+    micro_batch: MicroBatch
     step: int = 0  # optimizer steps taken
     grad_norm: Tensor | None = None  # of the last step, before clipping
 
@@ -57,11 +57,11 @@ def make_train_state(model: LanguageModel, config: TrainConfig, device: torch.de
         model.losses = torch.compile(model.losses, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
     optimizer = make_optimizer(model, config, device.type)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    passes = Passes(model, scaler, dtype)
+    micro_batch = MicroBatch(model, scaler, dtype)
     if config.cuda_graphs:
         require_gpu_for_graphs(device.type)
-        passes = Replay(passes)
-    return TrainState(model, optimizer, scaler, dtype, device, config.grad_clip, config, passes)
+        micro_batch = GraphedMicroBatch(micro_batch)
+    return TrainState(model, optimizer, scaler, dtype, device, config.grad_clip, config, micro_batch)
 
 
 def require_gpu_for_graphs(device_type: str) -> None:
@@ -92,9 +92,9 @@ def train_step(state: TrainState, micro_batches: list[Batch], mark: Callable[[st
     state.model.train()
     for (inputs, targets), share in zip(micro_batches, (scored / scored.sum()).to(state.device), strict=True):
         part = torch.full((), targets.numel() / tokens, device=state.device)
-        objective, loss = state.passes.forward(inputs.to(state.device), targets.to(state.device), share, part)
+        objective, loss = state.micro_batch.forward(inputs.to(state.device), targets.to(state.device), share, part)
         mark("forward")
-        state.passes.backward(objective)
+        state.micro_batch.backward(objective)
         mean += loss.detach()
         del objective, loss
         mark("backward")

@@ -18,7 +18,7 @@ _ENGINES = ("no_gate", "no_copy", "equal_parameters")  # variants that a report 
 
 
 @dataclass(frozen=True)
-class Candidate:
+class ScoredModel:
     """A model to evaluate: its key in the report, and where it is, or how to make it."""
 
     key: str
@@ -27,7 +27,7 @@ class Candidate:
     checkpoint: Path | None = None
 
 
-def candidates(run: PerplexityRun) -> list[Candidate]:
+def candidates(run: PerplexityRun) -> list[ScoredModel]:
     """What --checkpoint names, and nothing else; without it baseline, every rank pair and the variants, once per seed.
 
     Raises ValueError for a wrong name or path, or one that is there twice.
@@ -44,7 +44,7 @@ def candidates(run: PerplexityRun) -> list[Candidate]:
     configs |= {report_key(config): config for config in engines}
     configs |= {name: variant(name, engines[0]) for name in run.variants}
     seeds = range(run.seed, run.seed + run.repeats)
-    return [Candidate(seeded(key, seed, run.seed), config, seed) for seed in seeds for key, config in configs.items()]
+    return [ScoredModel(seeded(key, seed, run.seed), config, seed) for seed in seeds for key, config in configs.items()]
 
 
 def variant(name: Variant, engine: ModelConfig) -> ModelConfig:
@@ -80,12 +80,12 @@ def seeded(key: str, seed: int, first: int) -> str:
     return key if seed == first else f"{key}_seed{seed}"
 
 
-def _given(argument: str) -> Candidate:
+def _given(argument: str) -> ScoredModel:
     name, separator, path = argument.partition("=")
     if Path(argument).exists() and not (separator and _NAME.fullmatch(name)):  # a folder: the model says what it is
         index = read_index(argument)
         config = ModelConfig(**index["model_config"])
-        return Candidate(report_key(config), config, index["train_config"].get("seed", 0), Path(argument))
+        return ScoredModel(report_key(config), config, index["train_config"].get("seed", 0), Path(argument))
     if not separator or not _NAME.fullmatch(name):
         expected = "NAME as in a report (baseline, phase1_htt{r}_ar{R}, a variant, each with or without _seed{n})"
         raise ValueError(f"--checkpoint must be a folder, or NAME=PATH with {expected}; got {argument!r}; correct it")
@@ -94,4 +94,4 @@ def _given(argument: str) -> Candidate:
     found = report_key(config)
     if plain != found and not (plain in _ENGINES and found.startswith("phase1")):
         raise ValueError(f"--checkpoint {name}={path}: the model there is {found}; use that name")
-    return Candidate(name, config, index["train_config"].get("seed", 0), Path(path))
+    return ScoredModel(name, config, index["train_config"].get("seed", 0), Path(path))

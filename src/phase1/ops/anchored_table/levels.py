@@ -61,7 +61,8 @@ class _AnchoredTable(torch.autograd.Function):
         table, weights, anchors, *inverse = ctx.saved_tensors
         k, first = anchors.shape[1], ctx.levels[0]
         grad, d_weights = grad.clone(), torch.empty_like(weights)
-        for (start, end), indices, offsets in reversed(list(zip(pairwise(ctx.levels), inverse[::2], inverse[1::2], strict=True))):
+        indexed = list(zip(pairwise(ctx.levels), inverse[::2], inverse[1::2], strict=True))
+        for (start, end), indices, offsets in reversed(indexed):
             level, d_rows = slice(start - first, end - first), grad[start:end]  # whole: later levels have added theirs
             grad[:start] += _bags(d_rows, indices // k, weights[level].flatten()[indices], offsets)
             chunks = (part.split(CHUNK_ROWS) for part in (d_weights[level], anchors[level], d_rows))

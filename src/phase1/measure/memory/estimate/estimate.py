@@ -34,8 +34,8 @@ def estimate_memory(case: MemoryCase, chip: Chip = CHIP) -> MemoryPeaks:
         chip: of the card: its compute capability decides the size of the workspaces, it and the multiprocessors that of sums
             which blocks of threads share.
     """
-    surroundings = ModelledCuda(chip)
-    with imitated_cuda(), imitated_card(chip.major), MemoryTracker(case.model.vocab_size, "cpu", surroundings) as tracker:
+    operator_memory = ModelledCuda(chip)
+    with imitated_cuda(), imitated_card(chip.major), MemoryTracker(case.model.vocab_size, "cpu", operator_memory) as tracker:
         state = make_workload(case.model, "cpu", "fp16", model_class=_FakeModel)
         _make_lasting_tensors(state)
         moved = tracker.label(_moved(state.model), "parameters", "")  # for their order; `watch` names them
@@ -48,7 +48,7 @@ def estimate_memory(case: MemoryCase, chip: Chip = CHIP) -> MemoryPeaks:
     timeline, reserved = simulated_timeline(tracker.trace, moved, WARMUP_STEPS)
     assumptions = (
         f"compute capability {chip.major}.{chip.minor} ({workspace_bytes(chip) / 2**20:g} MiB of cuBLAS workspace "
-        f"per thread), {surroundings.card.multiprocessors} multiprocessors, {CONTEXT_BYTES / 1e9:g} GB outside the allocator, "
+        f"per thread), {operator_memory.card.multiprocessors} multiprocessors, {CONTEXT_BYTES / 1e9:g} GB outside the allocator, "
         f"PyTorch {torch.__version__.split('+')[0]}{', not compiled' if case.compiled else ''}"
     )
     return MemoryPeaks(

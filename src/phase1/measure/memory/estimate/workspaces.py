@@ -31,7 +31,7 @@ def workspace_bytes(chip: Chip) -> int:
 
 
 class ModelledCuda:
-    """`Surroundings` (phase1.measure.memory.tracker) of a fake step: what the operators of a CUDA device would take besides."""
+    """`OperatorMemory` (phase1.measure.memory.tracker) of a fake step: what operators of a CUDA device would take besides."""
 
     def __init__(self, chip: Chip) -> None:
         self.workspace = workspace_bytes(chip)
