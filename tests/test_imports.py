@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "data": LEAVES | {"config"},
     "training": LEAVES | {"config", "data", "model", "ops", "records", "tensor_names", "vocabulary"},
     "machine": LEAVES | {"config"},
-    "records": LEAVES | {"config", "machine"},
+    "records": LEAVES | {"config", "machine", "roster"},
     "stats": {"records"},
     "checks": {"machine", "records", "roster", "stats"},
     "tables": {"config", "records", "roster", "text"},

@@ -12,7 +12,7 @@ from phase1.layers.norm import rms_norm
 from phase1.layers.rotary import rotary, rotate
 from phase1.measure.perplexity.candidates import candidates, variant
 from phase1.model import LanguageModel
-from phase1.roster import FAIR, RIVALS, model_config, report_key
+from phase1.roster import FAIR, RIVALS, Key, model_config
 from phase1.runs import PerplexityRun
 from phase1.training.job import make_state, start_of
 from phase1.vocabulary.levels import levels
@@ -74,10 +74,10 @@ def test_every_rival_is_the_baseline_with_what_its_name_says():
     run = PerplexityRun(variants=tuple(RIVALS))
     found = {candidate.key: candidate.config for candidate in candidates(run)}
     for name, own in RIVALS.items():
-        assert found[name] == replace(found["baseline"], **own) and report_key(found[name]) == name
-        assert report_key(replace(found[name], **{f: getattr(found["baseline"], f) for f in own})) == "baseline"
+        assert found[name] == replace(found["baseline"], **own) and str(Key.of(found[name])) == name
+        assert str(Key.of(replace(found[name], **{f: getattr(found["baseline"], f) for f in own}))) == "baseline"
     assert len({config.config_id for config in found.values()}) == len(found)
-    assert report_key(replace(found["transformer_fair"], attention_conv=False)) == "transformer"
+    assert str(Key.of(replace(found["transformer_fair"], attention_conv=False))) == "transformer"
 
 
 def test_settings_of_attention_are_in_no_id_of_an_engine_and_the_start_of_a_dense_table_in_none_of_htt():

@@ -17,6 +17,7 @@ from phase1.measure.perplexity.result import Text, measure
 from phase1.plots import plot_losses, plot_perplexity
 from phase1.records.schema import Check, PerplexityResult, Report, exit_code
 from phase1.records.session import Session
+from phase1.roster import Key
 from phase1.runs import PerplexityRun
 from phase1.tables.console import checks_text, perplexity_text
 from phase1.tables.screen import Screen, perplexity_numbers, text
@@ -89,7 +90,7 @@ def report_on(
     A run of given checkpoints that has no baseline compares nothing, and so judges nothing.
     """
     results = compared(results, run.seq_length)
-    alone = bool(run.checkpoint) and not any(key.startswith("baseline") for key in results)
+    alone = bool(run.checkpoint) and not any(Key.parse(key).is_baseline for key in results)
     failed = any(result.status != "ok" for result in results.values())
     checks = [] if alone and not failed else quality_checks(results, run.seq_length)
     source = {"dataset_source": without_private(scored.corpus.source), "dataset_revision": scored.corpus.revision}

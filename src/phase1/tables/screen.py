@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from phase1.records.schema import Check, MemoryResult, PerplexityResult, Report, ThroughputResult
+from phase1.roster import Key
 from phase1.tables.common import hardware_of
 from phase1.text import one_line
 
@@ -114,11 +115,11 @@ def claim(name: str) -> str:
 
 def model_title(key: str) -> str:
     """The name of a model in words."""
-    key, _, seed = key.partition("_seed")
-    words = TITLES.get(key, key.replace("_", " "))
-    if found := re.fullmatch(r"phase1_htt(\d+)_ar(\d+)", key):
-        words = f"engine, HTT {found[1]} / AR-SSM {found[2]}"
-    return f"{words}, seed {seed}" if seed else words
+    parsed = Key.parse(key)
+    words = TITLES.get(parsed.model, parsed.model.replace("_", " "))
+    if parsed.ranks:
+        words = f"engine, HTT {parsed.htt_rank} / AR-SSM {parsed.ar_ssm_rank}"
+    return words if parsed.seed is None else f"{words}, seed {parsed.seed}"
 
 
 def _values(check: Check) -> tuple[str, str]:

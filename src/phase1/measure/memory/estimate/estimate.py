@@ -48,7 +48,8 @@ def estimate_memory(case: MemoryCase, chip: Chip = CHIP) -> MemoryPeaks:
     timeline, reserved = simulated_timeline(tracker.trace, moved, WARMUP_STEPS)
     assumptions = (
         f"compute capability {chip.major}.{chip.minor} ({workspace_bytes(chip) / 2**20:g} MiB of cuBLAS workspace "
-        f"per thread), {operator_memory.card.multiprocessors} multiprocessors, {CONTEXT_BYTES / 1e9:g} GB outside the allocator, "
+        f"per thread), {operator_memory.card.multiprocessors} multiprocessors, "
+        f"{CONTEXT_BYTES / 1e9:g} GB outside the allocator, "
         f"PyTorch {torch.__version__.split('+')[0]}{', not compiled' if case.compiled else ''}"
     )
     return MemoryPeaks(
