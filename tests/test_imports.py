@@ -119,6 +119,23 @@ def test_starting_the_command_line_loads_no_heavy_library(module):
     assert out.stdout.strip() == "[]"
 
 
+def test_the_public_names_load_nothing_until_they_are_used():
+    code = """
+import sys, phase1
+assert not [m for m in sys.modules if m.startswith("phase1.") or m.split(".")[0] in ("torch", "numpy", "pydantic")]
+assert set(phase1.__all__) <= set(dir(phase1))
+assert phase1.Key.__module__ == "phase1.roster" and "torch" not in sys.modules
+assert phase1.load_model.__module__ == "phase1.training.checkpoint" and "torch" in sys.modules
+assert all(getattr(phase1, name) is getattr(phase1, name) for name in phase1.__all__)
+try:
+    phase1.no_such_name
+except AttributeError as error:
+    print(error)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "module 'phase1' has no attribute 'no_such_name'"
+
+
 @pytest.mark.parametrize(
     "path",
     sorted(path for part in ("records", "stats", "checks", "tables", "plots") for path in (PACKAGE / part).glob("*.py")),

@@ -13,7 +13,8 @@ from typing import Any, Final, Literal, TypeVar
 def option(default: Any, help: str, *, spellings: tuple[str, ...] = (), affects_results: bool = True) -> Any:
     """A field that is also a command-line flag: one line holds its name, default and help.
 
-    spellings: other flags that mean the same. affects_results: no for what changes no number of a report.
+    spellings: other flags that mean the same.
+    affects_results: false for a setting that changes no number of a report, so that --resume accepts another value.
     """
     return field(default=default, metadata={"help": help, "spellings": spellings, "affects_results": affects_results})
 
@@ -260,7 +261,9 @@ class DataConfig(Config):
         "auto is bpe for builtin and for a --vocab-size below GPT-2's 50,257, and gpt2 otherwise",
     )
     cache_dir: str = option("~/.cache/phase1", "where trained tokenizers and tokenised text are kept")
-    offline: bool = option(False, "open no network connection: a hub data set must be in the local cache")
+    offline: bool = option(
+        False, "open no network connection: a hub data set must be in the local cache", affects_results=False
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -223,7 +223,9 @@ class PipelineRun(OutputConfig):
     )
     dataset_config: str | None = option(None, "configuration of a hub data set")
     tokenizer: str = option("auto", "of the perplexity step: auto, gpt2, bpe or a folder with tokenizer.json")
-    offline: bool = option(False, "open no network connection: a hub data set must be in the local cache")
+    offline: bool = option(
+        False, "open no network connection: a hub data set must be in the local cache", affects_results=False
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -179,6 +179,12 @@ def current_command() -> str:
 def settings(run: Config) -> dict[str, Any]:
     """Every setting of a run, as it goes into a report: nothing private in a text, and not whether it was resumed."""
     return {name: _public(value) for name, value in asdict(run).items() if name != "resume"}
+
+
+def deciding_settings(run: Config) -> dict[str, Any]:
+    """The settings that a number of a report depends on: all but those declared with `affects_results=False`."""
+    deciding = {setting.name for setting in fields(run) if setting.metadata.get("affects_results", True)}
+    return {name: value for name, value in settings(run).items() if name in deciding}
 
 
 def _public(value: Any) -> Any:

@@ -16,7 +16,6 @@ from phase1.text import one_line
 T = TypeVar("T")
 VERSION: Final = 1
 SUFFIX: Final = ".partial.json"
-NOT_IN_RESULTS: Final = ("resume", "offline", "out_dir", "save_plots", "verbose")  # settings that change no case
 START_OVER: Final = "leave out --resume to start over"
 
 
@@ -71,15 +70,14 @@ def open_journal(
     earlier run stays as it is until the first case of this one is finished.
 
     Args:
-        settings: every setting of the run; those that change no case are ignored.
+        settings: those that a case depends on (`phase1.machine.environment.deciding_settings`).
         machine: facts of hardware and software, so that no report joins numbers of two machines.
         data: what identifies the data, as JSON; None where a case depends on none.
     Raises:
         ValueError: one line, where the earlier run differs in config, code, data or machine, or its journal is damaged.
     """
     path = report.with_name(report.name.removesuffix(".json") + SUFFIX)
-    config = {name: value for name, value in settings.items() if name not in NOT_IN_RESULTS}
-    identity = json.loads(json.dumps({"config": config, "code": code_sha256(), "data": data, "machine": dict(machine)}))
+    identity = json.loads(json.dumps({"config": dict(settings), "code": code_sha256(), "data": data, "machine": dict(machine)}))
     if not path.exists():
         return Journal(path, identity, {})
     if not resume:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from phase1.errors import reason
-from phase1.machine.environment import Fact, current_command, environment, machine, settings
+from phase1.machine.environment import Fact, current_command, deciding_settings, environment, machine, settings
 from phase1.records.journal import Journal, open_journal
 from phase1.records.schema import FILES, REPORTS, Check, Kind, Report, Result, read_report, write_report
 from phase1.text import one_line
@@ -34,7 +34,8 @@ class Session:
         self.kind, self.path = kind, Path(run.out_dir) / FILES[kind]
         require_writable(self.path.parent)
         self.settings = settings(run)
-        self.journal: Journal = open_journal(self.path, self.settings, machine=machine(), resume=run.resume, data=data)
+        deciding = deciding_settings(run)
+        self.journal: Journal = open_journal(self.path, deciding, machine=machine(), resume=run.resume, data=data)
         self._facts: dict[str, Fact] | None = None
 
     @property
