@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any, Final
 
 import torch
-from tqdm import tqdm
 
 from phase1.checks.throughput import control_checks, decoding_checks, throughput_checks
 from phase1.config import ModelConfig, flags
@@ -20,6 +19,7 @@ from phase1.measure.throughput.monitor import Monitor
 from phase1.measure.throughput.saturation import graphs_fail, saturating_batch
 from phase1.measure.workload import control_batch_size
 from phase1.plots import plot_throughput
+from phase1.progress import progress
 from phase1.records.schema import Decoding, Report, ThroughputResult, exit_code
 from phase1.records.session import Session
 from phase1.roster import COMPILED, ROLES, model_config
@@ -127,7 +127,7 @@ def measured(
     plan = ThroughputPlan(*sizes, frozenset(compiled), way["cuda_graphs"], batch_sizes)
     steps = sum(set(run.seq_lengths)) * (run.warmup_steps + run.measure_steps)
     sequences: list[int] = [batch_sizes.get(role) or way["batch_size"] for role in wanted]
-    with tqdm(total=sum(sequences) * steps, desc=f"throughput on {device}", unit="tok", unit_scale=True, disable=None) as bar:
+    with progress(total=sum(sequences) * steps, desc=f"throughput on {device}", unit="tok", unit_scale=True) as bar:
         return measure_throughput(wanted, plan, device, bar.update, monitor.sample, session.journal)
 
 

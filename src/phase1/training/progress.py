@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from phase1.files import append_text, atomic_write
+from phase1.progress import LINE_SECONDS
 from phase1.records.metrics import METRICS, MetricsLog
 from phase1.training.alarms import Alarms
 from phase1.training.step import TrainState
@@ -19,7 +20,6 @@ from phase1.training.watch import Watch
 
 ROWS = 400  # of metrics.jsonl for a whole run, about
 FIRST = (1, 2, 5, 10)  # steps that are shown, whenever they come
-LINE_SECONDS = 30.0  # between lines where standard error is no terminal
 SAMPLES = "samples.txt"
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
+from phase1.progress import progress
 from phase1.vocabulary.levels import Level
 
 CONTEXTS = 2048  # most frequent tokens that count as neighbours, on each side
@@ -214,7 +214,7 @@ def _count_neighbours(ids: np.ndarray, rank_of_id: np.ndarray, used: int, contex
     flat = table.view(-1)
     ranks_by_id = torch.from_numpy(rank_of_id).to(device)
     starts = range(0, len(ids), _CHUNK_TOKENS)
-    for start in tqdm(starts, desc="token statistics", disable=None, leave=False):
+    for start in progress(starts, desc="token statistics", leave=False):
         chunk = ids[start : start + _CHUNK_TOKENS + max(NEIGHBOURS)].astype(np.int64)
         ranks = ranks_by_id[torch.from_numpy(chunk).to(device)]
         for distance in NEIGHBOURS:

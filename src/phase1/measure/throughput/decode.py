@@ -5,13 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from phase1.config import ModelConfig
 from phase1.errors import is_out_of_memory
 from phase1.generation.decoder import PIECE, Decoder, States, state_bytes
 from phase1.generation.replay import captured, static
 from phase1.measure.workload import SEED, make_workload
+from phase1.progress import progress
 from phase1.records.schema import DecodePoint, Decoding
 from phase1.stats.decoding import judge
 from phase1.stats.step_times import median, median_interval
@@ -68,14 +68,14 @@ def measure_decoding(
     wanted = {role: models[role] for role in ROLES if role in models}
     found: dict[str, _Contexts] = {}
     rounds = warmup_steps + measure_steps
-    with tqdm(total=len(wanted) * contexts[-1], desc="read contexts", unit="tok", unit_scale=True, disable=None) as bar:
+    with progress(total=len(wanted) * contexts[-1], desc="read contexts", unit="tok", unit_scale=True) as bar:
         for role, config in wanted.items():
             try:
                 found[role] = _Contexts(config, contexts, graphs, device, bar.update)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-    for i in tqdm(range(rounds), desc="generate", unit="round", disable=None):
+    for i in progress(range(rounds), desc="generate", unit="round"):
         for model in found.values():
             for context, step in model.steps.items():
                 seconds = _seconds(step, device)
