@@ -24,7 +24,7 @@ class _Lines:
         self.file.flush()
 
 
-class _Log(tqdm):  # type: ignore[type-arg]
+class _Log(tqdm):
     def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
         super().set_postfix_str(s, refresh=False)  # shown by the next line
 

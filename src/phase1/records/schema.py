@@ -27,7 +27,7 @@ ComplexityOrder = Literal["O(N)", "O(N log N)", "O(N^2)"]
 
 
 def _plain_json(value: Any) -> Any:
-    """What `value` reads back as: tuples become lists, and what JSON cannot hold is refused."""
+    """`value` as it reads back from JSON: tuples become lists, and a value that JSON cannot hold is refused."""
     try:
         return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, RecursionError) as error:
@@ -55,17 +55,17 @@ class Check(_Record):
 
     @classmethod
     def below(cls, name: str, value: float | None, limit: float, detail: str) -> Self:
-        """Passes where `value` < `limit`; inconclusive without a value."""
+        """Pass if `value` < `limit`; inconclusive without a value."""
         return cls._judged(name, value, limit, detail, value is not None and value < limit)
 
     @classmethod
     def at_most(cls, name: str, value: float | None, limit: float, detail: str) -> Self:
-        """Passes where `value` <= `limit`; inconclusive without a value."""
+        """Pass if `value` <= `limit`; inconclusive without a value."""
         return cls._judged(name, value, limit, detail, value is not None and value <= limit)
 
     @classmethod
     def above(cls, name: str, value: float | None, limit: float, detail: str) -> Self:
-        """Passes where `value` > `limit`; inconclusive without a value."""
+        """Pass if `value` > `limit`; inconclusive without a value."""
         return cls._judged(name, value, limit, detail, value is not None and value > limit)
 
     @classmethod

@@ -129,8 +129,8 @@ def evaluate(
     model.eval()
     losses, places, tokens = [], [], []
     inputs_seen, rank_sum = 0, None
-    shown = {"desc": f"evaluate {label}".rstrip(), "unit": "tok", "disable": label is None}
-    with progress(total=target_count(ids, protocol), **shown) as bar:
+    desc = f"evaluate {label}".rstrip()
+    with progress(desc=desc, total=target_count(ids, protocol), unit="tok", disable=label is None) as bar:
         for inputs, targets in windows(ids, protocol, batch_size):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 nll, effective_rank = model.nll(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device))
