@@ -25,7 +25,7 @@ try:
 except ImportError as error:
     raise ImportError("phase1.hf needs a package; run `pip install 'transformers>=5.24,<6'`") from error
 
-SUPPORTED = ((5, 24), (6, 0))  # from the first, before the second; 5.23 calls the cache of generate() by another name
+SUPPORTED = ((5, 24), (6, 0))  # at least the first, below the second; 5.23 has another name for the cache of generate()
 if not SUPPORTED[0] <= tuple(int(part) for part in transformers.__version__.split(".")[:2]) < SUPPORTED[1]:
     raise ImportError(f"phase1.hf needs transformers>=5.24,<6; got {transformers.__version__}; install one of these")
 OLD_NAMES = {pattern_of(old): new for old, new in RENAMED.items()}

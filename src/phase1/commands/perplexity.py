@@ -46,7 +46,7 @@ def main(run: PerplexityRun) -> int:
 
 
 def further_texts(run: PerplexityRun, first: Corpus) -> Iterator[Corpus]:
-    """Those of --also-evaluate. Raises ValueError, before anything is trained, where one has other tokens than the first."""
+    """The texts of --also-evaluate. Raises ValueError, before any training, if one has another tokenizer than the first."""
     for name in run.also_evaluate:
         corpus = load_corpus(replace(run, dataset_name=name), vocab_size=run.vocab_size, need=("valid",))
         if corpus.tokenizer.fingerprint != first.tokenizer.fingerprint:

@@ -65,7 +65,7 @@ def _run_step(name: str, config: Config, log: TextIO | None) -> int:
 
 
 def screen(run: PipelineRun, failed: list[tuple[str, str]], seconds: float) -> Screen:
-    """One answer from the reports of all steps."""
+    """The last screen: one answer from the reports of all steps."""
     out = Path(run.out_dir)
     broken = {name for name, _ in failed}
     reports = {kind: report for kind, report in read_reports(out).items() if kind not in broken}

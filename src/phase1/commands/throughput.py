@@ -80,7 +80,7 @@ def main(run: ThroughputRun) -> int:
 
 
 def plain_way(run: ThroughputRun) -> Way:
-    """As asked."""
+    """The way that the user asked for."""
     return {"batch_size": run.batch_size, "cuda_graphs": bool(run.cuda_graphs), "otherwise": []}
 
 

@@ -32,9 +32,9 @@ from phase1.training.trackers import tracker
 from phase1.training.watch import Watch
 
 PLOT = "training.png"
-SETTINGS = "run.toml"  # what --config reads
+SETTINGS = "run.toml"  # a file that --config reads
 SCORES = 20  # validation losses of a run, by default
-SHARE = 500  # of the training tokens, that each is of: all of them cost about 1 % of the time
+SHARE = 500  # training tokens per token of a validation loss: all of them together cost about 1 % of the time
 SAMPLE_TOKENS = 40
 
 

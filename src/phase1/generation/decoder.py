@@ -25,8 +25,8 @@ class Decoder:
     >>> log_p, state = decoder.prefill(decoder.tokenizer.encode("The "))      # doctest: +SKIP
     >>> log_p, state = decoder.step(int(log_p.argmax()), state)               # doctest: +SKIP
 
-    The table is made once. Every step costs the same and its state is as large, but for attention, whose keys and values
-    grow with the text. A state is not changed by a step, so that several texts can go on from one.
+    The table is built once. Every step has the same cost and a state of the same size, except with attention, whose keys and
+    values grow with the text. A step does not change the state it is given, so several texts can continue from one.
 
     Args:
         model: changed to evaluation; weights that autocast would cast at every step are cast here.
@@ -143,5 +143,5 @@ def _tokenizer(folder: Path, given: str | None) -> Tokenizer:
 
 
 def state_bytes(state: States) -> int:
-    """Bytes of all that later tokens need of a text."""
+    """Bytes of the state that a text leaves for later tokens."""
     return sum(part.numel() * part.element_size() for layer in state for part in layer if isinstance(part, Tensor))

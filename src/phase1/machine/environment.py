@@ -1,4 +1,4 @@
-"""What a number was measured on and by: an allow-list, without names of hosts, users or their folders."""
+"""Facts of the hardware and software behind a number: an allow-list, without names of hosts, users or folders."""
 
 import os
 import platform
@@ -20,7 +20,7 @@ Fact = str | int | float | bool | None
 
 
 def environment() -> dict[str, Fact]:
-    """Facts of hardware and software that a result depends on; None where this machine does not say."""
+    """Facts of hardware and software that a result depends on; None if this machine does not tell."""
     import torch
 
     facts: dict[str, Fact] = {

@@ -40,7 +40,7 @@ def plot_losses(report: Report[PerplexityResult], path: Path | str) -> Path:
 
 
 def _losses(by_model: dict[str, list[LossPart]], against: bool) -> dict[str, dict[tuple[int, int], float]]:
-    """Losses by group of every model; if `against`, less those of the baseline of its seed, of models that have one."""
+    """Losses by group for every model; if `against`, minus those of the baseline of its seed, for models that have one."""
     losses = {key: {(part.first, part.last): part.avg_loss for part in parts} for key, parts in by_model.items()}
     if not against:
         return losses

@@ -115,7 +115,7 @@ def _side_by_side(report: Report[PerplexityResult], keys: Iterable[str]) -> dict
 
 
 def _draw(axes: "Axes", points: Mapping[str, tuple[float, float, float, float]], style: dict[str, Any], label: str) -> None:
-    """One series: size, change and interval by key; a line through the points of each seed."""
+    """Draw one series of sizes, changes and intervals by key, with a line through the points of each seed."""
     size, value, low, high = zip(*points.values())
     errors = [[max(v - a, 0) for v, a in zip(value, low)], [max(b - v, 0) for v, b in zip(value, high)]]
     axes.errorbar(size, value, yerr=errors, **(style | {"linestyle": "none"}), markersize=7, capsize=3, label=label)

@@ -257,7 +257,7 @@ class Scaling(_Record):
 
 
 class DecodePoint(_Record):
-    """One token after a context of so many, B = 1."""
+    """The cost of one more token after `context` tokens, B = 1."""
 
     context: int
     prefill_tokens_per_second: float = Field(description="of the tokens from the context before to this, in pieces")

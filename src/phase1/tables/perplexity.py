@@ -56,7 +56,7 @@ def perplexity_comparison(report: Report[PerplexityResult], hardware: str | None
 
 
 def _windows_text(result: PerplexityResult, report: Report[PerplexityResult]) -> str:
-    """Where the windows of the scoring are not those of the training, both."""
+    """The windows of scoring and training, if they differ."""
     T, stride, trained = (report.run.get("seq_length"), report.run.get("stride"), result.trained_seq_length)
     if trained in (None, T) and stride in (None, T):
         return ""
@@ -65,7 +65,7 @@ def _windows_text(result: PerplexityResult, report: Report[PerplexityResult]) ->
 
 
 def perplexity_cells(key: str, result: PerplexityResult) -> tuple[Cell, ...]:
-    """Everything between the model's name and its configuration id."""
+    """The cells between the model's name and its configuration id."""
     sizes = (result.parameters.total, result.parameters.embedding) if result.parameters else (None, None)
     low, high = result.degradation_ci95 or (None, None)
     verdict = None if Key.parse(key).is_baseline else VERDICT[result.passes_5_percent_threshold]

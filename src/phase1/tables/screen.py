@@ -49,7 +49,7 @@ class Screen:
 
 
 def text(screen: Screen) -> str:
-    """At most LINES lines, the failed and the undecided first where there are more."""
+    """The screen as at most LINES lines; if there are more, failed and undecided checks come first."""
     head = [*_wrap(screen.question, "")]
     failed = [line for name, why in screen.failed_steps for line in _wrap(f"{name} did not run: {why}", "")]
     verdict = [_verdict(screen)] if screen.checks or screen.failed_steps or screen.answer else []
@@ -150,7 +150,7 @@ def _shortened(lines: list[str], room: int) -> list[str]:
 
 
 def _files(files: Sequence[Path | str]) -> list[str]:
-    """One line of folder and names."""
+    """The files as one line: their folder, then their names."""
     folders: dict[str, list[str]] = {}
     for path in map(Path, files):
         folders.setdefault(str(path.parent), []).append(path.name)
@@ -238,5 +238,5 @@ def perplexity_numbers(report: Report[PerplexityResult]) -> list[str]:
 
 
 def conditions(report: Report[Any]) -> str:
-    """On what, and how known."""
+    """The hardware, and whether numbers are measured or estimated."""
     return hardware_of(report)

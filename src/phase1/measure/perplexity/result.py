@@ -1,4 +1,4 @@
-"""One case of a perplexity run: a model, trained where needed, and its score on every text."""
+"""One case of a perplexity run: a model, trained if necessary, and its score on every text."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,18 +20,18 @@ from phase1.training.checkpoint import NO_DIFFERENCE, load_model, load_token_ord
 from phase1.training.job import train_to_checkpoint
 from phase1.training.step import compute_dtype
 
-BYTES_PER_WORD: Final = 40  # a text with more has no white space between its words; Malayalam, of long ones, has under 30
+BYTES_PER_WORD: Final = 40  # a text of longer words has no white space between them; Malayalam's average is below 30
 
 
 class Text(NamedTuple):
-    """What models are scored on, and how."""
+    """A text that models are scored on, and the protocol."""
 
     corpus: Corpus
     protocol: Protocol
 
 
 def measure(run: PerplexityRun, model: ScoredModel, texts: list[Text]) -> list[PerplexityResult]:
-    """One case: train `model` where needed, and score it on every text; running out of memory and diverging are results too."""
+    """Train `model` if necessary and score it on every text; out of memory and divergence are results too."""
     try:
         folder = model.checkpoint or train_model(run, model, texts[0].corpus)
         return [evaluate_checkpoint(run, model.key, folder, text) for text in texts]

@@ -17,8 +17,8 @@ from phase1.model import LanguageModel
 from phase1.ops.ar_ssm import imitated_card
 from phase1.training.step import TrainState, train_step
 
-CONTEXT_BYTES = 500_000_000  # of an estimate: CUDA context and libraries take 0.3 to 0.6 GB on most cards
-CHIP = Chip(8, 6, 68)  # of an estimate without a GPU: the RTX 3080, for which the limits of 8 and 10 GB are
+CONTEXT_BYTES = 500_000_000  # assumed for CUDA context and libraries, which take 0.3 to 0.6 GB on most cards
+CHIP = Chip(8, 6, 68)  # assumed without a GPU: that of the RTX 3080, for which the limits of 8 and 10 GB are
 WARMUP_STEPS = 2  # optimizer state exists after the first, the allocator has its blocks after the second
 
 
@@ -66,7 +66,7 @@ def estimate_memory(case: MemoryCase, chip: Chip = CHIP) -> MemoryPeaks:
 
 
 def _make_lasting_tensors(state: TrainState) -> None:
-    """What the warm-up steps leave behind, at the price of none: the optimizer's state and the loss scale."""
+    """Put the state where warm-up steps would leave it (optimizer state, loss scale) without running any."""
     for group in state.optimizer.param_groups:
         group.update(fused=True, foreach=False)  # as on CUDA; the CPU's default loop makes temporaries
         for parameter in group["params"]:
