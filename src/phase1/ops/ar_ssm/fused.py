@@ -24,7 +24,7 @@ PROGRAMS = 264  # that add up the gradients of parameters
 
 
 class Sizes(NamedTuple):
-    """What tensors' shapes do not say."""
+    """The sizes of a call, also those that no tensor's shape gives."""
 
     B: int
     T: int
@@ -168,13 +168,14 @@ def fused_backward(
 
 
 def parameter_sizes(s: Sizes) -> list[int]:
-    """Of taps, bias, q_scale, dt_bias, A_log, W (transposed, with the fixed ranks), c (with them), b, norm, scale and skip."""
+    """Sizes of the flat gradients: taps, bias, q_scale, dt_bias, A_log, W (transposed, with the fixed ranks), c (with them), b,
+    norm, scale and D."""
     D = s.H * s.P
     return [TAPS * s.conv, s.conv, s.H * s.R, s.H, s.H, s.N * s.R, s.R if s.N else 0, s.N, D, D, s.H]
 
 
 def parameter_gradients(flat: Tensor, s: Sizes) -> list[Tensor | None]:
-    """Of taps, bias, dt_bias, A_log, skip, q_scale, state_scale, norm, and b, W and c of the gate (None without one)."""
+    """Gradients by parameter: taps, bias, dt_bias, A_log, D, q_scale, state_scale, norm, and b, W, c of the gate (or None)."""
     taps, bias, q_scale, dt_bias, A_log, W, c, b, norm, scale, skip = flat.split(parameter_sizes(s))
     gate = [b, W.view(s.N, s.R)[:, s.fixed :].T, c[s.fixed :]] if s.N else [None] * 3
     shaped = [taps.view(TAPS, s.conv), bias, dt_bias, A_log, skip, q_scale.view(s.H, s.R), scale.view(s.H, s.P), norm]
