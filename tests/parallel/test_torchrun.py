@@ -20,7 +20,7 @@ from phase1.commands import perplexity, train
 from phase1.measure.memory.case import MemoryCase
 from phase1.measure.memory.estimate.estimate import estimate_memory
 from phase1.measure.perplexity.candidates import candidates
-from phase1.measure.perplexity.result import train_candidate, training_of
+from phase1.measure.perplexity.result import train_model, training_of
 from phase1.measure.perplexity.side_by_side import train_side_by_side
 from phase1.records.schema import read_report
 from phase1.roster import model_config
@@ -149,7 +149,7 @@ def test_models_of_a_grid_train_side_by_side_as_they_would_alone(data, tmp_path,
     err = capfd.readouterr().err
     assert "[baseline] trains on GPU 0" in err and "[phase1_htt2_ar4] step 2/2 100 %" in err
     for model in candidates(run):
-        train_candidate(run, model, corpus)
+        train_model(run, model, corpus)
     assert trained == {key: (folder / INDEX).read_bytes() for key, folder in folders.items()}
 
 

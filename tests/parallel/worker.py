@@ -91,7 +91,7 @@ def uneven_gradients():
 def overflow(shard):
     """An infinity in the gradients of the last rank: scales of all ranks after it, and whether a parameter has moved."""
     state = fresh(shard=shard)
-    state.scaler = state.passes.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    state.scaler = state.micro_batch.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     windows = Windows(IDS, T, 0)
     before = whole_parameters(state)
     batch = [windows.batch(group.rank(), 2)]

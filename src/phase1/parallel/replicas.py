@@ -17,14 +17,14 @@ class Alone:
     size = 1
 
     def begin(self) -> None:
-        """Before the passes of a step."""
+        """Before the micro batches of a step."""
 
     def total(self, scored: Tensor) -> Tensor:
         """The scored targets of the step, from those of this rank."""
         return scored
 
     def finish(self, loss: Tensor) -> Tensor:
-        """After the passes: the gradients of the parameters become those of the step; its loss, from this rank's part."""
+        """After the micro batches: the gradients of the parameters become those of the step; its loss, from this rank's part."""
         return loss
 
     def overflow(self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
@@ -43,7 +43,7 @@ class Replicas(Alone):
     """Gradients live in one flat buffer, which is added up over all ranks once a step, with the loss at its end.
 
     After it every rank holds the same gradients, bit for bit, so that clipping, overflow and the optimizer's step are the same
-    everywhere and nothing else has to be exchanged. Passes add to the buffer in place, CUDA graphs too.
+    everywhere and nothing else has to be exchanged. Micro batches add to the buffer in place, CUDA graphs too.
     """
 
     def __init__(self, parameters: Iterable[Tensor], size: int) -> None:

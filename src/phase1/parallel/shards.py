@@ -44,8 +44,8 @@ class Shards(Alone):
 def spread(model: nn.Module, blocks: Iterable[nn.Module], methods: Sequence[str], device: torch.device) -> Shards:
     """Leave every rank its part of the parameters of `model`, equal on all ranks so far, on `device`.
 
-    A block's are whole on every rank while it computes, those outside blocks from the beginning of a step's passes to
-    their end. methods: of `model`, those that compute with it.
+    A block's are whole on every rank while it computes, those outside blocks from the beginning of a micro batch to
+    its end. methods: of `model`, those that compute with it.
     """
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # none is changed in place
     if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):

@@ -7,12 +7,12 @@ from typing import Final
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from phase1.config import content_id
 from phase1.model import LanguageModel
 from phase1.ops.cross_entropy import IGNORE
 from phase1.parallel import group
+from phase1.progress import progress
 
 LARGEST_NATS: Final = 700.0  # e^709 is the end of float64
 
@@ -137,16 +137,16 @@ def evaluate(
 
     mine: list[_Scores] = []
     places, tokens, inputs_seen = [], [], 0
-    bar = {"desc": f"evaluate {label}".rstrip(), "unit": "tok", "disable": True if label is None else None}
-    with tqdm(total=target_count(ids, protocol), **bar) as progress:
+    desc = f"evaluate {label}".rstrip()
+    with progress(desc=desc, total=target_count(ids, protocol), unit="tok", disable=label is None) as bar:
         for number, (inputs, targets) in enumerate(windows(ids, protocol, batch_size)):
             scored = targets != IGNORE
             places.append(np.nonzero(scored)[1])
             tokens.append(scored.sum(1))
+            bar.update(int(scored.sum()))
             inputs_seen += inputs.size
             if number % group.size() == group.rank():
                 mine.append(score(inputs, targets))
-            progress.update(int(scored.sum()))
     if len(mine) * group.size() < len(tokens):  # ranks that share their parameters call the model together: once more
         score(inputs, targets)
     model.train(was_training)

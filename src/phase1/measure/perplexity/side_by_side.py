@@ -13,7 +13,7 @@ from typing import IO
 
 from phase1.config import DataConfig, flags
 from phase1.data import Corpus
-from phase1.measure.perplexity.candidates import Candidate
+from phase1.measure.perplexity.candidates import ScoredModel
 from phase1.measure.perplexity.result import training_of
 from phase1.runs import PerplexityRun, TrainRun
 from phase1.text import one_line
@@ -22,14 +22,14 @@ from phase1.training.checkpoint import INDEX, read_index
 LOOK_SECONDS = 0.2
 
 
-def train_side_by_side(run: PerplexityRun, models: Sequence[Candidate], corpus: Corpus, gpus: Sequence[str]) -> None:
+def train_side_by_side(run: PerplexityRun, models: Sequence[ScoredModel], corpus: Corpus, gpus: Sequence[str]) -> None:
     """Train what is not trained yet of `models`, on `gpus` as CUDA_VISIBLE_DEVICES names them, one model on each at a time.
 
     Who asks for the models afterwards finds their checkpoints; one that failed is tried again there, and says why. When this
     is interrupted the trainings are too: each ends with a checkpoint to go on from.
     """
     waiting = [model for model in models if model.checkpoint is None and not _finished(run, model, corpus)]
-    free, running = list(gpus), dict[str, tuple[Candidate, subprocess.Popen[str]]]()
+    free, running = list(gpus), dict[str, tuple[ScoredModel, subprocess.Popen[str]]]()
     try:
         while waiting or running:
             while free and waiting:
@@ -49,7 +49,7 @@ def train_side_by_side(run: PerplexityRun, models: Sequence[Candidate], corpus: 
             process.wait()
 
 
-def train_command(run: PerplexityRun, model: Candidate, corpus: Corpus) -> TrainRun:
+def train_command(run: PerplexityRun, model: ScoredModel, corpus: Corpus) -> TrainRun:
     """The training of `model` that `run` would make itself, into the folder where it looks for it."""
     folder, config = training_of(run, model, corpus)
     data = {f.name: getattr(run, f.name) for f in fields(DataConfig)}
@@ -57,7 +57,7 @@ def train_command(run: PerplexityRun, model: Candidate, corpus: Corpus) -> Train
     return TrainRun(**settings, seq_length=run.seq_length, out_dir=str(folder), eval_every=0)
 
 
-def _finished(run: PerplexityRun, model: Candidate, corpus: Corpus) -> bool:
+def _finished(run: PerplexityRun, model: ScoredModel, corpus: Corpus) -> bool:
     folder, _ = training_of(run, model, corpus)
     return (folder / INDEX).exists() and bool(read_index(folder)["facts"].get("finished"))
 
