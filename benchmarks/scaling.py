@@ -102,7 +102,7 @@ class Bench:
     """One training state for all measurements of a rank, so that it compiles once."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        from phase1.config import Ranked, TrainConfig
+        from phase1.config import EngineShape, TrainConfig
         from phase1.model import LanguageModel
         from phase1.parallel import group
         from phase1.parallel.replicas import Alone
@@ -114,7 +114,7 @@ class Bench:
         self.fast = self.device == "cuda"
         self.size = (2, 32) if options.smoke else (options.batch_size, options.seq_length)
         self.tokens = self.size[0] * self.size[1]
-        shape = model_config("phase1", Ranked(), checkpointing=False, **(TINY if options.smoke else {}))
+        shape = model_config("phase1", EngineShape(), checkpointing=False, **(TINY if options.smoke else {}))
         torch.manual_seed(0)
         model = LanguageModel(shape)
         self.start = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -107,9 +107,10 @@ def _status(name: str, argv: Sequence[str], ending: Ending) -> int:
     except BrokenPipeError:  # the reader of the output, for example `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except (Elsewhere, Gone) as error:  # whatever signal torchrun has sent: it sends one when a rank ends
+        return report_failure(name, error)
     except (Exception, KeyboardInterrupt) as error:
-        elsewhere = isinstance(error, Elsewhere | Gone)  # torchrun sends a signal to the other ranks of one that ends
-        if elsewhere or not ending.come and not isinstance(error, KeyboardInterrupt):
+        if not ending.come and not isinstance(error, KeyboardInterrupt):
             return report_failure(name, error)
         kept = "; older results are untouched" if name != "generate" else ""
         again = "; --resume goes on with what is finished" if hasattr(COMMANDS[name], "resume") else ""
@@ -129,6 +130,8 @@ def _run(name: str, run: Config, ending: Ending) -> int:
     gc.disable()
     try:
         with ending.waiting():
+            if world.size() > 1 and name in TOGETHER:
+                importlib.import_module("phase1.parallel.run").see_one_gpu()  # before a module asks CUDA for anything
             command = importlib.import_module(f"phase1.commands.{name}")
         gc.freeze()
     except ModuleNotFoundError as error:
@@ -150,9 +153,8 @@ def _run_together(name: str, command: Callable[[Any], int], run: Config) -> int:
     report whose checks are undecided is no failure."""
     if name not in TOGETHER:
         raise ValueError(f"phase1 {name} runs in one process; got {world.size()} of torchrun; start it without torchrun")
-    from phase1.parallel.run import processes, see_one_gpu  # they take PyTorch
+    from phase1.parallel.run import processes  # it takes PyTorch
 
-    see_one_gpu()
     with processes(name):
         status = command(run)
         return 0 if status == UNDECIDED else status

@@ -53,7 +53,6 @@ def report_failure(command: str, error: Exception) -> int:
     status = exit_status(error)
     if isinstance(error, Elsewhere):
         return status
-    world.speak()
     if status == INTERNAL:
         traceback.print_exception(error)
     who = "" if isinstance(error, Gone) else world.name()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from phase1 import world
-from phase1.config import Ranked, TrainConfig
+from phase1.config import EngineShape, TrainConfig
 from phase1.data import Corpus, Windows
 from phase1.machine.isolate import run_isolated
 from phase1.measure.perplexity.evaluate import Protocol, evaluate
@@ -28,7 +28,7 @@ from phase1.training.job import train_to_checkpoint
 from phase1.training.step import make_train_state, train, train_step, windows_per_rank
 from phase1.training.watch import Watch
 
-TINY = Ranked(
+TINY = EngineShape(
     vocab_size=50, d_model=16, n_layers=1, n_heads=2, ar_ssm_max_rank=4, ar_ssm_min_rank=2, ar_ssm_window=4,
     htt_rank=1, htt_dense_rows=2, htt_groups=6,
 )  # fmt: skip

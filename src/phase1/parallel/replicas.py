@@ -24,7 +24,7 @@ class Alone:
         return scored
 
     def finish(self, loss: Tensor) -> Tensor:
-        """After the micro batches: the gradients of the parameters become those of the step; its loss, from this rank's part."""
+        """After the micro batches: the gradients become those of the step; the loss of the step, from this rank's part."""
         return loss
 
     def overflow(self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:

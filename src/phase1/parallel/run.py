@@ -64,15 +64,18 @@ def _store(hosts: bool) -> Any:
 def see_one_gpu() -> None:
     """Leave this rank the GPU of its place on the machine: "cuda" is that one everywhere, as in a run of one process.
 
+    Call it before CUDA is asked for anything else than how many GPUs there are: then it is too late.
     Raises ValueError where there are fewer GPUs than ranks of this machine.
     """
-    if world.size() == 1 or not torch.cuda.is_available():
-        return
     gpus = visible_gpus()
-    if world.local_rank() >= len(gpus):
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world.size()))
+    if world.size() == 1 or not gpus:
+        return
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world.size()))
+    if ranks > len(gpus):
         raise ValueError(f"--nproc-per-node must be at most the {len(gpus)} GPUs of this machine; got {ranks}; lower it")
     os.environ["CUDA_VISIBLE_DEVICES"] = gpus[world.local_rank()]
+    if torch.cuda.device_count() > 1:  # too late: asking had to start CUDA, since there is no library of the driver
+        torch.cuda.set_device(world.local_rank())
 
 
 def visible_gpus() -> list[str]:
@@ -156,11 +159,12 @@ class Guard:
         return False
 
     def _speaks(self) -> bool:
-        """Whether this is the first rank that asks."""
-        try:
-            return bool(self.store.compare_set("failed", "", str(self.rank)) == str(self.rank).encode())
-        except RuntimeError:  # torchrun, which keeps the store, is gone
-            return False
+        """Whether this is the first rank that asks; it may print then."""
+        with suppress(RuntimeError):  # torchrun, which keeps the store, is gone
+            if self.store.compare_set("failed", "", str(self.rank)) == str(self.rank).encode():
+                world.speak()
+                return True
+        return False
 
     def _gone(self) -> list[int]:
         """Ranks of this machine that have ended without a word."""

@@ -50,6 +50,8 @@ def spread(model: nn.Module, blocks: Iterable[nn.Module], methods: Sequence[str]
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # none is changed in place
     if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise ValueError(f"--shard needs a newer PyTorch; got {torch.__version__}; leave it out, or update")
+    if device.type == "cuda":
+        torch.cuda.init()  # else the mesh would look for a GPU of this rank's number, and every rank sees one
     mesh = init_device_mesh(device.type, (size(),))
     modules = [*blocks, model]
     for module in modules:
