@@ -100,10 +100,10 @@ class ARSSM(nn.Module):
         proj, p = self.in_proj(h), self.operator_parameters()
         graphed = state is not None and isinstance(state.position, Tensor)  # a graph reads it; the kernels take a number
         if not graphed and fused_runs(proj, p, self.window):
-            y, state, rank_gate = fused_ar_ssm(proj, p, window=self.window, memory=self.memory, state=state)
+            y, state, gate = fused_ar_ssm(proj, p, window=self.window, memory=self.memory, state=state)
         else:
-            y, state, rank_gate = self.composed(proj, state)
-        return self.out_proj(y), state, self.max_rank * rank_gate.mean(dtype=torch.promote_types(proj.dtype, torch.float32))
+            y, state, gate = self.composed(proj, state)
+        return self.out_proj(y), state, self.max_rank * gate
 
     def composed(self, proj: Tensor, state: State | None = None) -> tuple[Tensor, State, Tensor]:
         """`fused_ar_ssm` in PyTorch's operators, for CPUs and older GPUs: same result and gradients."""
@@ -117,7 +117,8 @@ class ARSSM(nn.Module):
             y = y + window_attention(o.q, k, x, window=self.window, past=k.shape[1] - T)
         y = rms_norm(y.flatten(2) * F.silu(gate), self.norm)
         k, x = (tensor[:, max(0, tensor.shape[1] - max(0, self.window - 1)) :].transpose(1, 2) for tensor in (k, x))
-        return y, State(T + (0 if state is None else state.position), conv, S, k, x), o.rank_gate
+        mean = o.rank_gate.mean(dtype=torch.promote_types(proj.dtype, torch.float32))
+        return y, State(T + (0 if state is None else state.position), conv, S, k, x), mean
 
     def operands(self, proj: Tensor, state: State | None = None) -> tuple[Operands, Tensor, Tensor]:
         """The operands for `proj`, the result of `in_proj`; then the output gate z and the convolution's last inputs."""
