@@ -92,7 +92,7 @@ def perplexity_cells(key: str, result: PerplexityResult) -> PerplexityCells:
         *sizes,
         result.trained_tokens,
         headline(result, "UNTRAINED" if result.untrained else result.perplexity),
-        *(numbers if known else (None,) * len(numbers)),
+        *(numbers if known else (None, None, None, None, None)),
         verdict,
         result.effective_rank,
     )
