@@ -87,12 +87,15 @@ def perplexity_cells(key: str, result: PerplexityResult) -> PerplexityCells:
     low, high = result.degradation_ci95 or (None, None)
     verdict = None if Key.parse(key).is_baseline else VERDICT[result.passes_5_percent_threshold]
     known = result.status == "ok" and not result.untrained
-    numbers = (result.bits_per_byte, result.word_perplexity, result.ppl_degradation_percent, low, high)
     return PerplexityCells(
         *sizes,
         result.trained_tokens,
         headline(result, "UNTRAINED" if result.untrained else result.perplexity),
-        *(numbers if known else (None, None, None, None, None)),
+        result.bits_per_byte if known else None,
+        result.word_perplexity if known else None,
+        result.ppl_degradation_percent if known else None,
+        low if known else None,
+        high if known else None,
         verdict,
         result.effective_rank,
     )
