@@ -70,9 +70,9 @@ def gate_backward_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Gradients of the raw and hidden columns, and of the parameters.
 
-    The gate's gradient is d_u + d_v, by the ranks of u and of v, (B, T, R) each, + d_mean share if MEAN_USED, that of its mean
-    over 1 / share numbers. `sums` (programs, TOTAL): what each program adds to the gradients of dt_bias (H), A_log (H), W (N R, transposed and with the
-    fixed ranks), c (R) and b (N).
+    The gate's gradient is d_u + d_v, by the ranks of u and of v, (B, T, R) each; if MEAN_USED + share d_mean, that of the
+    gate's mean over 1 / share numbers. `sums` (programs, TOTAL): what each program adds to the gradients of dt_bias (H),
+    A_log (H), W (N R, transposed and with the fixed ranks), c (R) and b (N).
     """
     o_h, o_r, o_n, o_t = tl.arange(0, HEADS), tl.arange(0, RB), tl.arange(0, NB), tl.arange(0, BT).to(tl.int64)
     mh, mr, mn = o_h < H, o_r < R, o_n < N

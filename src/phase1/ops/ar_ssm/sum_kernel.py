@@ -12,7 +12,7 @@ COLUMNS = 32  # of one program
 
 @triton.jit
 def _add_up(parts, rows, width, out, block, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """out_n = Σ_i parts_in of the COLUMNS columns of a block of `parts` (rows, width); of no block past the last, or below 0."""
+    """out_n = Σ_i parts_in of one block of columns of `parts` (rows, width); nothing for blocks past the last or below 0."""
     o, i = block * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, ROWS)
     inside = (o >= 0) & (o < width)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
