@@ -83,12 +83,12 @@ class PerplexityCells(NamedTuple):
 
 def perplexity_cells(key: str, result: PerplexityResult) -> PerplexityCells:
     """Cells of a result; n/a where the model is untrained or has failed."""
-    sizes = (result.parameters.total, result.parameters.embedding) if result.parameters else (None, None)
     low, high = result.degradation_ci95 or (None, None)
     verdict = None if Key.parse(key).is_baseline else VERDICT[result.passes_5_percent_threshold]
     known = result.status == "ok" and not result.untrained
     return PerplexityCells(
-        *sizes,
+        result.parameters.total if result.parameters else None,
+        result.parameters.embedding if result.parameters else None,
         result.trained_tokens,
         headline(result, "UNTRAINED" if result.untrained else result.perplexity),
         result.bits_per_byte if known else None,
