@@ -61,6 +61,7 @@ def _page(root: Path, listed: dict[str, Any]) -> str:
     for section in listed["section"]:
         parts += [f"## {section['title']}\n"]
         parts += [section["text"].strip() + "\n"] if "text" in section else []
+        parts += [f"![{section['alt']}](../results/{section['picture']})\n"] if "picture" in section else []
         parts += [part for entry in section["table"] for part in _record(root, entry)]
     return "\n".join(parts)
 
