@@ -2,8 +2,8 @@
 
     python docs/reference.py
 
-English comes from the help of the flags and the descriptions of the fields; docs/reference.toml has the Japanese, and the English
-of fields that have no description.
+English comes from the help of the flags and the descriptions of the fields; docs/reference.toml has the Japanese, and the
+English of fields that have no description.
 """
 
 import sys
