@@ -11,6 +11,7 @@ from phase1.records.collect import read_reports
 from phase1.records.schema import Check, Report
 from phase1.tables import build_tables
 from phase1.tables.common import WARNING, hardware_of, notes_of
+from phase1.tables.memory import cards_comparison
 from phase1.tables.rows import benchmark, rows_table
 from phase1.tables.summary import summary
 from phase1.tables.table import Column, Table, markdown
@@ -67,7 +68,14 @@ def _page(root: Path, listed: dict[str, Any]) -> str:
 
 
 def _record(root: Path, entry: dict[str, Any]) -> Iterator[str]:
-    """The tables of one record, its checks, and what made it."""
+    """The tables of one record, its checks, and what made it; or the one table of the records of some `cards`."""
+    if "cards" in entry:
+        records = {name: next(iter(read_reports(root / "results" / name).values())) for name in entry["cards"]}
+        yield markdown(cards_comparison(list(records.values())))
+        for name, report in records.items():
+            yield "- " + _made_by_report({"record": name}, report).removesuffix("\n")
+        yield ""
+        return
     path = root / "results" / entry["record"]
     if "columns" in entry:
         content = benchmark(path)
@@ -85,8 +93,7 @@ def _record(root: Path, entry: dict[str, Any]) -> Iterator[str]:
         notes = tuple(note for note in table.notes if note not in told)
         yield markdown(replace(table, caption=title + _begin(table.caption, bool(title)), notes=notes))
     yield from _checks(report)
-    commit = str(report.environment.get("git_commit") or "not recorded")
-    yield _made_by(entry, report.command, commit, hardware_of(report), report.created_utc[:10])
+    yield _made_by_report(entry, report)
 
 
 def _begin(caption: str, inside: bool) -> str:
@@ -116,6 +123,11 @@ def _facts(content: Any) -> tuple[str, str, str, str]:
     commit = environment.get("git_commit") or first.get("commit") or "not recorded"
     card = environment.get("gpu") or first.get("device") or "not recorded"
     return first.get("command", ""), str(commit), str(card), str(first.get("created_utc", ""))[:10]
+
+
+def _made_by_report(entry: dict[str, Any], report: Report[Any]) -> str:
+    commit = str(report.environment.get("git_commit") or "not recorded")
+    return _made_by(entry, report.command, commit, hardware_of(report), report.created_utc[:10])
 
 
 def _made_by(entry: dict[str, Any], command: str, commit: str, card: str, date: str) -> str:

@@ -61,7 +61,7 @@ def summary(root: Path, listed: dict[str, Any], language: str, link: bool = True
     )
     rows = [
         _memory(memory, words),
-        _speed(benchmark(root / "results" / listed["speed"]), words),
+        speed_row(benchmark(root / "results" / listed["speed"]), words),
         _linear(linear, words),
         _parameters(perplexity, copies, words),
         _perplexity(perplexity, copies, words),
@@ -85,7 +85,7 @@ def _memory(report: Report[MemoryResult], words: dict[str, str]) -> list[str]:
     return [label, *(_three_digits(peak / 1e9) if peak else "–" for peak in peaks)]
 
 
-def _speed(content: Any, words: dict[str, str]) -> list[str]:
+def speed_row(content: Any, words: dict[str, str]) -> list[str]:
     """At the shortest and the longest length at which all were measured."""
     columns = _speeds_of_report(content) if "kind" in content else _speeds_of_steps(content)
     known = [set(column) for column in columns if column]
