@@ -33,10 +33,10 @@ assert parse("train", ["--embedding", "low_rank"]).embedding == "low_rank"
 """,
     "A rival": """
 from phase1.measure.perplexity.candidates import candidates
-from phase1.roster import report_key
+from phase1.roster import Key
 run = parse("perplexity", ["--variants", "transformer_gate"])
 found = {c.key: c.config for c in candidates(run)}
-assert found["transformer_gate"].attention_gate and report_key(found["transformer_gate"]) == "transformer_gate"
+assert found["transformer_gate"].attention_gate and str(Key.of(found["transformer_gate"])) == "transformer_gate"
 """,
     "A card": """
 from phase1.machine.cards import card_for

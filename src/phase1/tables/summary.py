@@ -5,7 +5,7 @@ from typing import Any
 
 from phase1.records.collect import read_reports
 from phase1.records.schema import MemoryResult, PerplexityResult, Report, Result, ThroughputResult
-from phase1.roster import TRANSFORMERS
+from phase1.roster import TRANSFORMERS, Key
 from phase1.tables.rows import benchmark
 
 WORDS: dict[str, dict[str, str]] = {
@@ -126,7 +126,7 @@ def _linear(report: Report[ThroughputResult], words: dict[str, str]) -> list[str
 
 def _of(report: Report[PerplexityResult], plain: str) -> list[PerplexityResult]:
     """The results of one model, a seed each; `phase1` is the first engine of the report."""
-    names = [key.partition("_seed")[0] for key in report.results]
+    names = [Key.parse(key).model for key in report.results]
     wanted = next(name for name in names if name.startswith("phase1")) if plain == "phase1" else plain
     return [result for name, result in zip(names, report.results.values()) if name == wanted]
 
