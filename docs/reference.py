@@ -54,7 +54,7 @@ def own_fields(cls: type[Config]) -> Iterator[Any]:
 
 
 def page(language: str) -> str:
-    """The whole reference in `en` or `ja`. Raises KeyError for what docs/reference.toml does not have in that language."""
+    """The whole reference in `en` or `ja`. Raises ValueError, which names it, for a line that docs/reference.toml lacks."""
     say = WORDS[language]
     parts = [say["head"], f"## {say['flags']}\n\n{say['of_all']}\n"]
     for cls, commands in declared().items():
@@ -87,7 +87,7 @@ def _flag(cls: type[Config], field: Any, language: str) -> list[str]:
     names = [field.name.upper()] if field.metadata.get("positional") else [flag_of(field.name)]
     names += [flag_of(name) for name in field.metadata.get("spellings", ())]
     names += [flag_of(f"no_{field.name}")] if bool in _types(field.type) else []
-    help = field.metadata["help"] if language == "en" else say["flag"][cls.__name__][field.name]
+    help = field.metadata["help"] if language == "en" else _line(language, "flag", cls.__name__, field.name)
     choices = [str(item) for part in _literals(field.type) for item in get_args(part)]
     values = f" ({say['one_of']} {say['comma'].join(f'`{c}`' for c in choices)})" if choices else ""
     shown = say["comma"].join(f"`{name}`" for name in names)
@@ -125,10 +125,19 @@ def _presets() -> Iterator[list[str]]:
 
 
 def _field(model: type[BaseModel], name: str, language: str) -> list[str]:
-    own = WORDS[language]["field"].get(model.__name__, {})
     info = model.model_fields[name]
-    text = own[name] if language != "en" or info.description is None else info.description
+    described = language == "en" and info.description is not None
+    text = info.description if described else _line(language, "field", model.__name__, name)
     return [f"`{name}`", f"`{_type_name(info.annotation)}`", text]
+
+
+def _line(language: str, part: str, owner: str, name: str) -> str:
+    """What docs/reference.toml says of a flag or field."""
+    text = WORDS[language][part].get(owner, {}).get(name)
+    if text is None:
+        remedy = f"add a line {name} = under [{language}.{part}.{owner}]"
+        raise ValueError(f"docs/reference.toml must say what {owner}.{name} is; got nothing; {remedy}")
+    return str(text)
 
 
 def _model_text(model: type[BaseModel], language: str) -> str:
