@@ -56,7 +56,7 @@ class CoordinateBand(nn.Module):
 
     def __init__(self, levels: Sequence[Level], d_model: int) -> None:
         super().__init__()
-        self.n, self.d_model = levels[-1].end - levels[0].start, d_model
+        self.n = levels[-1].end - levels[0].start
         self.coordinates = nn.ParameterList(
             torch.randn(level.end - level.start, level.rank) * _start_std(level, d_model) * math.sqrt(d_model / level.rank)
             for level in levels
@@ -67,9 +67,6 @@ class CoordinateBand(nn.Module):
         """Start at `rows` (n, m), as far as their coordinates and those of this reach."""
         for part, start in zip(self.coordinates, rows.split([len(part) for part in self.coordinates]), strict=True):
             part.copy_(_to_width(start, part.shape[1]))
-
-    def table(self, dtype: torch.dtype) -> Tensor:
-        return torch.cat([_to_width(part.to(dtype), self.d_model) for part in self.coordinates])
 
     def factors(self, hidden: Tensor, parts: int) -> list[tuple[Tensor, Tensor]]:
         """Output of the first `parts` stretches of rows: the coordinates of `hidden` (…, D) that they have, and theirs."""
@@ -186,9 +183,9 @@ class HTTTable(nn.Module):
             parameter.mul_(factor)
 
     def turn_anchors(self) -> None:
-        for level, users in enumerate(users_of(self.anchors, self.levels)):
-            self.register_buffer(f"places_{level}", users.places, persistent=False)
-            self.register_buffer(f"starts_{level}", users.starts, persistent=False)
+        """Find who uses each row, again whenever the anchors have changed."""
+        for name, users in users_of(self.anchors, self.levels)._asdict().items():
+            self.register_buffer(f"users_{name}", users, persistent=False)
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: list[str]
@@ -218,11 +215,11 @@ class HTTTable(nn.Module):
 
     def table(self, dtype: torch.dtype) -> Tensor:
         """All V rows in the order of their positions."""
-        own = [self.rows.to(dtype), *(part.table(dtype) for part in (self.band, self.tail) if part is not None)]
+        own = [self.rows, *(self.band.coordinates if self.band else ()), *([self.tail.table(dtype)] if self.tail else ())]
         if not len(self.anchors):
-            return own[-1]
-        users = [Users(getattr(self, f"places_{i}"), getattr(self, f"starts_{i}")) for i in range(len(self.levels) - 1)]
-        return anchored_table(torch.cat(own), self.weights, self.anchors, self.levels, users)
+            return own[-1].to(dtype)
+        users = Users(*(getattr(self, f"users_{name}") for name in Users._fields))
+        return anchored_table(own, self.weights, self.anchors, self.levels, users, dtype)
 
     def factors(self, hidden: Tensor, table: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The output, hidden (N, D) times the `table` of this; rows without anchors by their coefficients, which are fewer."""

@@ -2,66 +2,41 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from phase1.ops.anchored_table.reference import check_arguments
-
 CHUNK_ROWS = 4096  # rows whose anchors are gathered at once for the gradient of their weights
 
 
-class Users(NamedTuple):
-    """The anchors of one level turned round: who uses each row."""
-
-    places: Tensor  # (n k,) places in the flattened anchors, sorted by anchor
-    starts: Tensor  # (start of the level + 1,) where the users of each row begin in `places`
-
-
-def users_of(anchors: Tensor, levels: Sequence[int]) -> list[Users]:
-    """The users of the rows before each level, from all `anchors` (V - K, k)."""
-    users = []
+def table(own: Sequence[Tensor], weights: Tensor, anchors: Tensor, levels: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The table, (V, D)."""
+    D = own[0].shape[1]
+    table = torch.cat([F.pad(part.to(dtype), (0, D - part.shape[1])) for part in own])
     for start, end in pairwise(levels):
-        used, places = anchors[start - levels[0] : end - levels[0]].flatten().sort(stable=True)
-        users.append(Users(places, torch.searchsorted(used, torch.arange(start + 1, device=used.device))))
-    return users
-
-
-def anchored_table(own: Tensor, weights: Tensor, anchors: Tensor, levels: Sequence[int], users: Sequence[Users]) -> Tensor:
-    """Fast form of `anchored_table_reference`, with the `users_of` its anchors: same result, gradients and errors.
-
-    `own` is overwritten: it becomes the table.
-    """
-    check_arguments(own, weights, anchors, levels)
-    table: Tensor = _AnchoredTable.apply(own, weights, anchors, list(levels), *(tensor for part in users for tensor in part))
+        level = slice(start - levels[0], end - levels[0])
+        table[start:end] += _bags(table[:start], anchors[level], weights[level])
     return table
 
 
-class _AnchoredTable(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, table: Tensor, weights: Tensor, anchors: Tensor, levels: list[int], *users: Tensor) -> Tensor:
-        for start, end in pairwise(levels):
-            level = slice(start - levels[0], end - levels[0])
-            table[start:end] += _bags(table[:start], anchors[level], weights[level])
-        ctx.levels = levels
-        ctx.mark_dirty(table)
-        ctx.save_for_backward(table, weights, anchors, *users)
-        return table
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        table, weights, anchors, *users = ctx.saved_tensors
-        k, first = anchors.shape[1], ctx.levels[0]
-        grad, d_weights = grad.clone(), torch.empty_like(weights)
-        for (start, end), places, starts in reversed(list(zip(pairwise(ctx.levels), users[::2], users[1::2], strict=True))):
-            level, d_rows = slice(start - first, end - first), grad[start:end]  # whole: later levels have added theirs
-            grad[:start] += _bags(d_rows, places // k, weights[level].flatten()[places], starts)
-            chunks = (part.split(CHUNK_ROWS) for part in (d_weights[level], anchors[level], d_rows))
-            for d_weight, anchor, d_row in zip(*chunks, strict=True):
-                d_weight.copy_((table[anchor] @ d_row[:, :, None]).squeeze(-1))
-        return grad, d_weights, None, None, *(None for _ in users)
+def gradients(
+    d_table: Tensor, table: Tensor, own: Sequence[Tensor], weights: Tensor, anchors: Tensor, users: Sequence[Tensor],
+    levels: Sequence[int],
+) -> tuple[list[Tensor], Tensor]:  # fmt: skip
+    """Those of `own`, the parts before the last level, and of the weights; users are found again, level by level."""
+    (k, first), d_rows, d_weights = (anchors.shape[1], levels[0]), d_table.clone(), torch.empty_like(weights)
+    for start, end in reversed(list(pairwise(levels))):
+        level, d_level = slice(start - first, end - first), d_rows[start:end]  # whole: later levels have added theirs
+        used, places = anchors[level].flatten().sort(stable=True)
+        starts = torch.searchsorted(used, torch.arange(start + 1, device=used.device))
+        d_rows[:start] += _bags(d_level, places // k, weights[level].flatten()[places], starts)
+        chunks = (part.split(CHUNK_ROWS) for part in (d_weights[level], anchors[level], d_level))
+        for d_weight, anchor, d_row in zip(*chunks, strict=True):
+            d_weight.copy_((table[anchor] @ d_row[:, :, None]).squeeze(-1))
+    ends = torch.tensor([0, *map(len, own)]).cumsum(0).tolist()
+    parts = zip(pairwise(ends), own, strict=True)
+    return [d_rows[start:end, : part.shape[1]].to(part.dtype, copy=True) for (start, end), part in parts], d_weights
 
 
 def _bags(rows: Tensor, indices: Tensor, weights: Tensor, starts: Tensor | None = None) -> Tensor:
