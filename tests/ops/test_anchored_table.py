@@ -10,8 +10,7 @@ from phase1.ops.anchored_table import levels as bags
 
 pytest.importorskip("triton")
 
-from phase1.ops.anchored_table import kernel
-from phase1.ops.anchored_table.users import STRETCH
+from phase1.ops.anchored_table import kernel, users
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -75,26 +74,34 @@ def test_parts_of_fewer_coordinates_and_other_types(form, dtype, levels, D, widt
 
 
 @pytest.mark.parametrize("form, dtype", CASES, ids=str)
-@pytest.mark.parametrize("levels, k", [([2, 5, 20 * STRETCH], 1), ([3, 70, 300, 500], 4)], ids=str)
+@pytest.mark.parametrize("levels, k", [([2, 5, 200], 1), ([3, 20, 60, 100], 4)], ids=str)
 def test_a_row_that_very_many_use(form, dtype, levels, k, monkeypatch):
     """Its users fill whole stretches, more than a program adds at once, in several levels, and leave some over."""
+    monkeypatch.setattr(users, "STRETCH", 8)
+    monkeypatch.setattr(kernel, "STRETCH", 8)
+    monkeypatch.setattr(kernel, "SUMMED", 32)
     own, weights, anchors = operands(levels, k, 8, dtype, popular=True)
-    assert (anchors == 1).sum() > 10 * STRETCH
-    monkeypatch.setattr(kernel, "SUMMED", 64)
+    assert (anchors == 1).sum() > 15 * 8
     compare(form, own, weights, anchors, levels, dtype, monkeypatch)
 
 
-def test_every_user_is_in_one_place_whole_stretches_first():
+def test_a_stretch_of_the_default_length(monkeypatch):
+    own, weights, anchors = operands([2, 200], 1, 8, torch.float32, popular=True)
+    assert users_of(anchors, [2, 200]).firsts[-1] == 2
+    compare(kernel, own, weights, anchors, [2, 200], torch.float32, monkeypatch)
+
+
+def test_every_user_is_in_one_place_and_whole_stretches_are_counted():
     levels = [3, 70, 300, 500]
     anchors = operands(levels, 4, popular=True)[2]
-    users, flat = users_of(anchors, levels), anchors.flatten()
-    assert len(users.starts) == len(users.firsts) == 301 and len(users.stretches) == len(flat) // STRETCH
+    found, flat = users_of(anchors, levels), anchors.flatten()
+    assert len(found.starts) == len(found.firsts) == 301 and len(found.stretches) == len(flat) // users.STRETCH
     for row in range(300):
-        of_row = users.places[users.starts[row] : users.starts[row + 1]]
+        of_row = found.places[found.starts[row] : found.starts[row + 1]]
         assert torch.equal(of_row, (flat == row).nonzero().flatten())
-        stretches = (users.stretches == row).nonzero().flatten()
-        assert torch.equal(stretches, torch.arange(users.firsts[row], users.firsts[row + 1], device=DEVICE))
-        assert len(stretches) == len(of_row) // STRETCH
+        stretches = (found.stretches == row).nonzero().flatten()
+        assert torch.equal(stretches, torch.arange(found.firsts[row], found.firsts[row + 1], device=DEVICE))
+        assert len(stretches) == len(of_row) // users.STRETCH
 
 
 def test_the_table_solves_its_equation():
@@ -130,10 +137,10 @@ def test_in_a_compiled_graph_it_is_the_same(form, monkeypatch):
     monkeypatch.setattr(op, "_form", lambda *_: form)
     levels = [4, 8, 30]
     own, weights, anchors = operands(levels, 3, 12, torch.float16, (5, 12))
-    users = users_of(anchors, levels)
+    found = users_of(anchors, levels)
 
     def run(own, weights, anchors, levels, dtype):
-        return anchored_table([x * 2 for x in own], weights, anchors, levels, users, dtype)
+        return anchored_table([x * 2 for x in own], weights, anchors, levels, found, dtype)
 
     torch._dynamo.reset()
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
@@ -144,12 +151,12 @@ def test_in_a_compiled_graph_it_is_the_same(form, monkeypatch):
 def test_the_operator_keeps_the_promises_of_custom_operators():
     levels = [4, 8, 30]
     own, weights, anchors = operands(levels, 3, 12, torch.float16, (5, 12))
-    users = list(users_of(anchors, levels))
+    found = list(users_of(anchors, levels))
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(op._table, (own, weights, anchors, levels, users, torch.float16), test_utils=checks)
+    torch.library.opcheck(op._table, (own, weights, anchors, levels, found, torch.float16), test_utils=checks)
     own, weights = [x.detach() for x in own], weights.detach()
-    table = op._table(own, weights, anchors, levels, users, torch.float16)
-    torch.library.opcheck(op._gradients, (table, table, own[:2], weights, anchors, users, levels), test_utils=checks)
+    table = op._table(own, weights, anchors, levels, found, torch.float16)
+    torch.library.opcheck(op._gradients, (table, table, own[:2], weights, anchors, found, levels), test_utils=checks)
 
 
 def test_wrong_shapes_and_levels_are_named():

@@ -4,6 +4,7 @@ Forward a kernel for each stretch of rows. Backward levels come last first: a ro
 all its users are whole.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 
@@ -35,13 +36,16 @@ def _rows(own, stride, width, weights, anchors, table, begin, n, D: tl.constexpr
 
 
 @triton.jit
-def _weighed(d_table, d_inner, weights, places, p, last, o_d, first, inner, D: tl.constexpr, K: tl.constexpr):  # type: ignore[no-untyped-def]
+def _weighed(  # type: ignore[no-untyped-def]
+    d_table, d_inner, weights, places, p, last, o_d, first, inner, D: tl.constexpr, K: tl.constexpr, ALIGN: tl.constexpr
+):
     """Gradients of the rows that are the users at `p`, times their weights, (u, d)."""
     valid = p < last
     place = tl.load(places + p, mask=valid, other=0)
     w = tl.load(weights + place, mask=valid, other=0.0).to(tl.float32)
     user = place // K
     row = tl.where(user < inner, d_inner + user * D, d_table + (first + user) * D)  # of the last level: as they came
+    row = tl.multiple_of(row, ALIGN)  # bytes: Triton does not see it through the choice
     d = tl.load(row[:, None] + o_d[None, :], mask=valid[:, None] & (o_d < D)[None, :], other=0.0)
     return w[:, None] * d.to(tl.float32)
 
@@ -49,7 +53,7 @@ def _weighed(d_table, d_inner, weights, places, p, last, o_d, first, inner, D: t
 @triton.jit(do_not_specialize=POSITIONS)
 def _stretches(  # type: ignore[no-untyped-def]
     d_table, d_inner, weights, places, starts, firsts, stretches, sums, begin, end, first, inner,
-    D: tl.constexpr, K: tl.constexpr, U: tl.constexpr, PART: tl.constexpr, STRETCH: tl.constexpr,
+    D: tl.constexpr, K: tl.constexpr, U: tl.constexpr, PART: tl.constexpr, STRETCH: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """The sum over a whole stretch of users, if it belongs to one of the rows from `begin` to `end`."""
     s, o_d = tl.program_id(0).to(tl.int64), tl.arange(0, PART)
@@ -59,14 +63,14 @@ def _stretches(  # type: ignore[no-untyped-def]
         total = tl.zeros([U, PART], tl.float32)
         for i in range(0, STRETCH, U):
             at = p + i + tl.arange(0, U)
-            total += _weighed(d_table, d_inner, weights, places, at, p + STRETCH, o_d, first, inner, D, K)
+            total += _weighed(d_table, d_inner, weights, places, at, p + STRETCH, o_d, first, inner, D, K, ALIGN)
         tl.store(sums + s * D + o_d, tl.sum(total, 0), mask=o_d < D)
 
 
 @triton.jit(do_not_specialize=POSITIONS)
 def _gradients_of_rows(  # type: ignore[no-untyped-def]
     d_table, d_inner, weights, places, starts, firsts, sums, d_own, width, begin, first, inner,
-    D: tl.constexpr, K: tl.constexpr, U: tl.constexpr, PART: tl.constexpr, STRETCH: tl.constexpr,
+    D: tl.constexpr, K: tl.constexpr, U: tl.constexpr, PART: tl.constexpr, STRETCH: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Of one row: its own, and what its users bring, whole stretches first."""
     i, o_d, o_u = tl.program_id(0).to(tl.int64), tl.arange(0, PART), tl.arange(0, U)
@@ -79,7 +83,7 @@ def _gradients_of_rows(  # type: ignore[no-untyped-def]
         at = (j + o_u)[:, None]
         total += tl.load(sums + at * D + o_d[None, :], mask=(at < last_s) & there[None, :], other=0.0)
     for j in range(p, last_p, U):
-        total += _weighed(d_table, d_inner, weights, places, j + o_u, last_p, o_d, first, inner, D, K)
+        total += _weighed(d_table, d_inner, weights, places, j + o_u, last_p, o_d, first, inner, D, K, ALIGN)
     d = tl.sum(total, 0) + tl.load(d_table + row * D + o_d, mask=there, other=0.0).to(tl.float32)
     tl.store(d_own + i * width + o_d, d.to(d_own.dtype.element_ty), mask=o_d < width)
     if row >= first:
@@ -139,7 +143,8 @@ def gradients(
     d_own = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in own]
     d_weights = torch.empty_like(weights)
     (U, columns), (R, _) = _tile(D, SUMMED), _tile(D, TILE)
-    summing = {"D": D, "K": K, "U": min(U, STRETCH), "PART": columns, "STRETCH": STRETCH, "num_warps": 4}
+    align = math.gcd(16, D * d_table.element_size(), d_table.data_ptr())
+    summing = {"D": D, "K": K, "U": min(U, STRETCH), "PART": columns, "STRETCH": STRETCH, "ALIGN": align, "num_warps": 4}
     inputs = (d_table, d_inner, weights, places, starts, firsts)
     for begin, end in reversed(list(pairwise([0, *levels][:-1]))):
         if len(stretches):
