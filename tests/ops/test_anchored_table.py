@@ -67,7 +67,9 @@ def test_output_and_gradients_match_the_definition(form, dtype, levels, k, monke
 
 
 @pytest.mark.parametrize("form, dtype", CASES, ids=str)
-@pytest.mark.parametrize("levels, D, widths", [([4, 8, 20], 24, (7, 24)), ([6, 6, 30], 33, (1, 0)), ([3, 50], 16, (2,))], ids=str)
+@pytest.mark.parametrize(
+    "levels, D, widths", [([4, 8, 20], 24, (7, 24)), ([6, 6, 30], 33, (1, 0)), ([3, 50], 16, (2,))], ids=str
+)
 def test_parts_of_fewer_coordinates_and_other_types(form, dtype, levels, D, widths, monkeypatch):
     own, weights, anchors = operands(levels, 3, D, dtype, widths)
     compare(form, own, weights, anchors, levels, dtype, monkeypatch)

@@ -21,11 +21,15 @@ POSITIONS = ["n", "begin", "end", "first", "inner"]
 
 
 @triton.jit(do_not_specialize=POSITIONS)
-def _rows(own, stride, width, weights, anchors, table, begin, n, D: tl.constexpr, K: tl.constexpr, R: tl.constexpr, PART: tl.constexpr):  # type: ignore[no-untyped-def]
+def _rows(  # type: ignore[no-untyped-def]
+    own, stride, width, weights, anchors, table, begin, n,
+    D: tl.constexpr, K: tl.constexpr, R: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
     """The n rows from `begin` on: their own part and the sum of their K anchors, in float32."""
     i, o_d = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R), tl.arange(0, PART)
     real, there = i < n, (o_d < D)[None, :]
-    sums = tl.load(own + i[:, None] * stride + o_d[None, :], mask=real[:, None] & (o_d < width)[None, :], other=0.0).to(tl.float32)
+    at = own + i[:, None] * stride + o_d[None, :]
+    sums = tl.load(at, mask=real[:, None] & (o_d < width)[None, :], other=0.0).to(tl.float32)
     for j in tl.static_range(K):
         a = tl.load(anchors + i * K + j, mask=real, other=0)
         w = tl.load(weights + i * K + j, mask=real, other=0.0).to(tl.float32)
@@ -91,7 +95,9 @@ def _gradients_of_rows(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=POSITIONS)
-def _gradients_of_weights(d_rows, table, anchors, d_weights, n, D: tl.constexpr, K: tl.constexpr, R: tl.constexpr, PART: tl.constexpr):  # type: ignore[no-untyped-def]
+def _gradients_of_weights(  # type: ignore[no-untyped-def]
+    d_rows, table, anchors, d_weights, n, D: tl.constexpr, K: tl.constexpr, R: tl.constexpr, PART: tl.constexpr
+):
     """Products of n rows' gradients with their anchors."""
     i, o_d = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R), tl.arange(0, PART)
     real = i < n

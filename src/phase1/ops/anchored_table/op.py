@@ -26,7 +26,7 @@ def anchored_table(
 
 def _within_levels(own: Sequence[Tensor], levels: Sequence[int]) -> list[Tensor]:
     """`own` in parts none of which belongs to two levels; that of the model is."""
-    parts = []
+    parts: list[Tensor] = []
     for part, begin in zip(own, accumulate(map(len, own), initial=0)):
         cuts = [level - begin for level in levels if 0 < level - begin < len(part)]
         parts += part.tensor_split(cuts) if cuts else [part]

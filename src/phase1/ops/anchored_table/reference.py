@@ -47,7 +47,8 @@ def anchored_table_reference(
     Source: Babenko and Lempitsky 2014, "Additive Quantization", section 3; the weights as in sparse coding.
     """
     check_arguments(own, weights, anchors, levels)
-    first, D, rows = levels[0], own[0].shape[1], []
+    first, D = levels[0], own[0].shape[1]
+    rows: list[Tensor] = []
     for i, part in enumerate(row for stretch in own for row in stretch.to(dtype)):
         row = torch.cat([part, part.new_zeros(D - len(part))])
         if i >= first:
