@@ -5,12 +5,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from phase1.ops.anchored_table import anchored_table, anchored_table_reference, op, users_of
+from phase1.ops.anchored_table import anchored_table, anchored_table_reference, inverse_index, op
 from phase1.ops.anchored_table import levels as bags
 
 pytest.importorskip("triton")
 
-from phase1.ops.anchored_table import kernel, users
+from phase1.ops.anchored_table import kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -35,7 +35,7 @@ def operands(levels, k, D=6, dtype=torch.float64, widths=(), popular=False):
 
 
 def fast(own, weights, anchors, levels, dtype=torch.float64):
-    return anchored_table(own, weights, anchors, levels, users_of(anchors, levels), dtype)
+    return anchored_table(own, weights, anchors, levels, inverse_index(anchors, levels), dtype)
 
 
 def outcome(form, own, weights, anchors, levels, dtype):
@@ -78,32 +78,32 @@ def test_parts_of_fewer_coordinates_and_other_types(form, dtype, levels, D, widt
 @pytest.mark.parametrize("form, dtype", CASES, ids=str)
 @pytest.mark.parametrize("levels, k", [([2, 5, 200], 1), ([3, 20, 60, 100], 4)], ids=str)
 def test_a_row_that_very_many_use(form, dtype, levels, k, monkeypatch):
-    """Its users fill whole stretches, more than a program adds at once, in several levels, and leave some over."""
-    monkeypatch.setattr(users, "STRETCH", 8)
-    monkeypatch.setattr(kernel, "STRETCH", 8)
+    """Its users fill whole chunks, more than a program adds at once, in several levels, and leave some over."""
+    monkeypatch.setattr("phase1.ops.anchored_table.inverse.CHUNK", 8)
+    monkeypatch.setattr(kernel, "CHUNK", 8)
     monkeypatch.setattr(kernel, "SUMMED", 32)
     own, weights, anchors = operands(levels, k, 8, dtype, popular=True)
     assert (anchors == 1).sum() > 15 * 8
     compare(form, own, weights, anchors, levels, dtype, monkeypatch)
 
 
-def test_a_stretch_of_the_default_length(monkeypatch):
+def test_a_chunk_of_the_default_length(monkeypatch):
     own, weights, anchors = operands([2, 200], 1, 8, torch.float32, popular=True)
-    assert users_of(anchors, [2, 200]).firsts[-1] == 2
+    assert inverse_index(anchors, [2, 200]).chunk_offsets[-1] == 2
     compare(kernel, own, weights, anchors, [2, 200], torch.float32, monkeypatch)
 
 
-def test_every_user_is_in_one_place_and_whole_stretches_are_counted():
+def test_every_user_is_in_one_place_and_whole_chunks_are_counted():
     levels = [3, 70, 300, 500]
     anchors = operands(levels, 4, popular=True)[2]
-    found, flat = users_of(anchors, levels), anchors.flatten()
-    assert len(found.starts) == len(found.firsts) == 301 and len(found.stretches) == len(flat) // users.STRETCH
+    found, flat = inverse_index(anchors, levels), anchors.flatten()
+    assert len(found.offsets) == len(found.chunk_offsets) == 301 and len(found.chunk_rows) == len(flat) // kernel.CHUNK
     for row in range(300):
-        of_row = found.places[found.starts[row] : found.starts[row + 1]]
+        of_row = found.indices[found.offsets[row] : found.offsets[row + 1]]
         assert torch.equal(of_row, (flat == row).nonzero().flatten())
-        stretches = (found.stretches == row).nonzero().flatten()
-        assert torch.equal(stretches, torch.arange(found.firsts[row], found.firsts[row + 1], device=DEVICE))
-        assert len(stretches) == len(of_row) // users.STRETCH
+        chunk_rows = (found.chunk_rows == row).nonzero().flatten()
+        assert torch.equal(chunk_rows, torch.arange(found.chunk_offsets[row], found.chunk_offsets[row + 1], device=DEVICE))
+        assert len(chunk_rows) == len(of_row) // kernel.CHUNK
 
 
 def test_the_table_solves_its_equation():
@@ -139,7 +139,7 @@ def test_in_a_compiled_graph_it_is_the_same(form, monkeypatch):
     monkeypatch.setattr(op, "_form", lambda *_: form)
     levels = [4, 8, 30]
     own, weights, anchors = operands(levels, 3, 12, torch.float16, (5, 12))
-    found = users_of(anchors, levels)
+    found = inverse_index(anchors, levels)
 
     def run(own, weights, anchors, levels, dtype):
         return anchored_table([x * 2 for x in own], weights, anchors, levels, found, dtype)
@@ -153,7 +153,7 @@ def test_in_a_compiled_graph_it_is_the_same(form, monkeypatch):
 def test_the_operator_keeps_the_promises_of_custom_operators():
     levels = [4, 8, 30]
     own, weights, anchors = operands(levels, 3, 12, torch.float16, (5, 12))
-    found = list(users_of(anchors, levels))
+    found = list(inverse_index(anchors, levels))
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(op._table, (own, weights, anchors, levels, found, torch.float16), test_utils=checks)
     own, weights = [x.detach() for x in own], weights.detach()

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phase1.ops.anchored_table.users import STRETCH
+from phase1.ops.anchored_table.inverse import CHUNK
 
 TILE = 2048  # numbers of a program that writes rows
 SUMMED = 4096  # numbers of a program that adds up users
@@ -41,11 +41,11 @@ def _rows(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _weighed(  # type: ignore[no-untyped-def]
-    d_table, d_inner, weights, places, p, last, o_d, first, inner, D: tl.constexpr, K: tl.constexpr, ALIGN: tl.constexpr
+    d_table, d_inner, weights, indices, p, last, o_d, first, inner, D: tl.constexpr, K: tl.constexpr, ALIGN: tl.constexpr
 ):
     """Gradients of the rows that are the users at `p`, times their weights, (u, d)."""
     valid = p < last
-    place = tl.load(places + p, mask=valid, other=0)
+    place = tl.load(indices + p, mask=valid, other=0)
     w = tl.load(weights + place, mask=valid, other=0.0).to(tl.float32)
     user = place // K
     row = tl.where(user < inner, d_inner + user * D, d_table + (first + user) * D)  # of the last level: as they came
@@ -55,39 +55,39 @@ def _weighed(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=POSITIONS)
-def _stretches(  # type: ignore[no-untyped-def]
-    d_table, d_inner, weights, places, starts, firsts, stretches, sums, begin, end, first, inner,
-    D: tl.constexpr, K: tl.constexpr, U: tl.constexpr, PART: tl.constexpr, STRETCH: tl.constexpr, ALIGN: tl.constexpr,
+def _chunk_sums(  # type: ignore[no-untyped-def]
+    d_table, d_inner, weights, indices, offsets, chunk_offsets, chunk_rows, sums, begin, end, first, inner,
+    D: tl.constexpr, K: tl.constexpr, U: tl.constexpr, PART: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """The sum over a whole stretch of users, if it belongs to one of the rows from `begin` to `end`."""
+    """The sum over a whole chunk of users, if it belongs to one of the rows from `begin` to `end`."""
     s, o_d = tl.program_id(0).to(tl.int64), tl.arange(0, PART)
-    row = tl.load(stretches + s)
+    row = tl.load(chunk_rows + s)
     if (row >= begin) & (row < end):
-        p = tl.load(starts + row) + (s - tl.load(firsts + row)) * STRETCH
+        p = tl.load(offsets + row) + (s - tl.load(chunk_offsets + row)) * CHUNK
         total = tl.zeros([U, PART], tl.float32)
-        for i in range(0, STRETCH, U):
+        for i in range(0, CHUNK, U):
             at = p + i + tl.arange(0, U)
-            total += _weighed(d_table, d_inner, weights, places, at, p + STRETCH, o_d, first, inner, D, K, ALIGN)
+            total += _weighed(d_table, d_inner, weights, indices, at, p + CHUNK, o_d, first, inner, D, K, ALIGN)
         tl.store(sums + s * D + o_d, tl.sum(total, 0), mask=o_d < D)
 
 
 @triton.jit(do_not_specialize=POSITIONS)
 def _gradients_of_rows(  # type: ignore[no-untyped-def]
-    d_table, d_inner, weights, places, starts, firsts, sums, d_own, width, begin, first, inner,
-    D: tl.constexpr, K: tl.constexpr, U: tl.constexpr, PART: tl.constexpr, STRETCH: tl.constexpr, ALIGN: tl.constexpr,
+    d_table, d_inner, weights, indices, offsets, chunk_offsets, sums, d_own, width, begin, first, inner,
+    D: tl.constexpr, K: tl.constexpr, U: tl.constexpr, PART: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Of one row: its own, and what its users bring, whole stretches first."""
+    """Of one row: its own, and what its users bring, whole chunks first."""
     i, o_d, o_u = tl.program_id(0).to(tl.int64), tl.arange(0, PART), tl.arange(0, U)
     row = begin + i
-    s, last_s = tl.load(firsts + row), tl.load(firsts + row + 1)
-    p, last_p = tl.load(starts + row) + (last_s - s) * STRETCH, tl.load(starts + row + 1)
+    s, last_s = tl.load(chunk_offsets + row), tl.load(chunk_offsets + row + 1)
+    p, last_p = tl.load(offsets + row) + (last_s - s) * CHUNK, tl.load(offsets + row + 1)
     there = o_d < D
     total = tl.zeros([U, PART], tl.float32)
     for j in range(s, last_s, U):
         at = (j + o_u)[:, None]
         total += tl.load(sums + at * D + o_d[None, :], mask=(at < last_s) & there[None, :], other=0.0)
     for j in range(p, last_p, U):
-        total += _weighed(d_table, d_inner, weights, places, j + o_u, last_p, o_d, first, inner, D, K, ALIGN)
+        total += _weighed(d_table, d_inner, weights, indices, j + o_u, last_p, o_d, first, inner, D, K, ALIGN)
     d = tl.sum(total, 0) + tl.load(d_table + row * D + o_d, mask=there, other=0.0).to(tl.float32)
     tl.store(d_own + i * width + o_d, d.to(d_own.dtype.element_ty), mask=o_d < width)
     if row >= first:
@@ -137,24 +137,24 @@ def table(own: Sequence[Tensor], weights: Tensor, anchors: Tensor, levels: Seque
 
 
 def gradients(
-    d_table: Tensor, table: Tensor, own: Sequence[Tensor], weights: Tensor, anchors: Tensor, users: Sequence[Tensor],
+    d_table: Tensor, table: Tensor, own: Sequence[Tensor], weights: Tensor, anchors: Tensor, inverse: Sequence[Tensor],
     levels: Sequence[int],
 ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
     """`levels.gradients` in two kernels a level, and two for the weights; repeats to the bit."""
     (V, D), K, first, last = table.shape, anchors.shape[1], levels[0], [0, *levels][-2]
     d_table, weights, anchors, inner = d_table.contiguous(), weights.contiguous(), anchors.contiguous(), max(0, last - first)
-    places, starts, firsts, stretches = users
+    indices, offsets, chunk_offsets, chunk_rows = inverse
     d_inner = d_table.new_empty(inner, D)
-    sums = d_table.new_empty(len(stretches), D, dtype=torch.float32)
+    sums = d_table.new_empty(len(chunk_rows), D, dtype=torch.float32)
     d_own = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in own]
     d_weights = torch.empty_like(weights)
     (U, columns), (R, _) = _tile(D, SUMMED), _tile(D, TILE)
     align = math.gcd(16, D * d_table.element_size(), d_table.data_ptr())
-    summing = {"D": D, "K": K, "U": min(U, STRETCH), "PART": columns, "STRETCH": STRETCH, "ALIGN": align, "num_warps": 4}
-    inputs = (d_table, d_inner, weights, places, starts, firsts)
+    summing = {"D": D, "K": K, "U": min(U, CHUNK), "PART": columns, "CHUNK": CHUNK, "ALIGN": align, "num_warps": 4}
+    inputs = (d_table, d_inner, weights, indices, offsets, chunk_offsets)
     for begin, end in reversed(list(pairwise([0, *levels][:-1]))):
-        if len(stretches):
-            _stretches[(len(stretches),)](*inputs, stretches, sums, begin, end, first, inner, **summing)
+        if len(chunk_rows):
+            _chunk_sums[(len(chunk_rows),)](*inputs, chunk_rows, sums, begin, end, first, inner, **summing)
         for at, until, d_part in _parts(d_own):
             if begin <= at < end:
                 arguments = (*inputs, sums, d_part, d_part.shape[1], at, first, inner)

@@ -21,16 +21,16 @@ def table(own: Sequence[Tensor], weights: Tensor, anchors: Tensor, levels: Seque
 
 
 def gradients(
-    d_table: Tensor, table: Tensor, own: Sequence[Tensor], weights: Tensor, anchors: Tensor, users: Sequence[Tensor],
+    d_table: Tensor, table: Tensor, own: Sequence[Tensor], weights: Tensor, anchors: Tensor, inverse: Sequence[Tensor],
     levels: Sequence[int],
 ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
     """Those of `own`, the parts before the last level, and of the weights; users are found again, level by level."""
     (k, first), d_rows, d_weights = (anchors.shape[1], levels[0]), d_table.clone(), torch.empty_like(weights)
     for start, end in reversed(list(pairwise(levels))):
         level, d_level = slice(start - first, end - first), d_rows[start:end]  # whole: later levels have added theirs
-        used, places = anchors[level].flatten().sort(stable=True)
-        starts = torch.searchsorted(used, torch.arange(start + 1, device=used.device))
-        d_rows[:start] += _bags(d_level, places // k, weights[level].flatten()[places], starts)
+        used, indices = anchors[level].flatten().sort(stable=True)
+        offsets = torch.searchsorted(used, torch.arange(start + 1, device=used.device))
+        d_rows[:start] += _bags(d_level, indices // k, weights[level].flatten()[indices], offsets)
         chunks = (part.split(CHUNK_ROWS) for part in (d_weights[level], anchors[level], d_level))
         for d_weight, anchor, d_row in zip(*chunks, strict=True):
             d_weight.copy_((table[anchor] @ d_row[:, :, None]).squeeze(-1))
@@ -39,8 +39,8 @@ def gradients(
     return [d_rows[start:end, : part.shape[1]].to(part.dtype, copy=True) for (start, end), part in parts], d_weights
 
 
-def _bags(rows: Tensor, indices: Tensor, weights: Tensor, starts: Tensor | None = None) -> Tensor:
-    """Weighted sums of rows: of each line of `indices`, or of their stretches between `starts`."""
+def _bags(rows: Tensor, indices: Tensor, weights: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """Weighted sums of rows: of each line of `indices`, or of their chunk_rows between `offsets`."""
     return F.embedding_bag(
-        indices, rows, starts, mode="sum", include_last_offset=starts is not None, per_sample_weights=weights.to(rows.dtype)
+        indices, rows, offsets, mode="sum", include_last_offset=offsets is not None, per_sample_weights=weights.to(rows.dtype)
     )

@@ -33,7 +33,7 @@ def anchored_table_reference(
     grid of its own (additive codes).
 
     Args:
-        own: the part of each row that is its own: of stretches of rows one after the other, (n, D) and then (n, m), the
+        own: the part of each row that is its own: of chunk_rows of rows one after the other, (n, D) and then (n, m), the
             first m ≤ D coordinates; the others are 0.
         weights: w of the rows from K on, (V - K, k).
         anchors: a, (V - K, k) integers, each below the beginning of the level of its row.

@@ -93,7 +93,7 @@ def test_the_fused_mixer_holds_gradients_of_its_operands_besides_what_it_returns
     assert backward == B * T * H * (2 * (3 * P + 4 * R) + 16) + 4 * B * H * R * P
 
 
-def test_the_gradients_of_a_table_hold_those_of_rows_that_use_and_are_used_and_sums_of_stretches():
+def test_the_gradients_of_a_table_hold_those_of_rows_that_use_and_are_used_and_sums_of_chunks():
     import phase1.ops.anchored_table  # noqa: F401  # registers the operators
 
     table, users = torch.empty(900, 32, dtype=torch.float16), [*[None] * 3, torch.empty(11)]
@@ -104,12 +104,12 @@ def test_the_gradients_of_a_table_hold_those_of_rows_that_use_and_are_used_and_s
 
 def test_an_estimate_for_a_card_is_of_the_operators_that_run_there():
     pytest.importorskip("triton")
-    from phase1.config import Ranked
+    from phase1.config import EngineShape
     from phase1.measure.memory.case import MemoryCase
     from phase1.measure.memory.estimate.estimate import estimate_memory
     from phase1.roster import model_config
 
-    sizes = Ranked(vocab_size=300, d_model=64, n_layers=1, n_heads=2, htt_dense_rows=16, htt_groups=8)
+    sizes = EngineShape(vocab_size=300, d_model=64, n_layers=1, n_heads=2, htt_dense_rows=16, htt_groups=8)
     case = MemoryCase(model_config("phase1", sizes, checkpointing=False), 2, 512)
     peaks = [estimate_memory(case, Chip(*capability)).peak_allocated_bytes for capability in ((7, 5), (8, 6))]
     assert peaks[1] < peaks[0], "the kernels of newer cards keep less than PyTorch's operators"
