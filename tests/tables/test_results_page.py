@@ -149,5 +149,5 @@ def test_the_second_speed_is_that_of_the_fastest_transformer_at_each_length_and_
     report = {"kind": "throughput", "results": {"baseline": result(4, 5, 6), "baseline_optimized": result(3, 9, 2)}}
     report["results"] |= {"baseline_fast": result(8, 7, 7), "phase1": result(2, 9, 1000), "baseline_again": result(99, 99, 99)}
     report["results"]["baseline_fast"]["measurements"].append({"seq_length": 4096, "status": "oom"})
-    assert speed_row(report, WORDS["en"])[1:] == ["4 / 6", "**8** / 7", "2 / **1,000**"]
-    assert "512 / 2,048 tokens" in speed_row(report, WORDS["en"])[0]
+    assert speed_row(report, WORDS["en"])[1:] == ["4 / 5 / 6", "**8** / **9** / 7", "2 / **9** / **1,000**"]
+    assert "512 / 1,024 / 2,048 tokens" in speed_row(report, WORDS["en"])[0]

@@ -86,11 +86,11 @@ def _memory(report: Report[MemoryResult], words: dict[str, str]) -> list[str]:
 
 
 def speed_row(content: Any, words: dict[str, str]) -> list[str]:
-    """At the shortest and the longest length at which all were measured."""
+    """At the shortest, a middle and the longest length at which all were measured."""
     columns = _speeds_of_report(content) if "kind" in content else _speeds_of_steps(content)
     known = [set(column) for column in columns if column]
     lengths = sorted(set.intersection(*known))
-    shown = [lengths[0], lengths[-1]]
+    shown = sorted({lengths[0], lengths[len(lengths) // 2], lengths[-1]})
     label = words["speed"].format(t=" / ".join(f"{T:,}" for T in shown))
     best = {T: max(column.get(T, 0.0) for column in columns) for T in shown}
     return [label, *(" / ".join(_thousands(column[T], best[T]) for T in shown) if column else "–" for column in columns)]
@@ -115,7 +115,8 @@ def _speeds_of_report(content: dict[str, Any]) -> list[dict[int, float]]:
 def _speeds_of_steps(content: Any) -> list[dict[int, float]]:
     """The same of steps.json, which has the fastest Transformer alone; the engine is the one of the default output."""
     rows = [row for row in (content["rows"] if isinstance(content, dict) else content) if "htt_output" not in row["settings"]]
-    return [{}, *({r["seq_length"]: r["tokens_per_s"] for r in rows if r["role"] == role} for role in ("baseline", "phase1"))]
+    fastest = {r["seq_length"]: r["tokens_per_s"] for r in rows if r["role"] in TRANSFORMERS}
+    return [{}, fastest, {r["seq_length"]: r["tokens_per_s"] for r in rows if r["role"] == "phase1"}]
 
 
 def _linear(report: Report[ThroughputResult], words: dict[str, str]) -> list[str]:
