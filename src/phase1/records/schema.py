@@ -220,7 +220,7 @@ class Measurement(_Record):
     scaling_efficiency: float | None = Field(
         default=None, description="tokens/s per GPU of all together over those of one alone, from pairs of one round"
     )
-    scaling_efficiency_ci95: Interval | None = None
+    scaling_efficiency_ci95: Interval | None = Field(default=None, description="of scaling_efficiency; none under 5 rounds")
     samples_per_second: float | None = None
     tokens_per_second_ci95: Interval | None = Field(default=None, description="of the median; none under 5 steps")
     ratio_to_baseline: float | None = Field(default=None, description="tokens/s over the baseline's, from pairs of one round")
