@@ -17,7 +17,7 @@ class Alone:
     size = 1
 
     def begin(self) -> None:
-        """Before the micro batches of a step."""
+        """Before a step: wait until all ranks are here and well. A GPU would wait for one that is not for ever."""
 
     def total(self, scored: Tensor) -> Tensor:
         """The scored targets of the step, from those of this rank."""
@@ -58,6 +58,7 @@ class Replicas(Alone):
         self.views = [self.flat[at : at + p.numel()].view_as(p) for at, p in zip(places, self.parameters)]
 
     def begin(self) -> None:
+        self.wait()
         if any(parameter.grad is not view for parameter, view in zip(self.parameters, self.views)):
             self.flat.zero_()
             for parameter, view in zip(self.parameters, self.views):
@@ -67,12 +68,15 @@ class Replicas(Alone):
         return self.summed(scored)
 
     def finish(self, loss: Tensor) -> Tensor:
+        self.wait()
         self.flat[-1] = loss
         return self.summed(self.flat)[-1].clone()
 
-    def summed(self, tensor: Tensor) -> Tensor:
-        """`tensor`, added up over all ranks in place, if all are well: a GPU would wait for one that is not for ever."""
+    def wait(self) -> None:
         gate()
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """`tensor`, added up over all ranks in place."""
         return sum_(tensor)
 
     def tensors(self) -> Iterable[Tensor]:
@@ -81,6 +85,8 @@ class Replicas(Alone):
 
 class Imagined(Replicas):
     """What one of `size` ranks keeps, without the others: for an estimate."""
+
+    def wait(self) -> None: ...
 
     def summed(self, tensor: Tensor) -> Tensor:
         return tensor

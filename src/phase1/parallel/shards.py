@@ -24,8 +24,10 @@ class Shards(Alone):
     def __init__(self) -> None:
         self.size = size()
 
-    def total(self, scored: Tensor) -> Tensor:
+    def begin(self) -> None:
         gate()
+
+    def total(self, scored: Tensor) -> Tensor:
         return sum_(scored)
 
     def finish(self, loss: Tensor) -> Tensor:

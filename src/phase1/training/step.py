@@ -90,9 +90,8 @@ def ignore(phase: str) -> None:
 def train_step(state: TrainState, micro_batches: list[Batch], mark: Callable[[str], None] = ignore) -> Tensor:
     """Forward, loss, backward over the micro batches; then clip, optimizer step, gradients freed.
 
-    Of several ranks each has micro batches of its own, as many tokens as every other, and all take one step together.
-
-    The one step that training, memory and throughput share. `mark` is called with "start", then "forward" and
+    The one step that training, memory and throughput share. Of several ranks each has micro batches of its own, as many tokens
+    as every other, and all take the step together. `mark` is called with "start", then "forward" and
     "backward" after those of each micro batch, "communication" where there are other ranks, and "optimizer" at the end.
     The losses of micro batches weigh by their scored targets and the penalties of the rank gate by their tokens, so that the
     split does not change the step.
@@ -101,9 +100,9 @@ def train_step(state: TrainState, micro_batches: list[Batch], mark: Callable[[st
         The mean cross-entropy in nats per scored target, detached, without the penalty of the rank gate: reading it waits for
         the GPU, so read it rarely.
     """
-    mark("start")
     replicas = state.replicas
     replicas.begin()
+    mark("start")
     tokens = replicas.size * sum(targets.numel() for _, targets in micro_batches)
     scored = torch.stack([(targets != IGNORE).sum() for _, targets in micro_batches])
     mean = torch.zeros((), device=state.device)
