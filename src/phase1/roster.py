@@ -4,6 +4,7 @@ from dataclasses import fields
 from typing import Any, Literal
 
 from phase1.config import YOUNGER, ModelConfig, Ranked, Shape
+from phase1.factory import pinned, split
 
 TRANSFORMER: dict[str, Any] = {"mixer": "attention", "embedding": "dense", "copy_head": False}
 ROLES: dict[str, dict[str, Any]] = {
@@ -51,8 +52,34 @@ RIVALS: dict[str, dict[str, Any]] = {
 """What Transformers have that the baseline lacks: the engine's start, and all that AR-SSM's block has and attention lacks."""
 
 
+OWN: dict[str, Any] = TRANSFORMER | START | {"loss": "chunked", "checkpointing": False}
+"""The config that a user's own model gets: the same table and start for all, and no part that only the engine has."""
+
+
+def own_models(named: tuple[str, ...], shape: Shape, taken: tuple[str, ...] = ()) -> dict[str, ModelConfig]:
+    """What --model names, by NAME, each with the sizes of `shape` and the hash of its source.
+
+    taken: names that mean something else. Raises ValueError for one of them, one that is there twice, or no such module.
+    """
+    models: dict[str, ModelConfig] = {}
+    for text in named:
+        name, reference = split(text)
+        if name in taken or name in models or name.startswith("phase1_"):
+            raise ValueError(f"--model needs names of its own, each once; got {name}; write NAME={reference}")
+        sizes = {f.name: getattr(shape, f.name) for f in fields(Ranked) if hasattr(shape, f.name)}
+        models[name] = ModelConfig(**(sizes | OWN | {"model": pinned(reference)}))
+    return models
+
+
+def sources(models: dict[str, ModelConfig]) -> dict[str, str] | None:
+    """The users' own among `models`, with the hashes of their sources: what else a result depends on; None if there is none."""
+    return {name: config.model for name, config in models.items() if config.model is not None} or None
+
+
 def report_key(config: ModelConfig) -> str:
     """The key of a model in a perplexity report; `transformer` is one that no run of a comparison makes."""
+    if config.model is not None:
+        return split(config.model)[0]
     if (config.mixer, config.embedding) == ("attention", "dense"):
         extras = {name: getattr(config, name) for name in FAIR | {"copy_head": True}}
         plain = {name: YOUNGER.get(name, False) for name in extras}

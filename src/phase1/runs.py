@@ -17,8 +17,13 @@ from phase1.config import (
     option,
     require_positive,
 )
+from phase1.factory import split
 from phase1.machine.cards import card_for
 from phase1.roster import Variant
+
+
+def _names(models: tuple[str, ...]) -> list[str]:
+    return [split(text)[0] for text in models]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +36,12 @@ class Output(Config):
         False, "go on with what an interrupted run of the same config, code and data has finished", affects_results=False
     )
     verbose: bool = option(False, "print every table, not only the answer", affects_results=False)
+
+
+OWN_HELP = (
+    "models of your own beside the others, NAME=package.module:factory; as baseline=... one stands in for the Transformer that "
+    "the rest is compared with"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +58,7 @@ class MemoryRun(Ranked, Output):
     )
     fit: bool = option(False, "find the largest batch at --seq-length and the longest sequence at a batch of 1 that train")
     dry_run: bool = option(False, "estimate without running anything, also where there is a GPU; without one it always does")
+    model: tuple[str, ...] = option((), OWN_HELP + ", as phase1=... for the engine")
     ablate: bool = option(False, "also change one component at a time in baseline and engine: who saves what")
 
     def __post_init__(self) -> None:
@@ -54,6 +66,8 @@ class MemoryRun(Ranked, Output):
         require_positive(self, "batch_size", "seq_length")
         if self.card not in (None, "list"):
             card_for(str(self.card))
+        if self.ablate and any(name in ("baseline", "phase1") for name in _names(self.model)):
+            raise ValueError("--ablate changes parts of phase1's own models; got --model in place of one; leave one of them out")
         if self.ablate and not self.baseline:
             raise ValueError("--ablate compares engine and baseline; got --no-baseline; leave one of them out")
 
@@ -83,6 +97,7 @@ class ThroughputRun(Ranked, Output):
     decode_contexts: tuple[int, ...] = option(
         (1024, 4096, 16384, 65536, 131072), "tokens before the one that is generated; a verdict needs 8x"
     )
+    model: tuple[str, ...] = option((), OWN_HELP + ", as phase1=... for the engine")
     a_a: bool = option(False, "measure a second copy of the baseline (of the engine with --no-baseline): they must not differ")
     quadratic_control: bool = option(
         False, "measure attention that holds all T x T scores: it must be found not linear; slow, and memory grows with T x T"
@@ -91,6 +106,8 @@ class ThroughputRun(Ranked, Output):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "seq_lengths", "batch_size", "measure_steps", "warmup_steps", "decode_contexts")
+        if self.decode and any(name in ("baseline", "phase1") for name in _names(self.model)):
+            raise ValueError("--decode generates with phase1's own models; got --model in place of one; leave one of them out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +128,7 @@ class PerplexityRun(Shape, DataConfig, TrainConfig, Output):
         "without copy head, with attention, with all ranks always on, without copy head, with as many layers as fit into the "
         "baseline; the Transformer with a copy head, with the engine's start, with all that AR-SSM's block has (fair)",
     )
+    model: tuple[str, ...] = option((), OWN_HELP + "; trained with --learning-rate, as baseline with its own")
     repeats: int = option(1, "trainings of every model, with --seed, --seed + 1, ...: how much of a difference is chance")
     checkpoint: tuple[str, ...] = option(
         (),
@@ -125,6 +143,7 @@ class PerplexityRun(Shape, DataConfig, TrainConfig, Output):
         super().__post_init__()
         require_positive(self, "seq_length", "batch_size", "test_htt_ranks", "test_ar_ssm_ranks", "repeats")
         require_positive(self, "baseline_learning_rate")
+        _names(self.model)
         for name in ("max_samples", "stride"):
             if getattr(self, name) is not None:
                 require_positive(self, name)
@@ -170,6 +189,28 @@ class TrainRun(ModelConfig, DataConfig, TrainConfig, WatchConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "seq_length")
+        if self.model is not None and self.sample_every:
+            raise ValueError("--sample-every writes with phase1's own models; got --model too; leave one of them out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckModelRun(Config):
+    """Whether a model of your own may be measured: causal, a loss in nats, learns, the same twice, any length and type."""
+
+    own_model: str = argument("[NAME=]package.module:factory")
+    vocab_size: int = option(256, "V that the factory gets")
+    d_model: int = option(64, "width that the factory gets")
+    n_layers: int = option(2, "layers that the factory gets")
+    n_heads: int = option(4, "heads that the factory gets")
+    seq_length: int = option(64, "T, tokens per sequence; shorter ones are tried too")
+    verbose: bool = option(False, "print the numbers of every check, not only of those that fail")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "vocab_size", "d_model", "n_layers", "n_heads")
+        if self.seq_length < 8:
+            raise ValueError(f"--seq-length must be at least 8; got {self.seq_length}; raise it")
+        split(self.own_model)
 
 
 @dataclass(frozen=True, kw_only=True)

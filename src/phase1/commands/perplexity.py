@@ -17,6 +17,7 @@ from phase1.measure.perplexity.result import Text, measure
 from phase1.plots import plot_losses, plot_perplexity
 from phase1.records.schema import Check, PerplexityResult, Report, exit_code
 from phase1.records.session import Session
+from phase1.roster import sources
 from phase1.runs import PerplexityRun
 from phase1.tables.console import checks_text, perplexity_text
 from phase1.tables.screen import Screen, perplexity_numbers, text
@@ -127,4 +128,5 @@ def data_identity(models: list[Candidate], texts: list[Text]) -> dict[str, str]:
     first = texts[0].corpus
     identity = {name: split.sha256 for name, split in first.splits.items()} | {"tokenizer": first.tokenizer.fingerprint}
     identity |= {f"also_evaluate {text.corpus.name}": text.corpus.splits["valid"].sha256 for text in texts[1:]}
+    identity |= sources({model.key: model.config for model in models}) or {}
     return identity | {model.key: content_id(read_index(model.checkpoint)) for model in models if model.checkpoint}

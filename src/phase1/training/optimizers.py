@@ -34,7 +34,8 @@ def make_optimizer(model: nn.Module, config: TrainConfig, device_type: str) -> t
     groups = parameter_groups(model, config)
     taken: list[dict[str, Any]] = []
     if config.optimizer == "muon":
-        blocks = {id(parameter) for parameter in model.get_submodule("blocks").parameters()}
+        inner = model.get_submodule("blocks") if hasattr(model, "blocks") else model
+        blocks = {id(parameter) for parameter in inner.parameters()}
         matrices, *others = groups
         inside = [parameter for parameter in matrices["params"] if id(parameter) in blocks]
         outside = [parameter for parameter in matrices["params"] if id(parameter) not in blocks]
@@ -52,11 +53,12 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     """By meaning: the matrices of linear layers decay; the token table learns `table_learning_rate` times as fast; the rest
     (norms, biases, scales and taps, whatever their shape) does neither."""
     linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}  # of users' own models
     matrices: list[Tensor] = []
     table: list[Tensor] = []
     rest: list[Tensor] = []
     for name, parameter in model.named_parameters():
-        of_table = name.startswith("embedding.") and parameter.ndim >= 2
+        of_table = name.startswith("embedding.") and parameter.ndim >= 2 or id(parameter) in tables
         of_linear = id(parameter) in linear or name in MATRICES
         (table if of_table else matrices if of_linear else rest).append(parameter)
     return [

@@ -8,10 +8,10 @@ from typing import get_args
 import torch
 
 from phase1.config import ModelConfig
-from phase1.model import LanguageModel
-from phase1.roster import RIVALS, ROLES, START, Variant, model_config, repetition, report_key
+from phase1.roster import RIVALS, ROLES, START, Variant, model_config, own_models, repetition, report_key
 from phase1.runs import PerplexityRun
-from phase1.training.checkpoint import model_config_of, read_index
+from phase1.trainable import build
+from phase1.training.checkpoint import model_config_of, read_index, require_model
 
 _NAME = re.compile(rf"(baseline|transformer|phase1_htt\d+_ar\d+|{'|'.join(get_args(Variant))})(_seed\d+)?")
 _ENGINES = ("no_gate", "no_copy", "equal_parameters")  # variants that a report would call phase1_...
@@ -32,8 +32,9 @@ def candidates(run: PerplexityRun) -> list[Candidate]:
 
     Raises ValueError for a wrong name or path, or one that is there twice.
     """
+    own = own_models(run.model, run, taken=(*get_args(Variant), "phase1", "transformer"))
     if run.checkpoint:
-        given = {candidate.key: candidate for candidate in map(_given, run.checkpoint)}
+        given = {candidate.key: candidate for candidate in (_given(argument, own) for argument in run.checkpoint)}
         if len(given) < len(run.checkpoint):
             raise ValueError(f"--checkpoint must name every model once; got {' '.join(run.checkpoint)}; use _seed1 and so on")
         return list(given.values())
@@ -43,6 +44,7 @@ def candidates(run: PerplexityRun) -> list[Candidate]:
     configs = {"baseline": replace(engines[0], **ROLES["baseline"])} if run.baseline else {}  # it uses no rank
     configs |= {report_key(config): config for config in engines}
     configs |= {name: variant(name, engines[0]) for name in run.variants}
+    configs |= own
     seeds = range(run.seed, run.seed + run.repeats)
     return [Candidate(seeded(key, seed, run.seed), config, seed) for seed in seeds for key, config in configs.items()]
 
@@ -72,7 +74,7 @@ def variant(name: Variant, engine: ModelConfig) -> ModelConfig:
 def parameter_count(config: ModelConfig) -> int:
     """Of the whole model, without making it."""
     with torch.device("meta"):
-        return LanguageModel(config).parameter_counts()["total"]
+        return build(config).parameter_counts()["total"]
 
 
 def seeded(key: str, seed: int, first: int) -> str:
@@ -80,12 +82,18 @@ def seeded(key: str, seed: int, first: int) -> str:
     return key if seed == first else f"{key}_seed{seed}"
 
 
-def _given(argument: str) -> Candidate:
+def _given(argument: str, own: dict[str, ModelConfig]) -> Candidate:
     name, separator, path = argument.partition("=")
+    if name in own:
+        index = read_index(path)
+        require_model(path, config := model_config_of(index), own[name].model)
+        return Candidate(name, config, index["train_config"].get("seed", 0), Path(path))
     if Path(argument).exists() and not (separator and _NAME.fullmatch(name)):  # a folder: the model says what it is
         index = read_index(argument)
-        config = ModelConfig(**index["model_config"])
+        require_model(argument, config := ModelConfig(**index["model_config"]), None)
         return Candidate(report_key(config), config, index["train_config"].get("seed", 0), Path(argument))
+    if separator and Path(path).exists() and (theirs := model_config_of(read_index(path)).model):
+        raise ValueError(f"--checkpoint {argument}: a model of {theirs} is there; give --model {name}={theirs.partition('@')[0]} too")
     if not separator or not _NAME.fullmatch(name):
         expected = "NAME as in a report (baseline, phase1_htt{r}_ar{R}, a variant, each with or without _seed{n})"
         raise ValueError(f"--checkpoint must be a folder, or NAME=PATH with {expected}; got {argument!r}; correct it")
