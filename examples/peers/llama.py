@@ -1,6 +1,6 @@
 """Llama of transformers as a baseline: `pip install transformers`.
 
-    phase1 perplexity --model baseline=examples.peers.llama:llama
+phase1 perplexity --model baseline=examples.peers.llama:llama
 """
 
 from transformers import LlamaConfig, LlamaForCausalLM

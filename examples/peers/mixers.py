@@ -2,7 +2,7 @@
 
     phase1 perplexity --model kda=examples.peers.mixers:kda gla=examples.peers.mixers:gla
 
-Each gets as many heads as the engine and heads of D / H channels; the rest of the model is the engine's own, with a dense table.
+Each gets as many heads as the engine, of D / H channels; the rest of the model is the engine's own, with a dense table.
 """
 
 from unittest.mock import patch
@@ -37,13 +37,12 @@ def gated_delta(config, statistics=None):
 
 
 def gla(config, statistics=None):
-    return LanguageModel(
-        config, statistics, lambda c: Mixer(GatedLinearAttention(hidden_size=c.d_model, num_heads=c.n_heads, use_short_conv=True))
-    )
+    options = {"hidden_size": config.d_model, "num_heads": config.n_heads, "use_short_conv": True}
+    return LanguageModel(config, statistics, lambda c: Mixer(GatedLinearAttention(**options)))
 
 
-# fla refuses the gradients of Gated DeltaNet on Hopper with Triton 3.4 to 3.7.0, whose code for them is wrong. Its recurrence is that
-# of Kimi Delta Attention with one decay for all channels of a head, whose kernels are others.
+# fla refuses the gradients of Gated DeltaNet on Hopper with Triton 3.4 to 3.7.0, whose code for them is wrong. Its recurrence
+# is that of Kimi Delta Attention, whose kernels are others, with one decay for all channels of a head.
 
 
 def delta_by_kda(q, k, v, g, beta, A_log, dt_bias, use_gate_in_kernel, **options):

@@ -49,10 +49,11 @@ def pinned(reference: str) -> str:
     except Exception as error:  # ImportError of a package around it, or whatever that package raises
         raise ValueError(f"--model {plain}: module {module} must be importable; got {_said(error)}") from error
     if spec is None or not spec.origin or not Path(spec.origin).is_file():
-        raise ValueError(f"--model {plain}: no module {module} in {here} or where Python looks; set PYTHONPATH, or go to its folder")
+        where = f"in {here} or where Python looks"
+        raise ValueError(f"--model {plain}: no module {module} {where}; set PYTHONPATH, or go to its folder")
     source = sha256(Path(spec.origin).read_bytes()).hexdigest()[:12]
     if wanted not in ("", source):
-        raise ValueError(f"--model {plain} must have source {wanted}; got {source}: {module} has changed since; go back to that one")
+        raise ValueError(f"--model {plain} must have source {wanted}; got {source}: {module} has changed; go back to that one")
     return f"{plain}@{source}"
 
 

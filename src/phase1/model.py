@@ -99,7 +99,7 @@ class LanguageModel(nn.Module):
         config: sizes, mixer, table, loss and checkpointing.
         statistics: of the training text (phase1.vocabulary.statistics): TokenStatistics for an HTT table, TokenVectors for a
             dense one that starts from them; None: random, where costs are measured or a checkpoint is loaded.
-        mixer: makes the sequence layer of a block, in place of that which `config` names (`MIXERS` says what it takes and gives).
+        mixer: makes the sequence layer of a block, in place of what `config` names (`MIXERS` says what such a layer is).
     """
 
     def __init__(

@@ -56,8 +56,8 @@ OWN: dict[str, Any] = TRANSFORMER | START | {"loss": "chunked", "checkpointing":
 """The config that a user's own model gets: the same table and start for all, and no part that only the engine has."""
 
 
-def own_models(named: tuple[str, ...], shape: Shape, taken: tuple[str, ...] = ()) -> dict[str, ModelConfig]:
-    """What --model names, by NAME, each with the sizes of `shape` and the hash of its source.
+def own_models(named: tuple[str, ...], shape: Shape, taken: tuple[str, ...] = (), **ranks: int) -> dict[str, ModelConfig]:
+    """What --model names, by NAME, each with the sizes of `shape`, `ranks` and the hash of its source.
 
     taken: names that mean something else. Raises ValueError for one of them, one that is there twice, or no such module.
     """
@@ -67,7 +67,7 @@ def own_models(named: tuple[str, ...], shape: Shape, taken: tuple[str, ...] = ()
         if name in taken or name in models or name.startswith("phase1_"):
             raise ValueError(f"--model needs names of its own, each once; got {name}; write NAME={reference}")
         sizes = {f.name: getattr(shape, f.name) for f in fields(Ranked) if hasattr(shape, f.name)}
-        models[name] = ModelConfig(**(sizes | OWN | {"model": pinned(reference)}))
+        models[name] = ModelConfig(**(sizes | ranks | OWN | {"model": pinned(reference)}))
     return models
 
 

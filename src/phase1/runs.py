@@ -67,7 +67,7 @@ class MemoryRun(Ranked, Output):
         if self.card not in (None, "list"):
             card_for(str(self.card))
         if self.ablate and any(name in ("baseline", "phase1") for name in _names(self.model)):
-            raise ValueError("--ablate changes parts of phase1's own models; got --model in place of one; leave one of them out")
+            raise ValueError("--ablate changes parts of phase1's models; got --model in place of one; leave one of them out")
         if self.ablate and not self.baseline:
             raise ValueError("--ablate compares engine and baseline; got --no-baseline; leave one of them out")
 
@@ -122,6 +122,7 @@ class PerplexityRun(Shape, DataConfig, TrainConfig, Output):
     batch_size: int = option(8, "windows per forward pass of the evaluation; does not change the result")
     test_htt_ranks: tuple[int, ...] = option((16,), "HTT ranks to test, each with every AR-SSM rank", spellings=("htt_rank",))
     test_ar_ssm_ranks: tuple[int, ...] = option((32,), "AR-SSM ranks to test", spellings=("ar_ssm_max_rank",))
+    engine: bool = option(True, "train the engine, with every pair of ranks; without it --variants and --model are left")
     variants: tuple[Variant, ...] = option(
         (),
         "further models, with the first rank of each kind: the engine with a dense table that starts like its own, with and "
@@ -144,6 +145,8 @@ class PerplexityRun(Shape, DataConfig, TrainConfig, Output):
         require_positive(self, "seq_length", "batch_size", "test_htt_ranks", "test_ar_ssm_ranks", "repeats")
         require_positive(self, "baseline_learning_rate")
         _names(self.model)
+        if not (self.engine or self.baseline or self.variants or self.model or self.checkpoint):
+            raise ValueError("--no-engine and --no-baseline leave no model; got no --variants and no --model; give one")
         for name in ("max_samples", "stride"):
             if getattr(self, name) is not None:
                 require_positive(self, name)

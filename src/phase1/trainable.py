@@ -1,5 +1,6 @@
 """What can be trained and measured: a model of this package, or one of the user's own."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -58,7 +59,8 @@ class OwnModel(nn.Module):
             scores = self(ids).float().flatten(0, 1)
             nll = F.cross_entropy(scores, targets.flatten(), ignore_index=IGNORE, reduction="none").view(targets.shape)
         if not isinstance(nll, Tensor) or nll.shape != targets.shape:
-            raise ValueError(f"{self._flag}: nll must return one number a target, {tuple(targets.shape)}; got {_described(nll)}")
+            expected = f"nll must return one number a target, {tuple(targets.shape)}"
+            raise ValueError(f"{self._flag}: {expected}; got {_described(nll)}")
         return nll.where(targets != IGNORE, 0), None
 
     def parameter_counts(self) -> dict[str, int]:
@@ -76,8 +78,7 @@ class OwnModel(nn.Module):
 
 
 Trainable = LanguageModel | OwnModel
-"""All that training, memory, throughput and perplexity work with: modules with `config`, `losses`, `nll`, `parameter_counts` and
-`prove_kernels`."""
+"""What is trained and measured: a module with `config`, `losses`, `nll`, `parameter_counts` and `prove_kernels`."""
 
 
 def build(config: ModelConfig, statistics: TokenStatistics | TokenVectors | None = None) -> Trainable:
@@ -94,15 +95,22 @@ def build(config: ModelConfig, statistics: TokenStatistics | TokenVectors | None
     flag = f"--model {config.model}"
     if isinstance(made, LanguageModel):
         if made.config != config:
-            raise ValueError(f"{flag}: a LanguageModel must be of the config that the factory got; got another; pass it on as it is")
+            raise ValueError(f"{flag}: a LanguageModel must be of the factory's config; got another; pass it on as it is")
         return made
     if not isinstance(made, nn.Module):
         raise ValueError(f"{flag}: the factory must return {CONTRACT}; got {_described(made)}")
     if type(made).forward is nn.Module.forward and not OwnModel(made, config).scores_itself:
         raise ValueError(f"{flag}: the factory must return {CONTRACT}; got {type(made).__name__} without them")
     if not any(parameter.requires_grad for parameter in made.parameters()):
-        raise ValueError(f"{flag}: the model must have parameters that require gradients; got none; register them as nn.Parameter")
+        raise ValueError(f"{flag}: the model must have parameters that require gradients; got none; use nn.Parameter")
     return OwnModel(made, config)
+
+
+def require_built(configs: Iterable[ModelConfig]) -> None:
+    """Raise ValueError now, before any work, where a factory of one of them fails."""
+    for config in configs:
+        if config.model is not None:
+            build(config)
 
 
 def _described(thing: Any) -> str:

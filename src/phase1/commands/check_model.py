@@ -1,7 +1,5 @@
 """`phase1 check-model`: whether a model of the user's own may be measured, and if not, what to correct."""
 
-import sys
-
 import torch
 
 from phase1.config import ModelConfig
@@ -10,6 +8,8 @@ from phase1.measure.soundness import check_model
 from phase1.records.schema import Check, exit_code
 from phase1.roster import OWN
 from phase1.runs import CheckModelRun
+
+SMALL = {"ar_ssm_max_rank": 8, "ar_ssm_window": 16, "htt_rank": 1, "copy_window": 16}  # for factories that take a config
 
 
 def main(run: CheckModelRun) -> int:
@@ -25,13 +25,11 @@ def main(run: CheckModelRun) -> int:
         print(line(check, run.verbose), flush=True)
     failed = sum(check.status == "fail" for check in checks)
     if failed:
-        print(f"answer  no: {failed} of {len(checks)} checks fail; a number of this model would mean nothing", file=sys.stdout)
+        print(f"answer  no: {failed} of {len(checks)} checks fail; a number of this model would mean nothing")
         return 1
-    print(f"answer  yes\nnext    phase1 perplexity --model {name}={reference.partition('@')[0]}   beside engine and Transformer")
+    print("answer  yes")
+    print(f"next    phase1 perplexity --model {name}={reference.partition('@')[0]}   beside engine and Transformer")
     return exit_code(check for check in checks if check.status != "inconclusive")
-
-
-SMALL = {"ar_ssm_max_rank": 8, "ar_ssm_window": 16, "htt_rank": 1, "copy_window": 16}  # for factories that take the whole config
 
 
 def line(check: Check, verbose: bool) -> str:
@@ -39,4 +37,4 @@ def line(check: Check, verbose: bool) -> str:
     status = {"pass": "PASS", "fail": "FAIL", "inconclusive": "-"}[check.status]
     limit = "" if check.limit is None or check.value is None else f"{check.value:.3g} of {check.limit:g}: "
     shown = verbose or check.status != "pass" or check.name == "builds"
-    return f"{status:<5} {check.name:<24} {limit if check.name != 'builds' else ''}{check.detail}" if shown else f"{status:<5} {check.name}"
+    return f"{status:<5} {check.name:<24} {limit}{check.detail}" if shown else f"{status:<5} {check.name}"

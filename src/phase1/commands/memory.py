@@ -25,6 +25,7 @@ from phase1.runs import MemoryRun
 from phase1.tables.console import checks_text, memory_text
 from phase1.tables.grid import grid
 from phase1.tables.screen import Screen, conditions, memory_numbers, text
+from phase1.trainable import require_built
 
 PLOT: Final = "phase1_memory_breakdown.png"
 TIMELINE_PLOT: Final = "phase1_memory_timeline.png"
@@ -38,6 +39,7 @@ def main(run: MemoryRun) -> int:
     card = None if run.card is None else card_for(run.card)
     free_bytes, limit = free_gpu_bytes(), limit_of(run)  # before this run takes some of it
     wanted = models(run)
+    require_built(wanted.values())
     session = Session(run, "memory", data=sources(wanted))
     cases = cases_of(run, wanted, limit, card)
     results = with_reductions(dict(measured(cases, session)))

@@ -23,6 +23,7 @@ from phase1.tables.console import checks_text, perplexity_text
 from phase1.tables.screen import Screen, perplexity_numbers, text
 from phase1.tables.screen import conditions as hardware
 from phase1.text import without_private
+from phase1.trainable import require_built
 from phase1.training.checkpoint import read_index
 
 PLOT: Final = "phase1_perplexity_comparison.png"
@@ -32,6 +33,7 @@ LOSSES_PLOT: Final = "phase1_perplexity_losses.png"
 def main(run: PerplexityRun) -> int:
     """Write the perplexity report and print it; see `PerplexityRun` for the flags."""
     models = candidates(run)
+    require_built(model.config for model in models)
     need = ("valid",) if all(m.checkpoint for m in models) else ("train", "valid")
     corpus = load_corpus(run, vocab_size=run.vocab_size, need=need, train_tokens=run.train_tokens)
     texts = [text_of(run, one) for one in (corpus, *further_texts(run, corpus))]

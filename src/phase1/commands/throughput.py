@@ -28,6 +28,7 @@ from phase1.stats.scaling import enough_lengths
 from phase1.tables import decoding_comparison
 from phase1.tables.console import checks_text, console, throughput_text
 from phase1.tables.screen import Screen, conditions, decoding_numbers, text, throughput_numbers
+from phase1.trainable import require_built
 from phase1.training.step import compute_dtype, require_gpu_for_graphs
 
 PLOT: Final = "phase1_throughput_comparison.png"
@@ -45,6 +46,7 @@ def main(run: ThroughputRun) -> int:
     if run.cuda_graphs:
         require_gpu_for_graphs(device)
     wanted = models(run)
+    require_built(wanted.values())
     session = Session(run, "throughput", data=sources(wanted))
     precision = str(compute_dtype("auto", device)).removeprefix("torch.")
     way: Way = plain_way(run)

@@ -53,7 +53,8 @@ def main(run: TrainRun) -> int:
         print(one_line(line, 500), file=sys.stderr, flush=True)
     watch = watch_of(run, corpus, valid)
     try:
-        facts = train_to_checkpoint(model_config, train_config, corpus, run.seq_length, folder, label=label(model_config), watch=watch)
+        configs = model_config, train_config
+        facts = train_to_checkpoint(*configs, corpus, run.seq_length, folder, label=label(model_config), watch=watch)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from phase1.ops.cross_entropy import IGNORE
 from phase1.records.schema import Check
 from phase1.trainable import Trainable, build
 from phase1.training.optimizers import parameter_groups
-from phase1.training.step import compute_dtype, make_train_state, train_step
+from phase1.training.step import make_train_state, train_step
 
 LEAK = 1e-3  # of what a changed token does to later losses; rounding does less, a model that looks ahead as much
 NATS = 1e-2  # relative, of losses that must be equal; FP16 rounds to a tenth of that
@@ -105,7 +105,8 @@ def causal_gradients(text: Sample) -> Check:
     ids, _ = _changed(text, t)
     earlier = text.targets.masked_fill(torch.arange(text.ids.shape[1], device=text.ids.device) >= t - 1, IGNORE)
     text.model.eval()
-    here, there, all_of = (_gradients(text.model, *batch) for batch in ((text.ids, earlier), (ids, earlier), (ids, text.targets)))
+    batches = (text.ids, earlier), (ids, earlier), (ids, text.targets)
+    here, there, all_of = (_gradients(text.model, *batch) for batch in batches)
     size = max(g.norm().item() for g in all_of.values())
     worst = max(((here[name] - there[name]).norm().item() / max(size, 1e-12), name) for name in here)
     detail = "largest change of a gradient of losses before t, relative, when tokens from t on change"
@@ -124,10 +125,12 @@ def loss_is_nats(text: Sample) -> list[Check]:
         part = text.model.losses(text.ids, some)[0].double()
         logits = None if getattr(text.model, "scores_itself", False) else text.model(text.ids).double()
     parts = [("loss_is_the_mean", loss, nll.mean(), "loss, and the mean of nll: return the mean over scored targets")]
-    parts += [("ignores_minus_100", part, nll[some != IGNORE].mean(), "loss where two of three targets are -100, and the mean of nll")]
+    detail = "loss where two of three targets are -100, and the mean of nll"
+    parts += [("ignores_minus_100", part, nll[some != IGNORE].mean(), detail)]
     if logits is not None:
         exact = torch.nn.functional.cross_entropy(logits.flatten(0, 1), text.targets.flatten())
-        parts += [("nll_is_cross_entropy", nll.mean(), exact, "mean of nll, and the cross-entropy of the logits: in nats, no shift")]
+        detail = "mean of nll, and the cross-entropy of the logits: in nats, no shift"
+        parts += [("nll_is_cross_entropy", nll.mean(), exact, detail)]
     return [_equal(*one) for one in parts]
 
 
@@ -153,7 +156,7 @@ def uniform(text: Sample) -> Check:
     nll, V = blank.nll(text.ids, text.targets), text.model.config.vocab_size
     spread = (nll.max() - nll.min()).item()
     if not spread <= NATS:  # NaN too
-        detail = f"with all parameters 0 this model is not uniform (losses differ by {spread:.3g}); distribution says what counts"
+        detail = f"with all parameters 0 its losses differ by {spread:.3g}: it is not uniform; distribution says what counts"
         return Check.undecided("uniform_is_ln_v", detail)
     detail = f"loss in nats of the model with all parameters 0, and ln V, V = {V}: not in bits, no constant in it"
     return _equal("uniform_is_ln_v", nll.mean(), torch.tensor(math.log(V)), detail)
@@ -257,4 +260,5 @@ def _gradients(model: Trainable, ids: Tensor, targets: Tensor) -> dict[str, Tens
 
 def _equal(name: str, got: Tensor, want: Tensor, detail: str) -> Check:
     relative = (got - want).abs().item() / max(abs(want.item()), 1e-12)
-    return Check.at_most(name, relative if math.isfinite(relative) else 1e9, NATS, f"{detail} ({got.item():.4f}, {want.item():.4f})")
+    detail += f" ({got.item():.4f}, {want.item():.4f})"
+    return Check.at_most(name, relative if math.isfinite(relative) else 1e9, NATS, detail)

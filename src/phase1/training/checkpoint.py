@@ -17,8 +17,8 @@ from torch import Tensor
 from phase1.config import Config, ModelConfig, TrainConfig
 from phase1.errors import Diverged
 from phase1.files import atomic_write, open_plain, read_json
-from phase1.trainable import Trainable, build
 from phase1.text import one_line
+from phase1.trainable import Trainable, build
 from phase1.training.optimizers import kept
 from phase1.training.step import TrainState, total_steps
 

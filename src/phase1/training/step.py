@@ -12,10 +12,10 @@ from torch import Tensor
 from phase1.config import TrainConfig
 from phase1.errors import Diverged
 from phase1.ops.cross_entropy import IGNORE
+from phase1.trainable import Trainable
 from phase1.training.compiler import require_compiler
 from phase1.training.micro_batch import Passes, Replay
 from phase1.training.optimizers import make_optimizer
-from phase1.trainable import Trainable
 
 CHECK_EVERY = 100  # steps between looks at the loss: each look waits for the GPU
 Batch = tuple[Tensor, Tensor]

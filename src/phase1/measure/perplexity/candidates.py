@@ -32,7 +32,8 @@ def candidates(run: PerplexityRun) -> list[Candidate]:
 
     Raises ValueError for a wrong name or path, or one that is there twice.
     """
-    own = own_models(run.model, run, taken=(*get_args(Variant), "phase1", "transformer"))
+    ranks = {"htt_rank": run.test_htt_ranks[0], "ar_ssm_max_rank": run.test_ar_ssm_ranks[0]}
+    own = own_models(run.model, run, taken=(*get_args(Variant), "phase1", "transformer"), **ranks)
     if run.checkpoint:
         given = {candidate.key: candidate for candidate in (_given(argument, own) for argument in run.checkpoint)}
         if len(given) < len(run.checkpoint):
@@ -42,7 +43,7 @@ def candidates(run: PerplexityRun) -> list[Candidate]:
     engine = {"checkpointing": run.gradient_checkpointing}
     engines = [model_config("phase1", run, htt_rank=r, ar_ssm_max_rank=R, **engine) for r, R in pairs]
     configs = {"baseline": replace(engines[0], **ROLES["baseline"])} if run.baseline else {}  # it uses no rank
-    configs |= {report_key(config): config for config in engines}
+    configs |= {report_key(config): config for config in engines if run.engine}
     configs |= {name: variant(name, engines[0]) for name in run.variants}
     configs |= own
     seeds = range(run.seed, run.seed + run.repeats)
@@ -93,7 +94,8 @@ def _given(argument: str, own: dict[str, ModelConfig]) -> Candidate:
         require_model(argument, config := ModelConfig(**index["model_config"]), None)
         return Candidate(report_key(config), config, index["train_config"].get("seed", 0), Path(argument))
     if separator and Path(path).exists() and (theirs := model_config_of(read_index(path)).model):
-        raise ValueError(f"--checkpoint {argument}: a model of {theirs} is there; give --model {name}={theirs.partition('@')[0]} too")
+        own_model = f"{name}={theirs.partition('@')[0]}"
+        raise ValueError(f"--checkpoint {argument}: a model of {theirs} is there; give --model {own_model} too")
     if not separator or not _NAME.fullmatch(name):
         expected = "NAME as in a report (baseline, phase1_htt{r}_ar{R}, a variant, each with or without _seed{n})"
         raise ValueError(f"--checkpoint must be a folder, or NAME=PATH with {expected}; got {argument!r}; correct it")

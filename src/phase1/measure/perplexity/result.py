@@ -1,5 +1,6 @@
 """One case of a perplexity run: a model, trained where needed, and its score on every text."""
 
+import traceback
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -39,7 +40,10 @@ def measure(run: PerplexityRun, model: Candidate, texts: list[Text]) -> list[Per
         return [evaluate_checkpoint(run, model, folder, text) for text in texts]
     except Diverged as error:
         return [without_number(model, "error", str(error)) for _ in texts]
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:
+        if model.config.model is not None and not is_out_of_memory(error):  # of a user's model, whose faults are its own
+            traceback.print_exception(error)
+            return [without_number(model, "error", f"{type(error).__name__}: {reason(error)}") for _ in texts]
         if not is_out_of_memory(error):
             raise
         ladder = smaller(

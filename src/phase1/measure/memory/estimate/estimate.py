@@ -86,5 +86,5 @@ def _moved(module: nn.Module) -> Iterator[Tensor]:
 def _unmoved(config: ModelConfig) -> Trainable:
     """A model that stays where it is: fake parameters cannot be moved, not even to the device they are on."""
     model = build(config)
-    model.to = lambda *args, **kwargs: model  # type: ignore[method-assign]
+    model.to = lambda *args, **kwargs: model  # type: ignore[method-assign, assignment]
     return model
