@@ -9,15 +9,14 @@ from phase1.records.schema import Check, exit_code
 from phase1.roster import OWN
 from phase1.runs import CheckModelRun
 
-SMALL = {"ar_ssm_max_rank": 8, "ar_ssm_window": 16, "htt_rank": 1, "copy_window": 16}  # for factories that take a config
-
 
 def main(run: CheckModelRun) -> int:
     """Print every check as it ends; the exit status is that of all checks."""
     name, reference = split(run.own_model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    ranks = {"ar_ssm_max_rank": min(8, run.d_model), "ar_ssm_min_rank": 1, "htt_rank": 1, "ar_ssm_window": 16}
     sizes = {"vocab_size": run.vocab_size, "d_model": run.d_model, "n_layers": run.n_layers, "n_heads": run.n_heads}
-    config = ModelConfig(**(OWN | SMALL | sizes | {"model": pinned(reference)}))
+    config = ModelConfig(**(OWN | ranks | sizes | {"model": pinned(reference)}))
     print(f"check-model: may {name} ({config.model}) be measured?  {device}, T = {run.seq_length}", flush=True)
     checks = []
     for check in check_model(config, run.seq_length, device):
