@@ -4,7 +4,7 @@
 
 Every row is first checked at the very size that is timed, against its definition in float64: outputs and all gradients of the
 first positions of one text, and of the last ones where nothing before them is remembered. A wrong row is FAIL, one that raises
-is refused; neither has a time. The rest is timed interleaved, as CUDA graphs where they can be captured. Peers are measured where
+is refused; neither has a time. The rest is timed interleaved, as CUDA graphs where these can be made. Peers are measured where
 they are installed: flash-linear-attention, mamba-ssm (its Triton code is enough).
 A process of its own does the work, and writes after every row: one that crashes or hangs costs its row alone.
 """
