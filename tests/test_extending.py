@@ -83,13 +83,13 @@ def test_the_example_of_a_peer_is_ar_ssm_itself():
     """examples/peers/ar_ssm.py: the model that `ar_ssm_dense_no_copy` is, by its parameters."""
     import torch
 
-    from phase1.config import Shape
+    from phase1.config import ModelShape
     from phase1.measure.perplexity.candidates import variant
     from phase1.model import LanguageModel
     from phase1.roster import model_config, own_models
     from phase1.trainable import build
 
-    shape = Shape(vocab_size=300, d_model=16, n_layers=1, n_heads=2, ar_ssm_min_rank=2, htt_dense_rows=4, htt_groups=10)
+    shape = ModelShape(vocab_size=300, d_model=16, n_layers=1, n_heads=2, ar_ssm_min_rank=2, htt_dense_rows=4, htt_groups=10)
     ranks = {"ar_ssm_max_rank": 4, "htt_rank": 2}
     torch.manual_seed(0)
     ours = LanguageModel(variant("ar_ssm_dense_no_copy", model_config("phase1", shape, **ranks)))

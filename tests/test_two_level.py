@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from phase1.config import Ranked, TrainConfig
+from phase1.config import EngineShape, TrainConfig
 from phase1.model import LanguageModel
 from phase1.ops.cross_entropy import IGNORE
 from phase1.roster import model_config
 from phase1.training.optimizers import parameter_groups
 
 # 503 - 16 x 8 = 375 rows in the tail: 94 groups of 4, the last of 3; all 320 of 5 with 64 groups
-TINY = Ranked(vocab_size=503, d_model=32, n_layers=1, n_heads=2, htt_dense_rows=8, htt_groups=100, ar_ssm_max_rank=8, htt_rank=8, htt_output="two_level")
+TINY = EngineShape(vocab_size=503, d_model=32, n_layers=1, n_heads=2, htt_dense_rows=8, htt_groups=100, ar_ssm_max_rank=8, htt_rank=8, htt_output="two_level")
 MODELS = {
     "engine": {},
     "no copy head": {"copy_head": False},
@@ -107,9 +107,9 @@ def test_it_compiles_without_a_break():
 
 
 def test_ids_of_configurations_know_the_output_only_where_it_is_not_flat():
-    flat, two = (model_config("phase1", Ranked(), htt_output=form) for form in ("flat", "two_level"))
+    flat, two = (model_config("phase1", EngineShape(), htt_output=form) for form in ("flat", "two_level"))
     assert flat.config_id == "000423cfa5a7" and two.config_id != flat.config_id
-    dense = [model_config("baseline", Ranked(), htt_output=form).config_id for form in ("flat", "two_level")]
+    dense = [model_config("baseline", EngineShape(), htt_output=form).config_id for form in ("flat", "two_level")]
     assert dense[0] == dense[1]
 
 

@@ -1,4 +1,4 @@
-"""Which parameters decay, which learn faster, and the optimizer of them all: AdamW, or Muon for the matrices of blocks."""
+"""Parameter groups, and their optimizer: AdamW, or Muon for the matrices of blocks and AdamW for the rest."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig, device_type: str) -> torch.optim.Optimizer:
-    """AdamW (fused on CUDA) for all of `model`, or for what Muon does not take: it takes the matrices of the blocks.
+    """AdamW (fused on CUDA) for all of `model`; or Muon for the matrices of the blocks and AdamW for the rest.
 
     Muon's updates are scaled to the size that AdamW's have, 0.2 sqrt(max(n, m)) for a matrix (n, m), so that one rate and one
     decay serve both. Source: Liu et al. 2025, "Muon is scalable for LLM training", section 2.2.
@@ -50,8 +50,8 @@ def make_optimizer(model: nn.Module, config: TrainConfig, device_type: str) -> t
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """By meaning: the matrices of linear layers decay; the token table learns `table_learning_rate` times as fast; the rest
-    (norms, biases, scales and taps, whatever their shape) does neither."""
+    """Three groups: matrices of linear layers (weight decay), the token table (no decay, rate times `table_learning_rate`), and
+    the rest, which are norms, biases, scales and taps of any shape (no decay)."""
     linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}  # of users' own models
     matrices: list[Tensor] = []
@@ -69,6 +69,6 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
 
 
 def kept(optimizer: torch.optim.Optimizer) -> dict[Tensor, tuple[str, ...]]:
-    """Of every parameter, the names of the tensors that `optimizer` keeps between steps."""
+    """For every parameter, the names of the tensors that `optimizer` keeps between steps."""
     parts = optimizer.parts if isinstance(optimizer, MuonAdamW) else (optimizer,)
     return {p: KEPT[type(part).__name__] for part in parts for group in part.param_groups for p in group["params"]}

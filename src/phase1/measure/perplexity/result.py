@@ -1,4 +1,4 @@
-"""One case of a perplexity run: a model, trained where needed, and its score on every text."""
+"""One case of a perplexity run: a model, trained if necessary, and its score on every text."""
 
 import traceback
 from dataclasses import asdict, replace
@@ -12,31 +12,31 @@ from phase1.advice import smaller
 from phase1.config import TrainConfig, content_id, part_of
 from phase1.data import Corpus, Tokenizer, count_words
 from phase1.errors import Diverged, is_out_of_memory, reason
-from phase1.measure.perplexity.candidates import Candidate
+from phase1.measure.perplexity.candidates import ScoredModel
 from phase1.measure.perplexity.evaluate import LARGEST_NATS, Evaluation, Protocol, evaluate, unigram_entropy
 from phase1.measure.perplexity.loss_parts import loss_by_band, loss_by_position, order_sha256
 from phase1.measure.soundness import require_sound
 from phase1.records.schema import Dataset, Parameters, PerplexityResult, Status
-from phase1.roster import repetition
+from phase1.roster import Key
 from phase1.runs import PerplexityRun
 from phase1.training.checkpoint import NO_DIFFERENCE, load_model, load_token_order, read_index, training_facts
 from phase1.training.job import train_to_checkpoint
 from phase1.training.step import compute_dtype
 
-BYTES_PER_WORD: Final = 40  # a text with more has no white space between its words; Malayalam, of long ones, has under 30
+BYTES_PER_WORD: Final = 40  # a text of longer words has no white space between them; Malayalam's average is below 30
 
 
 class Text(NamedTuple):
-    """What models are scored on, and how."""
+    """A text that models are scored on, and the protocol."""
 
     corpus: Corpus
     protocol: Protocol
 
 
-def measure(run: PerplexityRun, model: Candidate, texts: list[Text]) -> list[PerplexityResult]:
-    """One case: train `model` where needed, and score it on every text; running out of memory and diverging are results too."""
+def measure(run: PerplexityRun, model: ScoredModel, texts: list[Text]) -> list[PerplexityResult]:
+    """Train `model` if necessary and score it on every text; out of memory and divergence are results too."""
     try:
-        folder = model.checkpoint or train_candidate(run, model, texts[0].corpus)
+        folder = model.checkpoint or train_model(run, model, texts[0].corpus)
         return [evaluate_checkpoint(run, model, folder, text) for text in texts]
     except Diverged as error:
         return [without_number(model, "error", str(error)) for _ in texts]
@@ -53,10 +53,10 @@ def measure(run: PerplexityRun, model: Candidate, texts: list[Text]) -> list[Per
         return [without_number(model, "oom", f"{reason(error)}; {ladder}") for _ in texts]
 
 
-def train_candidate(run: PerplexityRun, model: Candidate, corpus: Corpus) -> Path:
+def train_model(run: PerplexityRun, model: ScoredModel, corpus: Corpus) -> Path:
     """Train `model`, or find it trained by an earlier run on the same config and data; its checkpoint folder."""
     train_config = replace(part_of(TrainConfig, run), seed=model.seed)
-    if model.config.mixer == "attention" if model.config.model is None else repetition(model.key)[0] == "baseline":
+    if model.config.mixer == "attention" if model.config.model is None else Key.parse(model.key).name == "baseline":
         train_config = replace(train_config, learning_rate=run.baseline_learning_rate)
     identity = {
         "model": model.config.config_id,
@@ -70,12 +70,12 @@ def train_candidate(run: PerplexityRun, model: Candidate, corpus: Corpus) -> Pat
     return folder
 
 
-def evaluate_checkpoint(run: PerplexityRun, candidate: Candidate, folder: Path, text: Text) -> PerplexityResult:
+def evaluate_checkpoint(run: PerplexityRun, scored_model: ScoredModel, folder: Path, text: Text) -> PerplexityResult:
     """Score the model in `folder`; perplexities of a model below the unigram entropy are marked untrained."""
     corpus, protocol = text
     index = read_index(folder)
     facts = training_facts(folder, index)
-    key, (model, _) = candidate.key, load_model(folder, candidate.config.model)
+    key, (model, _) = scored_model.key, load_model(folder, scored_model.config.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     scored = corpus.splits["valid"]
     if facts["tokenizer"] != corpus.tokenizer.fingerprint:
@@ -147,7 +147,7 @@ def word_count(tokenizer: Tokenizer, ids: np.ndarray) -> int:
     return sum(count_words(tokenizer.decode(document)) for document in documents)
 
 
-def without_number(model: Candidate, status: Status, detail: str) -> PerplexityResult:
+def without_number(model: ScoredModel, status: Status, detail: str) -> PerplexityResult:
     """The result of a model that cannot be scored, and why; the other models go on."""
     return PerplexityResult(
         model_name=model.key,
