@@ -121,8 +121,7 @@ class LanguageModel(nn.Module):
         # last, so that equal seeds give the rest of the model equal weights with and without it
         key_dim = config.d_model // config.n_heads  # as wide as a head of the mixer
         self.copy_head = CopyHead(config.d_model, key_dim, config.copy_window) if config.copy_head else None
-        two_level = config.embedding == "htt" and config.htt_output == "two_level"
-        self.second_level = nn.Parameter(torch.eye(config.d_model)) if two_level else None  # W of layers/two_level.py
+        self.two_level = config.embedding == "htt" and config.htt_output == "two_level"
 
     def _initialize(self) -> None:
         std = 0.02 * math.sqrt(512 / self.config.d_model)
@@ -222,25 +221,25 @@ class LanguageModel(nn.Module):
         """
         states = self._scaled(hidden).flatten(0, 1).to(_compute_dtype(hidden))
         rows = self.embedding.rows_of(targets).flatten()
-        if self.second_level is None:
+        if not self.two_level:
             return (self.embedding.factors(states, table), rows, self.embedding.output_bias), None
         levels = self._levels(states, table)
         start = len(table) - levels.groups.n
         inside = rows - start
         columns = torch.where(inside < 0, rows, start + inside // levels.groups.size)
         fused = self.config.loss == "chunked"
-        inner = levels.groups.nll(F.linear(states, self.second_level), levels.tail, levels.tail_bias, inside, fused)
+        inner = levels.groups.nll(levels.groups.states(states), levels.tail, levels.tail_bias, inside, fused)
         return (levels.factors, columns, levels.bias), inner
 
     def _logits(self, hidden: Tensor, table: Tensor) -> Tensor:
         """Logits (B, T, V) in the order of rows; log-probabilities if the output has two levels."""
-        if self.second_level is None:
+        if not self.two_level:
             logits = hidden @ table.T
             return logits if self.embedding.output_bias is None else logits + self.embedding.output_bias
         levels = self._levels(hidden, table)
         first = torch.cat([h @ rows.to(h.dtype).T for h, rows in levels.factors], -1) + levels.bias
         head, of_groups = first.log_softmax(-1).split([len(table) - levels.groups.n, len(levels.groups.rows)], -1)
-        states = F.linear(hidden, self.second_level)
+        states = levels.groups.states(hidden)
         return torch.cat([head, levels.groups.log_probabilities(of_groups, states, levels.tail, levels.tail_bias)], -1)
 
     def _levels(self, hidden: Tensor, table: Tensor) -> OutputLevels:

@@ -15,6 +15,8 @@ from phase1.ops.htt import Cores, htt_table
 from phase1.vocabulary.levels import Level, levels
 from phase1.vocabulary.statistics import TokenStatistics, TokenVectors
 
+GROUP_RANK = 4  # of what a two-level output learns besides, as a multiple of r: 90 % of a dense table are saved with it
+
 
 class DenseTable(nn.Module):
     """One row of width D per token; the row of a token is its id.
@@ -165,7 +167,7 @@ class HTTTable(nn.Module):
         if two_level:
             if self.tail is None:
                 raise ValueError(f"a two-level output needs a tail, V > 16 x K = {16 * dense_rows}; got V={vocab_size}")
-            self.groups = Groups(self.tail.n, self.tail.members, d_model)
+            self.groups = Groups(self.tail.n, self.tail.members, d_model, min(GROUP_RANK * rank, d_model))
         if statistics is not None:
             self._start_from(statistics)
         self.build_inverse_index()

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from phase1.config import TrainConfig
 
-MATRICES = ("second_level",)  # parameters that are matrices of a linear map without an nn.Linear
 KEPT = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}  # between steps, of every parameter
 
 
@@ -59,8 +58,8 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     rest: list[Tensor] = []
     for name, parameter in model.named_parameters():
         of_table = name.startswith("embedding.") and parameter.ndim >= 2 or id(parameter) in tables
-        of_linear = id(parameter) in linear or name in MATRICES
-        (table if of_table else matrices if of_linear else rest).append(parameter)
+        of_linear = id(parameter) in linear and id(parameter) not in tables  # a tied table is a table
+        (matrices if of_linear else table if of_table else rest).append(parameter)
     return [
         {"params": matrices, "weight_decay": config.weight_decay, "lr_scale": 1.0},
         {"params": table, "weight_decay": 0.0, "lr_scale": config.table_learning_rate},
