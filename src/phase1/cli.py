@@ -49,7 +49,7 @@ EXAMPLES = {
         "phase1 perplexity --dataset-name c4 --max-samples 1000",
         "phase1 perplexity --checkpoint results/checkpoints/train",
     ),
-    "tables": ("phase1 tables", "phase1 tables --results-dir results/validate --formats csv"),
+    "tables": ("phase1 tables", "phase1 tables --results-dir results/validate --formats csv", "phase1 tables --results-page"),
     "compare": ("phase1 compare old new --fail-on peak:+2%,tokens_per_second:-5%",),
     "pipeline": ("phase1 pipeline --preset smoke", "phase1 pipeline --preset rtx3080-10g --resume"),
     "train": ("phase1 train --dataset-name my.txt --tokenizer bpe --vocab-size 8192",),
