@@ -17,10 +17,11 @@ MAY_IMPORT = {
     "errors": {"text", "world"},
     "files": {"text", "world"},
     "parallel": LEAVES,
-    "config": set(),
+    "factory": {"errors"},
+    "config": {"factory"},
     "presets": set(),
-    "roster": {"config"},
-    "runs": {"config", "machine", "roster"},
+    "roster": {"config", "factory"},
+    "runs": {"config", "factory", "machine", "roster"},
     "advice": set(),
     "tensor_names": set(),
     "cli": LEAVES | SETTINGS | {"parallel"},
@@ -30,27 +31,30 @@ MAY_IMPORT = {
     "vocabulary": {"progress"},
     "layers": {"ops", "vocabulary"},
     "model": {"config", "layers", "ops", "vocabulary"},
+    "trainable": {"config", "factory", "model", "ops", "vocabulary"},
     "data": LEAVES | {"config"},
-    "training": LEAVES | {"config", "data", "model", "ops", "parallel", "records", "tensor_names", "vocabulary"},
+    "training": LEAVES | {"config", "data", "ops", "parallel", "records", "tensor_names", "trainable", "vocabulary"},
     "machine": LEAVES | {"config"},
     "records": LEAVES | {"config", "machine", "roster"},
     "stats": {"records"},
     "checks": {"machine", "records", "roster", "stats"},
     "tables": {"config", "records", "roster", "text"},
-    "generation": {"config", "data", "layers", "model", "training"},
+    "generation": {"config", "data", "layers", "model", "trainable", "training"},
     "hf": {"config", "layers", "model", "tensor_names"},
     "plots": {"files", "records", "roster", "tables", "text"},
-    "measure": LEAVES | SETTINGS | {"data", "generation", "machine", "model", "ops", "parallel", "records", "stats", "training"},
+    "measure": LEAVES | SETTINGS | {"data", "generation", "machine", "model", "ops", "parallel", "records", "stats", "trainable", "training"},
     "commands": LEAVES
     | SETTINGS
-    | {"checks", "data", "generation", "machine", "measure", "model", "parallel", "plots", "records", "stats", "tables", "training"},
+    | {"checks", "data", "factory", "generation", "machine", "measure", "model", "parallel", "plots", "records", "stats", "tables"}
+    | {"trainable", "training"},
 }
 WINGS = {
     "execution": set(),
     "workload": set(),
+    "soundness": {"workload"},
     "memory": {"execution", "workload"},
     "throughput": {"execution", "workload", "memory.estimate.allocator"},  # which rounds sizes as the CUDA allocator does
-    "perplexity": set(),
+    "perplexity": {"soundness"},
 }
 
 

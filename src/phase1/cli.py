@@ -28,6 +28,7 @@ COMMANDS: dict[str, type[Config]] = {
     "train": runs.TrainRun,
     "generate": runs.GenerateRun,
     "export": runs.ExportRun,
+    "check-model": runs.CheckModelRun,
     "doctor": runs.DoctorRun,
 }
 UNDECIDED = 3  # the exit status of a report that has no failed check, and one that is undecided
@@ -59,6 +60,7 @@ EXAMPLES = {
         "phase1 generate --checkpoint results/checkpoints/train --prompt-file - --temperature 0",
     ),
     "export": ("phase1 export --checkpoint results/checkpoints/train",),
+    "check-model": ("phase1 check-model mine=my_model:build",),
     "doctor": ("phase1 doctor",),
 }
 START = """start here:
@@ -136,7 +138,7 @@ def _run(name: str, run: Config, ending: Ending) -> int:
         with ending.waiting():
             if world.size() > 1 and name in TOGETHER:
                 importlib.import_module("phase1.parallel.run").see_one_gpu()  # before a module asks CUDA for anything
-            command = importlib.import_module(f"phase1.commands.{name}")
+            command = importlib.import_module(f"phase1.commands.{name.replace('-', '_')}")
         gc.freeze()
     except ModuleNotFoundError as error:
         raise _not_installed(error) from error

@@ -119,6 +119,7 @@ def load(
     folder = Path(folder).expanduser()
     facts = training_facts(folder, read_index(folder))
     model, _ = load_model(folder)
+    assert isinstance(model, LanguageModel)  # what load_model gives where no --model is allowed
     found = _tokenizer(folder, tokenizer)
     if found.fingerprint != facts["tokenizer"]:
         raise ValueError(

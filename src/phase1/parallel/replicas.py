@@ -48,11 +48,13 @@ class Replicas(Alone):
 
     def __init__(self, parameters: Iterable[Tensor], size: int) -> None:
         self.size = size
-        self.parameters = list(parameters)
+        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         first = self.parameters[0]
         places = [0]
         for parameter in self.parameters:
-            assert parameter.dtype == first.dtype and parameter.device == first.device
+            if parameter.dtype != first.dtype:
+                got = f"{first.dtype} and {parameter.dtype}"
+                raise ValueError(f"a model on several GPUs must have parameters of one type; got {got}; use one, or one GPU")
             places.append(places[-1] + -(-parameter.numel() // ALIGNED) * ALIGNED)
         self.flat = torch.zeros(places[-1] + 1, dtype=first.dtype, device=first.device)
         self.views = [self.flat[at : at + p.numel()].view_as(p) for at, p in zip(places, self.parameters)]

@@ -15,9 +15,9 @@ from phase1.config import ModelConfig, TrainConfig
 from phase1.data import Corpus, Tokenizer, Windows
 from phase1.data.tokenizer_files import TOKENIZER, folder_tokenizer
 from phase1.files import atomic_write
-from phase1.model import LanguageModel
 from phase1.parallel import group
 from phase1.parallel.replicas import equal_start
+from phase1.trainable import build
 from phase1.training.checkpoint import INDEX, check_configs, read_index, resume, save_checkpoint, training_facts
 from phase1.training.interrupts import interrupts_wait
 from phase1.training.progress import Follower, Progress
@@ -125,7 +125,7 @@ def make_state(
     if seen is not None:
         statistics = group.from_first(partial(start_of, model_config, seen, train_config.seed, device))
     torch.manual_seed(train_config.seed)
-    model = LanguageModel(model_config, statistics)
+    model = build(model_config, statistics)
     equal_start(model.parameters())
     return make_train_state(model, train_config, device, shard)
 

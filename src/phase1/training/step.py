@@ -11,9 +11,9 @@ from torch import Tensor
 
 from phase1.config import TrainConfig
 from phase1.errors import Diverged
-from phase1.model import LanguageModel
 from phase1.ops.cross_entropy import IGNORE
 from phase1.parallel.replicas import Alone, replicas_of
+from phase1.trainable import Trainable
 from phase1.training.compiler import require_compiler
 from phase1.training.micro_batch import GraphedMicroBatch, MicroBatch
 from phase1.training.optimizers import make_optimizer
@@ -27,7 +27,7 @@ Batch = tuple[Tensor, Tensor]
 class TrainState:
     """A model with everything that its next step needs."""
 
-    model: LanguageModel
+    model: Trainable
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     dtype: torch.dtype  # of the autocast region; float32 is no autocast
@@ -48,7 +48,7 @@ def compute_dtype(precision: str, device: torch.device | str) -> torch.dtype:
 
 
 def make_train_state(
-    model: LanguageModel, config: TrainConfig, device: torch.device | str, shard: bool = False
+    model: Trainable, config: TrainConfig, device: torch.device | str, shard: bool = False
 ) -> TrainState:
     """Move `model` to `device` and give it an optimizer, loss scaling for fp16 and, if asked, a compiled loss.
 
@@ -59,14 +59,14 @@ def make_train_state(
     if shard:
         from phase1.parallel.shards import spread  # takes a second to import
 
-        replicas = spread(model, model.blocks, ("losses", "nll"), device)
+        replicas = spread(model, model.get_submodule("blocks").children(), ("losses", "nll"), device)
     model = model.to(device)
     dtype = compute_dtype(config.precision, device)
     if config.compile:
         require_compiler(device)
-        for block in model.blocks:  # kernels cannot run their self-check inside a compiled graph
-            block.prove_kernels(dtype)  # type: ignore[operator]
-        model.losses = torch.compile(model.losses, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
+        model.prove_kernels(dtype)  # kernels cannot run their self-check inside a compiled graph
+        whole = model.config.model is None  # a user's model may hold what no compiler takes
+        model.losses = torch.compile(model.losses, fullgraph=whole, dynamic=False)  # type: ignore[method-assign]
     optimizer = make_optimizer(model, config, device.type)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     micro_batch = MicroBatch(model, scaler, dtype)
