@@ -25,8 +25,9 @@ LOOK_SECONDS = 0.2
 def train_side_by_side(run: PerplexityRun, models: Sequence[ScoredModel], corpus: Corpus, gpus: Sequence[str]) -> None:
     """Train what is not trained yet of `models`, on `gpus` as CUDA_VISIBLE_DEVICES names them, one model on each at a time.
 
-    A model of the user's own trains afterwards, when it is asked for. Who asks for the others then finds their checkpoints; one that failed is tried again there, and says why. When this
-    is interrupted the trainings are too: each ends with a checkpoint to go on from.
+    A model of the user's own trains afterwards, when it is asked for. Who asks for the others then finds their checkpoints; one
+    that failed is tried again there, and says why. When this is interrupted the trainings are too: each ends with a checkpoint
+    to go on from.
     """
     ours = [model for model in models if model.checkpoint is None and model.config.model is None]
     waiting = [model for model in ours if not _finished(run, model, corpus)]
