@@ -105,13 +105,18 @@ class Guard:
         self._writer.setblocking(False)
         if threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._done = True
         if threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(-1)
+        self._writer.send(b"\0")  # a thread that is left when Python ends aborts the process
+        self._thread.join()
+        self._reader.close()
+        self._writer.close()
 
     def _watch(self) -> None:
         deadline = None
