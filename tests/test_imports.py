@@ -36,10 +36,11 @@ MAY_IMPORT = {
     "generation": {"config", "data", "layers", "model", "training"},
     "hf": {"config", "layers", "model"},
     "plots": {"files", "records", "roster", "tables", "text"},
+    "page": {"checks", "errors", "plots", "records", "tables", "text"},
     "measure": LEAVES | SETTINGS | {"data", "generation", "machine", "model", "ops", "records", "stats", "training"},
     "commands": LEAVES
     | SETTINGS
-    | {"checks", "data", "generation", "machine", "measure", "model", "plots", "records", "stats", "tables", "training"},
+    | {"checks", "data", "generation", "machine", "measure", "model", "page", "plots", "records", "stats", "tables", "training"},
 }
 WINGS = {
     "execution": set(),

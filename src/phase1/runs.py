@@ -147,6 +147,16 @@ class TablesRun(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReportRun(Config):
+    """One HTML page of the results in a folder: verdicts, plots, tables, how to repeat them."""
+
+    results_dir: str = option("results/benchmarks", "folder of a pipeline, of result files or of a training")
+    out: str | None = option(None, "file to write; report.html in --results-dir by default")
+    against: str | None = option(None, "folder or result file of an earlier run: what has changed since")
+    lang: Literal["en", "ja"] = option("en", "language of the page's own words")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompareRun(Config):
     """Two runs against each other: what changed, and whether it breaks a limit."""
 
@@ -214,7 +224,7 @@ class ExportRun(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineRun(Output):
-    """Memory, throughput, perplexity and tables, one after the other."""
+    """Memory, throughput, perplexity, tables and report, one after the other."""
 
     preset: Literal["rtx3080-10g", "rtx3080m-8g", "rtx4090-24g", "smoke"] = option("rtx3080-10g", "sizes of every step")
     dataset_name: str | None = option(
