@@ -45,10 +45,10 @@ def page(
         elsewhere: folders below with results that are not on this page.
     """
     words = japanese if language == "ja" else english
-    sections = {
+    sections: dict[str, Html] = {
         "verdicts": _verdicts(reports, words, language),
         "warnings": _warnings(reports),
-        **{kind: _of_kind(reports[kind], kind, words) for kind in KINDS if kind in reports},
+        **{str(kind): _of_kind(reports[kind], kind, words) for kind in KINDS if kind in reports},
         "training": _trainings(trainings, words),
         "changes": joined() if changes is None else _changes(changes, words),
         "environment": table(environment_table(reports)) if reports else joined(),
@@ -82,7 +82,7 @@ def _answer(reports: Mapping[str, Report[Any]], words: Words) -> Html:
     statuses = [check.status for report in reports.values() for check in report.checks]
     if not statuses:
         return tag("p", words("no checks"), class_="answer")
-    counts = {status: statuses.count(status) for status in ORDER}
+    counts = {status: sum(found == status for found in statuses) for status in ORDER}
     worst = next(status for status in ORDER if counts[status])
     said = [words("{} of {} checks pass").format(counts["pass"], len(statuses))]
     others = {"{} failed": counts["fail"], "{} undecided": counts["inconclusive"]}
