@@ -11,7 +11,7 @@ from phase1.cli import COMMANDS, parse
 
 ROOT = Path(__file__).parents[1]
 GUIDES = ("docs/benchmarking.md", "docs/ja/benchmarking.md")
-PAGES = (*GUIDES, "README.md", "README.ja.md")
+PAGES = (*GUIDES, "README.md", "README.ja.md", "docs/hugging_face.md", "docs/ja/hugging_face.md")
 SCRIPTS = {
     "validate_phase1_memory.py": "memory",
     "benchmark_phase1_throughput.py": "throughput",

@@ -25,9 +25,14 @@ try:
 except ImportError as error:
     raise ImportError("phase1.hf needs a package; run `pip install 'transformers>=5.24,<6'`") from error
 
-SUPPORTED = ((5, 24), (6, 0))  # from the first, before the second; 5.23 calls the cache of generate() by another name
-if not SUPPORTED[0] <= tuple(int(part) for part in transformers.__version__.split(".")[:2]) < SUPPORTED[1]:
-    raise ImportError(f"phase1.hf needs transformers>=5.24,<6; got {transformers.__version__}; install one of these")
+
+def require_supported(version: str) -> None:
+    """Raise ImportError for a version of transformers that would give wrong texts: 5.23 has another name for the cache."""
+    if not (5, 24) <= tuple(int(part) for part in version.split(".")[:2]) < (6, 0):
+        raise ImportError(f"phase1.hf needs transformers>=5.24,<6; got {version}; install one of these")
+
+
+require_supported(transformers.__version__)
 LORA_MODULES = r"model\.blocks\.\d+\.(mixer|mlp)\.(?!rank_gate)\w+"
 """`target_modules` of a LoRA: the projections of mixers and MLPs. The rank gate is read by kernels, which see no adapter."""
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(ModelConfig)}

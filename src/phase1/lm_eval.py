@@ -5,7 +5,7 @@ Takes what lm-eval's own command takes, whose versions with plug-ins find the mo
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby, islice
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -43,7 +43,8 @@ class Phase1LM(HFLM):
         """At most `batch_size` windows of one length each: nothing is padded."""
         size = self.batch_size if isinstance(self.batch_size, int) else 1
         for _, same in groupby(windows, lambda window: len(window[1])):
-            yield from iter(lambda same=same: list(islice(same, size)), [])
+            rest = list(same)
+            yield from (rest[i : i + size] for i in range(0, len(rest), size))
 
     def _windows(self, text: str) -> list[tuple[list[int], list[int]]]:
         """Inputs and targets of every window of a text, IGNORE where a target is of an earlier window."""

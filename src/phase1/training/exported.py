@@ -34,7 +34,8 @@ def load_exported(folder: Path) -> tuple[LanguageModel, dict[str, Any]]:
         raise _misfit(folder, error) from error
     kind = content.get("model_type") if isinstance(content, dict) else None
     if kind != "phase1":
-        raise ValueError(f"{one_line(folder)} must hold a phase1 model; got model_type {kind!r:.40}; give a folder of phase1 export")
+        got = f"got model_type {kind!r:.40}; give a folder that phase1 export wrote"
+        raise ValueError(f"{one_line(folder)} must hold a phase1 model; {got}")
     names = {field.name for field in fields(ModelConfig)}
     try:
         config = config_from(ModelConfig, {name: value for name, value in content.items() if name in names})
