@@ -75,15 +75,18 @@ def test_the_first_lines_say_what_will_happen(run):
     assert first.startswith("phase1_htt2_ar4: 6,") or "parameters; 20 steps of 32 tokens = 640 tokens" in first
     assert "epochs of" in first and "FLOPs" in first
     assert second == "loss on 8 tokens of the valid split every 1 steps"
-    assert "training.png" in out and "next: phase1 perplexity" in out and "phase1 generate --checkpoint" in out
+    lines = out.splitlines()
+    assert len(lines) <= 25 and lines[0].startswith("Training of phase1_htt2_ar4 on ") and "trained on 640 tokens" in lines
+    assert [line.split()[2] for line in lines if line.startswith("next")] == ["generate", "perplexity", "report"]
+    assert any("training.png" in line and line.startswith("files") for line in lines) and any("valid text" in line for line in lines)
 
 
 def test_a_run_pauses_when_its_hours_are_over_and_goes_on_with_more(run, tmp_path):
     run("whole")
     out = run("a", "--max-hours", "1e-9").out
-    assert out.startswith("paused after 32 tokens") and "more of them goes on" in out
+    assert "\npaused after 32 tokens" in out and "more of them goes on" in out
     assert not read_index(tmp_path / "a")["facts"]["finished"]
-    assert run("a", "--max-hours", "1e-9").out.startswith("paused after 64 tokens")  # a step at a time: it always gets on
+    assert run("a", "--max-hours", "1e-9").out.count("\npaused after 64 tokens") == 1  # a step at a time: it always gets on
     run("a", "--max-hours", "100")
     assert weights(tmp_path / "a") == weights(tmp_path / "whole")  # the schedule is that of the whole run
     assert [row["step"] for row in read_metrics(tmp_path / "a" / METRICS)] == list(range(1, 21))
@@ -133,3 +136,9 @@ def test_bad_values_are_one_line(run, flags):
 
 def test_without_limit_there_is_none():
     assert train.watch_of(parse("train", ["--eval-every", "0"]), None, None).max_seconds == math.inf
+
+
+def test_memory_that_runs_out_is_one_line_with_what_to_lower(run, monkeypatch):
+    monkeypatch.setattr(train, "train_to_checkpoint", lambda *a, **k: (_ for _ in ()).throw(MemoryError()))
+    err = run("a", code=3).err.splitlines()[-1]
+    assert "try --micro-batch-size 2, then --seq-length 4" in err

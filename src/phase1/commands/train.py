@@ -5,9 +5,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from phase1.advice import smaller
 from phase1.config import DataConfig, ModelConfig, TrainConfig, flags, part_of, to_toml
 from phase1.data import Corpus, load_corpus
 from phase1.errors import Unavailable, is_out_of_memory, reason
@@ -24,8 +26,10 @@ from phase1.plots import plot_training
 from phase1.records.metrics import METRICS, read_metrics
 from phase1.records.session import require_writable
 from phase1.roster import report_key
-from phase1.runs import GenerateRun, PerplexityRun, TrainRun
+from phase1.runs import GenerateRun, PerplexityRun, ReportRun, TrainRun
+from phase1.tables.screen import Screen, text
 from phase1.text import one_line
+from phase1.training.checkpoint import INDEX
 from phase1.training.job import train_to_checkpoint
 from phase1.training.step import compute_dtype, total_steps
 from phase1.training.trackers import tracker
@@ -36,6 +40,7 @@ SETTINGS = "run.toml"  # what --config reads
 SCORES = 20  # validation losses of a run, by default
 SHARE = 500  # of the training tokens, that each is of: all of them cost about 1 % of the time
 SAMPLE_TOKENS = 40
+UNKNOWN = "n/a"
 
 
 def main(run: TrainRun) -> int:
@@ -53,23 +58,55 @@ def main(run: TrainRun) -> int:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        smaller = f"try --micro-batch-size {max(1, run.micro_batch_size // 2)}, then a smaller --seq-length"
-        raise Unavailable(f"{reason(error)}; {smaller}") from error
+        ladder = smaller(batch=("--micro-batch-size", run.micro_batch_size), length=("--seq-length", run.seq_length))
+        raise Unavailable(f"{reason(error)}; {ladder}") from error
     atomic_write(folder / SETTINGS, to_toml(run).encode())
-    written = [folder]
-    if (folder / METRICS).exists():
-        unigram = None if valid is None else unigram_entropy(valid.splits["valid"].ids)
-        written.append(plot_training({folder.name: read_metrics(folder / METRICS)}, folder / PLOT, unigram))
-    done = f"{facts['trained_tokens']:,} tokens in {facts['train_seconds']:.0f} s, last loss {facts['loss']:.3f}"
-    if not facts["finished"]:
-        print(f"paused after {done}: --max-hours {run.max_hours:g} are over; the same command with more of them goes on")
-        return 0
-    print(f"trained on {done}")
-    if skipped := facts.get("skipped_steps"):
-        print(f"of these steps {skipped} changed nothing: their gradients overflowed, and the loss scale was lowered")
-    text = f"text from it: phase1 generate {flags(GenerateRun(checkpoint=run.out_dir))}".rstrip()
-    print(*(f"written: {path}" for path in written), text, next_command(run, model_config), sep="\n")
+    rows = read_metrics(folder / METRICS) if (folder / METRICS).exists() else []
+    unigram = None if valid is None else unigram_entropy(valid.splits["valid"].ids)
+    plots = [plot_training({folder.name: rows}, folder / PLOT, unigram)] if rows else []
+    print(text(screen(run, model_config, facts, rows, unigram, plots)))
     return 0
+
+
+def screen(
+    run: TrainRun,
+    model: ModelConfig,
+    facts: dict[str, Any],
+    rows: list[dict[str, Any]],
+    unigram: float | None,
+    plots: list[Path],
+) -> Screen:
+    """How well the model predicts now, and what to do with it."""
+    folder = Path(run.out_dir)
+    seconds, tokens = facts["train_seconds"], facts["trained_tokens"]
+    numbers = [f"training text   loss {facts['loss']:.3f}, mean of the last steps {_last(rows, 'loss')}"]
+    if (valid := _last(rows, "val_loss")) != UNKNOWN:
+        best = min(row["val_loss"] for row in rows if row["val_loss"] is not None)
+        numbers.append(f"valid text      loss {valid}, best {best:.3f}; {unigram:.3f} is what token frequencies alone reach")
+    if seconds:
+        numbers.append(f"speed           {tokens / seconds:,.0f} tokens/s, {seconds:,.0f} s in all")
+    if skipped := facts.get("skipped_steps"):
+        numbers.append(f"of these steps {skipped} changed nothing: their gradients overflowed, and the loss scale was lowered")
+    answer = f"trained on {tokens:,} tokens"
+    if not facts["finished"]:
+        hours = f"--max-hours {run.max_hours:g} are over"
+        answer = f"paused after {tokens:,} tokens: {hours}; the same command with more of them goes on"
+    return Screen(
+        question=f"Training of {report_key(model)} on {facts['data']['name']}: how well does it predict?",
+        numbers=numbers,
+        answer=answer,
+        next=[
+            f"phase1 generate {flags(GenerateRun(checkpoint=run.out_dir))}".rstrip() + "   text from it",
+            f"{next_command(run, model)}   its perplexity",
+            f"phase1 report {flags(ReportRun(results_dir=run.out_dir))}   its course on one page",
+        ],
+        files=[folder / INDEX, *plots, *([folder / METRICS] if rows else []), folder / SETTINGS],
+    )
+
+
+def _last(rows: list[dict[str, Any]], name: str) -> str:
+    """The last known value of a column."""
+    return next((f"{row[name]:.3f}" for row in reversed(rows) if row[name] is not None), UNKNOWN)
 
 
 def _valid(run: TrainRun) -> Corpus | None:
@@ -187,4 +224,4 @@ def next_command(run: TrainRun, model: ModelConfig) -> str:
     evaluation = PerplexityRun(
         **data, vocab_size=run.vocab_size, seq_length=run.seq_length, checkpoint=(f"{report_key(model)}={run.out_dir}",)
     )
-    return f"next: phase1 perplexity {flags(evaluation)}"
+    return f"phase1 perplexity {flags(evaluation)}"
