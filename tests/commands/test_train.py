@@ -142,3 +142,45 @@ def test_memory_that_runs_out_is_one_line_with_what_to_lower(run, monkeypatch):
     monkeypatch.setattr(train, "train_to_checkpoint", lambda *a, **k: (_ for _ in ()).throw(MemoryError()))
     err = run("a", code=3).err.splitlines()[-1]
     assert "try --micro-batch-size 2, then --seq-length 4" in err
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """Runs whose scores are given, in turn; `made` counts them over all sessions."""
+    made = []
+
+    def scores(*values):
+        monkeypatch.setattr(train, "scorer", lambda *_: lambda model: made.append(1) or float(values[len(made) - 1]))
+
+    return scores
+
+
+def test_the_weights_of_the_lowest_score_are_kept_beside_the_last(run, scored, tmp_path):
+    scored(5, 4, 6, 4, 7)
+    out = run("a", "--eval-every", "4", "--keep-best").out
+    best, last = read_index(tmp_path / "a" / "best"), read_index(tmp_path / "a")
+    assert (best["step"], last["step"]) == (8, 20) and best["facts"]["trained_tokens"] == 8 * 32
+    assert "best/" in out and "trained on 640 tokens" in out
+    assert main(["generate", "--checkpoint", str(tmp_path / "a" / "best"), "--max-tokens", "2"]) == 0
+    run("plain", "--eval-every", "0")
+    assert weights(tmp_path / "plain") == weights(tmp_path / "a")
+    for _ in range(8):
+        run("short", "--eval-every", "0", "--max-hours", "1e-9")
+    assert weights(tmp_path / "short") == weights(tmp_path / "a" / "best")
+
+
+def test_patience_ends_a_training_that_gets_no_better_also_over_sessions(run, scored, tmp_path):
+    scored(5, 4, 6, 4, 7, 8)
+    out = run("a", "--eval-every", "2", "--patience", "2").out
+    assert "ended after 256 tokens: no lower loss on the valid text in 2 looks (--patience)" in out  # at step 8
+    assert read_index(tmp_path / "a")["step"] == 8 and not read_index(tmp_path / "a")["facts"]["finished"]
+    run("a", "--eval-every", "2", "--patience", "4")
+    assert read_index(tmp_path / "a")["step"] == 12  # scores 7 and 8: the fourth without a new lowest
+    assert "ended after 416 tokens" in run("a", "--eval-every", "2", "--patience", "4").out  # a step at a time
+    with_best = run("b", "--eval-every", "0", "--patience", "2", code=2).err
+    assert "need losses on the valid split" in with_best and with_best.count("\n") == 1
+
+
+def test_patience_without_a_valid_split_is_refused(run, tmp_path):
+    (tmp_path / "valid.txt").unlink()
+    assert "must have a valid split" in run("b", "--patience", "5", code=2).err

@@ -45,10 +45,11 @@ def main(run: ReportRun) -> int:
 
 def screen(run: ReportRun, reports: dict[str, Report[Any]], trainings: int, out: Path, size: int) -> Screen:
     """What was written from what."""
-    sources = [*(FILES[kind] for kind in reports), *([f"{trainings} trainings"] if trainings else [])]
+    sources = [FILES[kind] for kind in reports]
+    sources += [f"{trainings} training{'s' if trainings > 1 else ''}"] if trainings else []
     return Screen(
         question=f"Report on {', '.join(sources)} in {run.results_dir}",
-        answer=f"one page of {size / 1e6:.1f} MB: open it in a browser",
+        answer=f"one page of {size / 1e3:,.0f} kB: open it in a browser",
         files=[out],
     )
 

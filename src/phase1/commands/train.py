@@ -30,7 +30,7 @@ from phase1.runs import GenerateRun, PerplexityRun, ReportRun, TrainRun
 from phase1.tables.screen import Screen, text
 from phase1.text import one_line
 from phase1.training.checkpoint import INDEX
-from phase1.training.job import train_to_checkpoint
+from phase1.training.job import BEST, train_to_checkpoint
 from phase1.training.step import compute_dtype, total_steps
 from phase1.training.trackers import tracker
 from phase1.training.watch import Watch
@@ -88,7 +88,9 @@ def screen(
     if skipped := facts.get("skipped_steps"):
         numbers.append(f"of these steps {skipped} changed nothing: their gradients overflowed, and the loss scale was lowered")
     answer = f"trained on {tokens:,} tokens"
-    if not facts["finished"]:
+    if facts.get("ended_by") == "patience":
+        answer = f"ended after {tokens:,} tokens: no lower loss on the valid text in {run.patience} looks (--patience)"
+    elif not facts["finished"]:
         hours = f"--max-hours {run.max_hours:g} are over"
         answer = f"paused after {tokens:,} tokens: {hours}; the same command with more of them goes on"
     return Screen(
@@ -100,7 +102,7 @@ def screen(
             f"{next_command(run, model)}   its perplexity",
             f"phase1 report {flags(ReportRun(results_dir=run.out_dir))}   its course on one page",
         ],
-        files=[folder / INDEX, *plots, *([folder / METRICS] if rows else []), folder / SETTINGS],
+        files=[folder / INDEX, *(path for path in (folder / BEST / INDEX, folder / METRICS) if path.exists()), *plots],
     )
 
 
@@ -116,7 +118,7 @@ def _valid(run: TrainRun) -> Corpus | None:
     try:
         return load_corpus(run, vocab_size=run.vocab_size, need=("valid",))
     except (ValueError, Unavailable) as error:
-        if run.eval_every is not None:
+        if run.eval_every is not None or run.keep_best or run.patience is not None:
             raise
         print(one_line(f"no loss on a valid split during the training: {error}", 500), file=sys.stderr)
         return None
@@ -166,6 +168,8 @@ def watch_of(run: TrainRun, corpus: Corpus, valid: Corpus | None) -> Watch:
         sample=sampler(run, corpus) if run.sample_every else None,
         sample_every=run.sample_every,
         max_seconds=3600 * hours,
+        keep_best=run.keep_best,
+        patience=run.patience,
         trackers=[tracker(name, Path(run.out_dir), asdict(run)) for name in run.report_to],
     )
 

@@ -56,8 +56,8 @@ def page(
         "data": _data(reports, trainings, files_of or {}, elsewhere, words),
     }
     shown = {key: content for key, content in sections.items() if content}
-    links = tag("nav", *(tag("a", words(key).capitalize(), href=f"#{key}") for key in shown))
-    body = [tag("section", tag("h2", words(key).capitalize()), content, id=key) for key, content in shown.items()]
+    links = tag("nav", *(tag("a", _title(words(key)), href=f"#{key}") for key in shown))
+    body = [tag("section", tag("h2", _title(words(key))), content, id=key) for key, content in shown.items()]
     missing = [f"{words(kind)} (phase1 {kind})" for kind in KINDS if reports and kind not in reports]
     head = [
         tag("p", words("report"), class_="kind"),
@@ -77,8 +77,14 @@ def page(
     )
 
 
+def _title(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
 def _answer(reports: Mapping[str, Report[Any]], words: Words) -> Html:
-    """One verdict over all checks: the worst of them."""
+    """One verdict over all checks: the worst of them. Nothing where there are no reports."""
+    if not reports:
+        return joined()
     statuses = [check.status for report in reports.values() for check in report.checks]
     if not statuses:
         return tag("p", words("no checks"), class_="answer")
@@ -107,7 +113,7 @@ def _verdicts(reports: Mapping[str, Report[Any]], words: Words, language: str) -
     checks = [check for report in reports.values() for check in report.checks]
     if not checks:
         return joined()
-    titles = [tag("th", words(key).capitalize(), scope="col") for key in ("verdict", "check", "value", "limit", "why")]
+    titles = [tag("th", _title(words(key)), scope="col") for key in ("verdict", "check", "value", "limit", "why")]
     rows = [_verdict(check, words, language) for check in sorted(checks, key=lambda check: ORDER.index(check.status))]
     return tag("table", tag("thead", tag("tr", *titles)), tag("tbody", *rows), class_="verdicts")
 
@@ -214,5 +220,5 @@ def _data(
     links += [download(name, "application/json", content) for name, content in results.items()]
     joint = [tag("div", tag("h3", made.caption), table(made)) for made in tables if made.name == "configuration_comparison"]
     further = [tag("p", f"{words('also')}: {', '.join(elsewhere)}", class_="missing")] if elsewhere else []
-    said = tag("p", words("every table as CSV, every result file as JSON").capitalize())
+    said = tag("p", _title(words("every table as CSV, every result file as JSON")))
     return joined(*joint, said, tag("ul", *(tag("li", link) for link in links), class_="files"), *further)

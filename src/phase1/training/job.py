@@ -31,6 +31,7 @@ from phase1.vocabulary.statistics import (
 )
 
 UNWATCHED = Watch()
+BEST = "best"  # folder, in that of the checkpoint, of the weights with the lowest score
 SAVE_SECONDS = 300.0  # between checkpoints of an unfinished run
 
 
@@ -67,9 +68,9 @@ def train_to_checkpoint(
     facts = {"data": data, "seq_length": seq_length, "tokenizer": corpus.tokenizer.fingerprint, "train_seconds": seconds}
     with interrupts_wait() as interrupted:
         try:
-            facts |= run_schedule(state, windows, steps, folder, facts, label, interrupted, watch)
-        except TimeIsUp:
-            return read_index(folder)["facts"]
+            facts |= run_schedule(state, windows, steps, folder, facts, label, interrupted, watch, order, corpus.tokenizer)
+        except EndsEarly as early:
+            return read_index(folder)["facts"] | {"ended_by": str(early)}
         save_checkpoint(folder, state, facts, resumable=False, token_order=order)
     return facts
 
@@ -110,8 +111,8 @@ def start_of(config: ModelConfig, seen: np.ndarray, seed: int, device: str) -> T
     return token_vectors(seen, seed=seed, device=device, **sizes) if config.dense_start == "statistics" else None
 
 
-class TimeIsUp(Exception):
-    """`Watch.max_seconds` are over; the checkpoint is there to go on from."""
+class EndsEarly(Exception):
+    """The time or the patience of the watch is over; the checkpoint is there to go on from."""
 
 
 def run_schedule(
@@ -123,11 +124,13 @@ def run_schedule(
     label: str,
     interrupted: Callable[[], bool],
     watch: Watch,
+    token_order: Tensor,
+    tokenizer: Tokenizer,
 ) -> dict[str, Any]:
     """Train to `steps`, watched, with a checkpoint every SAVE_SECONDS; what the run adds to the facts.
 
-    Raises KeyboardInterrupt after the step in which `interrupted` becomes true, and TimeIsUp after that in which the time of
-    `watch` is over, with a checkpoint of it; after the last step there is none to go on from.
+    Raises KeyboardInterrupt after the step in which `interrupted` becomes true, and EndsEarly after that in which the time or
+    the patience of `watch` is over, with a checkpoint of it; after the last step there is none to go on from.
     """
     config = state.config
     tokens_per_step = config.train_batch_size * windows.seq_length
@@ -143,16 +146,19 @@ def run_schedule(
         nonlocal saved, last
         last = loss
         progress.step(step, loss)
-        stop, late = interrupted(), progress.late
-        if step < steps and (stop or late or time.perf_counter() - saved > SAVE_SECONDS):
+        stop, end = interrupted(), progress.end
+        if watch.keep_best and progress.is_best(step):
+            save_checkpoint(folder / BEST, state, facts | so_far(), resumable=False, token_order=token_order)
+            keep_tokenizer(folder / BEST, tokenizer)
+        if step < steps and (stop or end or time.perf_counter() - saved > SAVE_SECONDS):
             check_finite(loss, step)  # no checkpoint to go on from, but an end with the reason
             save_checkpoint(folder, state, facts | so_far())
             progress.keep()
             saved = time.perf_counter()
             if stop:
                 raise KeyboardInterrupt
-            if late:
-                raise TimeIsUp
+            if end:
+                raise EndsEarly(end)
 
     try:
         train(state, lambda step: windows.batch(step, config.train_batch_size), steps, on_step)
