@@ -17,6 +17,7 @@ from phase1.layers.token_table import HTTTable
 from phase1.model import LanguageModel
 from phase1.model import Rows as TableRows
 from phase1.ops.cross_entropy import IGNORE
+from phase1.tensor_names import RENAMED, pattern_of
 
 try:
     import transformers
@@ -35,6 +36,7 @@ def require_supported(version: str) -> None:
 require_supported(transformers.__version__)
 LORA_MODULES = r"model\.blocks\.\d+\.(mixer|mlp)\.(?!rank_gate)\w+"
 """`target_modules` of a LoRA: the projections of mixers and MLPs. The rank gate is read by kernels, which see no adapter."""
+OLD_NAMES = {pattern_of(old): new for old, new in RENAMED.items()}
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
 
 
@@ -144,6 +146,15 @@ class Phase1ForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
+    def from_pretrained(cls, *args: Any, key_mapping: dict[str, str] | None = None, **options: Any) -> Any:
+        """As in the base class; a folder of an earlier version, whose tensors have other names, loads too."""
+        loaded = super().from_pretrained(*args, key_mapping=OLD_NAMES | (key_mapping or {}), **options)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        used = model._weight_conversions  # save_pretrained would undo them, and write the old names
+        model._weight_conversions = [renaming for renaming in used if not OLD_NAMES.keys() & set(renaming.source_patterns)]
+        return loaded
+
+    @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
 
@@ -151,7 +162,7 @@ class Phase1ForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(module, HTTTable):  # from_pretrained fills buffers that are in no file with what was in memory
             if wrong := module.index_out_of_range():
                 raise ValueError(f"{wrong}; the file is damaged: export it again")
-            module.turn_anchors()
+            module.build_inverse_index()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embedding

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any, Final
 
 import torch
-from tqdm import tqdm
 
 from phase1.checks.memory import memory_checks, with_reductions
 from phase1.config import ModelConfig, flags
@@ -18,6 +17,7 @@ from phase1.measure.memory.largest import fit_sizes
 from phase1.measure.memory.limit import basis, check_limit, limit_bytes
 from phase1.measure.memory.measured import memory_result
 from phase1.plots import plot_memory, plot_memory_timeline
+from phase1.progress import progress
 from phase1.records.schema import Ablation, Fit, MemoryResult, Report, exit_code
 from phase1.records.session import Session
 from phase1.roster import COMPILED, TRANSFORMERS, model_config
@@ -97,7 +97,7 @@ def cases_of(run: MemoryRun, limit: int | None, card: Card | None) -> dict[str, 
 
 def measured(cases: dict[str, MemoryCase], session: Session) -> Iterator[tuple[str, MemoryResult]]:
     """The result of every case."""
-    with tqdm(cases.items(), desc="memory", unit="model", disable=None) as bar:
+    with progress(cases.items(), desc="memory", unit="model") as bar:
         for role, case in bar:
             bar.set_postfix_str(role)
             yield role, session.case(role, MemoryResult, partial(memory_result, role, case))
@@ -109,7 +109,7 @@ def with_one_change(cases: dict[str, MemoryCase], results: dict[str, MemoryResul
     def measure(role: str, case: MemoryCase) -> MemoryResult:
         return session.case(f"{role} as {case.model.config_id}", MemoryResult, partial(memory_result, role, case))
 
-    return list(tqdm(ablation(cases, results, measure), desc="ablation", unit="row", total=ROWS, disable=None))
+    return list(progress(ablation(cases, results, measure), desc="ablation", unit="row", total=ROWS))
 
 
 def models(run: MemoryRun) -> dict[str, ModelConfig]:
@@ -132,7 +132,7 @@ def limit_of(run: MemoryRun) -> int | None:
 def with_fits(results: dict[str, MemoryResult], cases: dict[str, MemoryCase], session: Session) -> dict[str, MemoryResult]:
     """The results with the largest sizes of their models that train on the card."""
     fitted, total = {}, total_gpu_bytes()
-    with tqdm(desc="fit", unit="probe", disable=None) as bar:
+    with progress(desc="fit", unit="probe") as bar:
         for number, (role, result) in enumerate(results.items(), 1):
 
             def on_probe(size: str, model: str = f"{role} ({number} of {len(results)})") -> None:

@@ -16,7 +16,7 @@ FORGET_BIAS = -8.0  # and forgets to 1/e in 3,000 positions
 class CopyState(NamedTuple):
     """All that later positions need of earlier ones; its size does not depend on the context."""
 
-    before: Tensor  # (B, 1, d) W2 h of the last position
+    prev_key: Tensor  # (B, 1, d) W2 h of the last position, part of the key of the next one
     k: Tensor  # (B, ≤ w, d)
     bias: Tensor  # (B, ≤ w) -f summed over the positions after each
     ids: Tensor  # (B, ≤ w)
@@ -36,8 +36,8 @@ class CopyHead(nn.Module):
     def __init__(self, d_model: int, key_dim: int, window: int) -> None:
         super().__init__()
         self.window = window
-        self.qkk = nn.Linear(d_model, 3 * key_dim, bias=False)  # Wq, W1, W2
-        nn.init.normal_(self.qkk.weight, std=0.02 * math.sqrt(512 / d_model))
+        self.qk_proj = nn.Linear(d_model, 3 * key_dim, bias=False)  # Wq, W1, W2
+        nn.init.normal_(self.qk_proj.weight, std=0.02 * math.sqrt(512 / d_model))
         self.gate = nn.Parameter(torch.zeros(d_model))
         self.gate_bias = nn.Parameter(torch.full((1,), GATE_BIAS))
         self.forget = nn.Parameter(torch.zeros(d_model))
@@ -62,7 +62,7 @@ class CopyHead(nn.Module):
 
         `hidden` (B, T, D) and `ids` (B, T) follow the text that left `state`.
         """
-        q, k, bias, before = self._pointer(hidden, state)
+        q, k, bias, prev_key = self._pointer(hidden, state)
         first = hidden.shape[1] - logits.shape[1]
         if state is not None:
             k, bias, ids = (torch.cat(pair, 1) for pair in ((state.k, k), (state.bias, bias), (state.ids, ids)))
@@ -73,12 +73,12 @@ class CopyHead(nn.Module):
         copied = copied.clamp_min(torch.finfo(copied.dtype).tiny).log()
         log_p = torch.logaddexp(F.logsigmoid(-gate) + logits.log_softmax(-1), F.logsigmoid(gate) + copied)
         keep = slice(max(0, k.shape[1] - self.window), None)
-        return log_p, CopyState(before, k[:, keep], bias[:, keep] - bias[:, -1:], ids[:, keep])
+        return log_p, CopyState(prev_key, k[:, keep], bias[:, keep] - bias[:, -1:], ids[:, keep])
 
     def _pointer(self, hidden: Tensor, state: CopyState | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries and keys, (B, T, d) each, Σ_{i≤s} f_i, (B, T), and W2 h of the last position."""
-        q, k, before = self.qkk(hidden).chunk(3, -1)
-        shifted = F.pad(before, (0, 0, 1, 0)) if state is None else torch.cat([state.before, before], 1)
+        q, k, prev_key = self.qk_proj(hidden).chunk(3, -1)
+        shifted = F.pad(prev_key, (0, 0, 1, 0)) if state is None else torch.cat([state.prev_key, prev_key], 1)
         bias = F.softplus(_dot(hidden, self.forget) + self.forget_bias).cumsum(1)
         return q, k + shifted[:, :-1], bias, shifted[:, -1:]
 

@@ -39,7 +39,7 @@ def reports_at(text: str) -> dict[str, Report[Any]]:
 
 
 def _kind(path: Path) -> Kind:
-    """What the file says it is."""
+    """The kind that the file declares."""
     try:
         content = read_json(path)
     except ValueError as error:

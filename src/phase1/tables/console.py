@@ -1,4 +1,4 @@
-"""Reports -> what a command prints: the comparison tables without what the command line says already."""
+"""Tables as a command prints them, without what the command line already says."""
 
 import textwrap
 from collections.abc import Iterable
@@ -91,7 +91,7 @@ def _wrapped(text: str) -> str:
 
 
 def console(table: Table) -> str:
-    """For a terminal: the caption, the rows (few models with many numbers stand side by side), and the notes."""
+    """The table for a terminal: caption, rows (a few models with many numbers stand side by side) and notes."""
     headings = [column.heading for column in table.columns]
     rows = table.texts(one_line)
     if is_wide(table):

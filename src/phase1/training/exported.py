@@ -2,7 +2,7 @@
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 from phase1.config import ModelConfig
 from phase1.files import read_json
 from phase1.model import LanguageModel
+from phase1.tensor_names import with_present_names
 from phase1.text import one_line
 from phase1.training.checkpoint import INDEX, config_from, not_finite, open_tensors, require_shapes
 
+T = TypeVar("T")
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PREFIX = "model."  # of every tensor's name: the model is a part of the one that transformers sees
 TOKENIZER_KEY = "phase1_tokenizer"  # in CONFIG: the fingerprint of the training's tokenizer
@@ -41,8 +43,8 @@ def load_exported(folder: Path) -> tuple[LanguageModel, dict[str, Any]]:
         config = config_from(ModelConfig, {name: value for name, value in content.items() if name in names})
         with open_tensors(folder / WEIGHTS) as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, it is no dict
-        require_shapes(config, {name.removeprefix(PREFIX): shape for name, shape in shapes.items()}, CONFIG)
-        tensors = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
+        require_shapes(config, _of_model(shapes), CONFIG)
+        tensors = _of_model(load_file(folder / WEIGHTS))
         if name := not_finite(tensors):
             raise ValueError(f"{name} is not finite")
         model = LanguageModel(config)
@@ -53,6 +55,11 @@ def load_exported(folder: Path) -> tuple[LanguageModel, dict[str, Any]]:
     return model, {
         fact: value if type(value := content.get(key)) is kind_of else None for fact, (key, kind_of) in facts.items()
     }
+
+
+def _of_model(tensors: dict[str, T]) -> dict[str, T]:
+    """By the names that the model has for them in this version."""
+    return with_present_names({name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()})
 
 
 def _misfit(folder: Path, error: Exception) -> ValueError:

@@ -14,17 +14,17 @@ from phase1.errors import Diverged
 from phase1.model import LanguageModel
 from phase1.ops.cross_entropy import IGNORE
 from phase1.training.compiler import require_compiler
-from phase1.training.micro_batch import Passes, Replay
+from phase1.training.micro_batch import GraphedMicroBatch, MicroBatch
 from phase1.training.optimizers import make_optimizer
 
-CHECK_EVERY = 100  # steps between looks at the loss: each look waits for the GPU
+CHECK_EVERY = 100  # steps between checks of the loss, because each waits for the GPU
 Batch = tuple[Tensor, Tensor]
 """Inputs and targets, (B, T) int64 each."""
 
 
 @dataclass
 class TrainState:
-    """A model with all that its next step needs."""
+    """A model with everything that its next step needs."""
 
     model: LanguageModel
     optimizer: torch.optim.Optimizer
@@ -33,7 +33,7 @@ class TrainState:
     device: torch.device
     grad_clip: float
     config: TrainConfig
-    passes: Passes
+    micro_batch: MicroBatch
     step: int = 0  # optimizer steps taken
     grad_norm: Tensor | None = None  # of the last step, before clipping
 
@@ -52,16 +52,16 @@ def make_train_state(model: LanguageModel, config: TrainConfig, device: torch.de
     dtype = compute_dtype(config.precision, device)
     if config.compile:
         require_compiler(device)
-        for block in model.blocks:  # in a compiled graph kernels cannot prove themselves
+        for block in model.blocks:  # kernels cannot run their self-check inside a compiled graph
             block.prove_kernels(dtype)  # type: ignore[operator]
         model.losses = torch.compile(model.losses, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
     optimizer = make_optimizer(model, config, device.type)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    passes = Passes(model, scaler, dtype)
+    micro_batch = MicroBatch(model, scaler, dtype)
     if config.cuda_graphs:
         require_gpu_for_graphs(device.type)
-        passes = Replay(passes)
-    return TrainState(model, optimizer, scaler, dtype, device, config.grad_clip, config, passes)
+        micro_batch = GraphedMicroBatch(micro_batch)
+    return TrainState(model, optimizer, scaler, dtype, device, config.grad_clip, config, micro_batch)
 
 
 def require_gpu_for_graphs(device_type: str) -> None:
@@ -92,9 +92,9 @@ def train_step(state: TrainState, micro_batches: list[Batch], mark: Callable[[st
     state.model.train()
     for (inputs, targets), share in zip(micro_batches, (scored / scored.sum()).to(state.device), strict=True):
         part = torch.full((), targets.numel() / tokens, device=state.device)
-        objective, loss = state.passes.forward(inputs.to(state.device), targets.to(state.device), share, part)
+        objective, loss = state.micro_batch.forward(inputs.to(state.device), targets.to(state.device), share, part)
         mark("forward")
-        state.passes.backward(objective)
+        state.micro_batch.backward(objective)
         mean += loss.detach()
         del objective, loss
         mark("backward")
@@ -125,7 +125,7 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 
 
 def skipped_steps(state: TrainState) -> int:
-    """Steps whose gradients overflowed, so that nothing was learnt in them: those that AdamW has not counted."""
+    """Steps without an update because the gradients overflowed: those that AdamW has not counted."""
     counts = [values["step"] for values in state.optimizer.state.values() if "step" in values]
     return state.step - int(torch.stack(counts).max()) if counts else state.step
 
@@ -160,7 +160,7 @@ def train(
 
 
 def check_finite(loss: Tensor, step: int) -> None:
-    """Raise Diverged unless `loss` is a number."""
+    """Raise Diverged unless `loss` is finite."""
     if not math.isfinite(loss.item()):
         bf16 = loss.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         other = " or use --precision bf16" if bf16 else ""
