@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "phase1"
-LEAVES = {"advice", "errors", "files", "progress", "text", "signals"}
+LEAVES = {"advice", "device", "errors", "files", "progress", "text", "signals"}
 SETTINGS = {"config", "presets", "roster", "runs"}
 MAY_IMPORT = {
     "text": set(),
@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "roster": {"config"},
     "runs": {"config", "machine", "roster"},
     "advice": set(),
+    "device": set(),
     "tensor_names": set(),
     "cli": LEAVES | SETTINGS,
     "__main__": {"cli"},
@@ -91,6 +92,11 @@ def test_the_wings_of_measure_know_each_other_only_by_the_step_they_share(path):
 def test_no_command_imports_another():
     for path in (PACKAGE / "commands").glob("*.py"):
         assert not any(name.startswith("phase1.commands") for name in modules(path))
+
+
+def test_one_place_decides_where_models_run():
+    choose = [path.name for path in PACKAGE.rglob("*.py") if '"cuda" if' in path.read_text()]
+    assert choose == ["device.py"]
 
 
 def test_no_private_name_crosses_a_file():

@@ -12,6 +12,7 @@ import torch
 from phase1.advice import smaller
 from phase1.config import DataConfig, ModelConfig, TrainConfig, flags, part_of, to_toml
 from phase1.data import Corpus, load_corpus
+from phase1.device import device_type
 from phase1.errors import Unavailable, is_out_of_memory, reason
 from phase1.files import atomic_write
 from phase1.generation import Decoder, Sampling, continuation, text_of
@@ -132,7 +133,7 @@ def plan(run: TrainRun, model: ModelConfig, corpus: Corpus, valid: Corpus | None
     windows = max(1, (len(corpus.splits["train"].ids) - 1) // run.seq_length)
     flops = step_flops(model, min(run.micro_batch_size, run.train_batch_size), run.seq_length)
     flops *= math.ceil(run.train_batch_size / run.micro_batch_size)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_type()
     epochs = steps * run.train_batch_size / windows
     lines = [
         f"{Key.of(model)}: {parameters:,} parameters; {steps:,} steps of {tokens:,} tokens = {steps * tokens:,} tokens, "

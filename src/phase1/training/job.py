@@ -13,6 +13,7 @@ from torch import Tensor
 from phase1.config import ModelConfig, TrainConfig
 from phase1.data import Corpus, Tokenizer, Windows
 from phase1.data.tokenizer_files import TOKENIZER, folder_tokenizer
+from phase1.device import device_type
 from phase1.files import atomic_write
 from phase1.model import LanguageModel
 from phase1.training.checkpoint import INDEX, check_configs, read_index, resume, save_checkpoint, training_facts
@@ -96,7 +97,7 @@ def make_state(model_config: ModelConfig, train_config: TrainConfig, seen: np.nd
     A table that starts from statistics gets those of the tokens `seen` in training and of no others, so that no model of a
     comparison knows more text than another; None where a checkpoint brings them.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_type()
     statistics = None if seen is None else start_of(model_config, seen, train_config.seed, device)
     torch.manual_seed(train_config.seed)
     return make_train_state(LanguageModel(model_config, statistics), train_config, device)
