@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from phase1.cli import main
-from phase1.page import page, trainings_in
+from phase1.page import page
 from phase1.page.words import JAPANESE
 from phase1.records.collect import KINDS
 from phase1.records.metrics import FIELDS, METRICS
 from phase1.records.schema import FILES, write_report
 from phase1.tables import build_tables
+from phase1.tables.training import trainings_in
 from tests.reports import all_reports, assert_one_line, failed, memory_report, perplexity_report, throughput_report, write_all
 from tests.test_security import HOSTILE, hostile
 

@@ -6,13 +6,14 @@ from typing import Any
 from phase1.checks.regression import differences
 from phase1.errors import Unavailable
 from phase1.files import atomic_write
-from phase1.page import NAME, page, trainings_in
+from phase1.page import NAME, page
 from phase1.records.collect import read_reports, reports_at
 from phase1.records.metrics import METRICS
 from phase1.records.schema import FILES, Report
 from phase1.runs import ReportRun
 from phase1.tables.screen import Screen
 from phase1.tables.screen import text as screen_text
+from phase1.tables.training import trainings_in
 from phase1.text import without_private
 
 

@@ -9,7 +9,6 @@ from typing import Any
 from phase1.checks.regression import Difference
 from phase1.errors import reason
 from phase1.page.html import Html, download, folded, joined, lines, plot, table, tag
-from phase1.page.training import Training, training_table
 from phase1.page.words import Words, claim_in, english, japanese
 from phase1.plots import plot_training, plots_of
 from phase1.records.collect import KINDS
@@ -18,6 +17,7 @@ from phase1.tables import Column, Table, build_tables, render
 from phase1.tables.common import basis_of, hardware_of
 from phase1.tables.console import without_common_notes
 from phase1.tables.screen import values_of
+from phase1.tables.training import Training, training_comparison, training_tables
 
 SIGNS = {"pass": "✓", "fail": "✗", "inconclusive": "?"}  # no status by its colour alone
 ORDER = ("fail", "inconclusive", "pass")
@@ -164,7 +164,7 @@ def _trainings(trainings: Sequence[Training], words: Words) -> Html:
         if text
     ]
     drawn = _drawn(plot_training, {training.name: training.rows for training in shown}, "training", words)
-    return joined(drawn, table(training_table(shown)), *texts)
+    return joined(drawn, table(training_comparison(shown)), *texts)
 
 
 def changes_table(changes: Sequence[Difference]) -> Table:
@@ -215,7 +215,7 @@ def _data(
 ) -> Html:
     """The table that joins all reports, then every table and file to save."""
     tables = build_tables(reports) if reports else []
-    tables += [training_table(trainings)] if any(training.rows for training in trainings) else []
+    tables += training_tables(trainings)
     links = [download(f"{made.name}.csv", "text/csv", render(made, "csv").encode()) for made in tables]
     links += [download(name, "application/json", content) for name, content in results.items()]
     joint = [tag("div", tag("h3", made.caption), table(made)) for made in tables if made.name == "configuration_comparison"]

@@ -3,6 +3,7 @@
 import functools
 import io
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,7 +112,9 @@ def save(figure: "Figure", path: Path | str) -> Path:
         import matplotlib
         from matplotlib.backends.backend_svg import FigureCanvasSVG
 
-        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "phase1"}):
+        settings = {"svg.fonttype": "none", "svg.hashsalt": "phase1"}
+        with matplotlib.rc_context(settings), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # whoever shows the text brings the font
             FigureCanvasSVG(figure).print_svg(image, metadata={"Date": None, "Creator": None})
     else:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -1,12 +1,12 @@
-"""What the page shows of trainings: their courses, samples and settings, as `phase1 train` leaves them."""
+"""Trainings as `phase1 train` leaves them: their courses, samples and settings, and the tables of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phase1.records.metrics import METRICS, read_metrics
-from phase1.tables import Column, Table
+from phase1.records.metrics import FIELDS, METRICS, read_metrics
+from phase1.tables.table import Column, Table
 
 SAMPLES, SETTINGS = "samples.txt", "run.toml"
 SHOWN = 4000  # characters of the last samples
@@ -44,7 +44,7 @@ def _text(path: Path) -> str:
         return ""
 
 
-def training_table(trainings: Sequence[Training]) -> Table:
+def training_comparison(trainings: Sequence[Training]) -> Table:
     """Where every training ended, and its best validation loss."""
     columns = (
         Column("Training"),
@@ -57,8 +57,21 @@ def training_table(trainings: Sequence[Training]) -> Table:
         Column("Throughput", "tokens/s", 0),
         Column("Peak allocated", "GB"),
     )
-    rows = tuple(_row(training) for training in trainings if training.rows)
+    rows = tuple(_row(training) for training in trainings)
     return Table("training_comparison", "Trainings", "", columns, rows)
+
+
+def training_course(trainings: Sequence[Training]) -> Table:
+    """Every row of every metrics.jsonl, by the names that it has there."""
+    columns = (Column("Training"), *(Column(name, digits=4) for name in FIELDS))
+    rows = tuple((training.name, *(row[name] for name in FIELDS)) for training in trainings for row in training.rows)
+    return Table("training_course", "Courses of the trainings", "", columns, rows)
+
+
+def training_tables(trainings: Sequence[Training]) -> list[Table]:
+    """Both tables, of trainings that have begun; none where there is none."""
+    begun = [training for training in trainings if training.rows]
+    return [training_comparison(begun), training_course(begun)] if begun else []
 
 
 def _row(training: Training) -> tuple[Any, ...]:
