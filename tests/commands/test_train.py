@@ -184,3 +184,25 @@ def test_patience_ends_a_training_that_gets_no_better_also_over_sessions(run, sc
 def test_patience_without_a_valid_split_is_refused(run, tmp_path):
     (tmp_path / "valid.txt").unlink()
     assert "must have a valid split" in run("b", "--patience", "5", code=2).err
+
+
+def test_a_training_that_has_learnt_nothing_says_so_and_exits_3(run, tmp_path):
+    out, err = run("a", "--learning-rate", "30", "--mixer", "attention", "--embedding", "dense", "--no-copy-head", code=3)
+    loss = read_index(tmp_path / "a")["facts"]["loss"]
+    assert loss > math.log(300) and "training.png" in out
+    assert err.splitlines()[-1] == (
+        f"phase1 train: the last loss, {loss:.3f}, is worse than guessing, which is ln V = {math.log(300):.3f}; "
+        "lower --learning-rate, or train on more tokens"
+    )
+
+
+def test_an_interrupt_promises_a_checkpoint_only_if_there_is_one(run, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_to_checkpoint", interrupted)
+        assert run("a", code=130).err.splitlines()[-1].endswith("; there is no checkpoint yet")
+    run("a")
+    monkeypatch.setattr(train, "train_to_checkpoint", interrupted)
+    assert run("a", code=130).err.splitlines()[-1].endswith("; the same command goes on from its checkpoint")

@@ -10,6 +10,7 @@ from phase1.records.metrics import METRICS
 from phase1.records.schema import FILES, Kind
 from phase1.runs import TablesRun
 from phase1.tables import NAMES, SUFFIXES, build_tables, render
+from phase1.tables.results_page import generated
 from phase1.tables.screen import Screen
 from phase1.tables.screen import text as screen_text
 from phase1.tables.training import training_tables, trainings_in
@@ -21,6 +22,8 @@ def main(run: TablesRun) -> int:
 
     Raises ValueError for a corrupt or foreign result file, Unavailable where there is none; no table is touched then.
     """
+    if run.results_page:
+        return _results_page(Path())
     results = Path(run.results_dir)
     trainings = training_tables(trainings_in(results))
     reports = read_reports(results, _missing)
@@ -41,6 +44,16 @@ def main(run: TablesRun) -> int:
     if run.verbose:
         print("\n".join(render(table, "markdown") for table in tables))
     print(screen_text(screen(run, [table.name for table in tables], [FILES[kind] for kind in reports] or [METRICS], out)))
+    return 0
+
+
+def _results_page(root: Path) -> int:
+    """Write the files of the checkout at `root` that show results; ValueError where it is none, before any is written."""
+    files = generated(root)
+    for path, content in files.items():
+        atomic_write(path, content.encode())
+    written = [f"written: {path}" for path in files]
+    print(screen_text(Screen("Documents from the records under results/", written, answer=f"{len(files)} documents written")))
     return 0
 
 

@@ -42,6 +42,7 @@ SCORES = 20  # validation losses of a run, by default
 SHARE = 500  # training tokens per token of a validation loss: all of them together cost about 1 % of the time
 SAMPLE_TOKENS = 40
 UNKNOWN = "n/a"
+UNDECIDED = 3  # the exit status of a training that has learnt nothing
 
 
 def main(run: TrainRun) -> int:
@@ -66,6 +67,10 @@ def main(run: TrainRun) -> int:
     unigram = None if valid is None else unigram_entropy(valid.splits["valid"].ids)
     plots = [plot_training({folder.name: rows}, folder / PLOT, unigram)] if rows else []
     print(text(screen(run, model_config, facts, rows, unigram, plots)))
+    if facts["loss"] > (guess := math.log(run.vocab_size)):
+        worse = f"the last loss, {facts['loss']:.3f}, is worse than guessing, which is ln V = {guess:.3f}"
+        print(f"phase1 train: {worse}; lower --learning-rate, or train on more tokens", file=sys.stderr)
+        return UNDECIDED
     return 0
 
 

@@ -112,8 +112,8 @@ def save(figure: "Figure", path: Path | str) -> Path:
         import matplotlib
         from matplotlib.backends.backend_svg import FigureCanvasSVG
 
-        settings = {"svg.fonttype": "none", "svg.hashsalt": "phase1"}
-        with matplotlib.rc_context(settings), warnings.catch_warnings():
+        as_text = matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "phase1"})
+        with as_text, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # whoever shows the text brings the font
             FigureCanvasSVG(figure).print_svg(image, metadata={"Date": None, "Creator": None})
     else:
