@@ -15,10 +15,11 @@ MAY_IMPORT = {
     "signals": set(),
     "errors": {"text"},
     "files": {"text"},
-    "config": set(),
+    "factory": {"errors"},
+    "config": {"factory"},
     "presets": set(),
-    "roster": {"config"},
-    "runs": {"config", "machine", "roster"},
+    "roster": {"config", "factory"},
+    "runs": {"config", "factory", "machine", "roster"},
     "advice": set(),
     "device": set(),
     "tensor_names": set(),
@@ -29,29 +30,32 @@ MAY_IMPORT = {
     "vocabulary": {"progress"},
     "layers": {"ops", "vocabulary"},
     "model": {"config", "layers", "ops", "vocabulary"},
+    "trainable": {"config", "factory", "model", "ops", "vocabulary"},
     "data": LEAVES | {"config"},
-    "training": LEAVES | {"config", "data", "model", "ops", "records", "tensor_names", "vocabulary"},
+    "training": LEAVES | {"config", "data", "ops", "records", "tensor_names", "trainable", "vocabulary"},
     "machine": LEAVES | {"config"},
     "records": LEAVES | {"config", "machine", "roster"},
     "stats": {"records"},
     "checks": {"machine", "records", "roster", "stats"},
     "tables": {"config", "records", "roster", "text"},
-    "generation": {"config", "data", "layers", "model", "training"},
+    "generation": {"config", "data", "layers", "model", "trainable", "training"},
     "hf": {"config", "layers", "model", "ops", "tensor_names"},
     "lm_eval": {"hf", "ops"},
     "plots": {"files", "records", "roster", "tables", "text"},
     "page": {"checks", "errors", "plots", "records", "tables", "text"},
-    "measure": LEAVES | SETTINGS | {"data", "generation", "machine", "model", "ops", "records", "stats", "training"},
+    "measure": LEAVES | SETTINGS | {"data", "generation", "machine", "model", "ops", "records", "stats", "trainable", "training"},
     "commands": LEAVES
     | SETTINGS
-    | {"checks", "data", "generation", "machine", "measure", "model", "page", "plots", "records", "stats", "tables", "training"},
+    | {"checks", "data", "factory", "generation", "machine", "measure", "model", "page", "plots", "records", "stats", "tables"}
+    | {"trainable", "training"},
 }
 WINGS = {
     "execution": set(),
     "workload": set(),
+    "soundness": {"workload"},
     "memory": {"execution", "workload"},
     "throughput": {"execution", "workload", "memory.estimate.allocator"},  # which rounds sizes as the CUDA allocator does
-    "perplexity": set(),
+    "perplexity": {"soundness"},
 }
 
 

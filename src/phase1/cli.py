@@ -29,6 +29,7 @@ COMMANDS: dict[str, type[Config]] = {
     "train": runs.TrainRun,
     "generate": runs.GenerateRun,
     "export": runs.ExportRun,
+    "check-model": runs.CheckModelRun,
     "doctor": runs.DoctorRun,
 }
 GROUPS: dict[type[Config], str] = {
@@ -59,6 +60,7 @@ EXAMPLES = {
         "phase1 generate --checkpoint results/checkpoints/train --prompt-file - --temperature 0",
     ),
     "export": ("phase1 export --checkpoint results/checkpoints/train",),
+    "check-model": ("phase1 check-model mine=my_model:build",),
     "doctor": ("phase1 doctor",),
 }
 START = """start here:
@@ -132,7 +134,7 @@ def _run(name: str, run: Config, ending: Ending) -> int:
     gc.disable()
     try:
         with ending.waiting():
-            command = importlib.import_module(f"phase1.commands.{name}")
+            command = importlib.import_module(f"phase1.commands.{name.replace('-', '_')}")
         gc.freeze()
     except ModuleNotFoundError as error:
         raise _not_installed(error) from error

@@ -9,6 +9,8 @@ import shlex
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final, Literal, TypeVar
 
+from phase1.factory import split
+
 
 def option(default: Any, help: str, *, spellings: tuple[str, ...] = (), affects_results: bool = True) -> Any:
     """A field that is also a command-line flag: one line holds its name, default and help.
@@ -152,6 +154,7 @@ YOUNGER: dict[str, Any] = {
     "logit_scale": 1.0,
     "learnt_logit_scale": False,
     "htt_output": "flat",
+    "model": None,
 }
 """Settings added after the published results, with the value that all models had before, which is left out of their ids."""
 
@@ -172,9 +175,14 @@ class ModelConfig(EngineShape):
     attention_qk_norm: bool = option(False, "attention: RMS-normalise queries and keys, and scale queries by learnt factors")
     attention_conv: bool = option(False, "attention: causal convolution of 4 taps on queries, keys and values")
     attention_gate: bool = option(False, "attention: multiply its result by the SiLU of a projection, then normalise")
+    model: str | None = option(
+        None, "a model of your own, [NAME=]package.module:factory, in place of this one; it gets the settings that it asks for"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.model is not None:
+            object.__setattr__(self, "model", split(self.model)[1])
         if self.embedding == "htt" and not self.htt_groups <= self.vocab_size - self.htt_dense_rows:
             raise ValueError(
                 f"--htt-dense-rows + --htt-groups must be at most --vocab-size={self.vocab_size}; "
@@ -192,11 +200,12 @@ class ModelConfig(EngineShape):
         unused: tuple[str, ...] = ("ar_ssm_", "rank_penalty") if self.mixer == "attention" else ("attention_",)
         unused += ("htt_",) if self.embedding == "dense" else ("dense_start",)
         unused += () if self.copy_head else ("copy_",)
+        unused = () if self.model else unused  # who knows what a factory uses
         every = {name: value for name, value in asdict(self).items() if (name, value) not in YOUNGER.items()} | {
             "htt_form": HTT_FORM
         }
         if (self.mixer, self.attention) != ("attention", "math"):
-            del every["attention"]
+            every.pop("attention", None)
         return content_id({name: value for name, value in every.items() if not name.startswith(unused)})
 
 

@@ -5,9 +5,22 @@ from pathlib import Path
 
 import pytest
 
-from phase1.commands import compare, export, generate, memory, perplexity, pipeline, report, tables, throughput, train
+from phase1.commands import (
+    check_model,
+    compare,
+    export,
+    generate,
+    memory,
+    perplexity,
+    pipeline,
+    report,
+    tables,
+    throughput,
+    train,
+)
 from phase1.records import session
 from phase1.runs import (
+    CheckModelRun,
     CompareRun,
     ExportRun,
     GenerateRun,
@@ -63,7 +76,7 @@ def data(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", ["memory", "throughput", "perplexity", "train", "generate", "export", "tables", "report", "compare", "pipeline"]
+    "command", ["memory", "throughput", "perplexity", "train", "generate", "export", "tables", "report", "compare", "pipeline", "check-model"]
 )
 def test_every_flag_is_read_by_its_command(command, data, tmp_path, monkeypatch, checkpoint):  # noqa: F811
     out = {"out_dir": str(tmp_path / "out")}
@@ -96,6 +109,7 @@ def test_every_flag_is_read_by_its_command(command, data, tmp_path, monkeypatch,
         "tables": (tables, lambda: TablesRun(**out, results_dir=RESULTS)),
         "report": (report, lambda: ReportRun(results_dir=RESULTS, out=str(tmp_path / "r.html"), against=RESULTS)),
         "compare": (compare, lambda: CompareRun(old=RESULTS, new=RESULTS, fail_on="peak:+2%")),
+        "check-model": (check_model, lambda: CheckModelRun(own_model="examples.peers.ar_ssm:ar_ssm", d_model=16, seq_length=8)),
         "pipeline": (pipeline, lambda: PipelineRun(**out, preset="smoke")),
     }
     module, make = runs[command]

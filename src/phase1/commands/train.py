@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from phase1.config import DataConfig, ModelConfig, TrainConfig, flags, part_of, 
 from phase1.data import Corpus, load_corpus
 from phase1.device import device_type
 from phase1.errors import Unavailable, is_out_of_memory, reason
+from phase1.factory import pinned
 from phase1.files import atomic_write
 from phase1.generation import Decoder, Sampling, continuation, text_of
 from phase1.machine.environment import total_gpu_bytes
@@ -30,6 +31,7 @@ from phase1.roster import Key
 from phase1.runs import GenerateRun, PerplexityRun, ReportRun, TrainRun
 from phase1.tables.screen import Screen, text
 from phase1.text import one_line
+from phase1.trainable import Trainable, build
 from phase1.training.checkpoint import INDEX
 from phase1.training.job import BEST, train_to_checkpoint
 from phase1.training.step import compute_dtype, total_steps
@@ -52,11 +54,14 @@ def main(run: TrainRun) -> int:
     corpus = load_corpus(run, vocab_size=run.vocab_size, need=("train",), train_tokens=run.train_tokens)
     valid = _valid(run)
     model_config, train_config = part_of(ModelConfig, run), part_of(TrainConfig, run)
+    if model_config.model is not None:
+        model_config = replace(model_config, model=pinned(model_config.model))
     for line in plan(run, model_config, corpus, valid):
         print(one_line(line, 500), file=sys.stderr, flush=True)
     watch = watch_of(run, corpus, valid)
     try:
-        facts = train_to_checkpoint(model_config, train_config, corpus, run.seq_length, folder, label=run.mixer, watch=watch)
+        configs = model_config, train_config
+        facts = train_to_checkpoint(*configs, corpus, run.seq_length, folder, label=label(model_config), watch=watch)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -99,12 +104,13 @@ def screen(
     elif not facts["finished"]:
         hours = f"--max-hours {run.max_hours:g} are over"
         answer = f"paused after {tokens:,} tokens: {hours}; the same command with more of them goes on"
+    generate = f"phase1 generate {flags(GenerateRun(checkpoint=run.out_dir))}".rstrip()
     return Screen(
         question=f"Training of {Key.of(model)} on {facts['data']['name']}: how well does it predict?",
         numbers=numbers,
         answer=answer,
         next=[
-            f"phase1 generate {flags(GenerateRun(checkpoint=run.out_dir))}".rstrip() + "   text from it",
+            *([] if run.model else [f"{generate}   text from it"]),
             f"{next_command(run, model)}   its perplexity",
             f"phase1 report {flags(ReportRun(results_dir=run.out_dir))}   its course on one page",
         ],
@@ -134,25 +140,35 @@ def plan(run: TrainRun, model: ModelConfig, corpus: Corpus, valid: Corpus | None
     """What will happen, before it does: sizes, work, precision and why, memory, and whether that can fit."""
     steps, tokens = total_steps(run, run.seq_length), run.train_batch_size * run.seq_length
     with torch.device("meta"):
-        parameters = LanguageModel(model).parameter_counts()["total"]
+        parameters = build(model).parameter_counts()["total"]
     windows = max(1, (len(corpus.splits["train"].ids) - 1) // run.seq_length)
-    flops = step_flops(model, min(run.micro_batch_size, run.train_batch_size), run.seq_length)
-    flops *= math.ceil(run.train_batch_size / run.micro_batch_size)
+    flops = "" if run.model is not None else f"; {steps * flops_of(run, model):.2e} FLOPs"
     device = device_type()
     epochs = steps * run.train_batch_size / windows
     lines = [
         f"{Key.of(model)}: {parameters:,} parameters; {steps:,} steps of {tokens:,} tokens = {steps * tokens:,} tokens, "
-        f"{epochs:.2f} epochs of {corpus.name}; {steps * flops:.2e} FLOPs; {precision(run.precision, device)}"
+        f"{epochs:.2f} epochs of {corpus.name}{flops}; {precision(run.precision, device)}"
     ]
     if valid is not None:
         lines.append(f"loss on {_windows(run, valid) * run.seq_length:,} tokens of the valid split every {_every(run)} steps")
-    if device == "cuda":
+    if device == "cuda" and run.model is None:
         case = MemoryCase(model, min(run.micro_batch_size, run.train_batch_size), run.seq_length)
         needed, total = estimate_memory(case, chip_of(case)).needed_bytes, total_gpu_bytes()
         fits = total is None or needed <= total
         remedy = "" if fits else f"; it does not fit: try --micro-batch-size {max(1, case.batch_size // 2)}"
         lines.append(f"memory: {needed / 1e9:.2f} GB estimated, of {(total or 0) / 1e9:.2f} GB{remedy}")
     return lines
+
+
+def flops_of(run: TrainRun, model: ModelConfig) -> int:
+    """Of one optimizer step."""
+    flops = step_flops(model, min(run.micro_batch_size, run.train_batch_size), run.seq_length)
+    return flops * math.ceil(run.train_batch_size / run.micro_batch_size)
+
+
+def label(model: ModelConfig) -> str:
+    """What a model is called while it trains."""
+    return model.mixer if model.model is None else str(Key.of(model))
 
 
 def precision(asked: str, device: str) -> str:
@@ -189,7 +205,7 @@ def _windows(run: TrainRun, valid: Corpus) -> int:
     return min(max(1, tokens // run.seq_length), math.ceil(len(valid.splits["valid"].ids) / run.seq_length))
 
 
-def scorer(run: TrainRun, valid: Corpus) -> Callable[[LanguageModel], float]:
+def scorer(run: TrainRun, valid: Corpus) -> Callable[[Trainable], float]:
     """The loss that `phase1 perplexity --max-samples` finds on the first windows of the valid split."""
     split = valid.splits["valid"]
     protocol = Protocol(
@@ -202,18 +218,19 @@ def scorer(run: TrainRun, valid: Corpus) -> Callable[[LanguageModel], float]:
         max_windows=_windows(run, valid),
     )
 
-    def score(model: LanguageModel) -> float:
-        dtype = compute_dtype(run.precision, model.norm.weight.device)
+    def score(model: Trainable) -> float:
+        dtype = compute_dtype(run.precision, next(model.parameters()).device)
         return evaluate(model, split.ids, protocol, batch_size=run.micro_batch_size, dtype=dtype, label=None).loss
 
     return score
 
 
-def sampler(run: TrainRun, corpus: Corpus) -> Callable[[LanguageModel], str]:
+def sampler(run: TrainRun, corpus: Corpus) -> Callable[[Trainable], str]:
     """A short text, by draws of its own: no random number of the training is used."""
     tokenizer = corpus.tokenizer
 
-    def sample(model: LanguageModel) -> str:
+    def sample(model: Trainable) -> str:
+        assert isinstance(model, LanguageModel)  # TrainRun allows no samples of others
         was_training = model.training
         try:
             decoder = Decoder(model, tokenizer)
@@ -232,6 +249,7 @@ def next_command(run: TrainRun, model: ModelConfig) -> str:
     """What evaluates the model of `run`: same data and tokenizer, windows of the same length."""
     data = {f.name: getattr(run, f.name) for f in fields(DataConfig)}
     evaluation = PerplexityRun(
-        **data, vocab_size=run.vocab_size, seq_length=run.seq_length, checkpoint=(f"{Key.of(model)}={run.out_dir}",)
+        **data, vocab_size=run.vocab_size, seq_length=run.seq_length, checkpoint=(f"{Key.of(model)}={run.out_dir}",),
+        model=() if run.model is None else (f"{Key.of(model)}={run.model}",),
     )
     return f"phase1 perplexity {flags(evaluation)}"

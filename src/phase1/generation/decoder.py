@@ -122,7 +122,9 @@ def load(
         model, facts = load_exported(folder)
     else:
         facts = training_facts(folder, read_index(folder))
-        model, _ = load_model(folder)
+        loaded, _ = load_model(folder)
+        assert isinstance(loaded, LanguageModel)  # what load_model gives where no --model is allowed
+        model = loaded
     found = _tokenizer(folder, tokenizer)
     if facts["tokenizer"] not in (None, found.fingerprint):
         raise ValueError(

@@ -17,9 +17,9 @@ from torch import Tensor
 from phase1.config import Config, ModelConfig, TrainConfig
 from phase1.errors import Diverged
 from phase1.files import atomic_write, open_plain, read_json
-from phase1.model import LanguageModel
 from phase1.tensor_names import with_present_names
 from phase1.text import one_line
+from phase1.trainable import Trainable, build
 from phase1.training.optimizers import kept
 from phase1.training.step import TrainState, total_steps
 
@@ -182,17 +182,32 @@ def training_facts(folder: Path | str, index: dict[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def load_model(folder: Path | str) -> tuple[LanguageModel, dict[str, Any]]:
-    """The model of a checkpoint, on the CPU, and its facts. Raises ValueError for a missing or foreign one."""
+def load_model(folder: Path | str, model: str | None = None) -> tuple[Trainable, dict[str, Any]]:
+    """The model of a checkpoint, on the CPU, and its facts. Raises ValueError for a missing or foreign one.
+
+    model: `ModelConfig.model` that it must be of, from the command line: no file decides what code runs.
+    """
     index = read_index(folder)
     config = model_config_of(index)
+    require_model(folder, config, model)
     try:
         require_shapes(config, _shapes(folder, index))
-        model = LanguageModel(config)
+        loaded = build(config)
     except (TypeError, ArithmeticError, MemoryError, RuntimeError) as error:
         raise _misfit(folder, error) from error
-    _load_weights(folder, index, model)
-    return model, index["facts"]
+    _load_weights(folder, index, loaded)
+    return loaded, index["facts"]
+
+
+def require_model(folder: Path | str, config: ModelConfig, model: str | None) -> None:
+    """Raise ValueError unless a checkpoint of `config` is of the user's own `model`, or of this package's for None."""
+    if config.model == model:
+        return
+    theirs = config.model or "a model of phase1"
+    remedy = f"give --model NAME={config.model} to phase1 perplexity, and NAME={folder}" if config.model else "leave it out"
+    if model is not None and config.model is not None:
+        remedy = "go back to that source, or train again"
+    raise ValueError(f"the checkpoint in {one_line(folder)} is of {theirs}; got {model or 'no --model'}; {remedy}")
 
 
 def load_token_order(folder: Path | str) -> Tensor | None:
@@ -253,7 +268,7 @@ def require_shapes(config: ModelConfig, shapes: dict[str, list[int]], source: st
         if getattr(config, name) > limit:
             raise RuntimeError(f"{source} says {name} = {getattr(config, name)}, more than the tensor file holds")
     with _no_memory(config):
-        wanted = {name: list(tensor.shape) for name, tensor in LanguageModel(config).state_dict().items()}
+        wanted = {name: list(tensor.shape) for name, tensor in build(config).state_dict().items()}
     for name in (*wanted, *shapes):
         if wanted.get(name) != shapes.get(name):
             raise RuntimeError(f"{name} must be {wanted.get(name)} by {source}; got {shapes.get(name)} in the tensor file")
@@ -273,7 +288,7 @@ def _no_memory(config: ModelConfig) -> Iterator[None]:
             yield
 
 
-def _load_weights(folder: Path | str, index: dict[str, Any], model: LanguageModel) -> None:
+def _load_weights(folder: Path | str, index: dict[str, Any], model: Trainable) -> None:
     """Raises ValueError, one line, where a tensor does not fit, is not finite, or holds an index out of range."""
     tensors = _tensors(folder, index, "model")
     if name := not_finite(tensors):

@@ -41,6 +41,8 @@ def load_exported(folder: Path) -> tuple[LanguageModel, dict[str, Any]]:
     names = {field.name for field in fields(ModelConfig)}
     try:
         config = config_from(ModelConfig, {name: value for name, value in content.items() if name in names})
+        if config.model is not None:
+            raise ValueError("it names a model of its own, and no file decides what code runs")
         with open_tensors(folder / WEIGHTS) as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, it is no dict
         require_shapes(config, _of_model(shapes), CONFIG)

@@ -15,7 +15,7 @@ from phase1.data import Corpus, Tokenizer, Windows
 from phase1.data.tokenizer_files import TOKENIZER, folder_tokenizer
 from phase1.device import device_type
 from phase1.files import atomic_write
-from phase1.model import LanguageModel
+from phase1.trainable import build
 from phase1.training.checkpoint import INDEX, check_configs, read_index, resume, save_checkpoint, training_facts
 from phase1.training.interrupts import interrupts_wait
 from phase1.training.progress import Progress
@@ -100,7 +100,7 @@ def make_state(model_config: ModelConfig, train_config: TrainConfig, seen: np.nd
     device = device_type()
     statistics = None if seen is None else start_of(model_config, seen, train_config.seed, device)
     torch.manual_seed(train_config.seed)
-    return make_train_state(LanguageModel(model_config, statistics), train_config, device)
+    return make_train_state(build(model_config, statistics), train_config, device)
 
 
 def start_of(config: ModelConfig, seen: np.ndarray, seed: int, device: str) -> TokenStatistics | TokenVectors | None:

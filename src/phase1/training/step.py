@@ -11,8 +11,8 @@ from torch import Tensor
 
 from phase1.config import TrainConfig
 from phase1.errors import Diverged
-from phase1.model import LanguageModel
 from phase1.ops.cross_entropy import IGNORE
+from phase1.trainable import Trainable
 from phase1.training.compiler import require_compiler
 from phase1.training.micro_batch import GraphedMicroBatch, MicroBatch
 from phase1.training.optimizers import make_optimizer
@@ -26,7 +26,7 @@ Batch = tuple[Tensor, Tensor]
 class TrainState:
     """A model with everything that its next step needs."""
 
-    model: LanguageModel
+    model: Trainable
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     dtype: torch.dtype  # of the autocast region; float32 is no autocast
@@ -45,16 +45,16 @@ def compute_dtype(precision: str, device: torch.device | str) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
-def make_train_state(model: LanguageModel, config: TrainConfig, device: torch.device | str) -> TrainState:
+def make_train_state(model: Trainable, config: TrainConfig, device: torch.device | str) -> TrainState:
     """Move `model` to `device` and give it an optimizer, loss scaling for fp16 and, if asked, a compiled loss."""
     device = torch.device(device)
     model = model.to(device)
     dtype = compute_dtype(config.precision, device)
     if config.compile:
         require_compiler(device)
-        for block in model.blocks:  # kernels cannot run their self-check inside a compiled graph
-            block.prove_kernels(dtype)  # type: ignore[operator]
-        model.losses = torch.compile(model.losses, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
+        model.prove_kernels(dtype)  # kernels cannot run their self-check inside a compiled graph
+        whole = model.config.model is None  # a user's model may hold what no compiler takes
+        model.losses = torch.compile(model.losses, fullgraph=whole, dynamic=False)  # type: ignore[method-assign]
     optimizer = make_optimizer(model, config, device.type)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     micro_batch = MicroBatch(model, scaler, dtype)

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from phase1.config import content_id
-from phase1.model import LanguageModel
 from phase1.ops.cross_entropy import IGNORE
 from phase1.progress import progress
+from phase1.trainable import Trainable
 
 LARGEST_NATS: Final = 700.0  # e^709 is the end of float64
 
@@ -118,7 +118,7 @@ def windows(ids: np.ndarray, protocol: Protocol, batch_size: int) -> Iterator[tu
 
 @torch.no_grad()
 def evaluate(
-    model: LanguageModel, ids: np.ndarray, protocol: Protocol, *, batch_size: int, dtype: torch.dtype, label: str | None = ""
+    model: Trainable, ids: np.ndarray, protocol: Protocol, *, batch_size: int, dtype: torch.dtype, label: str | None = ""
 ) -> Evaluation:
     """Score `ids` under `protocol`, on the model's device, autocast to `dtype` (float32: none).
 

@@ -1,11 +1,11 @@
 """Peak memory of a training step without a GPU: fake tensors, followed through PyTorch's CUDA allocator, simulated."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from phase1.config import ModelConfig
 from phase1.machine.cards import Chip
 from phase1.measure.memory.case import MemoryCase, MemoryPeaks, timeline_record
 from phase1.measure.memory.estimate.cuda_autocast import imitated_cuda
@@ -13,8 +13,8 @@ from phase1.measure.memory.estimate.simulate import simulated_timeline
 from phase1.measure.memory.estimate.workspaces import ModelledCuda, workspace_bytes
 from phase1.measure.memory.tracker import MemoryTracker
 from phase1.measure.workload import make_workload, optimizer_tensors, random_batch
-from phase1.model import LanguageModel
 from phase1.ops.ar_ssm import imitated_card
+from phase1.trainable import Trainable, build
 from phase1.training.step import TrainState, train_step
 
 CONTEXT_BYTES = 500_000_000  # assumed for CUDA context and libraries, which take 0.3 to 0.6 GB on most cards
@@ -36,7 +36,7 @@ def estimate_memory(case: MemoryCase, chip: Chip = CHIP) -> MemoryPeaks:
     """
     operator_memory = ModelledCuda(chip)
     with imitated_cuda(), imitated_card(chip.major), MemoryTracker(case.model.vocab_size, "cpu", operator_memory) as tracker:
-        state = make_workload(case.model, "cpu", "fp16", model_class=_FakeModel)
+        state = make_workload(case.model, "cpu", "fp16", make=_unmoved)
         _make_lasting_tensors(state)
         moved = tracker.label(_moved(state.model), "parameters", "")  # for their order; `watch` names them
         tracker.watch(state.model)
@@ -84,8 +84,8 @@ def _moved(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers(recurse=False)
 
 
-class _FakeModel(LanguageModel):
-    """Fake parameters cannot be moved, not even to the device they are on."""
-
-    def to(self, *args: Any, **kwargs: Any) -> "_FakeModel":
-        return self
+def _unmoved(config: ModelConfig) -> Trainable:
+    """A model that stays where it is: fake parameters cannot be moved, not even to the device they are on."""
+    model = build(config)
+    model.to = lambda *args, **kwargs: model  # type: ignore[method-assign, assignment]
+    return model
