@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "model": {"config", "layers", "ops", "vocabulary"},
     "trainable": {"config", "factory", "model", "ops", "vocabulary"},
     "data": LEAVES | {"config"},
-    "training": LEAVES | {"config", "data", "ops", "records", "tensor_names", "trainable", "vocabulary"},
+    "training": LEAVES | {"config", "data", "model", "ops", "records", "tensor_names", "trainable", "vocabulary"},
     "machine": LEAVES | {"config"},
     "records": LEAVES | {"config", "machine", "roster"},
     "stats": {"records"},

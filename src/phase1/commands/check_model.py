@@ -1,6 +1,5 @@
 """`phase1 check-model`: whether a model of the user's own may be measured, and if not, what to correct."""
 
-
 from phase1.config import ModelConfig
 from phase1.device import device_type
 from phase1.factory import pinned, split

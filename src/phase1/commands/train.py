@@ -88,7 +88,7 @@ def screen(
     plots: list[Path],
 ) -> Screen:
     """How well the model predicts now, and what to do with it."""
-    folder = Path(run.out_dir)
+    folder, own = Path(run.out_dir), run.model is None
     seconds, tokens = facts["train_seconds"], facts["trained_tokens"]
     numbers = [f"training text   loss {facts['loss']:.3f}, mean of the last steps {_last(rows, 'loss')}"]
     if (valid := _last(rows, "val_loss")) != UNKNOWN:
@@ -104,13 +104,12 @@ def screen(
     elif not facts["finished"]:
         hours = f"--max-hours {run.max_hours:g} are over"
         answer = f"paused after {tokens:,} tokens: {hours}; the same command with more of them goes on"
-    generate = f"phase1 generate {flags(GenerateRun(checkpoint=run.out_dir))}".rstrip()
     return Screen(
         question=f"Training of {Key.of(model)} on {facts['data']['name']}: how well does it predict?",
         numbers=numbers,
         answer=answer,
         next=[
-            *([] if run.model else [f"{generate}   text from it"]),
+            *([f"phase1 generate {flags(GenerateRun(checkpoint=run.out_dir))}".rstrip() + "   text from it"] if own else []),
             f"{next_command(run, model)}   its perplexity",
             f"phase1 report {flags(ReportRun(results_dir=run.out_dir))}   its course on one page",
         ],
