@@ -276,22 +276,26 @@ class DataConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class WatchConfig(Config):
-    """What a training shows and records while it runs, and when it stops early; none of it changes the model."""
+    """What a training shows and records while it runs, and when it stops early; none of it changes a step."""
 
     eval_every: int | None = option(None, "steps between losses on the valid split; 0 is never, by default 20 times a run")
     eval_tokens: int | None = option(None, "tokens that each of these losses is of; by default a 500th of --train-tokens")
     sample_every: int = option(0, "steps between texts that the model writes, into samples.txt; 0 is never")
     prompt: str = option("", "beginning of these texts; by default that of a document")
     max_hours: float | None = option(None, "hours of training, of all sessions, after which it saves a checkpoint and stops")
+    keep_best: bool = option(False, "keep the weights of the lowest loss on the valid split too, in best/ of the folder")
+    patience: int | None = option(None, "losses on the valid split in a row without a new lowest that end the training")
     report_to: tuple[Literal["tensorboard", "trackio"], ...] = option((), "trackers that also get losses, speeds and samples")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if min(self.eval_every or 0, self.sample_every) < 0:
             raise ValueError("--eval-every and --sample-every must be 0 or more; got a negative number; raise it")
-        for name in ("eval_tokens", "max_hours"):
+        for name in ("eval_tokens", "max_hours", "patience"):
             if getattr(self, name) is not None:
                 require_positive(self, name)
+        if self.eval_every == 0 and (self.keep_best or self.patience is not None):
+            raise ValueError("--keep-best and --patience need losses on the valid split; got --eval-every 0; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

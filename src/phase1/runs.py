@@ -176,6 +176,16 @@ class TablesRun(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReportRun(Config):
+    """One HTML page of the results in a folder: verdicts, plots, tables, how to repeat them."""
+
+    results_dir: str = option("results/benchmarks", "folder of a pipeline, of result files or of a training")
+    out: str | None = option(None, "file to write; report.html in --results-dir by default")
+    against: str | None = option(None, "folder or result file of an earlier run: what has changed since")
+    lang: Literal["en", "ja"] = option("en", "language of the page's own words")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompareRun(Config):
     """Two runs against each other: what changed, and whether it breaks a limit."""
 
@@ -231,7 +241,7 @@ class CheckModelRun(Config):
 class GenerateRun(Config):
     """Text from a trained model, printed as it comes."""
 
-    checkpoint: str = option("results/checkpoints/train", "folder of the checkpoint")
+    checkpoint: str = option("results/checkpoints/train", "folder of the checkpoint, or one that phase1 export wrote")
     prompt: str | None = option(None, "text to go on from; without one the beginning of a document")
     prompt_file: str | None = option(None, "file with the text to go on from, UTF-8; - is standard input")
     max_tokens: int = option(200, "tokens per sample; fewer where the model ends the document")
@@ -269,7 +279,7 @@ class ExportRun(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineRun(OutputConfig):
-    """Memory, throughput, perplexity and tables, one after the other."""
+    """Memory, throughput, perplexity, tables and report, one after the other."""
 
     preset: Literal["rtx3080-10g", "rtx3080m-8g", "rtx4090-24g", "smoke"] = option("rtx3080-10g", "sizes of every step")
     dataset_name: str | None = option(

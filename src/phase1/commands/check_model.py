@@ -1,8 +1,7 @@
 """`phase1 check-model`: whether a model of the user's own may be measured, and if not, what to correct."""
 
-import torch
-
 from phase1.config import ModelConfig
+from phase1.device import device_type
 from phase1.factory import pinned, split
 from phase1.measure.soundness import check_model
 from phase1.records.schema import Check, exit_code
@@ -13,7 +12,7 @@ from phase1.runs import CheckModelRun
 def main(run: CheckModelRun) -> int:
     """Print every check as it ends; the exit status is that of all checks."""
     name, reference = split(run.own_model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_type()
     ranks = {"ar_ssm_max_rank": min(8, run.d_model), "ar_ssm_min_rank": 1, "htt_rank": 1, "ar_ssm_window": 16}
     sizes = {"vocab_size": run.vocab_size, "d_model": run.d_model, "n_layers": run.n_layers, "n_heads": run.n_heads}
     config = ModelConfig(**(OWN | ranks | sizes | {"model": pinned(reference)}))

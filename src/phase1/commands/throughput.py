@@ -6,10 +6,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
-import torch
-
 from phase1.checks.throughput import control_checks, decoding_checks, throughput_checks
 from phase1.config import ModelConfig, flags
+from phase1.device import device_type
 from phase1.machine.isolate import run_isolated
 from phase1.measure.throughput.decode import measure_decoding
 from phase1.measure.throughput.disturbances import model_warnings, run_warnings
@@ -44,7 +43,7 @@ def main(run: ThroughputRun) -> int:
 
     Raises ValueError for CUDA graphs without a GPU.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_type()
     if run.cuda_graphs:
         require_gpu_for_graphs(device)
     wanted = models(run)

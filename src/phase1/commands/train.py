@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from phase1.advice import smaller
 from phase1.config import DataConfig, ModelConfig, TrainConfig, flags, part_of, to_toml
 from phase1.data import Corpus, load_corpus
+from phase1.device import device_type
 from phase1.errors import Unavailable, is_out_of_memory, reason
 from phase1.factory import pinned
 from phase1.files import atomic_write
@@ -27,10 +29,12 @@ from phase1.plots import plot_training
 from phase1.records.metrics import METRICS, read_metrics
 from phase1.records.session import require_writable
 from phase1.roster import Key
-from phase1.runs import GenerateRun, PerplexityRun, TrainRun
+from phase1.runs import GenerateRun, PerplexityRun, ReportRun, TrainRun
+from phase1.tables.screen import Screen, text
 from phase1.text import one_line
 from phase1.trainable import Trainable, build
-from phase1.training.job import train_to_checkpoint
+from phase1.training.checkpoint import INDEX
+from phase1.training.job import BEST, train_to_checkpoint
 from phase1.training.step import compute_dtype, total_steps, windows_per_rank
 from phase1.training.trackers import tracker
 from phase1.training.watch import Watch
@@ -41,6 +45,7 @@ SETTINGS = "run.toml"  # a file that --config reads
 SCORES = 20  # validation losses of a run, by default
 SHARE = 500  # training tokens per token of a validation loss: all of them together cost about 1 % of the time
 SAMPLE_TOKENS = 40
+UNKNOWN = "n/a"
 UNDECIDED = 3  # the exit status of a training that has learnt nothing
 
 
@@ -65,24 +70,15 @@ def main(run: TrainRun) -> int:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        smaller = f"try --micro-batch-size {max(1, run.micro_batch_size // 2)}, then a smaller --seq-length"
-        raise Unavailable(f"{reason(error)}; {smaller}") from error
+        ladder = smaller(batch=("--micro-batch-size", run.micro_batch_size), length=("--seq-length", run.seq_length))
+        raise Unavailable(f"{reason(error)}; {ladder}") from error
     if not is_first():
         return 0
     atomic_write(folder / SETTINGS, to_toml(run).encode())
-    written = [folder]
-    if (folder / METRICS).exists():
-        unigram = None if valid is None else unigram_entropy(valid.splits["valid"].ids)
-        written.append(plot_training({folder.name: read_metrics(folder / METRICS)}, folder / PLOT, unigram))
-    done = f"{facts['trained_tokens']:,} tokens in {facts['train_seconds']:.0f} s, last loss {facts['loss']:.3f}"
-    if not facts["finished"]:
-        print(f"paused after {done}: --max-hours {run.max_hours:g} are over; the same command with more of them goes on")
-        return 0
-    print(f"trained on {done}")
-    if skipped := facts.get("skipped_steps"):
-        print(f"of these steps {skipped} changed nothing: their gradients overflowed, and the loss scale was lowered")
-    text = [f"text from it: phase1 generate {flags(GenerateRun(checkpoint=run.out_dir))}".rstrip()] * (run.model is None)
-    print(*(f"written: {path}" for path in written), *text, next_command(run, model_config), sep="\n")
+    rows = read_metrics(folder / METRICS) if (folder / METRICS).exists() else []
+    unigram = None if valid is None else unigram_entropy(valid.splits["valid"].ids)
+    plots = [plot_training({folder.name: rows}, folder / PLOT, unigram)] if rows else []
+    print(text(screen(run, model_config, facts, rows, unigram, plots)))
     if facts["loss"] > (guess := math.log(run.vocab_size)):
         worse = f"the last loss, {facts['loss']:.3f}, is worse than guessing, which is ln V = {guess:.3f}"
         print(f"phase1 train: {worse}; lower --learning-rate, or train on more tokens", file=sys.stderr)
@@ -96,6 +92,49 @@ def _texts(run: TrainRun) -> tuple[Corpus, Corpus | None]:
     return corpus, _valid(run)
 
 
+def screen(
+    run: TrainRun,
+    model: ModelConfig,
+    facts: dict[str, Any],
+    rows: list[dict[str, Any]],
+    unigram: float | None,
+    plots: list[Path],
+) -> Screen:
+    """How well the model predicts now, and what to do with it."""
+    folder, own = Path(run.out_dir), run.model is None
+    seconds, tokens = facts["train_seconds"], facts["trained_tokens"]
+    numbers = [f"training text   loss {facts['loss']:.3f}, mean of the last steps {_last(rows, 'loss')}"]
+    if (valid := _last(rows, "val_loss")) != UNKNOWN:
+        best = min(row["val_loss"] for row in rows if row["val_loss"] is not None)
+        numbers.append(f"valid text      loss {valid}, best {best:.3f}; {unigram:.3f} is what token frequencies alone reach")
+    if seconds:
+        numbers.append(f"speed           {tokens / seconds:,.0f} tokens/s, {seconds:,.0f} s in all")
+    if skipped := facts.get("skipped_steps"):
+        numbers.append(f"of these steps {skipped} changed nothing: their gradients overflowed, and the loss scale was lowered")
+    answer = f"trained on {tokens:,} tokens"
+    if facts.get("ended_by") == "patience":
+        answer = f"ended after {tokens:,} tokens: no lower loss on the valid text in {run.patience} looks (--patience)"
+    elif not facts["finished"]:
+        hours = f"--max-hours {run.max_hours:g} are over"
+        answer = f"paused after {tokens:,} tokens: {hours}; the same command with more of them goes on"
+    return Screen(
+        question=f"Training of {Key.of(model)} on {facts['data']['name']}: how well does it predict?",
+        numbers=numbers,
+        answer=answer,
+        next=[
+            *([f"phase1 generate {flags(GenerateRun(checkpoint=run.out_dir))}".rstrip() + "   text from it"] if own else []),
+            f"{next_command(run, model)}   its perplexity",
+            f"phase1 report {flags(ReportRun(results_dir=run.out_dir))}   its course on one page",
+        ],
+        files=[folder / INDEX, *(path for path in (folder / BEST / INDEX, folder / METRICS) if path.exists()), *plots],
+    )
+
+
+def _last(rows: list[dict[str, Any]], name: str) -> str:
+    """The last known value of a column."""
+    return next((f"{row[name]:.3f}" for row in reversed(rows) if row[name] is not None), UNKNOWN)
+
+
 def _valid(run: TrainRun) -> Corpus | None:
     """The valid split, or None, with a note, where there is none and none was asked for."""
     if run.eval_every == 0:
@@ -103,7 +142,7 @@ def _valid(run: TrainRun) -> Corpus | None:
     try:
         return load_corpus(run, vocab_size=run.vocab_size, need=("valid",))
     except (ValueError, Unavailable) as error:
-        if run.eval_every is not None:
+        if run.eval_every is not None or run.keep_best or run.patience is not None:
             raise
         print(one_line(f"no loss on a valid split during the training: {error}", 500), file=sys.stderr)
         return None
@@ -116,7 +155,7 @@ def plan(run: TrainRun, model: ModelConfig, corpus: Corpus, valid: Corpus | None
         parameters = build(model).parameter_counts()["total"]
     windows = max(1, (len(corpus.splits["train"].ids) - 1) // run.seq_length)
     flops = "" if run.model is not None else f"; {steps * flops_of(run, model):.2e} FLOPs"
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_type()
     epochs = steps * run.train_batch_size / windows
     lines = [
         f"{Key.of(model)}: {parameters:,} parameters; {steps:,} steps of {tokens:,} tokens = {steps * tokens:,} tokens, "
@@ -163,6 +202,8 @@ def watch_of(run: TrainRun, corpus: Corpus, valid: Corpus | None) -> Watch:
         sample=sampler(run, corpus) if run.sample_every else None,
         sample_every=run.sample_every,
         max_seconds=3600 * hours,
+        keep_best=run.keep_best,
+        patience=run.patience,
         trackers=[tracker(name, Path(run.out_dir), asdict(run)) for name in run.report_to if is_first()],
     )
 
@@ -223,4 +264,4 @@ def next_command(run: TrainRun, model: ModelConfig) -> str:
         **data, vocab_size=run.vocab_size, seq_length=run.seq_length, checkpoint=(f"{Key.of(model)}={run.out_dir}",),
         model=() if run.model is None else (f"{Key.of(model)}={run.model}",),
     )
-    return f"next: phase1 perplexity {flags(evaluation)}"
+    return f"phase1 perplexity {flags(evaluation)}"

@@ -30,4 +30,8 @@ class Watch:
     sample_every: int = 0
     max_seconds: float = math.inf
     """Seconds of training in all sessions, after which the run saves a checkpoint and ends."""
+    keep_best: bool = False
+    """Keep the weights of the lowest score besides those of the last step."""
+    patience: int | None = None
+    """Scores in a row without a new lowest, after which the run ends."""
     trackers: Sequence[Tracker] = ()

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-import torch
 
 from phase1.advice import smaller
 from phase1.config import TrainConfig, content_id, part_of
 from phase1.data import Corpus, Tokenizer, count_words
+from phase1.device import device_type
 from phase1.errors import Diverged, is_out_of_memory, reason
 from phase1.measure.perplexity.candidates import ScoredModel
 from phase1.measure.perplexity.evaluate import LARGEST_NATS, Evaluation, Protocol, evaluate, unigram_entropy
@@ -84,7 +84,7 @@ def evaluate_checkpoint(run: PerplexityRun, scored_model: ScoredModel, folder: P
     index = read_index(folder)
     facts = training_facts(folder, index)
     key, (model, _) = scored_model.key, load_model(folder, scored_model.config.model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_type()
     scored = corpus.splits["valid"]
     if facts["tokenizer"] != corpus.tokenizer.fingerprint:
         raise ValueError(f"{folder} was trained with another tokenizer than {corpus.name} has now; train again with this one")
