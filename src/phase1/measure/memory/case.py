@@ -22,6 +22,7 @@ class MemoryCase:
     dry_run: bool = False
     compiled: bool = False  # the loss; of no effect on an estimate
     chip: Chip | None = None  # the chip that an estimate is for
+    ranks: int = 1  # each of which takes such a step
 
 
 @dataclass(frozen=True)
