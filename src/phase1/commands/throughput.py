@@ -9,6 +9,7 @@ from typing import Any, Final
 from phase1.checks.throughput import control_checks, decoding_checks, throughput_checks
 from phase1.config import ModelConfig, flags
 from phase1.device import device_type
+from phase1.factory import split
 from phase1.machine.isolate import run_isolated
 from phase1.measure.throughput.decode import measure_decoding
 from phase1.measure.throughput.disturbances import model_warnings, run_warnings
@@ -22,7 +23,7 @@ from phase1.plots import plot_throughput
 from phase1.progress import progress
 from phase1.records.schema import Decoding, Report, ThroughputResult, exit_code
 from phase1.records.session import Session
-from phase1.roster import COMPILED, CONTROLS, ROLES, TRANSFORMERS, model_config, own_models, sources
+from phase1.roster import COMPILED, CONTROLS, FAST, ROLES, TRANSFORMERS, model_config, own_models, sources
 from phase1.runs import ThroughputRun
 from phase1.stats.scaling import enough_lengths
 from phase1.tables import decoding_comparison
@@ -46,7 +47,7 @@ def main(run: ThroughputRun) -> int:
     device = device_type()
     if run.cuda_graphs:
         require_gpu_for_graphs(device)
-    wanted = models(run)
+    wanted = models(run, device)
     require_built(wanted.values())
     session = Session(run, "throughput", data=sources(wanted))
     gate()  # until all ranks have read what is kept of an earlier run
@@ -111,9 +112,10 @@ def way_on_gpu(run: ThroughputRun, wanted: dict[str, ModelConfig]) -> Way:
     return way
 
 
-def models(run: ThroughputRun) -> dict[str, ModelConfig]:
+def models(run: ThroughputRun, device: str) -> dict[str, ModelConfig]:
     """The models to measure, by role."""
     roles = [role for role in ROLES if run.baseline or role == "phase1"]
+    roles += FAST if device == "cuda" and not any(name == "phase1" for name, _ in map(split, run.model)) else []
     roles += ["quadratic_control"] * run.quadratic_control
     roles += ["baseline_again" if run.baseline else "engine_again"] * run.a_a
     usual = {role: model_config(role, run) for role in roles}
