@@ -1,7 +1,7 @@
 """The language model: token table, L blocks of mixer and MLP, tied output, loss."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from phase1.config import ModelConfig
-from phase1.layers.ar_ssm import ARSSM
+from phase1.layers.ar_ssm import ARSSM, from_first_key
 from phase1.layers.attention import Attention
 from phase1.layers.copy_head import CopyHead
 from phase1.layers.mlp import MLP
@@ -58,6 +58,10 @@ TABLES: dict[str, Callable[[ModelConfig, TokenStatistics | TokenVectors | None],
     ),
 }
 """Token tables by the name they have in `ModelConfig.embedding`, started from what is `known` of the text; None: random."""
+
+
+States = list[Any]
+"""What a text leaves for what follows it: the state of every block, then that of the copy head, where there is one."""
 
 
 class Rows(NamedTuple):
@@ -151,7 +155,7 @@ class LanguageModel(nn.Module):
     def rows(self) -> Rows:
         """The token table and the position of every id in it, for `continue_from`."""
         every_id = torch.arange(self.config.vocab_size, device=self.norm.weight.device)
-        return Rows(self._table(), self.embedding.positions(every_id))
+        return Rows(self.table(), self.embedding.positions(every_id))
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """What training minimises: the cross-entropy of `losses` and, in training, the penalty of the rank gate."""
@@ -164,15 +168,45 @@ class LanguageModel(nn.Module):
         With a copy head it is that of the mixture, mean of nll - log(1 - g) - softplus(nll + o); nan if nothing is scored.
         """
         # A table of its own for the output: the gradient of one for both would wait, V x D, for that of all blocks.
-        shared = None if self.config.checkpointing and torch.is_grad_enabled() else self._table()
+        shared = None if self.config.checkpointing and torch.is_grad_enabled() else self.table()
         hidden, _, effective_rank = self._hidden(ids, shared)
-        table = self._table() if shared is None else shared
+        table = self.table() if shared is None else shared
+        pointer = None if self.copy_head is None else self.copy_head(hidden, ids, targets)[:2]
+        return self._loss(hidden, table, targets, pointer), self._penalty(effective_rank)
+
+    def losses_of_piece(
+        self, ids: Tensor, targets: Tensor, table: Tensor, state: States | None
+    ) -> tuple[Tensor, Tensor | None, States]:
+        """`losses` of a piece of a text that follows the pieces which left `state` (None: none), and the state after it.
+
+        Nothing of it is computed again in the backward pass.
+
+        Args:
+            table: what `table()` gives: pieces share it.
+        """
+        past = None if state is None or self.copy_head is None else state[-1]
+        hidden, blocks, effective_rank = self._hidden(ids, table, state, keep_states=True)
+        pointer, after = None, [from_first_key(block) for block in blocks]
+        if self.copy_head is not None:
+            *pointer, copied = self.copy_head(hidden, ids, targets, past)
+            after.append(copied)
+        return self._loss(hidden, table, targets, pointer), self._penalty(effective_rank), after
+
+    def state_after_piece(self, ids: Tensor, table: Tensor, state: States | None) -> States:
+        """The state of `losses_of_piece` alone, without the output's work."""
+        past = None if state is None or self.copy_head is None else state[-1]
+        hidden, blocks, _ = self._hidden(ids, table, state, keep_states=True)
+        after = [from_first_key(block) for block in blocks]
+        return after if self.copy_head is None else [*after, self.copy_head.state_after(hidden, ids, past)]
+
+    def _loss(self, hidden: Tensor, table: Tensor, targets: Tensor, pointer: Sequence[Tensor] | None) -> Tensor:
+        """Mean cross-entropy; `pointer`: log-odds and gate of the copy head, None without one."""
         op = tied_cross_entropy if self.config.loss == "chunked" else tied_cross_entropy_reference
         output, inner = self.output(hidden, table, targets)
         rest = None if inner is None else inner.view(targets.shape)  # of the loss of each target
         log_odds = None
-        if self.copy_head is not None:
-            log_odds, gate = self.copy_head(hidden, ids, targets)
+        if pointer is not None:
+            log_odds, gate = pointer
             # -log(p q + exp(o)) = -log q - log(p + exp(o - log q)) for levels p and q
             log_odds = (log_odds if rest is None else log_odds + rest).flatten()
             rest = F.softplus(gate) if rest is None else F.softplus(gate) + rest
@@ -180,24 +214,27 @@ class LanguageModel(nn.Module):
         if rest is not None:
             scored = targets != IGNORE
             loss = loss + (rest * scored).sum() / scored.sum().clamp(min=1)
+        return loss
+
+    def _penalty(self, effective_rank: Tensor | None) -> Tensor | None:
         if not self.training or effective_rank is None:
-            return loss, None
-        return loss, self.config.rank_penalty * effective_rank / self.config.ar_ssm_max_rank
+            return None
+        return self.config.rank_penalty * effective_rank / self.config.ar_ssm_max_rank
 
     @torch.no_grad()
     def nll(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         """Loss in nats of each target (B, T), 0 where it is -100, and the mean effective rank (None without a gate)."""
-        table = self._table()
+        table = self.table()
         hidden, _, effective_rank = self._hidden(ids, table)
         output, inner = self.output(hidden, table, targets)
         nll = tied_nll(*output)
         nll = (nll if inner is None else nll + inner).view(targets.shape)
         if self.copy_head is not None:
-            log_odds, gate = self.copy_head(hidden, ids, targets)
+            log_odds, gate, _ = self.copy_head(hidden, ids, targets)
             nll = (nll + F.softplus(gate) - F.softplus(nll + log_odds)).where(targets != IGNORE, 0)
         return nll, effective_rank
 
-    def _table(self) -> Tensor:
+    def table(self) -> Tensor:
         """All rows (V, D), in the order of positions: the input's and, transposed, the output's."""
         return self.embedding.table(_compute_dtype(self.norm.weight))
 
@@ -265,7 +302,7 @@ class LanguageModel(nn.Module):
         return self.norm(x), new_states, effective_rank
 
     def _embed(self, ids: Tensor, table: Tensor | None) -> Tensor:
-        rows = F.embedding(self.embedding.positions(ids), self._table() if table is None else table)
+        rows = F.embedding(self.embedding.positions(ids), self.table() if table is None else table)
         return rows.to(self.norm.weight.dtype)  # blocks add to it: not in half precision
 
     def _check(self, ids: Tensor) -> None:

@@ -20,6 +20,10 @@ from phase1.config import (
 from phase1.machine.cards import card_for
 from phase1.roster import Variant
 
+PIECES = option(
+    None, "train the engine so many tokens of each sequence at a time, with exact gradients; whole sequences by default"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Output(Config):
@@ -40,6 +44,7 @@ class MemoryRun(Ranked, Output):
     batch_size: int = option(4, "B, sequences per step")
     seq_length: int = option(2048, "T, tokens per sequence")
     gradient_checkpointing: bool = option(True, "recompute the engine's activations in the backward pass")
+    piece_length: int | None = PIECES
     vram_limit: str | None = option(None, "let every model have so much of the card and no more: 8GB, 7.2GB, 8GiB or bytes")
     card: str | None = option(
         None,
@@ -52,6 +57,8 @@ class MemoryRun(Ranked, Output):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "batch_size", "seq_length")
+        if self.piece_length is not None:
+            require_positive(self, "piece_length")
         if self.card not in (None, "list"):
             card_for(str(self.card))
         if self.ablate and not self.baseline:
@@ -78,6 +85,7 @@ class ThroughputRun(Ranked, Output):
     cuda_graphs: bool | None = option(
         None, "launch every step's passes as two CUDA graphs: times of the GPU, not of the host; by default on a GPU"
     )
+    piece_length: int | None = PIECES
     save_plots: bool = option(False, "write phase1_throughput_comparison.png", affects_results=False)
     decode: bool = option(False, "also measure generation, B = 1: tokens/s and bytes of the state over --decode-contexts")
     decode_contexts: tuple[int, ...] = option(
@@ -91,6 +99,8 @@ class ThroughputRun(Ranked, Output):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "seq_lengths", "batch_size", "measure_steps", "warmup_steps", "decode_contexts")
+        if self.piece_length is not None:
+            require_positive(self, "piece_length")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +180,8 @@ class TrainRun(ModelConfig, DataConfig, TrainConfig, WatchConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "seq_length")
+        if self.piece_length is not None and self.mixer == "attention":
+            raise ValueError("--piece-length needs a state that does not grow; got --mixer attention; leave one of them out")
 
 
 @dataclass(frozen=True, kw_only=True)

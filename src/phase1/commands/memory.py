@@ -92,7 +92,10 @@ def cases_of(run: MemoryRun, limit: int | None, card: Card | None) -> dict[str, 
     """What is measured, by role."""
     size = (run.batch_size, run.seq_length, limit, run.dry_run)
     chip = None if card is None else card.chip
-    return {role: MemoryCase(model, *size, compiled=role in COMPILED, chip=chip) for role, model in models(run).items()}
+    return {
+        role: MemoryCase(model, *size, compiled=role in COMPILED, chip=chip, piece_length=run.piece_length)
+        for role, model in models(run).items()
+    }
 
 
 def measured(cases: dict[str, MemoryCase], session: Session) -> Iterator[tuple[str, MemoryResult]]:

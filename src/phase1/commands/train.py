@@ -102,7 +102,8 @@ def plan(run: TrainRun, model: ModelConfig, corpus: Corpus, valid: Corpus | None
     if valid is not None:
         lines.append(f"loss on {_windows(run, valid) * run.seq_length:,} tokens of the valid split every {_every(run)} steps")
     if device == "cuda":
-        case = MemoryCase(model, min(run.micro_batch_size, run.train_batch_size), run.seq_length)
+        size = min(run.micro_batch_size, run.train_batch_size), run.seq_length
+        case = MemoryCase(model, *size, piece_length=run.piece_length)
         needed, total = estimate_memory(case, chip_of(case)).needed_bytes, total_gpu_bytes()
         fits = total is None or needed <= total
         remedy = "" if fits else f"; it does not fit: try --micro-batch-size {max(1, case.batch_size // 2)}"

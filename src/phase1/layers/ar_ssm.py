@@ -14,6 +14,19 @@ from phase1.ops.semiseparable import semiseparable
 from phase1.ops.window_attention import window_attention
 
 
+def from_first_key(state: State) -> State:
+    """`state` with positions counted from the first key of its window: what follows is the same, for angles are differences.
+
+    States of equal sizes then say the same of where they stand, so that one compiled function, or graph, takes them all.
+    """
+    keys = state.k.shape[2]
+    if not keys:
+        return state._replace(position=0)
+    exact = state.k.to(torch.promote_types(state.k.dtype, torch.float32))
+    turned = rotate(exact, *rotary(exact[:, :1], keys - state.position))
+    return state._replace(position=keys, k=turned.to(state.k.dtype))
+
+
 class Operands(NamedTuple):
     """What the operator of one layer is made of, after projections, convolution and gate."""
 

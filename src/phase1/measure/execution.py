@@ -11,7 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from phase1.model import LanguageModel
 from phase1.records.schema import Execution
+from phase1.training.compiler import compile_losses
 from phase1.training.micro_batch import Replay
+from phase1.training.pieces import Pieces
+from phase1.training.pieces_replay import ReplayedPieces
 from phase1.training.step import TrainState
 
 PROBE_TOKENS = 64  # of the forward pass that is watched: which kernels run does not depend on the length
@@ -40,16 +43,13 @@ class Compiler:
         return run
 
 
-def compile_loss(model: LanguageModel, backend: str = INDUCTOR) -> Compiler:
-    """Compile the loss of `model` as `make_train_state` does, at its first call, for the shapes of that call.
+def compile_loss(state: TrainState, backend: str = INDUCTOR) -> Compiler:
+    """Compile the loss of the model, of whole sequences or of pieces, as `make_train_state` does.
 
     Returns the compiler that will have done it.
     """
-    import torch._dynamo
-
     compiler = Compiler(backend)
-    compiled = torch.compile(model.losses, fullgraph=True, dynamic=False, backend=compiler)
-    model.losses = compiled  # type: ignore[method-assign]
+    compile_losses(state.model, isinstance(state.passes, Pieces), compiler)
     return compiler
 
 
@@ -104,7 +104,8 @@ def execution(state: TrainState, compiler: Compiler | None) -> Execution:
         attention=attention,
         kernels=kernels,
         compiled=compiler is not None and compiler.calls > 0,
-        cuda_graphs=isinstance(state.passes, Replay),
+        cuda_graphs=isinstance(state.passes, Replay | ReplayedPieces),
+        piece_length=state.passes.length if isinstance(state.passes, Pieces) else None,
     )
     return found.model_copy(update={"otherwise": _otherwise(found, state, compiler)})
 

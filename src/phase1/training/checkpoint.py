@@ -26,7 +26,7 @@ C = TypeVar("C", bound=Config)
 
 INDEX = "checkpoint.json"  # written last; names the tensor files that belong together
 MAX_INDEX_BYTES: Final = 2**20
-NO_DIFFERENCE: Final = {"micro_batch_size": TrainConfig.micro_batch_size}
+NO_DIFFERENCE: Final = {"micro_batch_size": TrainConfig.micro_batch_size, "piece_length": TrainConfig.piece_length}
 """Settings of a training that change its result by rounding alone, with the value that stands for all: a training that ran out
 of memory goes on with another one, and none is made again."""
 MARK: Final = {"program": "phase1"}  # in the header of every tensor file, with its step

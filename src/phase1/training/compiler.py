@@ -1,8 +1,20 @@
-"""Whether `torch.compile` works here, found out before a run depends on it."""
+"""What of a model is compiled, and whether `torch.compile` works here, found out before a run depends on it."""
+
+from typing import Any
 
 import torch
 
 from phase1.errors import Unavailable, reason
+from phase1.model import LanguageModel
+
+WHOLE = ("losses",)
+IN_PIECES = ("losses_of_piece", "state_after_piece")
+
+
+def compile_losses(model: LanguageModel, pieces: bool, backend: Any = "inductor") -> None:
+    """Compile what a step calls, of whole sequences or of pieces, at its first call, for the shapes of that call."""
+    for name in IN_PIECES if pieces else WHOLE:
+        setattr(model, name, torch.compile(getattr(model, name), fullgraph=True, dynamic=False, backend=backend))
 
 
 def require_compiler(device: torch.device) -> None:

@@ -17,7 +17,7 @@ class Passes:
     def forward(self, inputs: Tensor, targets: Tensor, share: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
         """What the micro batch adds to objective and cross-entropy of its step: `share` of its mean cross-entropy over
         `targets`, nothing where none is scored, and `part` of its penalty of the rank gate; all of them scalars."""
-        with torch.autocast(inputs.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with self._autocast(inputs):
             loss, penalty = self.model.losses(inputs, targets)
         loss = torch.where(share > 0, loss, 0.0) * share
         return loss if penalty is None else loss + penalty * part, loss
@@ -25,6 +25,9 @@ class Passes:
     def backward(self, objective: Tensor) -> None:
         """Add the gradients of `objective`, times the loss scale, to those of the parameters."""
         self.scaler.scale(objective).backward()
+
+    def _autocast(self, inputs: Tensor) -> torch.autocast:
+        return torch.autocast(inputs.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
 class Replay(Passes):

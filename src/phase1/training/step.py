@@ -13,9 +13,11 @@ from phase1.config import TrainConfig
 from phase1.errors import Diverged
 from phase1.model import LanguageModel
 from phase1.ops.cross_entropy import IGNORE
-from phase1.training.compiler import require_compiler
+from phase1.training.compiler import compile_losses, require_compiler
 from phase1.training.micro_batch import Passes, Replay
 from phase1.training.optimizers import make_optimizer
+from phase1.training.pieces import Pieces, in_pieces
+from phase1.training.pieces_replay import ReplayedPieces
 
 CHECK_EVERY = 100  # steps between looks at the loss: each look waits for the GPU
 Batch = tuple[Tensor, Tensor]
@@ -54,14 +56,23 @@ def make_train_state(model: LanguageModel, config: TrainConfig, device: torch.de
         require_compiler(device)
         for block in model.blocks:  # in a compiled graph kernels cannot prove themselves
             block.prove_kernels(dtype)  # type: ignore[operator]
-        model.losses = torch.compile(model.losses, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
+        compile_losses(model, in_pieces(model.config, config.piece_length))
     optimizer = make_optimizer(model, config, device.type)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    passes = Passes(model, scaler, dtype)
     if config.cuda_graphs:
         require_gpu_for_graphs(device.type)
-        passes = Replay(passes)
+    passes = make_passes(model, scaler, dtype, config)
     return TrainState(model, optimizer, scaler, dtype, device, config.grad_clip, config, passes)
+
+
+def make_passes(model: LanguageModel, scaler: torch.amp.GradScaler, dtype: torch.dtype, config: TrainConfig) -> Passes:
+    """How `config` has micro batches run: whole or in pieces, as they are or as CUDA graphs."""
+    if not in_pieces(model.config, config.piece_length):
+        whole = Passes(model, scaler, dtype)
+        return Replay(whole) if config.cuda_graphs else whole
+    assert config.piece_length is not None
+    pieces = Pieces(model, scaler, dtype, config.piece_length)
+    return ReplayedPieces(pieces) if config.cuda_graphs else pieces
 
 
 def require_gpu_for_graphs(device_type: str) -> None:

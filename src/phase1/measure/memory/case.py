@@ -22,6 +22,7 @@ class MemoryCase:
     dry_run: bool = False
     compiled: bool = False  # the loss; of no effect on an estimate
     chip: Chip | None = None  # that an estimate is for
+    piece_length: int | None = None  # tokens of a sequence at a time, where the model trains in pieces
 
 
 @dataclass(frozen=True)

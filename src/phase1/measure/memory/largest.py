@@ -87,9 +87,9 @@ def probe_size(case: MemoryCase) -> Probe:
 def train_briefly(case: MemoryCase) -> int:
     """Train as many steps as memory needs to reach its peak; the bytes of the card that took. In a fresh process."""
     cap_memory(case.model, case.vram_limit_bytes)
-    state = make_workload(case.model, "cuda")
+    state = make_workload(case.model, "cuda", piece_length=case.piece_length)
     if case.compiled:
-        compile_loss(state.model)
+        compile_loss(state)
     batch = random_batch(case.model.vocab_size, case.batch_size, case.seq_length, "cuda")
     for _ in range(WARMUP_STEPS + 1):
         train_step(state, [batch])

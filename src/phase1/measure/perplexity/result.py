@@ -52,9 +52,11 @@ def train_candidate(run: PerplexityRun, model: Candidate, corpus: Corpus) -> Pat
     train_config = replace(part_of(TrainConfig, run), seed=model.seed)
     if model.config.mixer == "attention":
         train_config = replace(train_config, learning_rate=run.baseline_learning_rate)
+    train = asdict(train_config) | NO_DIFFERENCE
+    del train["piece_length"]  # younger than trainings that are there
     identity = {
         "model": model.config.config_id,
-        "train": asdict(train_config) | NO_DIFFERENCE,
+        "train": train,
         "seq_length": run.seq_length,
         "tokens": corpus.splits["train"].sha256,
         "tokenizer": corpus.tokenizer.fingerprint,

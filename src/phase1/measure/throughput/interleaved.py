@@ -25,8 +25,7 @@ from phase1.records.schema import Execution, Measurement, Parameters, Scaling, T
 from phase1.roster import TRANSFORMERS
 from phase1.stats.scaling import fit_scaling
 from phase1.stats.step_times import median, median_interval, with_fastest, with_ratios
-from phase1.training.micro_batch import Passes
-from phase1.training.step import Batch, TrainState, train_step
+from phase1.training.step import Batch, TrainState, make_passes, train_step
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,7 @@ class ThroughputPlan:
     compiled: frozenset[str] = frozenset()  # models whose loss is compiled
     cuda_graphs: bool = False
     batch_sizes: Mapping[str, int] = field(default_factory=dict)  # of models that run with another than `batch_size`
+    piece_length: int | None = None  # of models that train in pieces
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,9 @@ def _attempt(contender: Contender, function: Callable[..., None], *args: Any) ->
 
 def _make(contender: Contender, device: str, plan: ThroughputPlan, compiled: bool) -> None:
     began = time.perf_counter()
-    contender.state = make_workload(contender.config, device, cuda_graphs=plan.cuda_graphs)
-    contender.compiler = compile_loss(contender.state.model) if compiled else None
+    config, graphs, piece = contender.config, plan.cuda_graphs, plan.piece_length
+    contender.state = make_workload(config, device, cuda_graphs=graphs, piece_length=piece)
+    contender.compiler = compile_loss(contender.state) if compiled else None
     contender.parameters = contender.state.model.parameter_counts()
     contender.excluded_seconds += time.perf_counter() - began
 
@@ -165,9 +166,8 @@ def _prepare(contender: Contender, seq_length: int) -> None:
     if contender.compiler is not None:
         contender.compiler.calls = 0
     if state.config.cuda_graphs:
-        eager = replace(
-            state, passes=Passes(state.model, state.scaler, state.dtype), config=replace(state.config, cuda_graphs=False)
-        )
+        config = replace(state.config, cuda_graphs=False)
+        eager = replace(state, passes=make_passes(state.model, state.scaler, state.dtype, config), config=config)
         batch = random_batch(contender.config.vocab_size, contender.batch_size, seq_length, state.device.type)
         for _ in range(2):
             memory = _StepPeak(eager, batch)

@@ -36,7 +36,7 @@ def estimate_memory(case: MemoryCase, chip: Chip = CHIP) -> MemoryPeaks:
     """
     surroundings = ModelledCuda(chip)
     with imitated_cuda(), imitated_card(chip.major), MemoryTracker(case.model.vocab_size, "cpu", surroundings) as tracker:
-        state = make_workload(case.model, "cpu", "fp16", model_class=_FakeModel)
+        state = make_workload(case.model, "cpu", "fp16", model_class=_FakeModel, piece_length=case.piece_length)
         _make_lasting_tensors(state)
         moved = tracker.label(_moved(state.model), "parameters", "")  # for their order; `watch` names them
         tracker.watch(state.model)

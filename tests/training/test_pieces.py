@@ -1,0 +1,86 @@
+"""Training piece by piece is training on whole sequences: loss and every gradient, in float64."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from phase1.config import Ranked
+from phase1.model import LanguageModel
+from phase1.roster import model_config
+from phase1.training.compiler import compile_losses
+from phase1.training.micro_batch import Passes
+from phase1.training.pieces import Pieces, bounds
+
+TINY = Ranked(
+    vocab_size=300, d_model=32, n_layers=2, n_heads=2, ar_ssm_max_rank=8, ar_ssm_min_rank=2, ar_ssm_window=8, copy_window=24,
+    htt_rank=4, htt_dense_rows=16, htt_groups=16,
+)  # fmt: skip
+FORMS = {
+    "flat": {},
+    "two_level": {"htt_output": "two_level"},
+    "dense": {"embedding": "dense"},
+    "materialized, no copy head": {"loss": "materialized", "copy_head": False},
+    "no window": {"ar_ssm_window": 0},
+}
+
+
+def model_of(**form) -> LanguageModel:
+    torch.manual_seed(0)
+    model = LanguageModel(model_config("phase1", TINY, **form)).double().train()
+    for p in model.parameters():  # nothing at 0, where faults hide
+        if p.ndim == 1 and not p.abs().max():
+            torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+def text(T=53, B=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(300, (B, T), generator=generator)
+    ids = torch.where(torch.rand(B, T, generator=generator) < 0.5, ids % 7, ids)  # some tokens come again
+    targets = torch.roll(ids, -1, 1)
+    targets[:, 30:41] = -100  # a whole piece of 11 without a target, when T = 41 + 11 n
+    return ids, targets
+
+
+def outcome(passes: Passes, ids, targets):
+    passes.model.zero_grad()
+    share, part = torch.tensor(0.7, dtype=torch.float64), torch.tensor(0.4, dtype=torch.float64)
+    objective, loss = passes.forward(ids, targets, share, part)
+    passes.backward(objective)
+    return loss.detach(), {name: p.grad.clone() for name, p in passes.model.named_parameters()}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("length", [1, 5, 11, 16, 52, 53, 100])
+def test_loss_and_every_gradient_are_those_of_the_whole_step(form, length):
+    if length == 1 and form != "flat":
+        pytest.skip("slow, and one form shows it")
+    model = model_of(**FORMS[form])
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    batch = text(12 if length == 1 else 53)
+    loss, gradients = outcome(Passes(model, scaler, torch.float32), *batch)
+    ours, theirs = outcome(Pieces(model, scaler, torch.float32, length), *batch)
+    torch.testing.assert_close(ours, loss, rtol=1e-12, atol=1e-12)
+    assert theirs.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(theirs[name], gradient, rtol=1e-9, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_only_the_first_piece_has_another_length():
+    assert bounds(53, 16) == [0, 5, 21, 37, 53]
+    assert bounds(64, 16) == [0, 16, 32, 48, 64] and bounds(16, 16) == [0, 16] and bounds(7, 16) == [0, 7]
+
+
+def test_a_state_says_nothing_of_how_far_the_text_has_come_so_that_one_function_is_compiled_for_all_pieces():
+    model, (ids, targets) = model_of(), text(T=63)
+    torch._dynamo.reset()
+    compile_losses(model, pieces=True, backend=(counter := CompileCounter()))
+    outcomes = []
+    for _ in range(2):
+        pieces = Pieces(model, torch.amp.GradScaler("cpu", enabled=False), torch.float32, 9)
+        outcomes.append(outcome(pieces, ids, targets)[0])
+    # the first piece, those while the copy head's window fills, and one for all others
+    assert counter.frame_count == 2 * 4
+    plain = Pieces(model_of(), torch.amp.GradScaler("cpu", enabled=False), torch.float32, 9)
+    torch.testing.assert_close(outcomes[1], outcome(plain, ids, targets)[0])
