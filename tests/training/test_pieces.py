@@ -4,12 +4,14 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from phase1.config import Ranked
+from phase1.config import Ranked, TrainConfig
 from phase1.model import LanguageModel
 from phase1.roster import model_config
+from phase1.runs import TrainRun
 from phase1.training.compiler import compile_losses
 from phase1.training.micro_batch import Passes
 from phase1.training.pieces import Pieces, bounds
+from phase1.training.step import make_train_state, train_step
 
 TINY = Ranked(
     vocab_size=300, d_model=32, n_layers=2, n_heads=2, ar_ssm_max_rank=8, ar_ssm_min_rank=2, ar_ssm_window=8, copy_window=24,
@@ -22,6 +24,9 @@ FORMS = {
     "materialized, no copy head": {"loss": "materialized", "copy_head": False},
     "no window": {"ar_ssm_window": 0},
 }
+
+
+ONE_LAYER = {"n_layers": 1, "copy_window": 9}
 
 
 def model_of(**form) -> LanguageModel:
@@ -73,14 +78,44 @@ def test_only_the_first_piece_has_another_length():
 
 
 def test_a_state_says_nothing_of_how_far_the_text_has_come_so_that_one_function_is_compiled_for_all_pieces():
-    model, (ids, targets) = model_of(), text(T=63)
+    model, (ids, targets) = model_of(**ONE_LAYER), text(T=36, B=1)
     torch._dynamo.reset()
     compile_losses(model, pieces=True, backend=(counter := CompileCounter()))
-    outcomes = []
+    plain = Pieces(model_of(**ONE_LAYER), torch.amp.GradScaler("cpu", enabled=False), torch.float32, 9)
     for _ in range(2):
         pieces = Pieces(model, torch.amp.GradScaler("cpu", enabled=False), torch.float32, 9)
-        outcomes.append(outcome(pieces, ids, targets)[0])
-    # the first piece, those while the copy head's window fills, and one for all others
-    assert counter.frame_count == 2 * 4
-    plain = Pieces(model_of(), torch.amp.GradScaler("cpu", enabled=False), torch.float32, 9)
-    torch.testing.assert_close(outcomes[1], outcome(plain, ids, targets)[0])
+        torch.testing.assert_close(outcome(pieces, ids, targets)[0], outcome(plain, ids, targets)[0])
+    assert counter.frame_count == 2 * 2  # state and gradients, of the first piece and of all others
+
+
+def test_a_training_step_in_pieces_is_the_step_of_whole_sequences():
+    outcomes = []
+    for length in (None, 16):
+        model = model_of()
+        state = make_train_state(model, TrainConfig(piece_length=length), "cpu")
+        batch, more = text(), text(seed=1)
+        losses = [train_step(state, [batch, more]).item() for _ in range(2)]
+        outcomes.append((losses, [p.detach().clone() for p in model.parameters()]))
+    assert outcomes[0][0] == pytest.approx(outcomes[1][0], rel=1e-6)
+    for ours, theirs in zip(outcomes[0][1], outcomes[1][1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)  # Adam's steps of 3e-3 are as long for tiny gradients
+
+
+def test_half_precision_keeps_its_types_across_pieces():
+    """bfloat16 on the CPU: states in half precision, gradients close to those of the whole step."""
+    torch.manual_seed(0)
+    model = LanguageModel(model_config("phase1", TINY)).train()
+    batch, scaler = text(), torch.amp.GradScaler("cpu", enabled=False)
+    _, wanted = outcome(Passes(model, scaler, torch.bfloat16), *batch)
+    _, found = outcome(Pieces(model, scaler, torch.bfloat16, 16), *batch)
+    total = sum(g.square().sum() for g in wanted.values()) ** 0.5
+    assert sum((found[name] - g).square().sum() for name, g in wanted.items()) ** 0.5 < 0.05 * total
+
+
+def test_attention_trains_on_whole_sequences():
+    model = LanguageModel(model_config("baseline", TINY))
+    assert type(make_train_state(model, TrainConfig(piece_length=16), "cpu").passes) is Passes
+    with pytest.raises(ValueError, match="a state that does not grow; got --mixer attention"):
+        TrainRun(mixer="attention", piece_length=16)
+    with pytest.raises(ValueError, match="--piece-length must be greater than 0"):
+        TrainRun(piece_length=0)

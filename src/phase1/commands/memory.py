@@ -1,5 +1,6 @@
 """`phase1 memory`: does a training step fit an 8 GB and a 10 GB card, and how much less does the engine take?"""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -102,8 +103,15 @@ def measured(cases: dict[str, MemoryCase], session: Session) -> Iterator[tuple[s
     """The result of every case."""
     with tqdm(cases.items(), desc="memory", unit="model", disable=None) as bar:
         for role, case in bar:
-            bar.set_postfix_str(role)
+            say(bar, f"step of {role}")
             yield role, session.case(role, MemoryResult, partial(memory_result, role, case))
+
+
+def say(bar: Any, what: str) -> None:
+    """What is being measured, behind the bar; off a terminal, which has none, a line of its own."""
+    bar.set_postfix_str(what)
+    if bar.disable:
+        print(f"phase1 memory: {what}", file=sys.stderr, flush=True)
 
 
 def with_one_change(cases: dict[str, MemoryCase], results: dict[str, MemoryResult], session: Session) -> list[Ablation]:
@@ -138,11 +146,11 @@ def with_fits(results: dict[str, MemoryResult], cases: dict[str, MemoryCase], se
     with tqdm(desc="fit", unit="probe", disable=None) as bar:
         for number, (role, result) in enumerate(results.items(), 1):
 
-            def on_probe(size: str, model: str = f"{role} ({number} of {len(results)})") -> None:
-                bar.set_postfix_str(f"{model}, {size}", refresh=False)
+            def on_probe(size: str, model: str = f"fit {role} ({number} of {len(results)})") -> None:
                 bar.update()
+                say(bar, f"{model}, {size}")
 
-            bar.set_postfix_str(f"{role} ({number} of {len(results)})")
+            say(bar, f"fit {role} ({number} of {len(results)})")
             search = partial(fit_sizes, cases[role], result, total, on_probe)
             fitted[role] = result.model_copy(update={"fit": session.case(f"fit {role}", list[Fit], search)})
     return fitted
