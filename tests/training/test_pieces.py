@@ -1,10 +1,13 @@
 """Training piece by piece is training on whole sequences: loss and every gradient, in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
 from phase1.config import Ranked, TrainConfig
+from phase1.layers import ar_ssm
 from phase1.model import LanguageModel
 from phase1.roster import model_config
 from phase1.runs import TrainRun
@@ -27,6 +30,7 @@ FORMS = {
 
 
 ONE_LAYER = {"n_layers": 1, "copy_window": 9}
+FUSED = replace(TINY, n_layers=1, n_heads=2, ar_ssm_max_rank=8, ar_ssm_window=10)
 
 
 def model_of(**form) -> LanguageModel:
@@ -49,7 +53,7 @@ def text(T=53, B=2, seed=0):
 
 def outcome(passes: Passes, ids, targets):
     passes.model.zero_grad()
-    share, part = torch.tensor(0.7, dtype=torch.float64), torch.tensor(0.4, dtype=torch.float64)
+    share, part = (torch.tensor(x, dtype=torch.float64, device=ids.device) for x in (0.7, 0.4))
     objective, loss = passes.forward(ids, targets, share, part)
     passes.backward(objective)
     return loss.detach(), {name: p.grad.clone() for name, p in passes.model.named_parameters()}
@@ -119,3 +123,20 @@ def test_attention_trains_on_whole_sequences():
         TrainRun(mixer="attention", piece_length=16)
     with pytest.raises(ValueError, match="--piece-length must be greater than 0"):
         TrainRun(piece_length=0)
+
+
+def test_pieces_of_the_fused_operator_are_its_whole_sequences(monkeypatch):
+    """In Triton's interpreter without a GPU; float32, whose rounding a state in lower precision would exceed."""
+    pytest.importorskip("triton")
+    torch.manual_seed(0)
+    model = LanguageModel(model_config("phase1", FUSED)).train()
+    batch, scaler = text(T=24, B=1), torch.amp.GradScaler("cpu", enabled=False)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, batch = model.to(device), [part.to(device) for part in batch]
+    with monkeypatch.context() as patch:
+        patch.setattr(ar_ssm, "fused_runs", lambda *_: False)
+        _, wanted = outcome(Passes(model, scaler, torch.float32), *batch)
+    monkeypatch.setattr(ar_ssm, "fused_runs", lambda *_: True)
+    _, found = outcome(Pieces(model, scaler, torch.float32, 14), *batch)
+    for name, gradient in wanted.items():
+        assert (found[name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-6, name
