@@ -162,16 +162,18 @@ class LanguageModel(nn.Module):
         loss, penalty = self.losses(ids, targets)
         return loss if penalty is None else loss + penalty
 
-    def losses(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+    def losses(self, ids: Tensor, targets: Tensor, state: States | None = None) -> tuple[Tensor, Tensor | None]:
         """Mean cross-entropy in nats of `targets` (B, T), -100 not scored, and in training the penalty of the rank gate.
 
         With a copy head it is that of the mixture, mean of nll - log(1 - g) - softplus(nll + o); nan if nothing is scored.
+        state: what the text before `ids` has left, or for each part what makes it; None: nothing.
         """
         # A table of its own for the output: the gradient of one for both would wait, V x D, for that of all blocks.
         shared = None if self.config.checkpointing and torch.is_grad_enabled() else self.table()
-        hidden, _, effective_rank = self._hidden(ids, shared)
+        hidden, _, effective_rank = self._hidden(ids, shared, state)
         table = self.table() if shared is None else shared
-        pointer = None if self.copy_head is None else self.copy_head(hidden, ids, targets)[:2]
+        past = None if state is None or self.copy_head is None else state[-1]
+        pointer = None if self.copy_head is None else self.copy_head(hidden, ids, targets, past)[:2]
         return self._loss(hidden, table, targets, pointer), self._penalty(effective_rank)
 
     def losses_of_piece(
@@ -291,7 +293,8 @@ class LanguageModel(nn.Module):
         new_states, ranks = [], []
         for i, block in enumerate(self.blocks):
             if recompute:
-                x, rank = _run(lambda x, block=block: block(x)[::2], x, recompute)
+                past = None if states is None else states[i]
+                x, rank = _run(lambda x, block=block, past=past: block(x, past)[::2], x, recompute)
             else:
                 x, state, rank = block(x, None if states is None else states[i])
                 if keep_states:  # they hold on to memory in proportion to T

@@ -1,5 +1,6 @@
 """AR-SSM: the adaptive-rank semiseparable sequence layer, y = (T + tril(U Vᵀ)) x per head, in O(T)."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -106,9 +107,17 @@ class ARSSM(nn.Module):
         weight = self.project.weight
         fused_runs(weight.new_empty(1, 1, len(weight), dtype=dtype), self.operator_parameters(), self.window)
 
-    def forward(self, h: Tensor, state: State | None = None) -> tuple[Tensor, State, Tensor]:
-        """(B, T, D) -> (B, T, D), the state after the last position, and the effective rank (mean of Σ g)."""
+    def forward(
+        self, h: Tensor, state: State | Callable[["ARSSM", Tensor], State] | None = None
+    ) -> tuple[Tensor, State, Tensor]:
+        """(B, T, D) -> (B, T, D), the state after the last position, and the effective rank (mean of Σ g).
+
+        state: that before the first position, None at the beginning of a text; or what makes it, given this and the projected
+            inputs: earlier positions may be on other ranks.
+        """
         proj, p = self.project(h), self.operator_parameters()
+        if callable(state):
+            state = state(self, proj)
         graphed = state is not None and isinstance(state.position, Tensor)  # a graph reads it; the kernels take a number
         if not graphed and fused_runs(proj, p, self.window):
             y, state, rank_gate = fused_ar_ssm(proj, p, window=self.window, memory=self.memory, state=state)

@@ -1,6 +1,7 @@
 """Copy head: a pointer to the last tokens of the text, mixed with the output's distribution."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -44,35 +45,38 @@ class CopyHead(nn.Module):
         self.forget_bias = nn.Parameter(torch.full((1,), FORGET_BIAS))
 
     def forward(
-        self, hidden: Tensor, ids: Tensor, targets: Tensor, state: CopyState | None = None
+        self, hidden: Tensor, ids: Tensor, targets: Tensor, state: "CopyState | MakesState | None" = None
     ) -> tuple[Tensor, Tensor, CopyState]:
         """Log-odds o and gate logit log(g / (1 - g)), (B, T) each, at least float32, and the state after the last position.
 
         o_t = log(g_t / (1 - g_t)) + log Σ_s a_ts [x_s = y_t], -inf where no token matches.
 
         Args:
-            hidden: normed final states h, (B, T, D), of positions that follow the text that left `state` (None: none).
+            hidden: normed final states h, (B, T, D).
             ids: x, (B, T).
             targets: y, (B, T); -100 matches nothing.
+            state: what the text before has left, None at the beginning; or what makes it, given this, `hidden` and `ids`.
         """
-        q, *keys = self._pointer(hidden, ids, state)
+        if callable(state):
+            state = state(self, hidden, ids)
+        q, *keys = self.queries_and_keys(hidden, ids, state)
         k, bias, ids, _ = keys
         gate = self._gate(hidden)
         past = k.shape[1] - q.shape[1]
         copied = pointer_log_probability(q, k, bias, ids, targets, window=self.window, past=past)
-        return gate + copied, gate, self._left(*keys)
+        return gate + copied, gate, self.state_of(*keys)
 
     def state_after(self, hidden: Tensor, ids: Tensor, state: CopyState | None) -> CopyState:
         """The state of `forward` alone."""
-        _, *keys = self._pointer(hidden, ids, state)
-        return self._left(*keys)
+        _, *keys = self.queries_and_keys(hidden, ids, state)
+        return self.state_of(*keys)
 
     def mixture(self, hidden: Tensor, ids: Tensor, logits: Tensor, state: CopyState | None) -> tuple[Tensor, CopyState]:
         """log p, (B, n, V), of the last n positions, those of the output's `logits` (B, n, V); and the new state.
 
         `hidden` (B, T, D) and `ids` (B, T) follow the text that left `state`.
         """
-        q, *keys = self._pointer(hidden, ids, state)
+        q, *keys = self.queries_and_keys(hidden, ids, state)
         k, bias, ids, _ = keys
         first = hidden.shape[1] - logits.shape[1]
         q, gate = q[:, first:], self._gate(hidden[:, first:])[..., None]
@@ -81,9 +85,9 @@ class CopyHead(nn.Module):
         copied = torch.zeros_like(logits).scatter_add(2, ids[:, None, :].expand_as(pointer), pointer)
         copied = copied.clamp_min(torch.finfo(copied.dtype).tiny).log()
         log_p = torch.logaddexp(F.logsigmoid(-gate) + logits.log_softmax(-1), F.logsigmoid(gate) + copied)
-        return log_p, self._left(*keys)
+        return log_p, self.state_of(*keys)
 
-    def _pointer(self, hidden: Tensor, ids: Tensor, state: CopyState | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def queries_and_keys(self, hidden: Tensor, ids: Tensor, state: CopyState | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Queries (B, T, d); of the positions in `state` and of these keys, Σ_{i≤s} f_i and ids; W2 h of the last one."""
         q, k, before = self.qkk(hidden).chunk(3, -1)
         shifted = F.pad(before, (0, 0, 1, 0)) if state is None else torch.cat([state.before, before], 1)
@@ -93,13 +97,17 @@ class CopyHead(nn.Module):
             k, bias, ids = (torch.cat(pair, 1) for pair in ((state.k, k), (state.bias, bias), (state.ids, ids)))
         return q, k, bias, ids, shifted[:, -1:]
 
-    def _left(self, k: Tensor, bias: Tensor, ids: Tensor, before: Tensor) -> CopyState:
+    def state_of(self, k: Tensor, bias: Tensor, ids: Tensor, before: Tensor) -> CopyState:
+        """What later positions need of the keys so far."""
         keep = slice(max(0, k.shape[1] - self.window), None)
         return CopyState(before, k[:, keep], bias[:, keep] - bias[:, -1:], ids[:, keep])
 
     def _gate(self, hidden: Tensor) -> Tensor:
         """w · h + b, (B, T)."""
         return _dot(hidden, self.gate) + self.gate_bias
+
+
+MakesState = Callable[[CopyHead, Tensor, Tensor], CopyState]
 
 
 def _dot(hidden: Tensor, w: Tensor) -> Tensor:
