@@ -3,7 +3,8 @@
     python benchmarks/context_parallel.py [--gpus 2] [--seq-length 262144] [--checkpointing] [--smoke]
 
 Every rank takes its stretch (phase1.training.context_parallel); rank 0 then takes the whole sequence alone. Both steps are
-forward, backward, sum of gradients, clipping and AdamW. Writes context_parallel.json into --out-dir. --smoke: tiny, also on a CPU.
+forward, backward, sum of gradients, clipping and AdamW. Writes context_parallel.json into --out-dir. --smoke: tiny sizes, also
+on a CPU.
 """
 
 import argparse

@@ -87,7 +87,9 @@ class CopyHead(nn.Module):
         log_p = torch.logaddexp(F.logsigmoid(-gate) + logits.log_softmax(-1), F.logsigmoid(gate) + copied)
         return log_p, self.state_of(*keys)
 
-    def queries_and_keys(self, hidden: Tensor, ids: Tensor, state: CopyState | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def queries_and_keys(
+        self, hidden: Tensor, ids: Tensor, state: CopyState | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Queries (B, T, d); of the positions in `state` and of these keys, Σ_{i≤s} f_i and ids; W2 h of the last one."""
         q, k, before = self.qkk(hidden).chunk(3, -1)
         shifted = F.pad(before, (0, 0, 1, 0)) if state is None else torch.cat([state.before, before], 1)

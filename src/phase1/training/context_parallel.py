@@ -65,7 +65,8 @@ class Context:
         first = max(0, T - max(math.ceil(FADED.get(wide, OF_FLOAT32) * mixer.memory), mixer.window))
         inputs = torch.cat([conv, proj[..., : mixer.channels]], 1)[:, first : first + TAPS - 1]
         none = proj.new_zeros(len(proj), H, R, P, dtype=wide)
-        nothing = State(self.start + first, inputs, none, proj.new_empty(len(proj), H, 0, R), proj.new_empty(len(proj), H, 0, P))
+        k, x = (proj.new_empty(len(proj), H, 0, width) for width in (R, P))
+        nothing = State(self.start + first, inputs, none, k, x)
         proj, p = proj[:, first:], mixer.operator_parameters()
         if first and fused_runs(proj, p, mixer.window):
             _, left, _ = fused_ar_ssm(proj, p, window=mixer.window, memory=mixer.memory, state=nothing)
@@ -97,12 +98,12 @@ class Context:
         return own._replace(before=before, k=k, bias=bias, ids=tokens)
 
     def _decay(self, log_decay: Tensor) -> Tensor:
-        """(N, B, H) log decay of every stretch -> (N, B, H) what is left of the state after each before this rank: 0 from it on."""
+        """What is left at this rank of the state after each stretch, 0 of later ones; from all log decays, (N, B, H) each."""
         left = [log_decay[j + 1 : self.rank].sum(0).exp() for j in range(self.rank)]
         return torch.stack([*left, *[torch.zeros_like(log_decay[0])] * (len(self.lengths) - self.rank)])
 
     def _earlier(self, tails: Tensor, dim: int, n: int) -> Tensor:
-        """The last n rows before this rank, or as many as there are, of the ends of all stretches, (N, B, ..., ·), rows in `dim`."""
+        """The last n rows before this rank, or what there is, from the ends of all stretches, (N, B, ...), rows in `dim`."""
         size = tails.shape[dim]
         rows = [
             tail.narrow(dim - 1, size - min(size, length), min(size, length))

@@ -97,7 +97,7 @@ def train_briefly(case: MemoryCase) -> int:
         compile_loss(state)
     batch = random_batch(case.model.vocab_size, case.batch_size, case.seq_length, "cuda")
     few = pieces_to_trace(case)  # of many pieces some are enough for all but the peak itself
-    warmup = batch if few is None else tuple(part[:, : few[0]] for part in batch)
+    warmup = batch if few is None else (batch[0][:, : few[0]], batch[1][:, : few[0]])
     for step in [*[warmup] * WARMUP_STEPS, batch]:
         train_step(state, [step])
     torch.cuda.synchronize()
