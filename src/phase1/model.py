@@ -224,17 +224,34 @@ class LanguageModel(nn.Module):
         return self.config.rank_penalty * effective_rank / self.config.ar_ssm_max_rank
 
     @torch.no_grad()
-    def nll(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Loss in nats of each target (B, T), 0 where it is -100, and the mean effective rank (None without a gate)."""
-        table = self.table()
-        hidden, _, effective_rank = self._hidden(ids, table)
+    def nll(self, ids: Tensor, targets: Tensor, piece_length: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """Loss in nats of each target (B, T), 0 where it is -100, and the mean effective rank (None without a gate).
+
+        piece_length: tokens of a text at a time, for less memory and the same losses; all of it by default, and with attention.
+        """
+        table, state = self.table(), None
+        size = ids.shape[1] if piece_length is None or self.config.mixer == "attention" else piece_length
+        losses, ranks = [], []
+        for piece, wanted in zip(ids.split(size, 1), targets.split(size, 1)):
+            nll, effective_rank, state = self._nll(piece, wanted, table, state, keep_states=size < ids.shape[1])
+            losses.append(nll)
+            ranks += [] if effective_rank is None else [effective_rank * (piece.shape[1] / ids.shape[1])]
+        return torch.cat(losses, 1), torch.stack(ranks).sum() if ranks else None
+
+    def _nll(
+        self, ids: Tensor, targets: Tensor, table: Tensor, state: States | None, keep_states: bool
+    ) -> tuple[Tensor, Tensor | None, States]:
+        """`nll` of a piece that follows the text which left `state`, and the state after it, if it is to be kept."""
+        past = None if state is None or self.copy_head is None else state[-1]
+        hidden, after, effective_rank = self._hidden(ids, table, state, keep_states)
         output, inner = self.output(hidden, table, targets)
         nll = tied_nll(*output)
         nll = (nll if inner is None else nll + inner).view(targets.shape)
         if self.copy_head is not None:
-            log_odds, gate, _ = self.copy_head(hidden, ids, targets)
+            log_odds, gate, copied = self.copy_head(hidden, ids, targets, past)
+            after.append(copied)
             nll = (nll + F.softplus(gate) - F.softplus(nll + log_odds)).where(targets != IGNORE, 0)
-        return nll, effective_rank
+        return nll, effective_rank, after
 
     def table(self) -> Tensor:
         """All rows (V, D), in the order of positions: the input's and, transposed, the output's."""

@@ -103,7 +103,10 @@ def measured(cases: dict[str, MemoryCase], session: Session) -> Iterator[tuple[s
     """The result of every case."""
     with tqdm(cases.items(), desc="memory", unit="model", disable=None) as bar:
         for role, case in bar:
-            say(bar, f"step of {role}")
+            if basis(case.vram_limit_bytes, case.dry_run) == "estimated":  # a few seconds
+                bar.set_postfix_str(role)
+            else:
+                say(bar, f"step of {role}")
             yield role, session.case(role, MemoryResult, partial(memory_result, role, case))
 
 

@@ -158,7 +158,8 @@ def scorer(run: TrainRun, valid: Corpus) -> Callable[[LanguageModel], float]:
 
     def score(model: LanguageModel) -> float:
         dtype = compute_dtype(run.precision, model.norm.weight.device)
-        return evaluate(model, split.ids, protocol, batch_size=run.micro_batch_size, dtype=dtype, label=None).loss
+        at_once = {"batch_size": run.micro_batch_size, "piece_length": run.piece_length}
+        return evaluate(model, split.ids, protocol, dtype=dtype, label=None, **at_once).loss  # type: ignore[arg-type]
 
     return score
 

@@ -237,5 +237,6 @@ def perplexity_numbers(report: Report[PerplexityResult]) -> list[str]:
 
 
 def conditions(report: Report[Any]) -> str:
-    """On what, and how known."""
-    return hardware_of(report)
+    """On what, and how known; and in what pieces the engine trains, if it does."""
+    pieces = report.run.get("piece_length")
+    return hardware_of(report) + (f", engine in pieces of {pieces:,}" if pieces else "")

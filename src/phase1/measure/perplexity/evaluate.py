@@ -118,11 +118,13 @@ def windows(ids: np.ndarray, protocol: Protocol, batch_size: int) -> Iterator[tu
 
 @torch.no_grad()
 def evaluate(
-    model: LanguageModel, ids: np.ndarray, protocol: Protocol, *, batch_size: int, dtype: torch.dtype, label: str | None = ""
-) -> Evaluation:
+    model: LanguageModel, ids: np.ndarray, protocol: Protocol, *, batch_size: int, dtype: torch.dtype, label: str | None = "",
+    piece_length: int | None = None,
+) -> Evaluation:  # fmt: skip
     """Score `ids` under `protocol`, on the model's device, autocast to `dtype` (float32: none).
 
-    `batch_size` windows at once; it does not change the result beyond rounding. No progress is shown where `label` is None.
+    `batch_size` windows at once, `piece_length` tokens of each at a time (None: all); neither changes the result beyond
+    rounding. No progress is shown where `label` is None.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -133,7 +135,8 @@ def evaluate(
     with tqdm(total=target_count(ids, protocol), **bar) as progress:
         for inputs, targets in windows(ids, protocol, batch_size):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                nll, effective_rank = model.nll(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device))
+                batch = torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
+                nll, effective_rank = model.nll(*batch, piece_length)
             scored = targets != IGNORE
             losses.append(nll.cpu().numpy()[scored])
             places.append(np.nonzero(scored)[1])

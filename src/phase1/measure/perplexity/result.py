@@ -77,7 +77,13 @@ def evaluate_checkpoint(run: PerplexityRun, key: str, folder: Path, text: Text) 
     if facts["tokenizer"] != corpus.tokenizer.fingerprint:
         raise ValueError(f"{folder} was trained with another tokenizer than {corpus.name} has now; train again with this one")
     evaluation = evaluate(
-        model.to(device), scored.ids, protocol, batch_size=run.batch_size, dtype=compute_dtype(run.precision, device), label=key
+        model.to(device),
+        scored.ids,
+        protocol,
+        batch_size=run.batch_size,
+        dtype=compute_dtype(run.precision, device),
+        label=key,
+        piece_length=run.piece_length,
     )
     if not evaluation.loss <= LARGEST_NATS:
         raise Diverged(f"{folder} gives a loss of {evaluation.loss} nats; expected at most {LARGEST_NATS:.0f}; train again")
