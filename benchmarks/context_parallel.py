@@ -20,17 +20,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from phase1.config import Ranked, TrainConfig
+from phase1.config import EngineShape, TrainConfig
 from phase1.files import atomic_write
 from phase1.measure.workload import random_batch
 from phase1.model import LanguageModel
 from phase1.roster import model_config
-from phase1.training.context_parallel import Context, ContextPasses, stretches
-from phase1.training.micro_batch import Passes
+from phase1.training.context_parallel import Context, ContextMicroBatch, stretches
+from phase1.training.micro_batch import MicroBatch
 from phase1.training.step import TrainState, make_train_state
 
 WARMUP, MEASURED, SECONDS = 3, 7, 85.0
-TINY = Ranked(
+TINY = EngineShape(
     vocab_size=300, d_model=16, n_layers=2, n_heads=2, ar_ssm_max_rank=4, ar_ssm_min_rank=2, ar_ssm_window=4, htt_rank=2,
     htt_dense_rows=4, htt_groups=10, copy_window=8,
 )  # fmt: skip
@@ -63,14 +63,14 @@ def measure(options: argparse.Namespace) -> int:
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     T = 200 if options.smoke else options.seq_length
     torch.manual_seed(0)
-    config = model_config("phase1", TINY if options.smoke else Ranked(), checkpointing=options.checkpointing)
+    config = model_config("phase1", TINY if options.smoke else EngineShape(), checkpointing=options.checkpointing)
     state = make_train_state(LanguageModel(config), TrainConfig(), device)
     state.scaler = torch.amp.GradScaler(device, init_scale=1024.0, enabled=state.scaler.is_enabled())  # no skipped step
-    whole = Passes(state.model, state.scaler, state.dtype)
+    whole = MicroBatch(state.model, state.scaler, state.dtype)
     ids, targets = random_batch(config.vocab_size, 1, T, device)
     context = Context(stretches(T, size), rank)
     own = slice(context.start, context.start + context.lengths[rank])
-    spread = ContextPasses(whole, context)
+    spread = ContextMicroBatch(whole, context)
     part = context.lengths[rank] / T
 
     def together() -> torch.Tensor:
@@ -124,11 +124,11 @@ def measure(options: argparse.Namespace) -> int:
     return 0
 
 
-def gradients(passes: Passes, ids: torch.Tensor, targets: torch.Tensor, part: float) -> torch.Tensor:
+def gradients(micro_batch: MicroBatch, ids: torch.Tensor, targets: torch.Tensor, part: float) -> torch.Tensor:
     """Add those of a stretch to the parameters; its part of the loss."""
     weight = torch.full((), part, device=ids.device)
-    objective, loss = passes.forward(ids, targets, weight, weight)
-    passes.backward(objective)
+    objective, loss = micro_batch.forward(ids, targets, weight, weight)
+    micro_batch.backward(objective)
     return loss.detach()
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from phase1.config import ModelConfig, Ranked, TrainConfig
+from phase1.config import EngineShape, ModelConfig, TrainConfig
 from phase1.files import atomic_write
 from phase1.measure.memory.case import MemoryCase
 from phase1.measure.memory.largest import probe_size
@@ -32,7 +32,7 @@ from phase1.model import LanguageModel
 from phase1.roster import model_config
 from phase1.training.step import make_train_state, train_step
 
-LARGE = Ranked(d_model=768, n_layers=12, n_heads=12)  # the class of 124M parameters with a dense table
+LARGE = EngineShape(d_model=768, n_layers=12, n_heads=12)  # the class of 124M parameters with a dense table
 WARMUP, MEASURED = 2, 3  # steps of a speed
 SHORT = 2**15  # tokens of the step that warms up a long sequence
 FILE = "pieces.json"
@@ -48,7 +48,7 @@ class Training:
     micro: int | None = None
     capped: bool = True
     compile: bool = False
-    shape: Ranked = field(default_factory=Ranked)
+    shape: EngineShape = field(default_factory=EngineShape)
     overrides: dict[str, Any] = field(default_factory=dict)
 
     def model(self) -> ModelConfig:
@@ -87,14 +87,14 @@ def speed(case: Training, limit: int) -> dict[str, Any]:
 
 def peak(role: str, piece_length: int | None, overrides: dict[str, Any], limit: int) -> dict[str, Any]:
     """Of the documented memory command, B 4 x T 2,048."""
-    found = measure_memory(MemoryCase(model_config(role, Ranked(), **overrides), 4, 2048, piece_length=piece_length))
+    found = measure_memory(MemoryCase(model_config(role, EngineShape(), **overrides), 4, 2048, piece_length=piece_length))
     return {"peak_allocated_bytes": found.peak_allocated_bytes, "needed_bytes": found.needed_bytes}
 
 
 def sequences(role: str, piece_length: int | None, start: int, overrides: dict[str, Any], limit: int) -> dict[str, Any]:
     """The most sequences of 2,048 tokens that train under the limit: at most PROBES, each a process."""
     began, budget = time.monotonic(), 110.0
-    case = MemoryCase(model_config(role, Ranked(), **overrides), 1, 2048, limit, piece_length=piece_length)
+    case = MemoryCase(model_config(role, EngineShape(), **overrides), 1, 2048, limit, piece_length=piece_length)
     late = lambda: time.monotonic() - began > budget  # noqa: E731
     probes = largest_size(lambda B: probe_size(replace(case, batch_size=B)), start, 512, limit, out_of_time=late)
     fits, refused = edge(probes, 512)

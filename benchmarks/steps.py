@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from phase1.config import ModelConfig, Ranked, TrainConfig
+from phase1.config import EngineShape, ModelConfig, TrainConfig
 from phase1.model import LanguageModel
 from phase1.roster import model_config
 from phase1.training.step import make_train_state, train_step
@@ -36,7 +36,7 @@ def main() -> None:
     overrides = {name: value == "True" if "bool" in str(types[name]) else value for name, value in settings.items()}
     B, T = options.batch_size, options.seq_length
     torch.manual_seed(0)
-    model = LanguageModel(model_config(options.role, Ranked(), **overrides))
+    model = LanguageModel(model_config(options.role, EngineShape(), **overrides))
     state = make_train_state(model, TrainConfig(compile=True, cuda_graphs=True), "cuda")
     ids = (torch.rand(B, T + 1, generator=torch.Generator().manual_seed(1)) ** 4 * 50_000).long().cuda()
     batch = [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())]

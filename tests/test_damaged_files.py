@@ -328,8 +328,8 @@ def rewritten(folder, part, change):
 
 
 @pytest.mark.parametrize("name, row, value", [
-    ("anchors", 0, 50), ("anchors", 0, -1), ("anchors", 0, 8), ("anchors", -1, 2**40), ("positions_of", 0, 50), ("positions_of", 3, -1),
-    ("positions_of", 0, 1),
+    ("anchors", 0, 50), ("anchors", 0, -1), ("anchors", 0, 8), ("anchors", -1, 2**40), ("row_of_id", 0, 50), ("row_of_id", 3, -1),
+    ("row_of_id", 0, 1),
 ])  # fmt: skip
 def test_an_index_in_a_tensor_that_no_row_has_is_refused_when_it_is_loaded(three_steps, name, row, value):
     """Row 8 is the first with anchors here: they are rows before it."""

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from phase1.config import Ranked
+from phase1.config import EngineShape
 from phase1.model import LanguageModel
 from phase1.roster import START, model_config
 from phase1.training.job import start_of
 
 V = 3000
-SHAPE = Ranked(vocab_size=V, d_model=256, n_layers=2, n_heads=4, copy_window=16, htt_dense_rows=100, htt_groups=50, ar_ssm_window=8)
+SHAPE = EngineShape(vocab_size=V, d_model=256, n_layers=2, n_heads=4, copy_window=16, htt_dense_rows=100, htt_groups=50, ar_ssm_window=8)
 SMALL = {"row_norm": 0.02 * 16, "input_scale": 1.0}  # rows of standard deviation 0.02, no factor sqrt(D)
 CALM = [SMALL, {"logit_scale": 0.1}, {"logit_scale": 0.1, "learnt_logit_scale": True}, {"logit_scale": 0.0, "learnt_logit_scale": True}]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from phase1.config import Ranked, TrainConfig
+from phase1.config import EngineShape, TrainConfig
 from phase1.model import LanguageModel
 from phase1.roster import ROLES, model_config
 from phase1.training.pieces import Pieces
@@ -11,7 +11,7 @@ from phase1.training.step import make_train_state, train_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-SMALL = Ranked(vocab_size=3001, d_model=128, n_layers=2, n_heads=2, htt_dense_rows=60, htt_groups=100)
+SMALL = EngineShape(vocab_size=3001, d_model=128, n_layers=2, n_heads=2, htt_dense_rows=60, htt_groups=100)
 # Relative RMS of all gradients together, in units of the rounding error eps of the type. The CPU's own half precision differs from
 # float64 by 17 to 51 eps here: some 20 products in a row, and a normalised output whose size can be near 0.
 EPS = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "phase1"
-LEAVES = {"advice", "errors", "files", "text", "signals"}
+LEAVES = {"advice", "errors", "files", "progress", "text", "signals"}
 SETTINGS = {"config", "presets", "roster", "runs"}
 MAY_IMPORT = {
     "text": set(),
@@ -20,21 +20,23 @@ MAY_IMPORT = {
     "roster": {"config"},
     "runs": {"config", "machine", "roster"},
     "advice": set(),
+    "tensor_names": set(),
     "cli": LEAVES | SETTINGS,
     "__main__": {"cli"},
     "ops": {"files"},  # to keep the answers of checks of kernels
-    "vocabulary": set(),
+    "progress": set(),
+    "vocabulary": {"progress"},
     "layers": {"ops", "vocabulary"},
     "model": {"config", "layers", "ops", "vocabulary"},
     "data": LEAVES | {"config"},
-    "training": LEAVES | {"config", "data", "model", "ops", "records", "vocabulary"},
+    "training": LEAVES | {"config", "data", "model", "ops", "records", "tensor_names", "vocabulary"},
     "machine": LEAVES | {"config"},
-    "records": LEAVES | {"config", "machine"},
+    "records": LEAVES | {"config", "machine", "roster"},
     "stats": {"records"},
     "checks": {"machine", "records", "roster", "stats"},
     "tables": {"config", "records", "roster", "text"},
     "generation": {"config", "data", "layers", "model", "training"},
-    "hf": {"config", "layers", "model"},
+    "hf": {"config", "layers", "model", "tensor_names"},
     "plots": {"files", "records", "roster", "tables", "text"},
     "measure": LEAVES | SETTINGS | {"data", "generation", "machine", "model", "ops", "records", "stats", "training"},
     "commands": LEAVES
@@ -116,6 +118,23 @@ def test_starting_the_command_line_loads_no_heavy_library(module):
     code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_the_public_names_load_nothing_until_they_are_used():
+    code = """
+import sys, phase1
+assert not [m for m in sys.modules if m.startswith("phase1.") or m.split(".")[0] in ("torch", "numpy", "pydantic")]
+assert set(phase1.__all__) <= set(dir(phase1))
+assert phase1.Key.__module__ == "phase1.roster" and "torch" not in sys.modules
+assert phase1.load_model.__module__ == "phase1.training.checkpoint" and "torch" in sys.modules
+assert all(getattr(phase1, name) is getattr(phase1, name) for name in phase1.__all__)
+try:
+    phase1.no_such_name
+except AttributeError as error:
+    print(error)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "module 'phase1' has no attribute 'no_such_name'"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from phase1.config import ModelConfig, Ranked
+from phase1.config import EngineShape, ModelConfig
 from phase1.layers.token_table import HTTTable
 from phase1.model import LanguageModel
 from phase1.ops.htt import htt_lookup_reference
@@ -13,7 +13,7 @@ from phase1.roster import ROLES, model_config
 from phase1.vocabulary.levels import levels
 from phase1.vocabulary.statistics import TokenStatistics
 
-TINY = Ranked(
+TINY = EngineShape(
     vocab_size=50, d_model=16, n_layers=2, n_heads=2, ar_ssm_max_rank=4, ar_ssm_min_rank=2, ar_ssm_window=4,
     htt_rank=1, htt_dense_rows=2, htt_groups=6,
 )  # fmt: skip
@@ -59,7 +59,7 @@ def test_attention_of_matrix_products_is_the_fused_one():
     ids, targets = batch()
     products.load_state_dict(fused.state_dict())
     torch.testing.assert_close(products(ids), fused(ids), rtol=1e-9, atol=1e-9)
-    gradients = [torch.autograd.grad(net.loss(ids, targets), net.blocks[0].mixer.qkv.weight) for net in (fused, products)]
+    gradients = [torch.autograd.grad(net.loss(ids, targets), net.blocks[0].mixer.in_proj.weight) for net in (fused, products)]
     torch.testing.assert_close(*gradients, rtol=1e-7, atol=1e-9)
 
 
@@ -68,8 +68,8 @@ def test_attention_of_matrix_products_is_the_fused_one():
     [("baseline", "69bfcfd1a50e"), ("baseline_optimized", "425c3320abf4"), ("phase1", "000423cfa5a7")],
 )
 def test_the_ids_of_published_results_never_change(role, config_id):
-    assert model_config(role, Ranked()).config_id == config_id
-    assert model_config({"baseline": "baseline_again", "phase1": "engine_again"}.get(role, role), Ranked()).config_id == config_id
+    assert model_config(role, EngineShape()).config_id == config_id
+    assert model_config({"baseline": "baseline_again", "phase1": "engine_again"}.get(role, role), EngineShape()).config_id == config_id
 
 
 def test_the_kind_of_attention_is_in_the_id_of_a_model_that_has_attention():
@@ -90,7 +90,7 @@ def test_pieces_continued_from_their_state_are_the_whole(role):
 def test_the_htt_table_is_one_explicit_table_for_lookup_logits_and_gradients():
     net, (ids, targets) = model(rank_penalty=0.0), batch()
     explicit = model("phase1", embedding="dense", rank_penalty=0.0)
-    rows = net.embedding.table(torch.float64)[net.embedding.positions(torch.arange(TINY.vocab_size))]
+    rows = net.embedding.table(torch.float64)[net.embedding.rows_of(torch.arange(TINY.vocab_size))]
     explicit.load_state_dict({k: v for k, v in net.state_dict().items() if not k.startswith("embedding")}, strict=False)
     explicit.embedding.rows.data.copy_(rows)
     bias = net.embedding.output_bias
@@ -226,7 +226,7 @@ def test_the_table_starts_where_its_statistics_say():
 
 def test_a_token_order_that_is_no_permutation_is_refused():
     with pytest.raises(ValueError, match="once each"):
-        LanguageModel(model_config("phase1", TINY), statistics()._replace(positions=np.zeros(50, dtype=np.int64)))
+        LanguageModel(model_config("phase1", TINY), statistics()._replace(row_of_id=np.zeros(50, dtype=np.int64)))
 
 
 def test_parameter_counts_add_up():
@@ -257,7 +257,7 @@ def test_wrong_sizes_name_the_flag_and_the_remedy(sizes, remedy):
 
 
 def rows_by_definition(table, every):
-    rows, V = list(table.rows), len(table.positions_of)
+    rows, V = list(table.rows), len(table.row_of_id)
     for i in range(len(rows), V):
         level = next(level for level in every if i < level.end)
         if level.rank:

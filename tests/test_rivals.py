@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from phase1.config import Ranked, TrainConfig
+from phase1.config import EngineShape, TrainConfig
 from phase1.layers.attention import Attention
 from phase1.layers.norm import rms_norm
 from phase1.layers.rotary import rotary, rotate
 from phase1.measure.perplexity.candidates import candidates, variant
 from phase1.model import LanguageModel
-from phase1.roster import FAIR, RIVALS, model_config, report_key
+from phase1.roster import FAIR, RIVALS, Key, model_config
 from phase1.runs import PerplexityRun
 from phase1.training.job import make_state, start_of
 from phase1.vocabulary.levels import levels
 from phase1.vocabulary.statistics import token_statistics, token_vectors
 
 V = 300
-TINY = Ranked(
+TINY = EngineShape(
     vocab_size=V, d_model=16, n_layers=2, n_heads=2, ar_ssm_max_rank=4, ar_ssm_min_rank=2, ar_ssm_window=4,
     htt_rank=2, htt_dense_rows=20, htt_groups=10, copy_window=8,
 )  # fmt: skip
@@ -46,7 +46,7 @@ def test_both_kinds_of_table_start_from_the_same_knowledge(ids, dense_rows):
     every = levels(V, 16, 2, dense_rows)
     htt = token_statistics(ids, vocab_size=V, levels=every, dim=12, seed=3)
     dense = token_vectors(ids, vocab_size=V, dim=12, seed=3)
-    id_at = np.argsort(htt.positions)
+    id_at = np.argsort(htt.row_of_id)
     assert np.array_equal(dense.log_frequency[id_at], htt.log_frequency)
     assert np.array_equal(dense.rows[id_at[:dense_rows]], htt.rows)
 
@@ -58,9 +58,9 @@ def test_a_dense_table_starts_at_the_log_frequencies_and_at_the_rows_of_the_htt_
     counts = np.bincount(ids, minlength=V)
     expected = torch.from_numpy(np.log((counts + 1) / (len(ids) + V))).float()
     torch.testing.assert_close(dense.output_bias.detach(), expected)
-    frequent = torch.argsort(htt.positions_of)[:20]
+    frequent = torch.argsort(htt.row_of_id)[:20]
     assert torch.equal(dense.rows[frequent], htt.rows) and torch.equal(
-        dense.output_bias[torch.argsort(htt.positions_of)], htt.output_bias
+        dense.output_bias[torch.argsort(htt.row_of_id)], htt.output_bias
     )
     torch.testing.assert_close(dense.rows.norm(dim=1)[counts > 0], torch.ones(np.count_nonzero(counts)))
 
@@ -74,10 +74,10 @@ def test_every_rival_is_the_baseline_with_what_its_name_says():
     run = PerplexityRun(variants=tuple(RIVALS))
     found = {candidate.key: candidate.config for candidate in candidates(run)}
     for name, own in RIVALS.items():
-        assert found[name] == replace(found["baseline"], **own) and report_key(found[name]) == name
-        assert report_key(replace(found[name], **{f: getattr(found["baseline"], f) for f in own})) == "baseline"
+        assert found[name] == replace(found["baseline"], **own) and str(Key.of(found[name])) == name
+        assert str(Key.of(replace(found[name], **{f: getattr(found["baseline"], f) for f in own}))) == "baseline"
     assert len({config.config_id for config in found.values()}) == len(found)
-    assert report_key(replace(found["transformer_fair"], attention_conv=False)) == "transformer"
+    assert str(Key.of(replace(found["transformer_fair"], attention_conv=False))) == "transformer"
 
 
 def test_settings_of_attention_are_in_no_id_of_an_engine_and_the_start_of_a_dense_table_in_none_of_htt():
@@ -98,7 +98,7 @@ def test_fair_attention_is_its_formula():
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
     h = torch.randn(2, T, D, dtype=torch.float64)
-    mixed, z = layer.qkv(h).split([3 * D, D], -1)
+    mixed, z = layer.in_proj(h).split([3 * D, D], -1)
     padded = torch.nn.functional.pad(mixed, (0, 0, 3, 0))
     mixed = layer.conv_bias + sum(padded[:, j : j + T] * layer.conv_weight[j] for j in range(4))
     q, k, v = mixed.view(2, T, 3, H, D // H).unbind(2)
@@ -107,7 +107,7 @@ def test_fair_attention_is_its_formula():
     scores = torch.einsum("bthp,bshp->bhts", rotate(q, *angles), rotate(k, *angles)) / (D // H) ** 0.5
     weights = scores.masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), -torch.inf).softmax(-1)
     y = torch.einsum("bhts,bshp->bthp", weights, v).flatten(2)
-    expected = layer.out(rms_norm(y * torch.nn.functional.silu(z), layer.norm))
+    expected = layer.out_proj(rms_norm(y * torch.nn.functional.silu(z), layer.norm))
     torch.testing.assert_close(layer(h)[0], expected, rtol=1e-9, atol=1e-9)
 
 

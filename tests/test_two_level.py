@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from phase1.config import Ranked, TrainConfig
+from phase1.config import EngineShape, TrainConfig
 from phase1.model import LanguageModel
 from phase1.ops.cross_entropy import IGNORE
 from phase1.roster import model_config
 from phase1.training.optimizers import parameter_groups
 
 # 503 - 16 x 8 = 375 rows in the tail: 94 groups of 4, the last of 3; all 320 of 5 with 64 groups
-TINY = Ranked(vocab_size=503, d_model=32, n_layers=1, n_heads=2, htt_dense_rows=8, htt_groups=100, ar_ssm_max_rank=8, htt_rank=8, htt_output="two_level")
+TINY = EngineShape(vocab_size=503, d_model=32, n_layers=1, n_heads=2, htt_dense_rows=8, htt_groups=100, ar_ssm_max_rank=8, htt_rank=8, htt_output="two_level")
 MODELS = {
     "engine": {},
     "no copy head": {"copy_head": False},
@@ -26,7 +26,7 @@ def model_and_batch(name, dtype=torch.float64, **overrides):
     torch.manual_seed(0)
     net = LanguageModel(model_config("phase1", TINY, **({"checkpointing": False} | MODELS[name] | overrides))).to(dtype)
     with torch.no_grad():
-        for parameter in (net.embedding.groups.rows, net.embedding.groups.bias, net.second_level, net.embedding.output_bias):
+        for parameter in (*net.embedding.groups.parameters(), net.embedding.output_bias):
             parameter += torch.randn_like(parameter) * 0.1  # not where it starts
     ids = torch.randint(0, net.config.vocab_size, (2, 41))
     targets = ids[:, 1:].clone()
@@ -86,14 +86,14 @@ def test_everything_else_starts_as_in_the_flat_model_of_the_same_seed():
         torch.manual_seed(0)
         states.append(LanguageModel(model_config("phase1", TINY, htt_output=form)).state_dict())
     two, flat = states
-    assert two.keys() - flat.keys() == {"second_level", "embedding.groups.rows", "embedding.groups.bias"}
+    assert two.keys() - flat.keys() == {f"embedding.groups.{name}" for name in ("rows", "bias", "down.weight", "up.weight")}
     assert all(torch.equal(two[name], tensor) for name, tensor in flat.items())
 
 
-def test_the_matrix_of_the_second_level_is_none_of_the_tables():
+def test_the_matrices_of_the_second_level_are_none_of_the_tables():
     net = model_and_batch("engine")[0]
     matrices, table, vectors = (group["params"] for group in parameter_groups(net, TrainConfig()))
-    assert any(p is net.second_level for p in matrices) and any(p is net.embedding.groups.rows for p in table)
+    assert all(any(p is part.weight for p in matrices) for part in (net.embedding.groups.down, net.embedding.groups.up)) and any(p is net.embedding.groups.rows for p in table)
     assert any(p is net.embedding.groups.bias for p in vectors)
 
 
@@ -107,10 +107,16 @@ def test_it_compiles_without_a_break():
 
 
 def test_ids_of_configurations_know_the_output_only_where_it_is_not_flat():
-    flat, two = (model_config("phase1", Ranked(), htt_output=form) for form in ("flat", "two_level"))
+    flat, two = (model_config("phase1", EngineShape(), htt_output=form) for form in ("flat", "two_level"))
     assert flat.config_id == "000423cfa5a7" and two.config_id != flat.config_id
-    dense = [model_config("baseline", Ranked(), htt_output=form).config_id for form in ("flat", "two_level")]
+    dense = [model_config("baseline", EngineShape(), htt_output=form).config_id for form in ("flat", "two_level")]
     assert dense[0] == dense[1]
+
+
+def test_the_default_table_is_ninety_percent_smaller_than_a_dense_one_with_it():
+    with torch.device("meta"):
+        table = LanguageModel(model_config("phase1", EngineShape(), htt_output="two_level")).parameter_counts()["embedding"]
+    assert table <= 0.1 * 50257 * 512
 
 
 def test_a_table_without_a_tail_has_no_groups():

@@ -1,4 +1,4 @@
-"""What to lower when memory runs out, the gentlest first."""
+"""Advice for a run that is out of memory: which settings to lower, the least costly first."""
 
 
 def smaller(*, batch: tuple[str, int] | None = None, length: tuple[str, int] | None = None, more: tuple[str, ...] = ()) -> str:

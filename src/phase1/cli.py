@@ -31,13 +31,13 @@ COMMANDS: dict[str, type[Config]] = {
     "doctor": runs.DoctorRun,
 }
 GROUPS: dict[type[Config], str] = {
-    config.Shape: "model",
-    config.Ranked: "model",
+    config.ModelShape: "model",
+    config.EngineShape: "model",
     config.ModelConfig: "model",
     config.DataConfig: "data",
     config.TrainConfig: "training",
     config.WatchConfig: "watching",
-    runs.Output: "output",
+    runs.OutputConfig: "output",
 }
 """Heading of the flags that a class declares; those of the command itself come first, under its name."""
 EXAMPLES = {
@@ -78,7 +78,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults as they are typed, and none where there is none."""
+    """Shows defaults as they are typed on the command line, and nothing for a flag without one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default in (None, (), argparse.SUPPRESS) or isinstance(action.default, bool):
@@ -102,7 +102,7 @@ def _status(name: str, argv: Sequence[str], ending: Ending) -> int:
     """The exit status of a command, whatever ends it."""
     try:
         return _run(name, parse(name, argv), ending)
-    except BrokenPipeError:  # the reader, `head` for example, has seen enough
+    except BrokenPipeError:  # the reader of the output, for example `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (Exception, KeyboardInterrupt) as error:
@@ -116,7 +116,11 @@ def _status(name: str, argv: Sequence[str], ending: Ending) -> int:
 
 
 def _run(name: str, run: Config, ending: Ending) -> int:
-    """The exit status of a command. What it imports is no garbage: to look through it, over and over, takes seconds."""
+    """Run a command and return its exit status.
+
+    The garbage collector is off while the command imports, and the imported objects are frozen: scanning PyTorch's millions of
+    objects at every collection costs seconds.
+    """
     # On a busy machine, threads that spin while they wait take the cores from the ones that work. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     gc.disable()
@@ -137,7 +141,7 @@ def _run(name: str, run: Config, ending: Ending) -> int:
 
 
 def _not_installed(error: ModuleNotFoundError) -> Exception:
-    """One line in place of a traceback; a module of this package that is missing stays an error of ours."""
+    """Report a missing package in one line; a missing module of phase1 itself is an internal error."""
     package = (error.name or "").partition(".")[0]
     if package in ("", "phase1"):
         return error
@@ -235,7 +239,7 @@ def _words(path: str, parser: _Parser, cls: type[Config]) -> list[str]:
 
 
 def _given(parser: _Parser, argv: Sequence[str], names: list[str]) -> list[str]:
-    """Those of `names` that `argv` has a value for."""
+    """The fields among `names` that `argv` sets."""
     nothing = object()
     values = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, nothing)))
     return [name for name in names if getattr(values, name) is not nothing]
@@ -256,7 +260,7 @@ def _known(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Nam
 
 
 def _group(cls: type[Config], name: str, command: str) -> str:
-    """The heading of a flag: that of the class which declares it, the command's own of any other."""
+    """The heading under which --help shows a flag: by the class that declares it, else the command's own."""
     declaring = next(base for base in cls.__mro__ if name in base.__dict__.get("__annotations__", {}))
     return GROUPS.get(declaring, command)
 
@@ -268,7 +272,7 @@ def _spellings(field: Any) -> list[str]:
 
 
 def _argument(field: Any) -> dict[str, Any]:
-    """What argparse needs to know of a dataclass field."""
+    """The arguments of `add_argument` for a dataclass field."""
     if field.metadata.get("positional"):
         return {"type": field.type, "metavar": field.name.upper()}
     kind, options = field.type, {"default": field.default}

@@ -13,7 +13,8 @@ from typing import Any, Final, Literal, TypeVar
 def option(default: Any, help: str, *, spellings: tuple[str, ...] = (), affects_results: bool = True) -> Any:
     """A field that is also a command-line flag: one line holds its name, default and help.
 
-    spellings: other flags that mean the same. affects_results: no for what changes no number of a report.
+    spellings: other flags that mean the same.
+    affects_results: false for a setting that changes no number of a report, so that --resume accepts another value.
     """
     return field(default=default, metadata={"help": help, "spellings": spellings, "affects_results": affects_results})
 
@@ -23,10 +24,8 @@ def argument(help: str) -> Any:
     return field(metadata={"help": help, "positional": True})
 
 
-LARGEST: Final = 10**15  # of any setting: what is larger is a slip, and overflows some library's integers or floats
-
-
-LARGEST_VOCABULARY: Final = 10**7  # forty times that of any published model; libraries take memory for it at once
+LARGEST: Final = 10**15  # value of any setting; a larger one is a typing error, and overflows some library's numbers
+LARGEST_VOCABULARY: Final = 10**7  # forty times that of any published model; libraries allocate for it at once
 
 
 def flag_of(name: str) -> str:
@@ -35,7 +34,7 @@ def flag_of(name: str) -> str:
 
 
 def with_home(value: Any) -> Any:
-    """`value` with ~ and ~user as the home folder where a text, or one of a tuple, is a path or NAME=PATH that begins so."""
+    """`value` with a leading ~ or ~user expanded, in a path or NAME=PATH, also inside a tuple."""
     if isinstance(value, tuple):
         return tuple(map(with_home, value))
     if not isinstance(value, str) or "~" not in value:
@@ -54,7 +53,7 @@ def require_positive(config: Any, *names: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Base of all configs, so that every class of a diamond checks its own fields."""
+    """Base of all configs. Every class checks its own fields in `__post_init__` and calls super, so bases can be combined."""
 
     def __post_init__(self) -> None:
         """Raise ValueError (expected, got, remedy) for a value out of range; subclasses call super first."""
@@ -74,27 +73,27 @@ C = TypeVar("C", bound=Config)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape(Config):
-    """What engine and baseline have in common, plus the engine's settings that no run sweeps."""
+class ModelShape(Config):
+    """The sizes that engine and baseline share, and the engine's settings that no run sweeps."""
 
     vocab_size: int = option(50257, "V, rows of the token table; at least the tokenizer's vocabulary")
     d_model: int = option(512, "D, width of the residual stream; a multiple of --n-heads")
     n_layers: int = option(8, "L, blocks of mixer and MLP")
     n_heads: int = option(8, "H, heads of the mixer")
     ar_ssm_min_rank: int = option(4, "ranks of U and V that the rank gate cannot switch off")
-    ar_ssm_window: int = option(64, "w, width of the sliding window of the local part T; 0 leaves only the diagonal")
-    ar_ssm_memory: int = option(512, "M, positions in which the state fades at least to 1/e, whatever the input")
-    copy_window: int = option(2048, "last tokens that the copy head points to, the newest among them")
+    ar_ssm_window: int = option(64, "w, width of the sliding window of the local part; 0 leaves only the diagonal")
+    ar_ssm_memory: int = option(512, "M, positions within which the state fades to 1/e or less, whatever the input")
+    copy_window: int = option(2048, "tokens that the copy head can point to: the newest ones, the current one included")
     row_norm: float = option(1.0, "norm of a row of the token table at the start")
     input_scale: float | None = option(None, "factor of the rows where they enter the blocks; by default sqrt(D)")
     logit_scale: float = option(1.0, "factor of the logits, before the output bias")
-    learnt_logit_scale: bool = option(False, "learn the factor of the logits, from --logit-scale on")
+    learnt_logit_scale: bool = option(False, "learn the factor of the logits, starting from --logit-scale")
     rank_penalty: float = option(1e-2, "weight of the L1 term on the rank gate in the training loss")
-    htt_dense_rows: int = option(1024, "K, most frequent tokens, a dense row each; falling ranks up to 16K, then the tail")
+    htt_dense_rows: int = option(1024, "K, most frequent tokens, a dense row each; falling ranks up to row 16 K, then the tail")
     htt_groups: int = option(512, "rows of the grid of the tail's tensor train, a group of similar tokens each")
     htt_output: Literal["flat", "two_level"] = option(
         "flat",
-        "softmax of an HTT table: over all rows, or over those up to 16K and the groups of the tail, then inside a group",
+        "softmax over an HTT table: flat, over all rows; two_level, over rows up to 16 K and groups, then inside a group",
     )
 
     def __post_init__(self) -> None:
@@ -114,8 +113,8 @@ class Shape(Config):
             raise ValueError("--ar-ssm-window, --rank-penalty and --htt-dense-rows must be 0 or more; got a negative number")
 
 
-def check_ranks(shape: Shape, ar_ssm_max_rank: int, htt_rank: int) -> None:
-    """Raise ValueError where a rank does not fit the shape."""
+def check_ranks(shape: ModelShape, ar_ssm_max_rank: int, htt_rank: int) -> None:
+    """Raise ValueError if a rank does not fit the shape."""
     for flag, rank in (("--ar-ssm-max-rank", ar_ssm_max_rank), ("--htt-rank", htt_rank)):
         if not 0 < rank <= shape.d_model:
             raise ValueError(f"{flag} must be between 1 and --d-model={shape.d_model}; got {rank}; give a smaller rank")
@@ -128,11 +127,11 @@ def check_ranks(shape: Shape, ar_ssm_max_rank: int, htt_rank: int) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ranked(Shape):
-    """A shape with one rank of each kind."""
+class EngineShape(ModelShape):
+    """A shape with one AR-SSM rank and one HTT rank."""
 
     ar_ssm_max_rank: int = option(32, "R, columns of U and V per head: the rank that is stored and computed")
-    htt_rank: int = option(16, "r: all ranks of the table are in proportion to it, the tensor train of the tail has 2r terms")
+    htt_rank: int = option(16, "r: every rank of the table is proportional to it; the tail's tensor train has 2 x r terms")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -140,7 +139,8 @@ class Ranked(Shape):
 
 
 HTT_FORM = "coordinates"
-"""Of the HTT rows from K to 16K: in the ids of models, so that no table is taken for one of an earlier form."""
+"""Name of the table's structure. It is hashed into `config_id`, so that a checkpoint of an older structure with the same sizes
+gets another id."""
 
 YOUNGER: dict[str, Any] = {
     "dense_start": "random",
@@ -153,25 +153,25 @@ YOUNGER: dict[str, Any] = {
     "learnt_logit_scale": False,
     "htt_output": "flat",
 }
-"""Settings younger than the published results, with the value that all models had before: it is left out of their ids."""
+"""Settings added after the published results, with the value that all models had before, which is left out of their ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(Ranked):
+class ModelConfig(EngineShape):
     """One model. Engine and baseline differ in the fields below and in nothing else."""
 
     mixer: Literal["ar_ssm", "attention"] = option("ar_ssm", "sequence layer of every block")
     embedding: Literal["htt", "dense"] = option("htt", "token table, tied to the output")
     dense_start: Literal["random", "statistics"] = option(
-        "random", "of a dense table: random rows, or what an HTT table starts from, vectors of use and biases at log frequency"
+        "random", "start of a dense table: random rows, or vectors and biases from statistics of the text, as an HTT table has"
     )
-    copy_head: bool = option(True, "mix the output's distribution with a pointer to the last tokens of the text")
-    loss: Literal["chunked", "materialized"] = option("chunked", "cross-entropy without, or with, all logits in memory")
+    copy_head: bool = option(True, "mix the output's distribution with a pointer to earlier tokens of the text")
+    loss: Literal["chunked", "materialized"] = option("chunked", "cross-entropy by chunks of tokens, or of all logits at once")
     checkpointing: bool = option(True, "recompute the activations of each block in the backward pass")
-    attention: Literal["fused", "math"] = option("fused", "of attention: the fastest kernel, or all T x T scores in memory")
-    attention_qk_norm: bool = option(False, "of attention: RMS norm of queries and keys, queries times a learnt scale")
-    attention_conv: bool = option(False, "of attention: causal convolution of 4 taps on queries, keys and values")
-    attention_gate: bool = option(False, "of attention: its result times the SiLU of a projection, and a norm of that")
+    attention: Literal["fused", "math"] = option("fused", "attention kernel: the fastest, or one that keeps all T x T scores")
+    attention_qk_norm: bool = option(False, "attention: RMS-normalise queries and keys, and scale queries by learnt factors")
+    attention_conv: bool = option(False, "attention: causal convolution of 4 taps on queries, keys and values")
+    attention_gate: bool = option(False, "attention: multiply its result by the SiLU of a projection, then normalise")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -201,7 +201,7 @@ class ModelConfig(Ranked):
 
 
 def flags(config: Config) -> str:
-    """The command line that gives `config`: arguments by place, and every flag that is not at its default."""
+    """The command line that gives `config`: positional arguments, and every flag that is not at its default."""
     words = []
     for setting in fields(config):
         value = getattr(config, setting.name)
@@ -217,7 +217,7 @@ def flags(config: Config) -> str:
 
 
 def to_toml(config: Config, origins: dict[str, str] | None = None) -> str:
-    """The file that `--config` reads: every flag that has a value, with where the value is from as a comment."""
+    """The file that `--config` reads: every flag that has a value, with the origin of the value as a comment."""
     lines = []
     for setting in fields(config):
         value, origin = getattr(config, setting.name), (origins or {}).get(setting.name)
@@ -228,7 +228,7 @@ def to_toml(config: Config, origins: dict[str, str] | None = None) -> str:
 
 
 def _toml(value: Any) -> str:
-    """JSON's numbers, strings, booleans and lists are TOML's, but for DEL."""
+    """`value` as TOML: JSON's notation for numbers, strings, booleans and lists, with DEL escaped."""
     return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
@@ -260,19 +260,21 @@ class DataConfig(Config):
         "auto is bpe for builtin and for a --vocab-size below GPT-2's 50,257, and gpt2 otherwise",
     )
     cache_dir: str = option("~/.cache/phase1", "where trained tokenizers and tokenised text are kept")
-    offline: bool = option(False, "open no network connection: a hub data set must be in the local cache")
+    offline: bool = option(
+        False, "open no network connection: a hub data set must be in the local cache", affects_results=False
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class WatchConfig(Config):
-    """What a training shows and keeps while it runs, and when it pauses; none of it changes the model."""
+    """What a training shows and records while it runs, and when it stops early; none of it changes the model."""
 
     eval_every: int | None = option(None, "steps between losses on the valid split; 0 is never, by default 20 times a run")
-    eval_tokens: int | None = option(None, "tokens that such a loss is of, whole windows; by default a 500th of --train-tokens")
+    eval_tokens: int | None = option(None, "tokens that each of these losses is of; by default a 500th of --train-tokens")
     sample_every: int = option(0, "steps between texts that the model writes, into samples.txt; 0 is never")
     prompt: str = option("", "beginning of these texts; by default that of a document")
-    max_hours: float | None = option(None, "hours of training, all sessions together, after which it pauses with a checkpoint")
-    report_to: tuple[Literal["tensorboard", "trackio"], ...] = option((), "where the course of the training goes besides")
+    max_hours: float | None = option(None, "hours of training, of all sessions, after which it saves a checkpoint and stops")
+    report_to: tuple[Literal["tensorboard", "trackio"], ...] = option((), "trackers that also get losses, speeds and samples")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -297,8 +299,8 @@ class TrainConfig(Config):
     )
     learning_rate: float = option(3e-3, "peak of the schedule: linear warm-up, then --schedule")
     table_learning_rate: float = option(3.0, "learning rate of the token table, as a multiple of the others'")
-    optimizer: Literal["adamw", "muon"] = option("adamw", "of all parameters, or Muon for the matrices of blocks")
-    schedule: Literal["cosine", "linear"] = option("cosine", "of the rate after the warm-up: a cosine to a tenth, a line to 0")
+    optimizer: Literal["adamw", "muon"] = option("adamw", "AdamW, or Muon for the matrices of blocks and AdamW for the rest")
+    schedule: Literal["cosine", "linear"] = option("cosine", "learning rate after the warm-up: cosine to a tenth, or line to 0")
     warmup_steps: int = option(100, "optimizer steps of linear warm-up, at most a tenth of the run")
     weight_decay: float = option(0.1, "decay of the matrices of linear layers; token table, norms, scales and taps have none")
     grad_clip: float = option(1.0, "largest norm of the gradient of all parameters")

@@ -1,4 +1,4 @@
-"""The errors that are not the user's mistake, what an error says, and the exit status of every kind of failure."""
+"""Errors that are not the user's mistake, their messages, and the exit status of every kind of failure."""
 
 import dis
 import sys
@@ -8,7 +8,7 @@ from phase1.text import one_line, without_private
 
 
 class Unavailable(RuntimeError):
-    """A data set, a device or a measurement cannot be had on this machine; commands exit 3 with its one line."""
+    """A data set, a device or a measurement is not available on this machine; the command prints one line and exits with 3."""
 
 
 class Diverged(Unavailable):
@@ -17,7 +17,7 @@ class Diverged(Unavailable):
 
 FAILURES: dict[type[Exception], int] = {ValueError: 2, Unavailable: 3, OSError: 4}
 """Expected failures of a command, each one line on stderr, and their exit status."""
-INTERNAL = 5  # the exit status of any other: a fault of this program, or of a module that is plugged in
+INTERNAL = 5  # exit status of every other failure: a fault of this program, or of a module that a user plugs in
 
 
 def exit_status(error: Exception) -> int:
@@ -40,7 +40,7 @@ def error_line(command: str, error: Exception) -> str:
 
 
 def report_failure(command: str, error: Exception) -> int:
-    """Say on stderr what happened, with the traceback of what nobody expected; the exit status."""
+    """Print a failure on stderr, with the traceback if it is unexpected, and return the exit status."""
     status = exit_status(error)
     if status == INTERNAL:
         traceback.print_exception(error)
@@ -49,7 +49,7 @@ def report_failure(command: str, error: Exception) -> int:
 
 
 def _raised_here(error: Exception) -> bool:
-    """Whether a `raise` of this package made `error`: not a library, and no function in C that this package called."""
+    """Whether a `raise` statement of this package raised `error`, and not a library or a C function that it called."""
     last = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next
@@ -60,7 +60,7 @@ def _raised_here(error: Exception) -> bool:
     return raised and module.partition(".")[0] == __name__.partition(".")[0]
 
 
-# what PyTorch says, other than torch.OutOfMemoryError, when memory runs out
+# messages of PyTorch's other errors that mean out of memory
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
@@ -72,5 +72,5 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """What `error` says, on one line without what is private; its type where it says nothing."""
+    """The message of `error` as one line without anything private; the error's type if the message is empty."""
     return without_private(" ".join(str(error).split()))[:600] or type(error).__name__

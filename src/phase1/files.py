@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from phase1.text import one_line
 
-MAX_JSON_BYTES = 16 * 2**20  # a report is some kilobytes; a file this large is not one
+MAX_JSON_BYTES = 16 * 2**20  # a report has some kilobytes; a larger file is not a report
 
 
 def atomic_write(path: Path | str, data: bytes) -> None:
@@ -51,7 +51,7 @@ def _machine() -> str:
 
 
 def _remove_orphans(folder: Path) -> None:
-    """Remove the temporary files in `folder` whose process of this machine is no more: it was killed while it wrote."""
+    """Remove temporary files of processes of this machine that no longer run, because they were killed while writing."""
     with contextlib.suppress(OSError):
         found = [(name, of) for name in os.listdir(folder) if (of := _TEMPORARY.fullmatch(name)) and of[1] == _machine()]
         if found:
@@ -69,7 +69,7 @@ def append_text(path: Path, text: str) -> None:
 
 
 def open_to_append(path: Path) -> BinaryIO:
-    """The file at `path`, to which a log adds line by line; what a kill leaves of a line its reader leaves out."""
+    """The file at `path`, opened to append lines; a reader must skip a last line that a killed process left incomplete."""
     return path.open("ab")
 
 
@@ -85,7 +85,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _sync(handle: int) -> None:
-    """`os.fsync`, where the file system has one for this kind of file: network and shared folders often have none."""
+    """`os.fsync`, which network and shared folders may not support: then nothing is done."""
     try:
         os.fsync(handle)
     except OSError as error:
@@ -94,10 +94,7 @@ def _sync(handle: int) -> None:
 
 
 def open_plain(path: Path | str) -> BinaryIO:
-    """Open a file for reading. Raises OSError for what is none: a pipe would keep the program waiting for ever.
-
-    A name that leads to a pipe or a device is not waited for, and a folder is named as one.
-    """
+    """Open a regular file for reading. Raises OSError for a folder, a pipe or a device, on which reading might never end."""
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
@@ -137,7 +134,7 @@ def _finite(literal: str) -> float:
 
 
 def _integer(literal: str) -> int:
-    """An integer that a float can hold too: a larger one breaks whoever divides it, as every table does."""
+    """An integer, refused if no float can hold it: tables divide every number."""
     _finite(literal)
     return int(literal)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from phase1.config import ModelConfig
 from phase1.layers.token_table import HTTTable
 from phase1.model import LanguageModel
+from phase1.tensor_names import RENAMED, pattern_of
 
 try:
     import transformers
@@ -24,9 +25,10 @@ try:
 except ImportError as error:
     raise ImportError("phase1.hf needs a package; run `pip install 'transformers>=5.24,<6'`") from error
 
-SUPPORTED = ((5, 24), (6, 0))  # from the first, before the second; 5.23 calls the cache of generate() by another name
+SUPPORTED = ((5, 24), (6, 0))  # at least the first, below the second; 5.23 has another name for the cache of generate()
 if not SUPPORTED[0] <= tuple(int(part) for part in transformers.__version__.split(".")[:2]) < SUPPORTED[1]:
     raise ImportError(f"phase1.hf needs transformers>=5.24,<6; got {transformers.__version__}; install one of these")
+OLD_NAMES = {pattern_of(old): new for old, new in RENAMED.items()}
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
 
 
@@ -107,6 +109,15 @@ class Phase1ForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
+    def from_pretrained(cls, *args: Any, key_mapping: dict[str, str] | None = None, **options: Any) -> Any:
+        """As in the base class; a folder of an earlier version, whose tensors have other names, loads too."""
+        loaded = super().from_pretrained(*args, key_mapping=OLD_NAMES | (key_mapping or {}), **options)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        used = model._weight_conversions  # save_pretrained would undo them, and write the old names
+        model._weight_conversions = [renaming for renaming in used if not OLD_NAMES.keys() & set(renaming.source_patterns)]
+        return loaded
+
+    @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
 
@@ -114,7 +125,7 @@ class Phase1ForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(module, HTTTable):  # from_pretrained fills buffers that are in no file with what was in memory
             if wrong := module.index_out_of_range():
                 raise ValueError(f"{wrong}; the file is damaged: export it again")
-            module.turn_anchors()
+            module.build_inverse_index()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embedding

@@ -38,26 +38,26 @@ MIXERS: dict[str, Callable[[ModelConfig], nn.Module]] = {
         memory=c.ar_ssm_memory,
     ),
 }
-"""Sequence layers by the name they have in `ModelConfig.mixer`: (x (B, T, D), state) -> (y, state, effective rank or None)."""
+"""The mixer for each value of `ModelConfig.mixer`, called as (x (B, T, D), state) -> (y, state, effective rank or None)."""
 
 TABLES: dict[str, Callable[[ModelConfig, TokenStatistics | TokenVectors | None], DenseTable | HTTTable]] = {
-    "dense": lambda c, known: DenseTable(
+    "dense": lambda c, statistics: DenseTable(
         c.vocab_size,
         c.d_model,
         output_bias=c.dense_start == "statistics",
-        vectors=known if isinstance(known, TokenVectors) else None,
+        vectors=statistics if isinstance(statistics, TokenVectors) else None,
     ),
-    "htt": lambda c, known: HTTTable(
+    "htt": lambda c, statistics: HTTTable(
         c.vocab_size,
         c.d_model,
         rank=c.htt_rank,
         dense_rows=c.htt_dense_rows,
         groups=c.htt_groups,
-        statistics=known if isinstance(known, TokenStatistics) else None,
+        statistics=statistics if isinstance(statistics, TokenStatistics) else None,
         two_level=c.htt_output == "two_level",
     ),
 }
-"""Token tables by the name they have in `ModelConfig.embedding`, started from what is `known` of the text; None: random."""
+"""The token table for each value of `ModelConfig.embedding`, started from statistics of the text, or at random (None)."""
 
 
 States = list[Any]
@@ -65,10 +65,10 @@ States = list[Any]
 
 
 class Rows(NamedTuple):
-    """The token table as every position of a text uses it."""
+    """All rows of the token table, computed once for many calls of `continue_from`."""
 
-    table: Tensor  # (V, D), in the order of positions
-    order: Tensor  # (V,) position of every id
+    table: Tensor  # (V, D), in the order of rows
+    row_of_id: Tensor  # (V,)
 
 
 class Block(nn.Module):
@@ -81,7 +81,7 @@ class Block(nn.Module):
         self.mlp = MLP(config.d_model)
 
     def prove_kernels(self, dtype: torch.dtype) -> None:
-        """Let the mixer's kernels check themselves for inputs of `dtype`, as they else do at their first eager call."""
+        """Run the self-check of the mixer's kernels for inputs of `dtype`; without this it runs at their first eager call."""
         if isinstance(self.mixer, ARSSM):
             self.mixer.prove_kernels(dtype)
 
@@ -98,7 +98,7 @@ class LanguageModel(nn.Module):
     Args:
         config: sizes, mixer, table, loss and checkpointing.
         statistics: of the training text (phase1.vocabulary.statistics): TokenStatistics for an HTT table, TokenVectors for a
-            dense one that starts from them; None: random, where costs are measured or a checkpoint is loaded.
+            dense one that starts from them; None, to measure costs or to load a checkpoint: a random start.
     """
 
     def __init__(self, config: ModelConfig, statistics: TokenStatistics | TokenVectors | None = None) -> None:
@@ -115,15 +115,14 @@ class LanguageModel(nn.Module):
         # last, so that equal seeds give the rest of the model equal weights with and without it
         key_dim = config.d_model // config.n_heads  # as wide as a head of the mixer
         self.copy_head = CopyHead(config.d_model, key_dim, config.copy_window) if config.copy_head else None
-        two_level = config.embedding == "htt" and config.htt_output == "two_level"
-        self.second_level = nn.Parameter(torch.eye(config.d_model)) if two_level else None  # W of layers/two_level.py
+        self.two_level = config.embedding == "htt" and config.htt_output == "two_level"
 
     def _initialize(self) -> None:
         std = 0.02 * math.sqrt(512 / self.config.d_model)
         for name, module in self.blocks.named_modules():
             if isinstance(module, nn.Linear) and module.bias is None:
-                # the two projections per block that write to the residual stream keep its size over L blocks
-                is_out = name.endswith(".out")
+                # the two projections of a block that add to the residual stream are scaled so that it keeps its size
+                is_out = name.endswith((".out_proj", ".down_proj"))
                 nn.init.normal_(module.weight, std=std / math.sqrt(2 * self.config.n_layers) if is_out else std)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -138,24 +137,24 @@ class LanguageModel(nn.Module):
         With a copy head they are the log-probabilities of its mixture.
 
         Args:
-            rows: what `rows()` gives, for many calls with the same weights.
-            last: only the logits of the last position, (B, 1, V); no more are computed.
+            rows: the result of `rows()`, to build the table once for many calls with the same weights.
+            last: compute the logits of the last position only, (B, 1, V).
         """
-        table, order = self.rows() if rows is None else rows
+        table, row_of_id = self.rows() if rows is None else rows
         past = None if states is None or self.copy_head is None else states[-1]  # the others are the blocks'
         hidden, states, _ = self._hidden(ids, table, states, keep_states=True)
         dtype = _compute_dtype(hidden)
-        shown = hidden[:, -1 if last else 0 :]
-        logits = self._logits(self._scaled(shown).to(dtype), table.to(dtype))[..., order]
+        wanted = hidden[:, -1 if last else 0 :]
+        logits = self._logits(self._scaled(wanted).to(dtype), table.to(dtype))[..., row_of_id]
         if self.copy_head is None:
             return logits, states
         logits, state = self.copy_head.mixture(hidden, ids, logits, past)
         return logits, [*states, state]
 
     def rows(self) -> Rows:
-        """The token table and the position of every id in it, for `continue_from`."""
-        every_id = torch.arange(self.config.vocab_size, device=self.norm.weight.device)
-        return Rows(self.table(), self.embedding.positions(every_id))
+        """The token table and the row of every id in it, for `continue_from`."""
+        all_ids = torch.arange(self.config.vocab_size, device=self.norm.weight.device)
+        return Rows(self.table(), self.embedding.rows_of(all_ids))
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """What training minimises: the cross-entropy of `losses` and, in training, the penalty of the rank gate."""
@@ -168,7 +167,8 @@ class LanguageModel(nn.Module):
         With a copy head it is that of the mixture, mean of nll - log(1 - g) - softplus(nll + o); nan if nothing is scored.
         state: what the text before `ids` has left, or for each part what makes it; None: nothing.
         """
-        # A table of its own for the output: the gradient of one for both would wait, V x D, for that of all blocks.
+        # Rebuild the table for the output: the (V, D) gradient of a table shared with the lookup would stay allocated
+        # through the backward pass of all blocks.
         shared = None if self.config.checkpointing and torch.is_grad_enabled() else self.table()
         hidden, _, effective_rank = self._hidden(ids, shared, state)
         table = self.table() if shared is None else shared
@@ -205,17 +205,17 @@ class LanguageModel(nn.Module):
         """Mean cross-entropy; `pointer`: log-odds and gate of the copy head, None without one."""
         op = tied_cross_entropy if self.config.loss == "chunked" else tied_cross_entropy_reference
         output, inner = self.output(hidden, table, targets)
-        rest = None if inner is None else inner.view(targets.shape)  # of the loss of each target
+        added = None if inner is None else inner.view(targets.shape)  # terms of each target's loss besides `op`'s
         log_odds = None
         if pointer is not None:
             log_odds, gate = pointer
             # -log(p q + exp(o)) = -log q - log(p + exp(o - log q)) for levels p and q
-            log_odds = (log_odds if rest is None else log_odds + rest).flatten()
-            rest = F.softplus(gate) if rest is None else F.softplus(gate) + rest
+            log_odds = (log_odds if added is None else log_odds + added).flatten()
+            added = F.softplus(gate) if added is None else F.softplus(gate) + added
         loss = op(*output, log_odds)
-        if rest is not None:
+        if added is not None:
             scored = targets != IGNORE
-            loss = loss + (rest * scored).sum() / scored.sum().clamp(min=1)
+            loss = loss + (added * scored).sum() / scored.sum().clamp(min=1)
         return loss
 
     def _penalty(self, effective_rank: Tensor | None) -> Tensor | None:
@@ -254,37 +254,38 @@ class LanguageModel(nn.Module):
         return nll, effective_rank, after
 
     def table(self) -> Tensor:
-        """All rows (V, D), in the order of positions: the input's and, transposed, the output's."""
+        """The token table (V, D), used for the input and, transposed, for the output."""
         return self.embedding.table(_compute_dtype(self.norm.weight))
 
     def output(
         self, hidden: Tensor, table: Tensor, targets: Tensor
     ) -> tuple[tuple[Factors, Tensor, Tensor | None], Tensor | None]:
-        """Arguments of the cross-entropy: states (N, D) times the table, the targets' positions in it, and its bias.
+        """Arguments of the cross-entropy: its factors, the targets' rows (N,) and the output bias (V,); and None.
 
-        With two levels those of the first, and the losses in the second, (N,), 0 for targets before the tail.
+        For a two-level output the arguments are the first level's, and instead of None comes the loss of each target in the
+        second, (N,), 0 for targets before the tail.
         """
         states = self._scaled(hidden).flatten(0, 1).to(_compute_dtype(hidden))
-        positions = self.embedding.positions(targets).flatten()
-        if self.second_level is None:
-            return (self.embedding.factors(states, table), positions, self.embedding.output_bias), None
+        rows = self.embedding.rows_of(targets).flatten()
+        if not self.two_level:
+            return (self.embedding.factors(states, table), rows, self.embedding.output_bias), None
         levels = self._levels(states, table)
         start = len(table) - levels.groups.n
-        inside = positions - start
-        columns = torch.where(inside < 0, positions, start + inside // levels.groups.size)
+        inside = rows - start
+        columns = torch.where(inside < 0, rows, start + inside // levels.groups.size)
         fused = self.config.loss == "chunked"
-        inner = levels.groups.nll(F.linear(states, self.second_level), levels.tail, levels.tail_bias, inside, fused)
+        inner = levels.groups.nll(levels.groups.states(states), levels.tail, levels.tail_bias, inside, fused)
         return (levels.factors, columns, levels.bias), inner
 
     def _logits(self, hidden: Tensor, table: Tensor) -> Tensor:
-        """(B, T, V) in the order of positions; with two levels the log-probabilities, which are logits too."""
-        if self.second_level is None:
+        """Logits (B, T, V) in the order of rows; log-probabilities if the output has two levels."""
+        if not self.two_level:
             logits = hidden @ table.T
             return logits if self.embedding.output_bias is None else logits + self.embedding.output_bias
         levels = self._levels(hidden, table)
         first = torch.cat([h @ rows.to(h.dtype).T for h, rows in levels.factors], -1) + levels.bias
         head, of_groups = first.log_softmax(-1).split([len(table) - levels.groups.n, len(levels.groups.rows)], -1)
-        states = F.linear(hidden, self.second_level)
+        states = levels.groups.states(hidden)
         return torch.cat([head, levels.groups.log_probabilities(of_groups, states, levels.tail, levels.tail_bias)], -1)
 
     def _levels(self, hidden: Tensor, table: Tensor) -> OutputLevels:
@@ -292,7 +293,7 @@ class LanguageModel(nn.Module):
         return self.embedding.levels_of_output(hidden, table)
 
     def _scaled(self, hidden: Tensor) -> Tensor:
-        """States times the factor of the logits."""
+        """`hidden` times the factor of the logits."""
         if self.logit_scale is not None:
             return hidden * self.logit_scale
         return hidden if self.config.logit_scale == 1 else hidden * self.config.logit_scale
@@ -300,9 +301,9 @@ class LanguageModel(nn.Module):
     def _hidden(
         self, ids: Tensor, table: Tensor | None, states: list[Any] | None = None, keep_states: bool = False
     ) -> tuple[Tensor, list[Any], Tensor | None]:
-        """Final states (B, T, D), the blocks' states if they are to be kept, and the effective rank over all layers.
+        """Final hidden states (B, T, D), the blocks' states if `keep_states`, and the mean effective rank of all layers.
 
-        Without a `table` the lookup, which then builds one, and the blocks are computed again in the backward pass.
+        If `table` is None, the lookup (which builds a table for itself) and the blocks are recomputed in the backward pass.
         """
         self._check(ids)
         recompute = table is None
@@ -322,7 +323,7 @@ class LanguageModel(nn.Module):
         return self.norm(x), new_states, effective_rank
 
     def _embed(self, ids: Tensor, table: Tensor | None) -> Tensor:
-        rows = F.embedding(self.embedding.positions(ids), self.table() if table is None else table)
+        rows = F.embedding(self.embedding.rows_of(ids), self.table() if table is None else table)
         return rows.to(self.norm.weight.dtype)  # blocks add to it: not in half precision
 
     def _check(self, ids: Tensor) -> None:
@@ -359,11 +360,11 @@ def _named(choices: dict[str, Choice], flag: str, name: str) -> Choice:
 
 
 def _run(function: Any, argument: Tensor, recompute: bool) -> Any:
-    # nothing here draws random numbers, and saving the generators' states for every block takes longer than some blocks
+    # preserve_rng_state=False: no block draws random numbers, and saving the generators takes longer than some blocks
     return checkpoint(function, argument, use_reentrant=False, preserve_rng_state=False) if recompute else function(argument)
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The autocast type where autocast is on, else the tensor's own."""
+    """The autocast type if autocast is on, else the tensor's own."""
     device = tensor.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype

@@ -29,7 +29,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "throughput": {"batch_size": 8, "seq_lengths": (512, 1024, 2048, 4096, 8192), "quadratic_control": True},
         "perplexity": {"batch_size": 16, "micro_batch_size": 16, "seq_length": 1024},
     },
-    "smoke": {  # six minutes on two CPU cores; memory is an estimate there, so it can afford the documented sizes
+    "smoke": {  # six minutes on two CPU cores; memory is only estimated there, so its sizes can be the documented ones
         "memory": {},
         "throughput": SMOKE_SHAPE
         | {"batch_size": 1, "seq_lengths": (256, 512, 1024, 2048, 4096), "warmup_steps": 1, "measure_steps": 9},

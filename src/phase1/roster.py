@@ -1,9 +1,11 @@
-"""Every model that a run compares: what it changes, and the key it has in a result file."""
+"""Every model that a run compares: what it changes, and its key in a result file."""
 
-from dataclasses import fields
-from typing import Any, Literal
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
 
-from phase1.config import YOUNGER, ModelConfig, Ranked, Shape
+from phase1.config import YOUNGER, EngineShape, ModelConfig, ModelShape
 
 TRANSFORMER: dict[str, Any] = {"mixer": "attention", "embedding": "dense", "copy_head": False}
 ROLES: dict[str, dict[str, Any]] = {
@@ -12,10 +14,10 @@ ROLES: dict[str, dict[str, Any]] = {
     "baseline_fast": TRANSFORMER | {"loss": "chunked", "checkpointing": False},
     "phase1": {"mixer": "ar_ssm", "embedding": "htt", "copy_head": True, "loss": "chunked", "checkpointing": True},
 }
-"""The models a run compares, by the key they have in a result file (docs/design.md, "Definitions")."""
+"""The models that memory and throughput compare, by their key in a result file (docs/design.md, "Definitions")."""
 
 TRANSFORMERS = tuple(role for role in ROLES if role != "phase1")
-"""Roles that the engine is compared with, each fast or small in its own way."""
+"""The roles that the engine is compared with: the plain Transformer, the small one and the fast one."""
 
 COMPILED = frozenset({"baseline_fast"})
 """Roles that are compiled on a GPU, whatever --compile says: the fastest a Transformer can be made with a flag."""
@@ -25,48 +27,111 @@ CONTROLS: dict[str, dict[str, Any]] = {
     "baseline_again": ROLES["baseline"],
     "engine_again": ROLES["phase1"],
 }
-"""Models that test the measurement, not the engine: one that is quadratic beyond doubt, and second copies."""
+"""Models that test the measurement, not the engine: one that is certainly quadratic, and second copies of two others."""
 
 
-def model_config(role: str, shape: Shape, **overrides: Any) -> ModelConfig:
-    """The model of `role` with the sizes of `shape` (ranks too, where `shape` has them)."""
-    sizes = {f.name: getattr(shape, f.name) for f in fields(Ranked) if hasattr(shape, f.name)}
+def model_config(role: str, shape: ModelShape, **overrides: Any) -> ModelConfig:
+    """The model of `role` with the sizes of `shape`, and its ranks if it has any."""
+    sizes = {f.name: getattr(shape, f.name) for f in fields(EngineShape) if hasattr(shape, f.name)}
     return ModelConfig(**(sizes | (ROLES | CONTROLS)[role] | overrides))
 
 
-Variant = Literal[
-    "ar_ssm_dense", "ar_ssm_dense_no_copy", "attention_htt", "no_gate", "no_copy", "equal_parameters",
-    "transformer_copy", "transformer_start", "transformer_start_copy", "transformer_fair", "transformer_fair_copy",
-]  # fmt: skip
-
 START: dict[str, Any] = {"dense_start": "statistics"}
 FAIR: dict[str, Any] = START | {"attention_qk_norm": True, "attention_conv": True, "attention_gate": True}
-RIVALS: dict[str, dict[str, Any]] = {
-    "transformer_copy": {"copy_head": True},
-    "transformer_start": START,
-    "transformer_start_copy": START | {"copy_head": True},
-    "transformer_fair": FAIR,
-    "transformer_fair_copy": FAIR | {"copy_head": True},
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A further model of a perplexity comparison: `change` of the config of `base`."""
+
+    base: Literal["baseline", "phase1"]
+    change: Mapping[str, Any] | Callable[[ModelConfig], Mapping[str, Any]]
+    judged: bool = False  # by a limit of checks/limits.py; a model without is a reference for others
+
+
+VARIANTS: dict[str, Entry] = {
+    "ar_ssm_dense": Entry("phase1", {"embedding": "dense"} | START, judged=True),
+    "ar_ssm_dense_no_copy": Entry("phase1", {"embedding": "dense", "copy_head": False} | START),
+    "attention_htt": Entry("phase1", {"mixer": "attention"}, judged=True),
+    "no_gate": Entry("phase1", lambda engine: {"ar_ssm_min_rank": engine.ar_ssm_max_rank}),
+    "no_copy": Entry("phase1", {"copy_head": False}),
+    "equal_parameters": Entry("phase1", {}, judged=True),  # and as many layers as fit: measure/perplexity/candidates.py
+    "transformer_copy": Entry("baseline", {"copy_head": True}),
+    "transformer_start": Entry("baseline", START),
+    "transformer_start_copy": Entry("baseline", START | {"copy_head": True}),
+    "transformer_fair": Entry("baseline", FAIR),
+    "transformer_fair_copy": Entry("baseline", FAIR | {"copy_head": True}),
 }
-"""What Transformers have that the baseline lacks: the engine's start, and all that AR-SSM's block has and attention lacks."""
+"""The choices of --variants. A Transformer here has what the baseline lacks: the engine's copy head, its start, or (fair) all
+that AR-SSM's block has and attention lacks."""
+
+if TYPE_CHECKING:
+    Variant = str
+else:
+    Variant = Literal[tuple(VARIANTS)]
+
+RIVALS: dict[str, dict[str, Any]] = {
+    name: dict(entry.change) for name, entry in VARIANTS.items() if entry.base == "baseline" and not callable(entry.change)
+}
+"""The Transformers among the variants, by what they change of the baseline."""
 
 
-def report_key(config: ModelConfig) -> str:
-    """The key of a model in a perplexity report; `transformer` is one that no run of a comparison makes."""
-    if (config.mixer, config.embedding) == ("attention", "dense"):
-        extras = {name: getattr(config, name) for name in FAIR | {"copy_head": True}}
-        plain = {name: YOUNGER.get(name, False) for name in extras}
-        if extras == plain:
-            return "baseline"
-        return next((key for key, own in RIVALS.items() if plain | own == extras), "transformer")
-    if config.mixer == "attention":
-        return "attention_htt"
-    if config.embedding == "dense":
-        return "ar_ssm_dense" if config.copy_head else "ar_ssm_dense_no_copy"
-    return f"phase1_htt{config.htt_rank}_ar{config.ar_ssm_max_rank}"
+@dataclass(frozen=True)
+class Key:
+    """The name of a model in a report, `baseline`, `phase1_htt16_ar32_seed1` or `no_gate`: parsed here and nowhere else."""
 
+    name: str  # a role, a variant, a control, or what a user calls a model
+    htt_rank: int | None = None  # of an engine in a perplexity report, which may sweep ranks
+    ar_ssm_rank: int | None = None
+    seed: int | None = None  # of a repetition; the first training of a run has none
 
-def repetition(key: str) -> tuple[str, str]:
-    """The plain part of a perplexity result's key, and its `_seed…` or nothing: models of one repetition belong together."""
-    plain, mark, seed = key.partition("_seed")
-    return plain, mark + seed
+    @classmethod
+    def parse(cls, text: str) -> "Key":
+        """The key that `str` gives back as `text`; text of no special form is a name."""
+        name, seed = re.fullmatch(r"(.*?)(?:_seed(0|[1-9]\d{0,8}))?", text, re.DOTALL).groups()  # type: ignore[union-attr]
+        repetition = None if seed is None else int(seed)
+        if ranks := re.fullmatch(r"phase1_htt([1-9]\d{0,8})_ar([1-9]\d{0,8})", name):
+            return cls("phase1", int(ranks[1]), int(ranks[2]), repetition)
+        return cls(name, seed=repetition)
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> "Key":
+        """The key of `config` in a perplexity report; `transformer` is one that no run of a comparison makes."""
+        if (config.mixer, config.embedding) == ("attention", "dense"):
+            extras = {name: getattr(config, name) for name in FAIR | {"copy_head": True}}
+            plain = {name: YOUNGER.get(name, False) for name in extras}
+            if extras == plain:
+                return cls("baseline")
+            return cls(next((name for name, change in RIVALS.items() if plain | change == extras), "transformer"))
+        if config.mixer == "attention":
+            return cls("attention_htt")
+        if config.embedding == "dense":
+            return cls("ar_ssm_dense" if config.copy_head else "ar_ssm_dense_no_copy")
+        return cls("phase1", config.htt_rank, config.ar_ssm_max_rank)
+
+    def __str__(self) -> str:
+        return self.model + ("" if self.seed is None else f"_seed{self.seed}")
+
+    @property
+    def model(self) -> str:
+        """The key without its seed: what the trainings of one model have in common."""
+        return self.name if self.ranks is None else f"{self.name}_htt{self.htt_rank}_ar{self.ar_ssm_rank}"
+
+    @property
+    def ranks(self) -> tuple[int, int] | None:
+        """HTT rank and AR-SSM rank, if the key has them."""
+        return None if self.htt_rank is None or self.ar_ssm_rank is None else (self.htt_rank, self.ar_ssm_rank)
+
+    @property
+    def is_engine(self) -> bool:
+        return self.name == "phase1"
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether this is one of the Transformers that the engine is compared with, or a second copy of one."""
+        return self.name in (*TRANSFORMERS, "baseline_again")
+
+    @property
+    def baseline(self) -> "Key":
+        """The baseline that this model is compared with in quality: the one of the same seed."""
+        return Key("baseline", seed=self.seed)

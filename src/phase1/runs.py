@@ -7,9 +7,9 @@ from typing import Literal
 from phase1.config import (
     Config,
     DataConfig,
+    EngineShape,
     ModelConfig,
-    Ranked,
-    Shape,
+    ModelShape,
     TrainConfig,
     WatchConfig,
     argument,
@@ -26,33 +26,33 @@ PIECES = option(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Output(Config):
+class OutputConfig(Config):
     """Where results go."""
 
     out_dir: str = option("results/benchmarks", "folder of the result files", affects_results=False)
     baseline: bool = option(True, "measure the Transformer baselines too")
     resume: bool = option(
-        False, "go on with what an interrupted run of the same config, code and data has finished", affects_results=False
+        False, "keep the finished cases of an interrupted run of the same config, code and data", affects_results=False
     )
     verbose: bool = option(False, "print every table, not only the answer", affects_results=False)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemoryRun(Ranked, Output):
+class MemoryRun(EngineShape, OutputConfig):
     """Peak memory of a training step: engine, FP16 Transformer and optimised Transformer, each in a fresh process."""
 
     batch_size: int = option(4, "B, sequences per step")
     seq_length: int = option(2048, "T, tokens per sequence")
     gradient_checkpointing: bool = option(True, "recompute the engine's activations in the backward pass")
     piece_length: int | None = PIECES
-    vram_limit: str | None = option(None, "let every model have so much of the card and no more: 8GB, 7.2GB, 8GiB or bytes")
+    vram_limit: str | None = option(None, "cap the GPU memory of each model, for example 8GB, 7.2GB, 8GiB or bytes")
     card: str | None = option(
         None,
         'hold every model to the usable bytes of that card, for example "RTX 4060", and check that it fits; list names all',
     )
     fit: bool = option(False, "find the largest batch at --seq-length and the longest sequence at a batch of 1 that train")
-    dry_run: bool = option(False, "estimate without running anything, also where there is a GPU; without one it always does")
-    ablate: bool = option(False, "also change one component at a time in baseline and engine: who saves what")
+    dry_run: bool = option(False, "estimate without running anything, even if there is a GPU; without one it always estimates")
+    ablate: bool = option(False, "also measure baseline and engine with one component changed at a time: which saves how much")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,7 +66,7 @@ class MemoryRun(Ranked, Output):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ThroughputRun(Ranked, Output):
+class ThroughputRun(EngineShape, OutputConfig):
     """Training throughput over sequence lengths, and whether the time is linear in the length."""
 
     seq_lengths: tuple[int, ...] = option(
@@ -80,10 +80,10 @@ class ThroughputRun(Ranked, Output):
     )
     compile: bool = option(
         False,
-        "torch.compile every model; without, on a GPU, baseline_fast alone; compilation is not in the times",
+        "torch.compile every model; by default only baseline_fast, on a GPU; compilation is not in the times",
     )
     cuda_graphs: bool | None = option(
-        None, "launch every step's passes as two CUDA graphs: times of the GPU, not of the host; by default on a GPU"
+        None, "launch forward and backward as two CUDA graphs, so that the host does not limit the speed; by default on a GPU"
     )
     piece_length: int | None = PIECES
     save_plots: bool = option(False, "write phase1_throughput_comparison.png", affects_results=False)
@@ -93,7 +93,8 @@ class ThroughputRun(Ranked, Output):
     )
     a_a: bool = option(False, "measure a second copy of the baseline (of the engine with --no-baseline): they must not differ")
     quadratic_control: bool = option(
-        False, "measure attention that holds all T x T scores: it must be found not linear; slow, and memory grows with T x T"
+        False,
+        "measure attention that keeps all T x T scores: it must be found not linear; slow, memory grows with T x T",
     )
 
     def __post_init__(self) -> None:
@@ -104,10 +105,10 @@ class ThroughputRun(Ranked, Output):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerplexityRun(Shape, DataConfig, TrainConfig, Output):
+class PerplexityRun(ModelShape, DataConfig, TrainConfig, OutputConfig):
     """Perplexity of trained models on one evaluation text, engine against the FP16 Transformer."""
 
-    baseline_learning_rate: float = option(1.5e-3, "--learning-rate of models with attention: their best is another")
+    baseline_learning_rate: float = option(1.5e-3, "--learning-rate of models with attention, whose best value differs")
     gradient_checkpointing: bool = option(True, "recompute the engine's activations in the backward pass: slower, less memory")
     max_samples: int | None = option(None, "windows of --seq-length tokens to evaluate; all by default")
     seq_length: int = option(512, "T, tokens per window in evaluation, and in the training of what is not trained yet")
@@ -192,12 +193,12 @@ class GenerateRun(Config):
     prompt: str | None = option(None, "text to go on from; without one the beginning of a document")
     prompt_file: str | None = option(None, "file with the text to go on from, UTF-8; - is standard input")
     max_tokens: int = option(200, "tokens per sample; fewer where the model ends the document")
-    samples: int = option(1, "texts, each as if it were the only one")
-    temperature: float = option(0.8, "below 1 the likelier tokens become likelier still; 0 takes the likeliest")
+    samples: int = option(1, "texts to generate, each independent of the others")
+    temperature: float = option(0.8, "below 1 likely tokens become likelier; 0 always takes the likeliest")
     top_k: int | None = option(None, "draw from the K likeliest tokens only")
-    top_p: float | None = option(None, "draw from the fewest likeliest tokens that have so much of the probability together")
+    top_p: float | None = option(None, "draw from the fewest likeliest tokens whose probabilities sum to this")
     seed: int = option(0, "seed of the draws: the same text again on the same machine")
-    copy_head: bool = option(True, "mix the copy head in, where the model has one; without, what the rest of it says")
+    copy_head: bool = option(True, "use the copy head, if the model has one")
     tokenizer: str | None = option(None, "gpt2 or a folder with tokenizer.json, for a checkpoint of an earlier version")
     precision: Literal["auto", "fp16", "bf16", "fp32"] = option("auto", "autocast type; auto is fp16 on CUDA, fp32 on the CPU")
     cuda_graphs: bool = option(False, "launch every step as one CUDA graph: faster on a GPU")
@@ -225,7 +226,7 @@ class ExportRun(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PipelineRun(Output):
+class PipelineRun(OutputConfig):
     """Memory, throughput, perplexity and tables, one after the other."""
 
     preset: Literal["rtx3080-10g", "rtx3080m-8g", "rtx4090-24g", "smoke"] = option("rtx3080-10g", "sizes of every step")
@@ -235,7 +236,9 @@ class PipelineRun(Output):
     )
     dataset_config: str | None = option(None, "configuration of a hub data set")
     tokenizer: str = option("auto", "of the perplexity step: auto, gpt2, bpe or a folder with tokenizer.json")
-    offline: bool = option(False, "open no network connection: a hub data set must be in the local cache")
+    offline: bool = option(
+        False, "open no network connection: a hub data set must be in the local cache", affects_results=False
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

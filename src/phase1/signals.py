@@ -1,4 +1,4 @@
-"""Signals that end a run: each is an interrupt, so that files are whole, what is finished is kept, and a line says so."""
+"""Turn every signal that ends a run into KeyboardInterrupt, so that files stay whole and finished work is kept."""
 
 import os
 import signal
@@ -8,22 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
-ENDING: Final = tuple(
-    number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None
-)
-"""Ctrl-C, `kill` or the end of a job, and a terminal that closes; what the system has of them."""
+ENDING: Final = tuple(number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None)
+"""Signals of Ctrl-C, of `kill` or the end of a job, and of a closing terminal, as far as the system has them."""
 
 
 class Ending:
-    """Whether one of `ENDING` has `come`: a library's callback may raise another error in place of the interrupt."""
+    """`come`: whether a signal of `ENDING` has arrived, because a library may turn the interrupt into another error."""
 
     def __init__(self) -> None:
         self.come = self.waits = False
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Within the block a signal is only noted, and interrupts at its end: an exception while a library in C++ is imported
-        would abort the process."""
+        """Delay the interrupt to the end of the block: an exception during the import of a C++ library aborts the process."""
         self.waits = True
         try:
             yield
@@ -35,7 +32,7 @@ class Ending:
 
 @contextmanager
 def ending_signals_interrupt() -> Iterator[Ending]:
-    """Within the block the first of `ENDING` raises KeyboardInterrupt, and a second one does what it did before the block.
+    """Raise KeyboardInterrupt at the first signal of `ENDING` within the block; a second one acts as it did before the block.
 
     A signal that is ignored stays so, and a block outside the main thread changes nothing.
     """
@@ -58,7 +55,7 @@ def ending_signals_interrupt() -> Iterator[Ending]:
 
 
 def handlers() -> dict[int, Any]:
-    """What each of `ENDING` does now, without those that are ignored; nothing outside the main thread, which gets none."""
+    """The present handlers of `ENDING`, without ignored signals; empty outside the main thread, which gets no signals."""
     if threading.current_thread() is not threading.main_thread():
         return {}
     known = {number: signal.getsignal(number) for number in ENDING}
@@ -66,13 +63,13 @@ def handlers() -> dict[int, Any]:
 
 
 def restore(before: dict[int, Any]) -> None:
-    """Put `handlers` back."""
+    """Reinstall the handlers that `handlers` returned."""
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 def forget_terminal(number: int) -> None:
-    """Where a signal says that the terminal is gone, send what is printed nowhere: a write to it would be an error."""
+    """If the signal means that the terminal is gone, redirect what is printed to nowhere: writing to it would fail."""
     if number != getattr(signal, "SIGHUP", None):
         return
     null = os.open(os.devnull, os.O_WRONLY)

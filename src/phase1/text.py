@@ -40,7 +40,7 @@ codecs.register_error("phase1.ascii", _in_ascii)
 
 @contextmanager
 def printable_output() -> Iterator[None]:
-    """Within the block no print fails on its encoding: a Japanese Windows gets "R^2" for "R²", and "?" for the unknown."""
+    """Within the block no print fails on its encoding: a Japanese Windows gets "R^2" for "R²", and "?" for what it lacks."""
     changed: list[tuple[Any, Any]] = []
     for stream in (sys.stdout, sys.stderr):
         if getattr(stream, "errors", None) in ("strict", "surrogateescape") and hasattr(stream, "reconfigure"):

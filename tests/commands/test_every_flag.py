@@ -45,8 +45,13 @@ def watched(run):
 @pytest.fixture(autouse=True)
 def settings_are_not_read(monkeypatch):
     """The report lists every setting; that must not count as an effect."""
-    for module in (session, perplexity, pipeline):
-        monkeypatch.setattr(module, "settings", lambda run: {})
+    for module, name in (
+        (session, "settings"),
+        (session, "deciding_settings"),
+        (perplexity, "settings"),
+        (pipeline, "deciding_settings"),
+    ):
+        monkeypatch.setattr(module, name, lambda run: {})
 
 
 @pytest.fixture

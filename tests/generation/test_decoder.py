@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from phase1.config import Ranked, TrainConfig
+from phase1.config import EngineShape, TrainConfig
 from phase1.data.tokenizers import byte_alphabet, make_tokenizer
 from phase1.generation import Decoder, load, state_bytes
 from phase1.generation.decoder import PIECE
@@ -15,7 +15,7 @@ from phase1.training.checkpoint import save_checkpoint
 from phase1.training.job import keep_tokenizer
 from phase1.training.step import make_train_state
 
-SHAPE = Ranked(
+SHAPE = EngineShape(
     vocab_size=300,
     d_model=32,
     n_layers=2,
@@ -192,7 +192,7 @@ def test_half_precision_is_that_of_evaluation():
         expected = d.model(torch.tensor([ids]))[0, -1].log_softmax(-1)
     half = Decoder(d.model, BYTES, torch.bfloat16)
     torch.testing.assert_close(half.prefill(ids)[0], expected, atol=0.05, rtol=0.01)
-    assert half.model.blocks[0].mlp.out.weight.dtype == torch.bfloat16 and half.model.norm.weight.dtype == torch.float32
+    assert half.model.blocks[0].mlp.down_proj.weight.dtype == torch.bfloat16 and half.model.norm.weight.dtype == torch.float32
 
 
 @pytest.fixture

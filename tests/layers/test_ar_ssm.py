@@ -25,17 +25,17 @@ def test_chunked_recurrent_and_dense_forms_of_the_layer_are_one(T, window):
 
 
 def dense_form(mixer, h):
-    """(T + tril(U Vᵀ)) x with every matrix written out, each head's semiseparable part scaled to mean square 1."""
-    o, gate, _ = mixer.operands(mixer.project(h))
-    semiseparable = semiseparable_matrix(o.u, o.v, o.log_decay) * o.step.transpose(1, 2)[:, :, None]
-    local = torch.diag_embed(mixer.skip[:, None].expand(len(h), -1, h.shape[1]))
+    """(local + tril(U Vᵀ)) x with every matrix written out, each head's semiseparable part scaled to mean square 1."""
+    o, gate, _ = mixer.operands(mixer.in_proj(h))
+    semiseparable = semiseparable_matrix(o.u, o.v, o.log_decay) * o.dt.transpose(1, 2)[:, :, None]
+    local = torch.diag_embed(mixer.D[:, None].expand(len(h), -1, h.shape[1]))
     if mixer.window:
         local = local + window_attention_matrix(o.q, o.k, 0, mixer.window)
     far = torch.einsum("bhts,bshp->bthp", semiseparable, o.x)
     far = far / (far.square().mean(-1, keepdim=True) + 1e-5).sqrt() * mixer.state_scale
     y = far + torch.einsum("bhts,bshp->bthp", local, o.x)
     y = y.flatten(2) * torch.nn.functional.silu(gate)
-    return mixer.out(y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt() * mixer.norm)
+    return mixer.out_proj(y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt() * mixer.norm)
 
 
 @pytest.mark.parametrize("window", [0, 5])
@@ -57,7 +57,7 @@ def test_the_state_does_not_grow_with_the_context():
 def test_ranks_below_min_rank_are_always_on_and_the_others_are_gated():
     mixer, h = layer(), torch.randn(1, 9, 16, dtype=torch.float64)
     with torch.no_grad():
-        mixer.rank_gate.out.bias.fill_(-1e9)  # as closed as a network can make it
+        mixer.rank_gate.out_proj.bias.fill_(-1e9)  # as closed as a network can make it
     gate = mixer.rank_gate(torch.randn(1, 9, mixer.rank_gate.hidden, dtype=torch.float64))
     assert torch.equal(gate[..., :2], torch.ones_like(gate[..., :2])) and torch.equal(
         gate[..., 2:], torch.zeros_like(gate[..., 2:])
@@ -71,12 +71,12 @@ def test_the_gate_changes_the_output_and_learns():
     (before.square().mean() + rank).backward()
     assert all(p.grad.abs().sum() > 0 for p in mixer.rank_gate.parameters())
     with torch.no_grad():
-        mixer.rank_gate.out.bias.fill_(-3)
+        mixer.rank_gate.out_proj.bias.fill_(-3)
     assert not torch.allclose(mixer(h)[0], before)
 
 
 def test_the_state_fades_with_the_memory_even_where_the_input_lets_it_not():
     mixer, h = layer(), torch.randn(1, 200, 16, dtype=torch.float64)
     with torch.no_grad():
-        mixer.step_bias.fill_(-1e9)
-    assert torch.equal(mixer.operands(mixer.project(h))[0].log_decay.unique(), torch.tensor([-1 / 50], dtype=torch.float64))
+        mixer.dt_bias.fill_(-1e9)
+    assert torch.equal(mixer.operands(mixer.in_proj(h))[0].log_decay.unique(), torch.tensor([-1 / 50], dtype=torch.float64))

@@ -29,7 +29,7 @@ def model(dtype=torch.float64, **overrides):
             net.copy_head.gate_bias.fill_(-0.5)
             net.copy_head.forget.normal_()
             net.copy_head.forget_bias.fill_(-0.5)
-            net.copy_head.qkk.weight.normal_()
+            net.copy_head.qk_proj.weight.normal_()
     return net
 
 
@@ -45,7 +45,7 @@ def mixture_by_hand(net, ids):
     """p (B, T, V), token by token, from the formula."""
     head, table = net.copy_head, net.table()
     hidden = net._hidden(ids, table)[0]
-    Wq, W1, W2 = head.qkk.weight.split(d)
+    Wq, W1, W2 = head.qk_proj.weight.split(d)
     p = torch.zeros(*ids.shape, V, dtype=hidden.dtype)
     for b, h in enumerate(hidden):
         for t in range(len(h)):
@@ -92,7 +92,7 @@ def test_a_target_that_nothing_matches_has_no_log_odds_and_moves_no_pointer():
     matched = [t < WINDOW and t != 4 or t == 6 for t in range(T)]
     assert log_odds.isfinite()[0].tolist() == matched
     assert (log_odds[~log_odds.isfinite()] == -torch.inf).all()
-    leaves = (hidden, head.qkk.weight)
+    leaves = (hidden, head.qk_proj.weight)
     for gradient in torch.autograd.grad(log_odds, leaves, (~log_odds.isfinite()).double(), retain_graph=True):
         assert (gradient == 0).all()
     for gradient in torch.autograd.grad(log_odds, leaves, torch.ones_like(log_odds)):
@@ -127,7 +127,7 @@ def test_what_decays_and_learns_like_the_blocks():
     net = model()
     groups = parameter_groups(net, TrainConfig())
     group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
-    assert group_of[id(net.copy_head.qkk.weight)] == group_of[id(net.blocks[0].mixer.qkv.weight)]
+    assert group_of[id(net.copy_head.qk_proj.weight)] == group_of[id(net.blocks[0].mixer.in_proj.weight)]
     for name in ("gate", "gate_bias", "forget", "forget_bias"):
         vector = net.get_parameter(f"copy_head.{name}")
         assert groups[group_of[id(vector)]]["weight_decay"] == 0 and groups[group_of[id(vector)]]["lr_scale"] == 1
@@ -145,13 +145,13 @@ def test_a_model_with_the_head_trains_and_is_read_back(mixer, precision, checkpo
     )
     state = make_train_state(net, settings, "cpu")
     state.scaler = type(state.scaler)("cpu", init_scale=1024.0, enabled=precision == "fp16")
-    state.passes.scaler = state.scaler
+    state.micro_batch.scaler = state.scaler
     begin = {name: p.detach().clone() for name, p in net.named_parameters()}
     losses = []
     train(state, lambda step: (ids, targets), 3, lambda step, loss: losses.append(loss))
     assert torch.stack(losses).isfinite().all() and losses[-1] < losses[0]
     assert all(p.isfinite().all() for p in net.parameters())
-    for name in ("copy_head.qkk.weight", "copy_head.gate", "copy_head.gate_bias", "copy_head.forget", "copy_head.forget_bias"):
+    for name in ("copy_head.qk_proj.weight", "copy_head.gate", "copy_head.gate_bias", "copy_head.forget", "copy_head.forget_bias"):
         assert not torch.equal(net.get_parameter(name), begin[name]), name
     net.loss(ids, targets).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.copy_head.parameters())

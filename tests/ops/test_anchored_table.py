@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from phase1.ops.anchored_table import anchored_table, anchored_table_reference, levels, users_of
+from phase1.ops.anchored_table import anchored_table, anchored_table_reference, inverse_index, levels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -16,7 +16,7 @@ def operands(levels, k, D=6):
 
 
 def fast(own, weights, anchors, levels):
-    return anchored_table(own * 1, weights, anchors, levels, users_of(anchors, levels))  # it overwrites what it is given
+    return anchored_table(own * 1, weights, anchors, levels, inverse_index(anchors, levels))  # it overwrites what it is given
 
 
 @pytest.mark.parametrize("places", [[3, 4], [7, 12], [2, 4, 8, 16, 90], [5, 6, 7, 8, 9], [20, 20]], ids=str)

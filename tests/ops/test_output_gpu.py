@@ -16,7 +16,7 @@ try:
 except ImportError:
     pass
 
-from phase1.config import Ranked
+from phase1.config import EngineShape
 from phase1.model import LanguageModel
 from phase1.ops.cross_entropy import IGNORE, tied_cross_entropy, tied_cross_entropy_reference
 from phase1.ops.cross_entropy.products import _adds_in_float32, add_product
@@ -25,7 +25,7 @@ from phase1.ops.pointer import pointer_log_probability, pointer_log_probability_
 from phase1.roster import model_config
 
 HALF = {torch.float16: 2**-11, torch.bfloat16: 2**-8}  # and their rounding errors
-SMALL = Ranked(vocab_size=3001, d_model=128, n_layers=2, n_heads=2, htt_dense_rows=60, htt_groups=100)
+SMALL = EngineShape(vocab_size=3001, d_model=128, n_layers=2, n_heads=2, htt_dense_rows=60, htt_groups=100)
 
 POINTERS = (  # B, T, past, window, d
     (1, 1, 0, 1, 16), (2, 45, 0, 20, 8), (3, 1000, 500, 700, 64), (8, 512, 0, 2048, 64), (1, 4099, 3, 2048, 128), (2, 777, 0, 256, 48),

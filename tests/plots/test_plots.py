@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from phase1.plots import plot_memory, plot_memory_timeline, plot_perplexity, plot_throughput
-from phase1.plots.perplexity import looks
+from phase1.plots.perplexity import series_styles
 from phase1.records.schema import Check, MemoryResult, MemoryTimeline, Parameters, ThroughputResult
 from tests.reports import failed, memory_report, memory_result, perplexity_report, perplexity_result, throughput_report
 
@@ -144,7 +144,7 @@ def test_a_grid_of_ranks_is_a_series_per_ar_ssm_rank_joined_by_seed_at_the_sizes
 def test_models_look_different_and_seeds_of_one_alike():
     names = ["baseline", *(f"phase1_htt{htt}_ar{ar}" for htt in (8, 16, 32) for ar in (16, 32, 64))]
     names += ["ar_ssm_dense", "attention_htt", "no_gate", "no_copy", "transformer_copy", "equal_parameters"]
-    found = looks([*names, *(f"{name}_seed1" for name in names)])
+    found = series_styles([*names, *(f"{name}_seed1" for name in names)])
     assert len({tuple(found[name].values()) for name in names}) == len(names)
     assert all(found[name] == found[f"{name}_seed1"] for name in names)
 

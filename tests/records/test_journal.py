@@ -1,6 +1,7 @@
 import contextlib
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,11 @@ import pytest
 from phase1.cli import main
 from phase1.commands import pipeline
 from phase1.errors import Unavailable
-from phase1.machine.environment import settings
+from phase1.machine.environment import deciding_settings, settings
 from phase1.records import journal as module
 from phase1.records.journal import Journal, code_sha256, open_journal
 from phase1.records.schema import MemoryResult
-from phase1.runs import PipelineRun
+from phase1.runs import MemoryRun, PerplexityRun, PipelineRun, ThroughputRun
 from tests.fake_runs import CASES, config, fake, journal_of, result_of, run
 from tests.reports import memory_result
 
@@ -109,10 +110,13 @@ def test_other_code_is_refused(tmp_path, monkeypatch):
         opened(tmp_path)
 
 
-def test_settings_that_change_no_case_may_differ(tmp_path):
-    kept(tmp_path, "a")
-    settings = {"batch_size": 4, "resume": True, "out_dir": "elsewhere", "offline": True, "save_plots": True}
-    assert opened(tmp_path, settings=settings).case("a", MemoryResult, never)
+def test_settings_that_change_no_case_may_differ():
+    for kind in (MemoryRun, ThroughputRun, PerplexityRun, PipelineRun):
+        ignored = {f.name for f in fields(kind)} - deciding_settings(kind()).keys()
+        expected = {"out_dir", "resume", "verbose", "save_plots", "offline"}
+        assert ignored == expected & {f.name for f in fields(kind)}
+    other = ThroughputRun(out_dir="elsewhere", save_plots=True, verbose=True, resume=True)
+    assert deciding_settings(other) == deciding_settings(ThroughputRun()) != deciding_settings(ThroughputRun(batch_size=5))
 
 
 def test_the_code_is_every_python_file_of_the_package_by_name_and_content(tmp_path, monkeypatch):

@@ -11,8 +11,8 @@ import torch.multiprocessing as mp
 
 from phase1.layers.ar_ssm import ARSSM
 from phase1.training import context_parallel
-from phase1.training.context_parallel import Context, ContextPasses, stretches
-from phase1.training.micro_batch import Passes
+from phase1.training.context_parallel import Context, ContextMicroBatch, stretches
+from phase1.training.micro_batch import MicroBatch
 from tests.training.test_pieces import FORMS, model_of, outcome, text
 
 CASES = {
@@ -36,12 +36,12 @@ def worker(rank, size, folder):
         form = CASES[name]
         model, (ids, targets) = model_of(**form), text()
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        loss, wanted = outcome(Passes(model, scaler, torch.float32), ids, targets)
+        loss, wanted = outcome(MicroBatch(model, scaler, torch.float32), ids, targets)
         for lengths in LENGTHS[size]:
             context = Context(lengths, rank)
             own = slice(context.start, context.start + lengths[rank])
             scored = (targets[:, own] != -100).sum().double() / (targets != -100).sum()
-            passes = ContextPasses(Passes(model, scaler, torch.float32), context)
+            passes = ContextMicroBatch(MicroBatch(model, scaler, torch.float32), context)
             model.zero_grad()
             objective, part = passes.forward(
                 ids[:, own], targets[:, own], 0.7 * scored, torch.tensor(0.4 * lengths[rank] / 53).double()
@@ -83,7 +83,7 @@ def test_what_a_long_stretch_leaves_is_what_its_last_positions_leave(monkeypatch
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mixer = ARSSM(32, 2, max_rank=8, min_rank=2, window=6, memory=1).to(device)
-    proj = mixer.project(torch.randn(1, 40, 32, device=device)).detach()
+    proj = mixer.in_proj(torch.randn(1, 40, 32, device=device)).detach()
     conv = torch.randn(1, 3, mixer.channels, device=device)
     outcomes = []
     for fused, longest in ((False, 1000.0), (False, 24.0), (True, 24.0)):
@@ -95,7 +95,7 @@ def test_what_a_long_stretch_leaves_is_what_its_last_positions_leave(monkeypatch
         left = [S, k[:, :, -5:], x[:, :, -5:]]
         assert (decay == -torch.inf).all() == (longest < 40)
         sum((part * torch.linspace(-1, 1, part.numel(), device=device).view_as(part)).sum() for part in left).backward()
-        outcomes.append([*left, given.grad, mixer.dt_bias.grad if hasattr(mixer, "dt_bias") else mixer.step_bias.grad])
+        outcomes.append([*left, given.grad, mixer.dt_bias.grad])
     for other in outcomes[1:]:
         for ours, theirs in zip(other, outcomes[0], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

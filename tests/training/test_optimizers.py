@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from phase1.config import Ranked, TrainConfig
+from phase1.config import EngineShape, TrainConfig
 from phase1.model import LanguageModel
 from phase1.roster import RIVALS, model_config
 from phase1.training.checkpoint import resume, save_checkpoint
 from phase1.training.optimizers import MuonAdamW, kept, make_optimizer, parameter_groups
 from phase1.training.step import learning_rate, make_train_state, skipped_steps, total_steps, train, train_step
 
-TINY = Ranked(
+TINY = EngineShape(
     vocab_size=50, d_model=16, n_layers=1, n_heads=2, ar_ssm_max_rank=4, ar_ssm_min_rank=2, ar_ssm_window=4,
     htt_rank=1, htt_dense_rows=2, htt_groups=6, copy_window=8,
 )  # fmt: skip
@@ -55,7 +55,7 @@ def test_what_decays_are_the_matrices_of_linear_layers_and_nothing_else(name):
     assert decaying == {f"{n}.weight" for n, module in net.named_modules() if isinstance(module, nn.Linear)}
     assert table == {n for n in names.values() if n.startswith("embedding.") and n != "embedding.output_bias"}
     assert len(decaying) + len(table) + len(rest) == len(names)
-    for last in ("q_scale", "state_scale", "conv_weight", "conv_bias", "norm", "skip", "log_rate", "step_bias", "gate"):
+    for last in ("q_scale", "state_scale", "conv_weight", "conv_bias", "norm", "D", "A_log", "dt_bias", "gate"):
         assert not any(n.endswith(f".{last}") for n in decaying | table)
 
 
@@ -75,24 +75,24 @@ def test_muon_takes_the_matrices_of_blocks_and_steps_them_as_torchs_own():
     matrices = {n: p for n, p in net.named_parameters() if n.startswith("blocks.") and p.ndim == 2 and "conv" not in n and "scale" not in n}
     tensors = kept(optimizer)
     assert {n for n, p in net.named_parameters() if tensors[p] == ("momentum_buffer",)} == set(matrices)
-    assert tensors[net.copy_head.qkk.weight] == tensors[net.embedding.rows] == ("step", "exp_avg", "exp_avg_sq")
+    assert tensors[net.copy_head.qk_proj.weight] == tensors[net.embedding.rows] == ("step", "exp_avg", "exp_avg_sq")
     copies = {n: nn.Parameter(p.detach().clone()) for n, p in net.named_parameters()}
     muon = torch.optim.Muon([copies[n] for n in matrices], lr=0.02, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
-    qkk = torch.optim.AdamW([copies["copy_head.qkk.weight"]], lr=0.02, weight_decay=0.3, betas=(0.9, 0.95))
+    qk_proj = torch.optim.AdamW([copies["copy_head.qk_proj.weight"]], lr=0.02, weight_decay=0.3, betas=(0.9, 0.95))
     for step in range(3):
         torch.manual_seed(step)
         for n, p in net.named_parameters():
             p.grad = torch.randn_like(p)
             copies[n].grad = p.grad.clone()
-        optimizer.step(), muon.step(), qkk.step()
-    for n in (*matrices, "copy_head.qkk.weight"):
+        optimizer.step(), muon.step(), qk_proj.step()
+    for n in (*matrices, "copy_head.qk_proj.weight"):
         assert torch.equal(net.get_parameter(n), copies[n]), n
 
 
 def test_one_step_of_muon_is_its_formula():
     """Nesterov momentum, five Newton-Schulz steps, 0.2 sqrt(max(n, m)), decay: Jordan 2024, and Liu et al. 2025, eq. 4."""
     net, config = model("baseline"), replace(MUON, learning_rate=0.02, weight_decay=0.3)
-    optimizer, weight = make_optimizer(net, config, "cpu"), net.blocks[0].mlp.expand.weight
+    optimizer, weight = make_optimizer(net, config, "cpu"), net.blocks[0].mlp.gate_up_proj.weight
     before, gradient = weight.detach().clone(), torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
     weight.grad = gradient
     optimizer.step()
@@ -166,7 +166,7 @@ def test_only_one_part_that_overflows_stops_the_other():
     before = parameters(s)
     for p in s.model.parameters():
         p.grad = torch.ones_like(p)
-    s.model.blocks[0].mlp.out.weight.grad[0, 0] = torch.inf
+    s.model.blocks[0].mlp.down_proj.weight.grad[0, 0] = torch.inf
     s.scaler.scale(torch.ones(()))
     s.scaler.unscale_(s.optimizer)
     s.scaler.step(s.optimizer)

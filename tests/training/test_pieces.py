@@ -6,17 +6,17 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from phase1.config import Ranked, TrainConfig
+from phase1.config import EngineShape, TrainConfig
 from phase1.layers import ar_ssm
 from phase1.model import LanguageModel
 from phase1.roster import model_config
 from phase1.runs import TrainRun
 from phase1.training.compiler import compile_losses
-from phase1.training.micro_batch import Passes
+from phase1.training.micro_batch import MicroBatch
 from phase1.training.pieces import Pieces, bounds
 from phase1.training.step import make_train_state, train_step
 
-TINY = Ranked(
+TINY = EngineShape(
     vocab_size=300, d_model=32, n_layers=2, n_heads=2, ar_ssm_max_rank=8, ar_ssm_min_rank=2, ar_ssm_window=8, copy_window=24,
     htt_rank=4, htt_dense_rows=16, htt_groups=16,
 )  # fmt: skip
@@ -37,7 +37,7 @@ def model_of(**form) -> LanguageModel:
     torch.manual_seed(0)
     model = LanguageModel(model_config("phase1", TINY, **form)).double().train()
     for p in model.parameters():  # nothing at 0, where faults hide
-        if p.ndim == 1 and not p.abs().max():
+        if not p.abs().max():
             torch.nn.init.normal_(p, std=0.2)
     return model
 
@@ -51,7 +51,7 @@ def text(T=53, B=2, seed=0):
     return ids, targets
 
 
-def outcome(passes: Passes, ids, targets):
+def outcome(passes: MicroBatch, ids, targets):
     passes.model.zero_grad()
     share, part = (torch.tensor(x, dtype=torch.float64, device=ids.device) for x in (0.7, 0.4))
     objective, loss = passes.forward(ids, targets, share, part)
@@ -67,7 +67,7 @@ def test_loss_and_every_gradient_are_those_of_the_whole_step(form, length):
     model = model_of(**FORMS[form])
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     batch = text(12 if length == 1 else 53)
-    loss, gradients = outcome(Passes(model, scaler, torch.float32), *batch)
+    loss, gradients = outcome(MicroBatch(model, scaler, torch.float32), *batch)
     ours, theirs = outcome(Pieces(model, scaler, torch.float32, length), *batch)
     torch.testing.assert_close(ours, loss, rtol=1e-12, atol=1e-12)
     assert theirs.keys() == gradients.keys()
@@ -110,7 +110,7 @@ def test_half_precision_keeps_its_types_across_pieces():
     torch.manual_seed(0)
     model = LanguageModel(model_config("phase1", TINY)).train()
     batch, scaler = text(), torch.amp.GradScaler("cpu", enabled=False)
-    _, wanted = outcome(Passes(model, scaler, torch.bfloat16), *batch)
+    _, wanted = outcome(MicroBatch(model, scaler, torch.bfloat16), *batch)
     _, found = outcome(Pieces(model, scaler, torch.bfloat16, 16), *batch)
     total = sum(g.square().sum() for g in wanted.values()) ** 0.5
     assert sum((found[name] - g).square().sum() for name, g in wanted.items()) ** 0.5 < 0.05 * total
@@ -118,7 +118,7 @@ def test_half_precision_keeps_its_types_across_pieces():
 
 def test_attention_trains_on_whole_sequences():
     model = LanguageModel(model_config("baseline", TINY))
-    assert type(make_train_state(model, TrainConfig(piece_length=16), "cpu").passes) is Passes
+    assert type(make_train_state(model, TrainConfig(piece_length=16), "cpu").micro_batch) is MicroBatch
     with pytest.raises(ValueError, match="a state that does not grow; got --mixer attention"):
         TrainRun(mixer="attention", piece_length=16)
     with pytest.raises(ValueError, match="--piece-length must be greater than 0"):
@@ -135,7 +135,7 @@ def test_pieces_of_the_fused_operator_are_its_whole_sequences(monkeypatch):
     model, batch = model.to(device), [part.to(device) for part in batch]
     with monkeypatch.context() as patch:
         patch.setattr(ar_ssm, "fused_runs", lambda *_: False)
-        _, wanted = outcome(Passes(model, scaler, torch.float32), *batch)
+        _, wanted = outcome(MicroBatch(model, scaler, torch.float32), *batch)
     monkeypatch.setattr(ar_ssm, "fused_runs", lambda *_: True)
     _, found = outcome(Pieces(model, scaler, torch.float32, 14), *batch)
     for name, gradient in wanted.items():

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from phase1.config import Ranked, TrainConfig
+from phase1.config import EngineShape, TrainConfig
 from phase1.errors import Unavailable
 from phase1.model import LanguageModel
 from phase1.roster import model_config
 from phase1.training.checkpoint import load_model, resume, save_checkpoint
 from phase1.training.step import learning_rate, make_train_state, total_steps, train, train_step
 
-TINY = Ranked(
+TINY = EngineShape(
     vocab_size=50, d_model=16, n_layers=1, n_heads=2, ar_ssm_max_rank=4, ar_ssm_min_rank=2, ar_ssm_window=4,
     htt_rank=1, htt_dense_rows=2, htt_groups=6,
 )  # fmt: skip
@@ -137,7 +137,7 @@ def test_resuming_with_other_settings_names_the_flags(tmp_path):
 
 def test_a_checkpoint_for_evaluation_restores_the_model_with_its_token_order(tmp_path):
     s = state()
-    s.model.embedding.positions_of.copy_(torch.randperm(50))
+    s.model.embedding.row_of_id.copy_(torch.randperm(50))
     train(s, batch_at, 2)
     save_checkpoint(tmp_path, s, {"trained_tokens": 64}, resumable=False)
     model, facts = load_model(tmp_path)

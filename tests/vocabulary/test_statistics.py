@@ -22,7 +22,7 @@ def token_order(ids, vocab_size, frequent, seed, device="cpu"):
     """The positions alone, every id past the frequent ones in the tree."""
     dense_rows = min(frequent, vocab_size)
     levels = levels_at([dense_rows], vocab_size, min(2, dense_rows))
-    return token_statistics(ids, levels=levels, vocab_size=vocab_size, dim=8, seed=seed, device=device).positions
+    return token_statistics(ids, levels=levels, vocab_size=vocab_size, dim=8, seed=seed, device=device).row_of_id
 
 
 def text_of_two_kinds(length=60_000, seed=0):
@@ -118,11 +118,11 @@ def test_frequencies_and_vectors_stand_in_the_order_of_positions():
     ids = text_of_two_kinds()
     levels = levels_at([40, 80])
     found = token_statistics(ids, vocab_size=V, levels=levels, dim=12, seed=0)
-    id_at = np.argsort(found.positions)
+    id_at = np.argsort(found.row_of_id)
     counts = np.bincount(ids, minlength=V)[id_at]
     np.testing.assert_allclose(found.log_frequency, np.log((counts + 1) / (len(ids) + V)), rtol=1e-6)
     np.testing.assert_allclose((found.rows**2).mean(1), 1, rtol=1e-5)
-    rest = rows_of(found.rows, found.anchors, found.weights, found.rest, levels)[40:]
+    rest = rows_of(found.rows, found.anchors, found.weights, found.residual, levels)[40:]
     kind, same = np.where(id_at < 90, 0, 1)[40:170], rest[:130] @ rest[:130].T / 12
     assert same[kind[:, None] == kind].mean() > same[kind[:, None] != kind].mean() + 0.1
 

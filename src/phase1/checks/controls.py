@@ -5,8 +5,8 @@ from typing import Literal
 from phase1.records.schema import Check, ThroughputResult
 from phase1.stats.step_times import MIN_ROUNDS, reaches, rounds_of, speed_ratio
 
-COPIES = {"baseline_again": "baseline", "engine_again": "phase1"}  # of what
-FALSE_ALARMS = 0.05  # of the whole check, over all lengths
+COPIES = {"baseline_again": "baseline", "engine_again": "phase1"}  # second copy: first
+FALSE_ALARMS = 0.05  # rate of false alarms of the whole check, over all lengths
 A_A, CONTROL = "a_a_no_difference", "control_rejected"
 _QUIETER = "stop other programs, lock the clock, raise --warmup-steps and --measure-steps, and measure again"
 _SMALLER = "give a smaller --batch-size or shorter --seq-lengths"

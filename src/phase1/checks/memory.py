@@ -1,4 +1,4 @@
-"""Does the engine's training step fit the cards, and in how much less memory than the baseline's?"""
+"""Verdicts on memory: whether the engine's training step fits the cards, and how much less it needs than the baseline."""
 
 from phase1.checks.limits import CARD_LIMITS, REDUCTION_LIMIT
 from phase1.machine.cards import Card
@@ -25,7 +25,7 @@ def _peak(result: MemoryResult) -> int | None:
 
 
 def needed_bytes(result: MemoryResult) -> int | None:
-    """Of the card: reserved and what is outside the allocator; estimated where the model ran out of memory."""
+    """Bytes of the card that a result needs: reserved, and outside the allocator; an estimate if it ran out of memory."""
     if result.peak_reserved_bytes is None or result.outside_allocator_bytes is None:
         return result.estimated_needed_bytes
     return result.peak_reserved_bytes + result.outside_allocator_bytes

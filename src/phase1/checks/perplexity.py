@@ -1,32 +1,34 @@
-"""How much worse a trained model is than another: only where the two may be compared, with an interval, and the verdicts."""
+"""Verdicts on quality: how much worse a trained model is than another, with an interval, if the two may be compared."""
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from statistics import fmean, stdev
 
 from scipy.special import stdtrit
 
 from phase1.checks.limits import DEGRADATION_LIMIT, GATE_LIMIT, VARIANT_LIMITS
 from phase1.records.schema import Check, PerplexityResult
-from phase1.roster import RIVALS, repetition
+from phase1.roster import VARIANTS, Key
 from phase1.stats import Bounds
 from phase1.stats.perplexity_ratio import paired_ratio_interval
 
 _UNGATED = "the engine with all ranks on"
-UNJUDGED = ("baseline", *RIVALS, "no_gate", "no_copy", "ar_ssm_dense_no_copy")  # others are measured against them: no claims
+UNJUDGED = ("baseline", *(name for name, entry in VARIANTS.items() if not entry.judged))
+"""Reference models: reported, never judged."""
 
 
 def compared(results: Mapping[str, PerplexityResult], seq_length: int) -> dict[str, PerplexityResult]:
-    """The results, scored at T = `seq_length`, with their degradation against the baseline of the same repetition.
+    """The results, scored at T = `seq_length`, with their degradation against the baseline of the same seed.
 
-    Without it where the two may not be compared, and without a verdict where the ratio is none.
+    The degradation is left out if the two may not be compared, and the verdict if the ratio cannot decide it.
     """
     return {key: _compared(key, result, results.get(baseline_of(key)), seq_length) for key, result in results.items()}
 
 
 def baseline_of(key: str) -> str:
     """The key of the baseline that `key` is compared with: the one of the same seed."""
-    return "baseline" + repetition(key)[1]
+    return str(Key.parse(key).baseline)
 
 
 def _compared(key: str, result: PerplexityResult, baseline: PerplexityResult | None, seq_length: int) -> PerplexityResult:
@@ -60,7 +62,7 @@ def why_not_comparable(result: PerplexityResult, baseline: PerplexityResult | No
 
 
 def why_no_verdict(baseline: PerplexityResult, seq_length: int) -> str:
-    """Empty, or the reason why a ratio to `baseline` is no verdict: past its training length a Transformer breaks down."""
+    """Empty, or why a ratio to `baseline` decides nothing: beyond its training length a Transformer breaks down."""
     trained = baseline.trained_seq_length
     if trained is None or seq_length <= trained:
         return ""
@@ -69,17 +71,17 @@ def why_no_verdict(baseline: PerplexityResult, seq_length: int) -> str:
 
 def quality_checks(results: Mapping[str, PerplexityResult], seq_length: int) -> list[Check]:
     """Every model against its baseline, the means over seeds, and what the rank gate costs."""
-    judged = [key for key in results if repetition(key)[0] not in UNJUDGED]
+    judged = [key for key in results if Key.parse(key).model not in UNJUDGED]
     single = {key: _within(key, results[key], results.get(baseline_of(key)), seq_length) for key in judged}
     means = []
-    for name in dict.fromkeys(repetition(key)[0] for key in judged):
-        seeds = [check for key, check in single.items() if repetition(key)[0] == name]
+    for name in dict.fromkeys(Key.parse(key).model for key in judged):
+        seeds = [check for key, check in single.items() if Key.parse(key).model == name]
         means += _mean(f"{name}_mean_of_seeds_within_{seeds[0].limit:g}_percent", seeds, "the baseline")
     return [*single.values(), *means, *_gate(results)]
 
 
 def _within(key: str, result: PerplexityResult, baseline: PerplexityResult | None, seq_length: int) -> Check:
-    limit = VARIANT_LIMITS.get(repetition(key)[0], DEGRADATION_LIMIT)
+    limit = VARIANT_LIMITS.get(Key.parse(key).model, DEGRADATION_LIMIT)
     name = f"{key}_within_{limit:g}_percent"
     reason, value = why_not_comparable(result, baseline), result.ppl_degradation_percent
     if not reason and baseline is not None:
@@ -95,10 +97,7 @@ def _interval(interval: Bounds | None) -> str:
 
 
 def _mean(name: str, seeds: list[Check], reference: str) -> list[Check]:
-    """The geometric mean of the ratios over seeds, with Student's interval: what is left when chance is averaged out.
-
-    No check where there are fewer than two seeds.
-    """
+    """The geometric mean of the ratios over seeds, with Student's interval; no check if there are fewer than two seeds."""
     if len(seeds) < 2:
         return []
     limit = seeds[0].limit
@@ -117,17 +116,17 @@ def _mean(name: str, seeds: list[Check], reference: str) -> list[Check]:
 def _gate(results: Mapping[str, PerplexityResult]) -> list[Check]:
     """What the rank gate costs the engine of each `no_gate`, over seeds too, and whether it closes half of the ranks."""
     costs, ranks = [], []
-    for key, ungated in results.items():
-        plain, seed = repetition(key)
-        if plain != "no_gate":
+    for text, ungated in results.items():
+        key = Key.parse(text)
+        if key.name != "no_gate":
             continue
         max_rank = ungated.config["ar_ssm_max_rank"]
-        engine = results.get(f"phase1_htt{ungated.config['htt_rank']}_ar{max_rank}{seed}")
+        engine = results.get(str(Key("phase1", ungated.config["htt_rank"], max_rank, key.seed)))
         reason = "no such engine with a gate in this run" if engine is None else why_not_comparable(engine, ungated)
         cost, interval = (None, None) if engine is None or reason else degradation(engine, ungated)
         rank = None if engine is None or reason else engine.effective_rank
         detail = reason or f"percent above {_UNGATED}, {_interval(interval)}"
-        costs.append(Check.at_most(f"gate_costs_at_most_1_percent{seed}", cost, GATE_LIMIT, detail))
+        costs.append(Check.at_most(str(replace(key, name="gate_costs_at_most_1_percent")), cost, GATE_LIMIT, detail))
         detail = reason or "mean over tokens of the sum of rank gates"
-        ranks.append(Check.at_most(f"effective_rank_at_most_half{seed}", rank, max_rank / 2, detail))
+        ranks.append(Check.at_most(str(replace(key, name="effective_rank_at_most_half")), rank, max_rank / 2, detail))
     return [*costs, *_mean("gate_costs_mean_of_seeds_within_1_percent", costs, _UNGATED), *ranks]

@@ -52,7 +52,7 @@ def decoding_checks(results: dict[str, ThroughputResult]) -> list[Check]:
 
 
 def _r_squared(engine: ThroughputResult) -> Check:
-    """Undecided over too few lengths, and where it fails because the steps of one length scatter, not because of the line."""
+    """The check of R²; undecided over too few lengths, or if it fails because the times of single lengths scatter."""
     name, limit, fit = "r_squared", R_SQUARED_LIMIT, engine.scaling
     assert fit is not None
     done = [m for m in engine.measurements if m.status == "ok"]

@@ -73,7 +73,7 @@ def _prompt(run: GenerateRun) -> str:
 
 
 def write(*parts: str) -> None:
-    """Onto stdout, at once. A terminal gets no control characters but newlines and tabs: they are the model's, not ours."""
+    """Print at once. A terminal gets no control characters but newlines and tabs, because the model may write any."""
     text = "".join(parts)
     if sys.stdout.isatty():
         text = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)

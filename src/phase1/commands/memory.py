@@ -1,13 +1,11 @@
 """`phase1 memory`: does a training step fit an 8 GB and a 10 GB card, and how much less does the engine take?"""
 
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
 import torch
-from tqdm import tqdm
 
 from phase1.checks.memory import memory_checks, with_reductions
 from phase1.config import ModelConfig, flags
@@ -19,6 +17,7 @@ from phase1.measure.memory.largest import fit_sizes
 from phase1.measure.memory.limit import basis, check_limit, limit_bytes
 from phase1.measure.memory.measured import memory_result
 from phase1.plots import plot_memory, plot_memory_timeline
+from phase1.progress import progress
 from phase1.records.schema import Ablation, Fit, MemoryResult, Report, exit_code
 from phase1.records.session import Session
 from phase1.roster import COMPILED, TRANSFORMERS, model_config
@@ -101,20 +100,10 @@ def cases_of(run: MemoryRun, limit: int | None, card: Card | None) -> dict[str, 
 
 def measured(cases: dict[str, MemoryCase], session: Session) -> Iterator[tuple[str, MemoryResult]]:
     """The result of every case."""
-    with tqdm(cases.items(), desc="memory", unit="model", disable=None) as bar:
+    with progress(cases.items(), desc="memory", unit="model") as bar:
         for role, case in bar:
-            if basis(case.vram_limit_bytes, case.dry_run) == "estimated":  # a few seconds
-                bar.set_postfix_str(role)
-            else:
-                say(bar, f"step of {role}")
+            bar.set_postfix_str(role)
             yield role, session.case(role, MemoryResult, partial(memory_result, role, case))
-
-
-def say(bar: Any, what: str) -> None:
-    """What is being measured, behind the bar; off a terminal, which has none, a line of its own."""
-    bar.set_postfix_str(what)
-    if bar.disable:
-        print(f"phase1 memory: {what}", file=sys.stderr, flush=True)
 
 
 def with_one_change(cases: dict[str, MemoryCase], results: dict[str, MemoryResult], session: Session) -> list[Ablation]:
@@ -123,7 +112,7 @@ def with_one_change(cases: dict[str, MemoryCase], results: dict[str, MemoryResul
     def measure(role: str, case: MemoryCase) -> MemoryResult:
         return session.case(f"{role} as {case.model.config_id}", MemoryResult, partial(memory_result, role, case))
 
-    return list(tqdm(ablation(cases, results, measure), desc="ablation", unit="row", total=ROWS, disable=None))
+    return list(progress(ablation(cases, results, measure), desc="ablation", unit="row", total=ROWS))
 
 
 def models(run: MemoryRun) -> dict[str, ModelConfig]:
@@ -146,14 +135,14 @@ def limit_of(run: MemoryRun) -> int | None:
 def with_fits(results: dict[str, MemoryResult], cases: dict[str, MemoryCase], session: Session) -> dict[str, MemoryResult]:
     """The results with the largest sizes of their models that train on the card."""
     fitted, total = {}, total_gpu_bytes()
-    with tqdm(desc="fit", unit="probe", disable=None) as bar:
+    with progress(desc="fit", unit="probe") as bar:
         for number, (role, result) in enumerate(results.items(), 1):
 
-            def on_probe(size: str, model: str = f"fit {role} ({number} of {len(results)})") -> None:
+            def on_probe(size: str, model: str = f"{role} ({number} of {len(results)})") -> None:
+                bar.set_postfix_str(f"{model}, {size}", refresh=False)
                 bar.update()
-                say(bar, f"{model}, {size}")
 
-            say(bar, f"fit {role} ({number} of {len(results)})")
+            bar.set_postfix_str(f"{role} ({number} of {len(results)})")
             search = partial(fit_sizes, cases[role], result, total, on_probe)
             fitted[role] = result.model_copy(update={"fit": session.case(f"fit {role}", list[Fit], search)})
     return fitted

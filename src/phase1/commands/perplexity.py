@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from phase1.checks.perplexity import compared, quality_checks
-from phase1.config import Shape, TrainConfig, content_id
+from phase1.config import ModelShape, TrainConfig, content_id
 from phase1.data import Corpus, load_corpus
 from phase1.machine.environment import settings
-from phase1.measure.perplexity.candidates import Candidate, candidates
+from phase1.measure.perplexity.candidates import ScoredModel, candidates
 from phase1.measure.perplexity.evaluate import Protocol
 from phase1.measure.perplexity.result import Text, measure
 from phase1.plots import plot_losses, plot_perplexity
 from phase1.records.schema import Check, PerplexityResult, Report, exit_code
 from phase1.records.session import Session
+from phase1.roster import Key
 from phase1.runs import PerplexityRun
 from phase1.tables.console import checks_text, perplexity_text
 from phase1.tables.screen import Screen, perplexity_numbers, text
@@ -45,7 +46,7 @@ def main(run: PerplexityRun) -> int:
 
 
 def further_texts(run: PerplexityRun, first: Corpus) -> Iterator[Corpus]:
-    """Those of --also-evaluate. Raises ValueError, before anything is trained, where one has other tokens than the first."""
+    """The texts of --also-evaluate. Raises ValueError, before any training, if one has another tokenizer than the first."""
     for name in run.also_evaluate:
         corpus = load_corpus(replace(run, dataset_name=name), vocab_size=run.vocab_size, need=("valid",))
         if corpus.tokenizer.fingerprint != first.tokenizer.fingerprint:
@@ -89,7 +90,7 @@ def report_on(
     A run of given checkpoints that has no baseline compares nothing, and so judges nothing.
     """
     results = compared(results, run.seq_length)
-    alone = bool(run.checkpoint) and not any(key.startswith("baseline") for key in results)
+    alone = bool(run.checkpoint) and not any(Key.parse(key).is_baseline for key in results)
     failed = any(result.status != "ok" for result in results.values())
     checks = [] if alone and not failed else quality_checks(results, run.seq_length)
     source = {"dataset_source": without_private(scored.corpus.source), "dataset_revision": scored.corpus.revision}
@@ -118,11 +119,11 @@ def screen(report: Report[PerplexityResult], name: str, files: list[Path]) -> Sc
 
 def conditions(run: PerplexityRun) -> dict[str, Any]:
     """The settings of the evaluation. Those of training and model are in the results: a checkpoint has its own."""
-    elsewhere = {f.name for cls in (Shape, TrainConfig) for f in fields(cls)} - {"precision"}
+    elsewhere = {f.name for cls in (ModelShape, TrainConfig) for f in fields(cls)} - {"precision"}
     return {name: value for name, value in settings(run).items() if name not in elsewhere}
 
 
-def data_identity(models: list[Candidate], texts: list[Text]) -> dict[str, str]:
+def data_identity(models: list[ScoredModel], texts: list[Text]) -> dict[str, str]:
     """What the cases of a run depend on besides its settings: tokens, tokenizer and given checkpoints, by their hashes."""
     first = texts[0].corpus
     identity = {name: split.sha256 for name, split in first.splits.items()} | {"tokenizer": first.tokenizer.fingerprint}

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from phase1.config import Config, flags
 from phase1.errors import report_failure
 from phase1.files import atomic_write
-from phase1.machine.environment import machine, settings
+from phase1.machine.environment import deciding_settings, machine
 from phase1.presets import PRESETS
 from phase1.records.collect import read_reports
 from phase1.records.journal import open_journal
@@ -34,7 +34,7 @@ def main(run: PipelineRun) -> int:
     """
     todo, out, began = steps(run), Path(run.out_dir), time.monotonic()
     require_writable(out)
-    journal = open_journal(out / "phase1_pipeline.json", settings(run), machine=machine(), resume=run.resume)
+    journal = open_journal(out / "phase1_pipeline.json", deciding_settings(run), machine=machine(), resume=run.resume)
     codes: dict[str, int] = {}
     failed: list[tuple[str, str]] = []
     with (out / LOG).open("a" if run.resume else "w", encoding="utf-8", errors="replace") as log:
@@ -65,7 +65,7 @@ def _run_step(name: str, config: Config, log: TextIO | None) -> int:
 
 
 def screen(run: PipelineRun, failed: list[tuple[str, str]], seconds: float) -> Screen:
-    """One answer from the reports of all steps."""
+    """The last screen: one answer from the reports of all steps."""
     out = Path(run.out_dir)
     broken = {name for name, _ in failed}
     reports = {kind: report for kind, report in read_reports(out).items() if kind not in broken}

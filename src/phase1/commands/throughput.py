@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any, Final
 
 import torch
-from tqdm import tqdm
 
 from phase1.checks.throughput import control_checks, decoding_checks, throughput_checks
 from phase1.config import ModelConfig, flags
@@ -15,11 +14,12 @@ from phase1.machine.isolate import run_isolated
 from phase1.measure.throughput.decode import measure_decoding
 from phase1.measure.throughput.disturbances import model_warnings, run_warnings
 from phase1.measure.throughput.efficiency import card_of, with_efficiency
-from phase1.measure.throughput.interleaved import Contender, ThroughputPlan, measure_throughput, throughput_results
+from phase1.measure.throughput.interleaved import ThroughputPlan, TimedModel, measure_throughput, throughput_results
 from phase1.measure.throughput.monitor import Monitor
 from phase1.measure.throughput.saturation import graphs_fail, saturating_batch
 from phase1.measure.workload import control_batch_size
 from phase1.plots import plot_throughput
+from phase1.progress import progress
 from phase1.records.schema import Decoding, Report, ThroughputResult, exit_code
 from phase1.records.session import Session
 from phase1.roster import COMPILED, ROLES, model_config
@@ -80,7 +80,7 @@ def main(run: ThroughputRun) -> int:
 
 
 def plain_way(run: ThroughputRun) -> Way:
-    """As asked."""
+    """The way that the user asked for."""
     return {"batch_size": run.batch_size, "cuda_graphs": bool(run.cuda_graphs), "otherwise": []}
 
 
@@ -114,7 +114,7 @@ def models(run: ThroughputRun) -> dict[str, ModelConfig]:
 
 def measured(
     run: ThroughputRun, way: Way, wanted: dict[str, ModelConfig], device: str, monitor: Monitor, session: Session
-) -> dict[str, Contender]:
+) -> dict[str, TimedModel]:
     """Every model at every length, with a bar of tokens: a step of 4,096 of them takes longer than one of 512."""
     memory = session.facts.get("gpu_memory_bytes" if device == "cuda" else "ram_bytes")
     batch_sizes = {
@@ -127,7 +127,7 @@ def measured(
     plan = ThroughputPlan(*sizes, frozenset(compiled), way["cuda_graphs"], batch_sizes, run.piece_length)
     steps = sum(set(run.seq_lengths)) * (run.warmup_steps + run.measure_steps)
     sequences: list[int] = [batch_sizes.get(role) or way["batch_size"] for role in wanted]
-    with tqdm(total=sum(sequences) * steps, desc=f"throughput on {device}", unit="tok", unit_scale=True, disable=None) as bar:
+    with progress(total=sum(sequences) * steps, desc=f"throughput on {device}", unit="tok", unit_scale=True) as bar:
         return measure_throughput(wanted, plan, device, bar.update, monitor.sample, session.journal)
 
 

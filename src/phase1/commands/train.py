@@ -23,7 +23,7 @@ from phase1.model import LanguageModel
 from phase1.plots import plot_training
 from phase1.records.metrics import METRICS, read_metrics
 from phase1.records.session import require_writable
-from phase1.roster import report_key
+from phase1.roster import Key
 from phase1.runs import GenerateRun, PerplexityRun, TrainRun
 from phase1.text import one_line
 from phase1.training.job import train_to_checkpoint
@@ -32,9 +32,9 @@ from phase1.training.trackers import tracker
 from phase1.training.watch import Watch
 
 PLOT = "training.png"
-SETTINGS = "run.toml"  # what --config reads
+SETTINGS = "run.toml"  # a file that --config reads
 SCORES = 20  # validation losses of a run, by default
-SHARE = 500  # of the training tokens, that each is of: all of them cost about 1 % of the time
+SHARE = 500  # training tokens per token of a validation loss: all of them together cost about 1 % of the time
 SAMPLE_TOKENS = 40
 
 
@@ -96,7 +96,7 @@ def plan(run: TrainRun, model: ModelConfig, corpus: Corpus, valid: Corpus | None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     epochs = steps * run.train_batch_size / windows
     lines = [
-        f"{report_key(model)}: {parameters:,} parameters; {steps:,} steps of {tokens:,} tokens = {steps * tokens:,} tokens, "
+        f"{Key.of(model)}: {parameters:,} parameters; {steps:,} steps of {tokens:,} tokens = {steps * tokens:,} tokens, "
         f"{epochs:.2f} epochs of {corpus.name}; {steps * flops:.2e} FLOPs; {precision(run.precision, device)}"
     ]
     if valid is not None:
@@ -187,6 +187,6 @@ def next_command(run: TrainRun, model: ModelConfig) -> str:
     """What evaluates the model of `run`: same data and tokenizer, windows of the same length."""
     data = {f.name: getattr(run, f.name) for f in fields(DataConfig)}
     evaluation = PerplexityRun(
-        **data, vocab_size=run.vocab_size, seq_length=run.seq_length, checkpoint=(f"{report_key(model)}={run.out_dir}",)
+        **data, vocab_size=run.vocab_size, seq_length=run.seq_length, checkpoint=(f"{Key.of(model)}={run.out_dir}",)
     )
     return f"next: phase1 perplexity {flags(evaluation)}"

@@ -1,4 +1,4 @@
-"""An English text that every Python brings along: its language reference and the docstrings of its library."""
+"""An English text that comes with every Python: its language reference and the docstrings of its library."""
 
 import ast
 import contextlib
@@ -15,7 +15,7 @@ from phase1.errors import Unavailable
 
 # tests and vendored packages differ between distributions of one Python version
 _SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"}
-HELD_OUT_EVERY = 20  # of 20 documents the 10th goes to test and the 20th to valid
+HELD_OUT_EVERY = 20  # of every 20 documents, the 10th goes to test and the 20th to valid
 MIN_BYTES = 2_000_000
 
 

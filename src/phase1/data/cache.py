@@ -19,7 +19,7 @@ _DIGEST_BYTES = 32
 
 
 def cached_ids(cache_dir: Path, key: dict[str, Any], dtype: np.dtype, compute: Callable[[], np.ndarray]) -> np.ndarray:
-    """`compute()`, or what it gave when it was called with the same `key` before.
+    """`compute()`, or its result of an earlier call with the same `key`.
 
     A file is the SHA-256 of the ids' bytes and the ids, little-endian; one that does not match is made again.
     """
@@ -37,7 +37,7 @@ def cached_ids(cache_dir: Path, key: dict[str, Any], dtype: np.dtype, compute: C
 
 
 def store(path: Path, data: bytes) -> None:
-    """Write a file of the cache; ValueError, one line, where the folder cannot be written to."""
+    """Write a file of the cache; ValueError, one line, if the folder cannot be written to."""
     try:
         atomic_write(path, data)
     except OSError as error:
@@ -46,7 +46,7 @@ def store(path: Path, data: bytes) -> None:
 
 @functools.cache  # says it once
 def cache_folder(cache_dir: str) -> Path:
-    """The folder that `--cache-dir` means; where that is in the home of a user who has none, one for temporary files."""
+    """The folder that `--cache-dir` means; a temporary one if it is in the home of a user who has no home."""
     if not cache_dir.startswith("~"):
         return Path(cache_dir)
     user = os.getuid() if hasattr(os, "getuid") else "user"

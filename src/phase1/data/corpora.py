@@ -18,7 +18,7 @@ from phase1.data.tokenizer_files import load_tokenizer, tokenizer_kind
 from phase1.data.tokenizers import Tokenizer
 from phase1.text import printable_name
 
-STREAMED_VALID_TOKENS = 500_000  # of a streamed set, valid and test are the first documents above this many tokens
+STREAMED_VALID_TOKENS = 500_000  # valid and test of a streamed set are the first documents of more tokens than this
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class _Origin:
-    """What `--dataset-name` leads to, before it is tokens."""
+    """The text that `--dataset-name` means, before it becomes tokens."""
 
     name: str
     source: str

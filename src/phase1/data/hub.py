@@ -17,7 +17,7 @@ from phase1.text import one_line
 
 SPLITS = {"train": ("train",), "valid": ("validation", "valid", "dev"), "test": ("test",)}
 FORMER_NAMES = {"Salesforce/wikitext": ("wikitext",), "allenai/c4": ("c4",)}
-"""Of repositories: `load_dataset` of such a name, as in older tutorials, fills the cache under it."""
+"""Old names of repositories: `load_dataset` of such a name, as in older tutorials, fills the cache under it."""
 STREAM_RETRIES = {"MAX_RETRIES": 3, "INTERVAL": 1}  # the library's own wait minutes before they report a lost network
 
 
@@ -27,7 +27,7 @@ class HubSet:
 
     repository: str
     config: str | None
-    files: str = ""  # what to download of a set too large to have as a whole
+    files: str = ""  # the part to download of a set that is too large as a whole
     lines: bool = False  # rows are the lines of one document, else each row is one
 
     @property

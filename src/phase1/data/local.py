@@ -14,7 +14,7 @@ import numpy as np
 from phase1.data.text import Document, Text
 from phase1.files import open_plain
 
-VALID_LINES_DIVISOR = 20  # of a single text file the last 5 % of lines, at least one, are valid
+VALID_LINES_DIVISOR = 20  # the last 5 % of lines of a single text file, at least one, are its valid split
 STEMS = {"train": ("train",), "valid": ("valid", "validation"), "test": ("test",)}
 TEXT_SUFFIXES = (".txt", ".txt.xz")
 TOKEN_SUFFIXES = (".gpt2.bin", ".gpt2.bin.xz")
@@ -71,7 +71,7 @@ def read_token_file(path: Path) -> np.ndarray:
         data = file.read()
     if len(data) % 2:
         raise ValueError(f"{path} must hold two bytes per token; got {len(data)} bytes, an odd number; copy it again")
-    return np.frombuffer(data, dtype="<u2").astype(np.uint16)  # a copy, which can be written to
+    return np.frombuffer(data, dtype="<u2").astype(np.uint16)  # a writable copy
 
 
 def _open(path: Path) -> IO[Any]:

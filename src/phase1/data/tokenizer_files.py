@@ -194,7 +194,7 @@ def _require_plain(content: Any) -> None:
 
 
 def _vocabulary(content: dict[str, Any]) -> Vocabulary:
-    """Checked part by part: `tokenizers` itself ends the process, or raises what names nothing."""
+    """Check the file part by part, because the library `tokenizers` ends the process or raises an error without a name."""
     vocab, merges, added = content["model"].get("vocab"), content["model"].get("merges"), content.get("added_tokens", [])
     if not isinstance(vocab, dict) or not isinstance(merges, list) or not isinstance(added, list):
         raise ValueError("no vocab, merges and added_tokens")

@@ -8,10 +8,10 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from phase1.data.interruptible import interruptible
 from phase1.data.text import Document, pieces
+from phase1.progress import progress
 from phase1.text import one_line
 
 END_OF_TEXT = "<|endoftext|>"
@@ -66,7 +66,7 @@ class Tokenizer:
         parts: list[np.ndarray] = []
         count = 0
         marked = _mark_ends(documents)
-        with tqdm(desc="tokenise", unit="char", unit_scale=True, disable=None, leave=False) as bar:
+        with progress(desc="tokenise", unit="char", unit_scale=True, leave=False) as bar:
             while batch := _take(marked, BATCH_CHARS if more_than is None else min(BATCH_CHARS, 8 * more_than + 1)):
                 for (piece, ends), ids in zip(batch, self._encode_pieces(batch), strict=True):
                     parts.append(np.array(ids, dtype=self.dtype))

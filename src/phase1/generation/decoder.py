@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from phase1.data.tokenizer_files import TOKENIZER, folder_tokenizer, gpt2_tokenizer
 from phase1.data.tokenizers import Tokenizer
-from phase1.generation.replay import Replay
+from phase1.generation.replay import GraphedStep
 from phase1.model import LanguageModel
 from phase1.training.checkpoint import load_model, read_index, training_facts
 from phase1.training.step import compute_dtype, require_gpu_for_graphs
@@ -25,8 +25,8 @@ class Decoder:
     >>> log_p, state = decoder.prefill(decoder.tokenizer.encode("The "))      # doctest: +SKIP
     >>> log_p, state = decoder.step(int(log_p.argmax()), state)               # doctest: +SKIP
 
-    The table is made once. Every step costs the same and its state is as large, but for attention, whose keys and values
-    grow with the text. A state is not changed by a step, so that several texts can go on from one.
+    The table is built once. Every step has the same cost and a state of the same size, except with attention, whose keys and
+    values grow with the text. A step does not change the state it is given, so several texts can continue from one.
 
     Args:
         model: changed to evaluation; weights that autocast would cast at every step are cast here.
@@ -58,7 +58,7 @@ class Decoder:
             require_gpu_for_graphs(self.device.type)
             if model.config.mixer == "attention":
                 raise ValueError("--cuda-graphs needs a state that does not grow; got a model with attention; leave it out")
-            self._replay = Replay(self.advance, model.config.copy_window)
+            self._replay = GraphedStep(self.advance, model.config.copy_window)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -143,5 +143,5 @@ def _tokenizer(folder: Path, given: str | None) -> Tokenizer:
 
 
 def state_bytes(state: States) -> int:
-    """Bytes of all that later tokens need of a text."""
+    """Bytes of the state that a text leaves for later tokens."""
     return sum(part.numel() * part.element_size() for layer in state for part in layer if isinstance(part, Tensor))

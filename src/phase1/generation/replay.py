@@ -13,11 +13,11 @@ WARMUP_RUNS = 3  # before a capture: libraries make their handles
 Advance = Callable[[Tensor, list[Any]], tuple[Tensor, list[Any]]]
 
 
-class Replay:
+class GraphedStep:
     """`advance` for one token (B, 1), launched as a graph once the state has the same shapes before and after a step.
 
-    The state it gives is overwritten by the next call. Until the windows of the mixers are full it runs as it is; the state
-    of the copy head is filled up at the first call, with positions that have no weight.
+    The returned state is overwritten by the next call. Until the windows of the mixers are full, `advance` runs eagerly. The
+    state of the copy head is padded at the first call, with positions that have no weight.
     """
 
     def __init__(self, advance: Advance, copy_window: int) -> None:
@@ -59,7 +59,7 @@ class Replay:
 
 
 def warm_up(step: Callable[[], Any]) -> None:
-    """Run `step` a few times beside the current stream."""
+    """Run `step` a few times on another stream, as a capture requires."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
@@ -70,7 +70,7 @@ def warm_up(step: Callable[[], Any]) -> None:
 
 @torch.inference_mode()
 def captured(step: Callable[[], Any], warm: bool = False) -> tuple[Callable[[], None], Any]:
-    """A function that launches `step` as one graph, and what `step` gave: tensors that each launch overwrites."""
+    """A function that launches `step` as one graph, and the results of `step`: tensors that each launch overwrites."""
     if not warm:
         warm_up(step)
     graph = torch.cuda.CUDAGraph()
@@ -80,7 +80,7 @@ def captured(step: Callable[[], Any], warm: bool = False) -> tuple[Callable[[], 
 
 
 def static(state: list[Any], copy_window: int) -> list[Any]:
-    """`state` with positions as tensors, and that of the copy head with all its window; equal to it for what follows."""
+    """An equivalent of `state` for a graph: positions are tensors, and the copy head's state is padded to its full window."""
     return [_static(layer, copy_window) for layer in state]
 
 
@@ -88,7 +88,7 @@ def _static(layer: Any, copy_window: int) -> Any:
     if isinstance(layer, CopyState):
         missing = copy_window - layer.k.shape[1]
         return CopyState(
-            layer.before,
+            layer.prev_key,
             F.pad(layer.k, (0, 0, missing, 0)),
             F.pad(layer.bias, (missing, 0), value=-torch.inf),
             F.pad(layer.ids, (missing, 0)),

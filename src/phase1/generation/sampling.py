@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """Of p, the whole distribution of the model (its copy head included), in this order.
+    """How to change p, the model's whole distribution (its copy head included), before a draw; in this order.
 
     p^(1/temperature); of it the `top_k` likeliest tokens; of these the fewest likeliest that together have `top_p` of the
     probability. At temperature 0 the likeliest token. Of equally likely tokens the one with the smaller id comes first.

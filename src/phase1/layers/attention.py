@@ -21,23 +21,23 @@ class AttentionState(NamedTuple):
 
     k: Tensor
     v: Tensor
-    conv: Tensor | None = None  # (B, 3, 3 D) last inputs of the convolution, where there is one
-    store: "Store | None" = None  # where keys and values lie, with room for more
+    conv: Tensor | None = None  # (B, 3, 3 D) last inputs of the convolution, if there is one
+    store: "Store | None" = None  # the larger buffer that k and v are views of
 
     def followed_by(self, k: Tensor, v: Tensor, conv: Tensor | None) -> "AttentionState":
-        """This, and `k` and `v` (B, T, H, P) after it; without gradients in O(T), amortised, and this stays as it is."""
+        """The state with `k` and `v` (B, T, H, P) appended; `self` stays valid. Without gradients O(T), amortised."""
         if torch.is_grad_enabled():
             return AttentionState(torch.cat([self.k, k], 1), torch.cat([self.v, v], 1), conv)
         start, end = self.k.shape[1], self.k.shape[1] + k.shape[1]
         store = self.store
-        if store is None or store.used != start or store.k.shape[1] < end:  # none, or another text went on from here, or full
+        if store is None or store.used != start or store.k.shape[1] < end:  # none, or continued by another text, or full
             store = Store(*(F.pad(old, (0, 0, 0, 0, 0, end)) for old in (self.k, self.v)))
         store.k[:, start:end], store.v[:, start:end], store.used = k, v, end
         return AttentionState(store.k[:, :end], store.v[:, :end], conv, store)
 
 
 class Store:
-    """Memory for keys and values, (B, ≥ `used`, H, P) each."""
+    """A buffer for keys and values, (B, capacity, H, P) each, of which the first `used` positions are filled."""
 
     def __init__(self, k: Tensor, v: Tensor) -> None:
         self.k, self.v, self.used = k, v, 0
@@ -47,10 +47,10 @@ class Attention(nn.Module):
     """softmax(Q Kᵀ / sqrt(P)) V over earlier positions, rotary positions, O(T²) work.
 
     Args:
-        fused: by the fastest kernel, which keeps no scores; without, by matrix products that hold all T² of them.
+        fused: use the fastest kernel, which keeps no scores; if false, matrix products that keep all T² of them.
         qk_norm: Q = γ ⊙ rms(Q'), K = rms(K') per head before the rotation, γ in R^{H×P}.
-        conv: a causal depthwise convolution on Q', K' and V' before that, V = silu of it, as AR-SSM has on u, v and x.
-        gate: y = W_o norm(attention ⊙ silu(W_z h)), as AR-SSM has; W_z is a part of `qkv`.
+        conv: apply a causal depthwise convolution to Q', K' and V' first, and SiLU to the convolved V', as AR-SSM does.
+        gate: y = W_o norm(attention ⊙ silu(W_z h)), as AR-SSM does; W_z is part of `in_proj`.
 
     Source of the options: Henry et al. 2020, "Query-key normalization for Transformers"; Dao and Gu 2024, "Transformers are
     SSMs", section 7.
@@ -62,18 +62,18 @@ class Attention(nn.Module):
         super().__init__()
         self.n_heads = n_heads
         self.backends = BACKENDS if fused else [SDPBackend.MATH]
-        self.qkv = nn.Linear(d_model, (4 if gate else 3) * d_model, bias=False)
+        self.in_proj = nn.Linear(d_model, (4 if gate else 3) * d_model, bias=False)
         self.q_scale = nn.Parameter(torch.full((n_heads, d_model // n_heads), Q_SCALE)) if qk_norm else None  # γ
         self.conv_weight = nn.Parameter(first_taps(3 * d_model)) if conv else None
         self.conv_bias = nn.Parameter(torch.zeros(3 * d_model)) if conv else None
         self.norm = nn.Parameter(torch.ones(d_model)) if gate else None
-        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.out_proj = nn.Linear(d_model, d_model, bias=False)
 
     def forward(self, h: Tensor, state: AttentionState | None = None) -> tuple[Tensor, AttentionState, None]:
-        """(B, T, D) -> (B, T, D), the keys and values so far, and None for the effective rank, which it has not."""
+        """(B, T, D) -> (B, T, D), the keys and values so far, and None: attention has no effective rank."""
         past = 0 if state is None else state.k.shape[1]
         D = h.shape[-1]
-        mixed, gate = self.qkv(h).split([3 * D, len(self.qkv.weight) - 3 * D], -1)
+        mixed, gate = self.in_proj(h).split([3 * D, len(self.in_proj.weight) - 3 * D], -1)
         last = None
         if self.conv_weight is not None and self.conv_bias is not None:
             mixed, last = causal_conv(mixed, self.conv_weight, self.conv_bias, None if state is None else state.conv)
@@ -101,4 +101,4 @@ class Attention(nn.Module):
         y = y.transpose(1, 2).flatten(2)
         if self.norm is not None:
             y = rms_norm(y * F.silu(gate), self.norm)
-        return self.out(y), state, None
+        return self.out_proj(y), state, None

@@ -1,4 +1,4 @@
-"""Causal depthwise convolution over a few positions, in front of what a mixer makes of its input."""
+"""The causal depthwise convolution over a few positions that a mixer applies to its projected input."""
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ def first_taps(channels: int) -> Tensor:
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """y_t = bias + Σ_j weight[j] ⊙ x_{t - CONV_WIDTH + 1 + j}, (B, T, channels), and the last inputs, for what follows.
+    """y_t = bias + Σ_j weight[j] ⊙ x_{t - CONV_WIDTH + 1 + j}, (B, T, channels), and the last inputs, for later positions.
 
     `past`: the (B, CONV_WIDTH - 1, channels) inputs before x, zeros if None; weight and bias are taken in the dtype of x.
     """

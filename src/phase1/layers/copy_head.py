@@ -17,7 +17,7 @@ FORGET_BIAS = -8.0  # and forgets to 1/e in 3,000 positions
 class CopyState(NamedTuple):
     """All that later positions need of earlier ones; its size does not depend on the context."""
 
-    before: Tensor  # (B, 1, d) W2 h of the last position
+    prev_key: Tensor  # (B, 1, d) W2 h of the last position, part of the key of the next one
     k: Tensor  # (B, ≤ w, d)
     bias: Tensor  # (B, ≤ w) -f summed over the positions after each
     ids: Tensor  # (B, ≤ w)
@@ -37,8 +37,8 @@ class CopyHead(nn.Module):
     def __init__(self, d_model: int, key_dim: int, window: int) -> None:
         super().__init__()
         self.window = window
-        self.qkk = nn.Linear(d_model, 3 * key_dim, bias=False)  # Wq, W1, W2
-        nn.init.normal_(self.qkk.weight, std=0.02 * math.sqrt(512 / d_model))
+        self.qk_proj = nn.Linear(d_model, 3 * key_dim, bias=False)  # Wq, W1, W2
+        nn.init.normal_(self.qk_proj.weight, std=0.02 * math.sqrt(512 / d_model))
         self.gate = nn.Parameter(torch.zeros(d_model))
         self.gate_bias = nn.Parameter(torch.full((1,), GATE_BIAS))
         self.forget = nn.Parameter(torch.zeros(d_model))
@@ -90,19 +90,19 @@ class CopyHead(nn.Module):
     def queries_and_keys(
         self, hidden: Tensor, ids: Tensor, state: CopyState | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Queries (B, T, d); of the positions in `state` and of these keys, Σ_{i≤s} f_i and ids; W2 h of the last one."""
-        q, k, before = self.qkk(hidden).chunk(3, -1)
-        shifted = F.pad(before, (0, 0, 1, 0)) if state is None else torch.cat([state.before, before], 1)
+        """Queries (B, T, d); keys, Σ_{i≤s} f_i and ids of the positions in `state` and of these; W2 h of the last position."""
+        q, k, prev_key = self.qk_proj(hidden).chunk(3, -1)
+        shifted = F.pad(prev_key, (0, 0, 1, 0)) if state is None else torch.cat([state.prev_key, prev_key], 1)
         k = k + shifted[:, :-1]
         bias = F.softplus(_dot(hidden, self.forget) + self.forget_bias).cumsum(1)
         if state is not None:
             k, bias, ids = (torch.cat(pair, 1) for pair in ((state.k, k), (state.bias, bias), (state.ids, ids)))
         return q, k, bias, ids, shifted[:, -1:]
 
-    def state_of(self, k: Tensor, bias: Tensor, ids: Tensor, before: Tensor) -> CopyState:
+    def state_of(self, k: Tensor, bias: Tensor, ids: Tensor, prev_key: Tensor) -> CopyState:
         """What later positions need of the keys so far."""
         keep = slice(max(0, k.shape[1] - self.window), None)
-        return CopyState(before, k[:, keep], bias[:, keep] - bias[:, -1:], ids[:, keep])
+        return CopyState(prev_key, k[:, keep], bias[:, keep] - bias[:, -1:], ids[:, keep])
 
     def _gate(self, hidden: Tensor) -> Tensor:
         """w · h + b, (B, T)."""

@@ -1,4 +1,4 @@
-"""Token tables, tied to the output: a dense one, and HTT, whose rows past the frequent ones cost a few numbers each."""
+"""Token tables, used for input and output: a dense one, and HTT, in which a rare token costs a few numbers."""
 
 import math
 from collections.abc import Sequence
@@ -10,19 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phase1.layers.two_level import Groups
-from phase1.ops.anchored_table import Users, anchored_table, users_of
+from phase1.ops.anchored_table import InverseIndex, anchored_table, inverse_index
 from phase1.ops.htt import Cores, htt_table
 from phase1.vocabulary.levels import Level, levels
 from phase1.vocabulary.statistics import TokenStatistics, TokenVectors
 
+GROUP_RANK = 4  # of what a two-level output learns besides, as a multiple of r: 90 % of a dense table are saved with it
+
 
 class DenseTable(nn.Module):
-    """One row of width D per token; the position of a token in the table is its id.
+    """One row of width D per token; the row of a token is its id.
 
     Args:
         vocab_size, d_model: V and D.
-        output_bias: whether every token has one, as in HTT.
-        vectors: of the training text, where rows and biases start; None: random rows, biases of 0.
+        output_bias: give every token a bias in the output, as HTT does.
+        vectors: start rows and biases from these, computed from the training text; None: random rows, biases of 0.
     """
 
     def __init__(self, vocab_size: int, d_model: int, output_bias: bool = False, vectors: TokenVectors | None = None) -> None:
@@ -39,20 +41,21 @@ class DenseTable(nn.Module):
         """Make every row `factor` times as long."""
         self.rows.mul_(factor)
 
-    def positions(self, ids: Tensor) -> Tensor:
+    def rows_of(self, ids: Tensor) -> Tensor:
+        """The row of each id: the id itself."""
         return ids
 
     def table(self, dtype: torch.dtype) -> Tensor:
-        """All rows; a parameter, so in its own dtype: the ops cast it."""
+        """All rows (V, D): the parameter itself, not cast to `dtype`, which the operators do."""
         return self.rows
 
     def factors(self, hidden: Tensor, table: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The output, hidden (N, D) times the `table` of this."""
+        """The logits as one product: hidden (N, D) and `table()` (V, D)."""
         return [(hidden, table)]
 
 
 class CoordinateBand(nn.Module):
-    """Rows that live on the leading ρ coordinates of the states and are 0 elsewhere, on fewer for rarer tokens."""
+    """Rows that are zero past their first ρ coordinates, with a smaller ρ for each level of rarer tokens."""
 
     def __init__(self, levels: Sequence[Level], d_model: int) -> None:
         super().__init__()
@@ -64,16 +67,17 @@ class CoordinateBand(nn.Module):
 
     @torch.no_grad()
     def start_at(self, rows: Tensor) -> None:
-        """Start at `rows` (n, m), as far as their coordinates and those of this reach."""
+        """Set the coefficients to the first ρ coordinates of `rows` (n, m), with zeros if m is smaller."""
         for part, start in zip(self.coordinates, rows.split([len(part) for part in self.coordinates]), strict=True):
             part.copy_(_to_width(start, part.shape[1]))
 
     def table(self, dtype: torch.dtype) -> Tensor:
+        """All rows of all levels, (n, D)."""
         return torch.cat([_to_width(part.to(dtype), self.d_model) for part in self.coordinates])
 
-    def factors(self, hidden: Tensor, parts: int) -> list[tuple[Tensor, Tensor]]:
-        """Output of the first `parts` stretches of rows: the coordinates of `hidden` (…, D) that they have, and theirs."""
-        return [(hidden[..., : part.shape[1]], part) for part in list(self.coordinates)[:parts]]
+    def factors(self, hidden: Tensor, n_levels: int) -> list[tuple[Tensor, Tensor]]:
+        """The logits of the first `n_levels` levels as products of ρ columns: of `hidden` (…, D), and the coefficients."""
+        return [(hidden[..., : part.shape[1]], part) for part in list(self.coordinates)[:n_levels]]
 
 
 class TensorTrainTail(nn.Module):
@@ -94,40 +98,45 @@ class TensorTrainTail(nn.Module):
 
     @property
     def cores(self) -> Cores:
+        """The parameters as the operator takes them."""
         return Cores(self.core_a, self.core_b, self.phase_a, self.phase_b, None, self.bias_b)
 
     def table(self, dtype: torch.dtype) -> Tensor:
+        """All rows, (n, D); the grid may have a few more."""
         return htt_table(self.cores, dtype)[: self.n]
 
 
 class OutputLevels(NamedTuple):
-    """A two-level output: of the first level factors and bias, of the second the groups and the tail's rows and biases."""
+    """What the two softmaxes of a two-level output are computed from."""
 
-    factors: list[tuple[Tensor, Tensor]]
-    bias: Tensor
-    groups: Groups
-    tail: Tensor
-    tail_bias: Tensor
+    factors: list[tuple[Tensor, Tensor]]  # first level: products whose results are the logits of rows and groups
+    bias: Tensor  # first level
+    groups: Groups  # second level
+    tail: Tensor  # second level: the rows inside the groups, (n, D)
+    tail_bias: Tensor  # second level: (n,)
 
 
 class HTTTable(nn.Module):
-    """K dense rows for frequent tokens, rows of falling rank for others, a tensor train for rare ones; from 4K on, sums too.
+    """A table whose rows, sorted by frequency, cost fewer numbers the rarer their tokens are.
 
-    E_i = (i ≥ 4K: Σ_j w_ij E_a_ij) + (K ≤ i < 16K: c_i in the first ρ_i coordinates; above: tensor train of 2r terms)
+    Row i, with K = dense_rows (8K is eight times K):
+        i < K          D numbers
+        K ≤ i < 16K    c_i, the first ρ coordinates; ρ is 11r, 8r, 6r and 3r from row K, 2K, 4K and 8K on, at most D
+        16K ≤ i        a row of a holographic tensor train of 2r terms (ops/htt/reference.py)
+        4K ≤ i         in addition Σ_j w_ij E_{a_ij}, a weighted sum of 3r/8 earlier rows, the anchors of row i
 
-    The rank ρ is 11r, 8r, 6r and 3r, D at most, from K, 2K, 4K and 8K on (`levels`). The 3r/8 anchors a_ij are rows that are
-    used like i, of an earlier level, so the table is made level by level. Every token also has an output bias.
+    The anchors belong to an earlier level than the row, so the table is built level by level. Every token has an output bias.
 
     Args:
         vocab_size, d_model: V and D.
         rank: r.
         dense_rows: K.
         groups: v1 of the tail's grid.
-        statistics: of the training text: order, frequencies, anchors, where rows start; None: ids in order, all random.
-        two_level: the output is of two levels: over the rows before the tail and its groups, then inside a group.
+        statistics: of the training text: the order of rows, their frequencies, anchors and start; None: ids in order, random.
+        two_level: make the output two softmaxes: over the rows before the tail and the tail's groups, then inside a group.
     """
 
-    positions_of: Tensor
+    row_of_id: Tensor
     anchors: Tensor
 
     def __init__(
@@ -141,33 +150,33 @@ class HTTTable(nn.Module):
         two_level: bool = False,
     ) -> None:
         super().__init__()
-        every = levels(vocab_size, d_model, rank, dense_rows)
-        self.levels = [*(level.start for level in every if level.anchors), vocab_size]
-        k = every[-1].anchors
-        self.register_buffer("positions_of", torch.arange(vocab_size))
-        anchors = [torch.randint(level.start, (level.end - level.start, k)) for level in every if level.anchors]
+        all_levels = levels(vocab_size, d_model, rank, dense_rows)
+        self.levels = [*(level.start for level in all_levels if level.anchors), vocab_size]
+        k = all_levels[-1].anchors
+        self.register_buffer("row_of_id", torch.arange(vocab_size))
+        anchors = [torch.randint(level.start, (level.end - level.start, k)) for level in all_levels if level.anchors]
         self.register_buffer("anchors", torch.cat([torch.empty(0, k, dtype=torch.int64), *anchors]))
         self.rows = nn.Parameter(torch.randn(dense_rows, d_model) / math.sqrt(d_model))
         self.weights = nn.Parameter(torch.randn(len(self.anchors), k) / math.sqrt(max(1, k)))
         self.output_bias = nn.Parameter(torch.zeros(vocab_size))
-        band, tail = [level for level in every if level.rank], [level for level in every if not level.rank]
+        band, tail = [level for level in all_levels if level.rank], [level for level in all_levels if not level.rank]
         self.band = CoordinateBand(band, d_model) if band else None
         self.tail = TensorTrainTail(tail[0], d_model, 2 * rank, groups) if tail else None
-        self.plain = sum(not level.anchors for level in band)  # levels of rows without anchors
+        self.n_unanchored_levels = sum(not level.anchors for level in band)
         self.groups: Groups | None = None
         if two_level:
             if self.tail is None:
                 raise ValueError(f"a two-level output needs a tail, V > 16 x K = {16 * dense_rows}; got V={vocab_size}")
-            self.groups = Groups(self.tail.n, self.tail.members, d_model)
+            self.groups = Groups(self.tail.n, self.tail.members, d_model, min(GROUP_RANK * rank, d_model))
         if statistics is not None:
-            self._use(statistics)
-        self.turn_anchors()
+            self._start_from(statistics)
+        self.build_inverse_index()
 
-    def _use(self, statistics: TokenStatistics) -> None:
-        positions = torch.from_numpy(statistics.positions)
-        if not torch.equal(positions.sort().values, self.positions_of):
-            raise ValueError(f"positions must hold 0 to {len(self.positions_of) - 1} once each; they do not")
-        self.positions_of.copy_(positions)
+    def _start_from(self, statistics: TokenStatistics) -> None:
+        row_of_id = torch.from_numpy(statistics.row_of_id)
+        if not torch.equal(row_of_id.sort().values, self.row_of_id):
+            raise ValueError(f"row_of_id must hold 0 to {len(self.row_of_id) - 1} once each; it does not")
+        self.row_of_id.copy_(row_of_id)
         self.anchors.copy_(torch.from_numpy(statistics.anchors))
         scale = 1 / math.sqrt(statistics.rows.shape[1])  # vectors of mean square 1 get the norm of a dense row
         with torch.no_grad():
@@ -175,20 +184,21 @@ class HTTTable(nn.Module):
             self.rows.copy_(_to_width(torch.from_numpy(statistics.rows) * scale, self.rows.shape[1]))
             self.weights.copy_(torch.from_numpy(statistics.weights))
         if self.band is not None:
-            self.band.start_at(torch.from_numpy(statistics.rest[: self.band.n]) * scale)
+            self.band.start_at(torch.from_numpy(statistics.residual[: self.band.n]) * scale)
 
     @torch.no_grad()
     def scale(self, factor: float) -> None:
-        """Make every row `factor` times as long: rows are linear in these, and a sum of anchors in them."""
+        """Make every row `factor` times as long: rows are linear in these parameters, and sums of anchors in the rows."""
         linear = [self.rows, *([] if self.band is None else self.band.coordinates)]
         linear += [] if self.tail is None else [self.tail.core_a, self.tail.bias_b]
         for parameter in linear:
             parameter.mul_(factor)
 
-    def turn_anchors(self) -> None:
-        for level, users in enumerate(users_of(self.anchors, self.levels)):
-            self.register_buffer(f"places_{level}", users.places, persistent=False)
-            self.register_buffer(f"starts_{level}", users.starts, persistent=False)
+    def build_inverse_index(self) -> None:
+        """Recompute from `anchors` what the backward pass of the table needs; it is in no checkpoint."""
+        for level, index in enumerate(inverse_index(self.anchors, self.levels)):
+            self.register_buffer(f"indices_{level}", index.indices, persistent=False)
+            self.register_buffer(f"offsets_{level}", index.offsets, persistent=False)
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: list[str]
@@ -197,59 +207,61 @@ class HTTTable(nn.Module):
         if wrong := self.index_out_of_range():
             errors.append(f"{prefix}{wrong}")
         else:
-            self.turn_anchors()
+            self.build_inverse_index()
 
     def index_out_of_range(self) -> str | None:
-        """What a row index is that no row has: on a GPU it would read foreign memory. None where there are no numbers yet."""
-        if self.positions_of.is_meta:
+        """Say which row index is out of range (on a GPU it would read foreign memory); None if none is, or on a meta tensor."""
+        if self.row_of_id.is_meta:
             return None
-        every = torch.arange(len(self.positions_of), device=self.positions_of.device)
-        if not torch.equal(self.positions_of.sort().values, every):
-            return f"positions_of must hold 0 to {len(self.positions_of) - 1} once each"
+        all_rows = torch.arange(len(self.row_of_id), device=self.row_of_id.device)
+        if not torch.equal(self.row_of_id.sort().values, all_rows):
+            return f"row_of_id must hold 0 to {len(self.row_of_id) - 1} once each"
         for start, end in pairwise(self.levels):
             level = self.anchors[start - self.levels[0] : end - self.levels[0]]
             if level.numel() and not 0 <= level.min() <= level.max() < start:
                 return f"anchors of rows {start} to {end - 1} must be between 0 and {start - 1}"
         return None
 
-    def positions(self, ids: Tensor) -> Tensor:
-        """Where ids stand in the table; ids below 0 (not scored) stay as they are."""
-        return torch.where(ids < 0, ids, self.positions_of[ids.clamp(min=0)])
+    def rows_of(self, ids: Tensor) -> Tensor:
+        """The row of each id; ids below 0 (targets that are not scored) stay as they are."""
+        return torch.where(ids < 0, ids, self.row_of_id[ids.clamp(min=0)])
 
     def table(self, dtype: torch.dtype) -> Tensor:
-        """All V rows in the order of their positions."""
-        own = [self.rows.to(dtype), *(part.table(dtype) for part in (self.band, self.tail) if part is not None)]
+        """All rows, (V, D), the most frequent token's first."""
+        own_rows = [self.rows.to(dtype), *(part.table(dtype) for part in (self.band, self.tail) if part is not None)]
         if not len(self.anchors):
-            return own[-1]
-        users = [Users(getattr(self, f"places_{i}"), getattr(self, f"starts_{i}")) for i in range(len(self.levels) - 1)]
-        return anchored_table(torch.cat(own), self.weights, self.anchors, self.levels, users)
+            return own_rows[-1]
+        levels = range(len(self.levels) - 1)
+        inverse = [InverseIndex(getattr(self, f"indices_{i}"), getattr(self, f"offsets_{i}")) for i in levels]
+        return anchored_table(torch.cat(own_rows), self.weights, self.anchors, self.levels, inverse)
 
     def factors(self, hidden: Tensor, table: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The output, hidden (N, D) times the `table` of this; rows without anchors by their coefficients, which are fewer."""
-        if not self.plain:
+        """The logits as products, side by side: hidden (N, D) and `table()` (V, D), but ρ columns of each for band rows
+        without anchors."""
+        if not self.n_unanchored_levels:
             return [(hidden, table)]
         assert self.band is not None
-        return [(hidden, self.rows), *self.band.factors(hidden, self.plain), (hidden, table[self.levels[0] :])]
+        return [(hidden, self.rows), *self.band.factors(hidden, self.n_unanchored_levels), (hidden, table[self.levels[0] :])]
 
     def levels_of_output(self, hidden: Tensor, table: Tensor) -> OutputLevels:
-        """The two levels, for hidden (N, D) and the `table` of this."""
+        """The operands of both softmaxes, for hidden (N, D) and `table()` (V, D)."""
         assert self.groups is not None
         sizes = [len(table) - self.groups.n, self.groups.n]
         (before, tail), (bias, tail_bias) = table.split(sizes), self.output_bias.split(sizes)
         rows, group_bias = self.groups.first_level(tail, tail_bias)
-        stretches, first = [], 0
-        if self.plain:
+        factors, first = [], 0
+        if self.n_unanchored_levels:
             assert self.band is not None
-            stretches, first = [(hidden, self.rows), *self.band.factors(hidden, self.plain)], self.levels[0]
-        stretches.append((hidden, torch.cat([before[first:], rows])))
-        return OutputLevels(stretches, torch.cat([bias, group_bias]), self.groups, tail, tail_bias)
+            factors, first = [(hidden, self.rows), *self.band.factors(hidden, self.n_unanchored_levels)], self.levels[0]
+        factors.append((hidden, torch.cat([before[first:], rows])))
+        return OutputLevels(factors, torch.cat([bias, group_bias]), self.groups, tail, tail_bias)
 
 
 def _start_std(level: Level, d_model: int) -> float:
-    """Of the part of a row that is its own: that of a dense row, a tenth of it next to anchors, of which it is a correction."""
+    """Initial std of a row's own part: 1/√D, a tenth of that if the row also has anchors, whose sum it then only corrects."""
     return (0.1 if level.anchors else 1.0) / math.sqrt(d_model)
 
 
 def _to_width(rows: Tensor, width: int) -> Tensor:
-    """`rows` (n, m) with the coordinates that are missing as zeros, or without those that are too many."""
+    """`rows` (n, m) padded with zeros or cut to (n, width)."""
     return F.pad(rows, (0, width - rows.shape[1]))

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-USABLE_SHARE = 0.9  # of the decimal size: 7.2e9 bytes of 8 GB, 9.0e9 of 10 GB (docs/design.md, "Definitions")
+USABLE_SHARE = 0.9  # of the advertised size: 7.2e9 bytes of 8 GB, 9.0e9 of 10 GB (docs/design.md, "Definitions")
 
 
 class Chip(NamedTuple):
-    """Compute capability, and multiprocessors where they are known."""
+    """Compute capability, and the number of multiprocessors if known."""
 
     major: int
     minor: int
@@ -38,7 +38,7 @@ class Card:
 
     @property
     def gigabytes(self) -> int:
-        """As on the box."""
+        """The memory in GB as it is advertised."""
         return round(self.memory_bytes / 2**30)
 
     @property

@@ -1,4 +1,4 @@
-"""What a number was measured on and by: an allow-list, without names of hosts, users or their folders."""
+"""Facts of the hardware and software behind a number: an allow-list, without names of hosts, users or folders."""
 
 import os
 import platform
@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ Fact = str | int | float | bool | None
 
 
 def environment() -> dict[str, Fact]:
-    """Facts of hardware and software that a result depends on; None where this machine does not say."""
+    """Facts of hardware and software that a result depends on; None if this machine does not tell."""
     import torch
 
     facts: dict[str, Fact] = {
@@ -179,6 +179,12 @@ def current_command() -> str:
 def settings(run: Config) -> dict[str, Any]:
     """Every setting of a run, as it goes into a report: nothing private in a text, and not whether it was resumed."""
     return {name: _public(value) for name, value in asdict(run).items() if name != "resume"}
+
+
+def deciding_settings(run: Config) -> dict[str, Any]:
+    """The settings that a number of a report depends on: all but those declared with `affects_results=False`."""
+    deciding = {setting.name for setting in fields(run) if setting.metadata.get("affects_results", True)}
+    return {name: value for name, value in settings(run).items() if name in deciding}
 
 
 def _public(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Run a function so that however it ends is an answer: a value, out of memory, an exception or a signal."""
+"""Run a function and return how it ended: a value, out of memory, an exception or a signal."""
 
 import contextlib
 import multiprocessing
@@ -17,7 +17,7 @@ from phase1.errors import is_out_of_memory, reason
 
 T = TypeVar("T")
 
-KILL_SECONDS = 5.0  # within which a killed process is gone
+KILL_SECONDS = 5.0  # time that a killed process has to disappear
 POLL_SECONDS = 0.1  # between looks at a silent process
 
 
@@ -65,7 +65,7 @@ def run_isolated(function: Callable[..., T], *args: Any, timeout_s: float | None
     theirs.close()  # the child holds the only other end: its death is an end of file here
     try:
         outcome: Outcome[T] | None = _answer(ours, process, timeout_s)
-        _wait(process)  # what a process does at its end is its own business, but not for ever
+        _wait(process)  # it may clean up at its end, but not for ever
         return Outcome("error", message=_death(process.exitcode)) if outcome is None else outcome
     except TimeoutError:
         message = f"timeout: the measuring process gave no result within {timeout_s:g} s and was killed; try smaller sizes"
@@ -85,7 +85,7 @@ def _context(module: str) -> Any:
 
 
 def _answer(pipe: Connection, process: BaseProcess, timeout_s: float | None) -> Outcome[Any] | None:
-    """What the child sends; None where it ends without. Raises TimeoutError where it is silent for `timeout_s`."""
+    """What the child sends; None if it ends without. Raises TimeoutError if it is silent for `timeout_s`."""
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     while True:
         alive = process.is_alive()  # before the look at the pipe: what a dead child has sent is all there
@@ -109,7 +109,7 @@ def _wait(process: BaseProcess) -> None:
 
 
 def _end(process: BaseProcess) -> None:
-    """Kill what is left of the child's group: the child where it lives, and any process it has started."""
+    """Kill the child's process group: the child if it still runs, and every process that it started."""
     if process.pid is not None and hasattr(os, "killpg"):
         with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody left; the child has not got its group yet
             os.killpg(process.pid, signal.SIGKILL)

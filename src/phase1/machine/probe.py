@@ -1,4 +1,4 @@
-"""Does this machine's CUDA, and its Triton, do what they are asked? For `phase1 doctor`."""
+"""Check that this machine's CUDA and Triton work, for `phase1 doctor`."""
 
 import importlib
 from typing import Any
@@ -10,7 +10,7 @@ SECONDS = 120.0  # to load libraries, make a context and compile one kernel: a d
 
 
 def cuda_status() -> str:
-    """Works, or why not: a small product is computed on the GPU and checked."""
+    """Compute a small product on the GPU and check it; the answer is "works" or why not."""
     import torch
 
     if torch.version.cuda is None:
@@ -22,7 +22,7 @@ def cuda_status() -> str:
 
 
 def triton_status() -> str:
-    """Works, or why not: a small kernel is compiled and run on the GPU and its result checked."""
+    """Compile and run a small kernel on the GPU and check its result; the answer is "works" or why not."""
     import torch
 
     if package_version("triton") is None:

@@ -1,4 +1,4 @@
-"""How a step really runs: device, type of its products, kernel of attention, compiled loss, CUDA graphs."""
+"""How a step really runs: device, type of its products, attention kernel, compiled loss, CUDA graphs."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,19 +12,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from phase1.model import LanguageModel
 from phase1.records.schema import Execution
 from phase1.training.compiler import compile_losses
-from phase1.training.micro_batch import Replay
+from phase1.training.graphed_pieces import GraphedPieces
+from phase1.training.micro_batch import GraphedMicroBatch
 from phase1.training.pieces import Pieces
-from phase1.training.pieces_replay import ReplayedPieces
 from phase1.training.step import TrainState
 
-PROBE_TOKENS = 64  # of the forward pass that is watched: which kernels run does not depend on the length
+PROBE_TOKENS = 64  # tokens of the forward pass that is watched; which kernels run does not depend on the length
 INDUCTOR = "inductor"
 LIMITS: dict[str, Any] = {
     "recompile_limit": 64,
     "accumulated_recompile_limit": 4096,
     "fail_on_recompile_limit_hit": True,
 }
-"""Of torch._dynamo, whose own limit of 8 is reached by three models of a few lengths, and then runs them eagerly, silently."""
+"""Recompilation limit of torch._dynamo. Three models at a few lengths reach its default, 8, and then silently run eagerly."""
 
 
 class Compiler:
@@ -49,13 +49,13 @@ def compile_loss(state: TrainState, backend: str = INDUCTOR) -> Compiler:
     Returns the compiler that will have done it.
     """
     compiler = Compiler(backend)
-    compile_losses(state.model, isinstance(state.passes, Pieces), compiler)
+    compile_losses(state.model, isinstance(state.micro_batch, Pieces), compiler)
     return compiler
 
 
 @contextmanager
 def strict_compilation() -> Iterator[None]:
-    """Inside, a model that would have to run eagerly for too many recompilations raises an error."""
+    """Within the block, a model that would silently run eagerly after too many recompilations raises an error."""
     import torch._dynamo
 
     with torch._dynamo.config.patch(**{name: value for name, value in LIMITS.items() if hasattr(torch._dynamo.config, name)}):
@@ -104,15 +104,15 @@ def execution(state: TrainState, compiler: Compiler | None) -> Execution:
         attention=attention,
         kernels=kernels,
         compiled=compiler is not None and compiler.calls > 0,
-        cuda_graphs=isinstance(state.passes, Replay | ReplayedPieces),
-        piece_length=state.passes.length if isinstance(state.passes, Pieces) else None,
+        cuda_graphs=isinstance(state.micro_batch, GraphedMicroBatch | GraphedPieces),
+        piece_length=state.micro_batch.length if isinstance(state.micro_batch, Pieces) else None,
     )
     return found.model_copy(update={"otherwise": _otherwise(found, state, compiler)})
 
 
 @contextmanager
 def uncompiled(model: LanguageModel) -> Iterator[None]:
-    """Inside, the loss runs as it is written: a compiled one would hide its operators, or compile for one more shape."""
+    """Within the block the loss runs uncompiled: a compiled one hides its operators, and would compile for one more shape."""
     compiled = vars(model).pop("losses", None)
     try:
         yield
@@ -130,7 +130,7 @@ def _attention(names: set[str]) -> str:
 
 
 def _otherwise(found: Execution, state: TrainState, compiler: Compiler | None) -> list[str]:
-    """Each way in which the step runs otherwise than asked, as a sentence without a subject."""
+    """Each way in which the step does not run as asked, as part of a sentence."""
     config, said = state.model.config, []
     if found.attention == "math" and config.attention == "fused":
         said.append("attention ran by matrix products that hold all T x T scores: no fused kernel takes this type and size")

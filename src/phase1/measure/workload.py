@@ -1,4 +1,4 @@
-"""What memory and throughput run: a model ready to train, and random tokens to train it on."""
+"""The workload of memory and throughput: a model ready to train, and random tokens to train it on."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -23,14 +23,14 @@ def make_workload(
     model_class: type[LanguageModel] = LanguageModel,
     piece_length: int | None = None,
 ) -> TrainState:
-    """The training state of a new model, the very one that `phase1 train` makes."""
+    """The training state of a new model, made as `phase1 train` makes it."""
     torch.manual_seed(SEED)
     config = TrainConfig(precision=precision, compile=compile, cuda_graphs=cuda_graphs, piece_length=piece_length)
     return make_train_state(model_class(model), config, device)
 
 
 def scores_bytes(config: ModelConfig, batch_size: int, seq_length: int) -> int:
-    """About what attention that is not fused takes for its scores: six float32 tensors (B, H, T, T) at the peak."""
+    """Approximate bytes of the scores of attention that is not fused: six float32 tensors (B, H, T, T) at the peak."""
     return 6 * 4 * batch_size * config.n_heads * seq_length**2
 
 

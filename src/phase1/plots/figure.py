@@ -1,4 +1,4 @@
-"""What the plots share: colours, titles, axes, files. Made without pyplot, so without state left behind or a display."""
+"""Colours, titles, axes and files that all plots share. Without pyplot, so without global state and without a display."""
 
 import functools
 import io
@@ -26,7 +26,7 @@ OTHER_COLORS = tuple(color for color in COLORS if color not in ROLE_COLORS.value
 
 @contextmanager
 def own_style() -> Iterator[None]:
-    """Within the block matplotlib is as it comes, whatever MPLBACKEND and the user's matplotlibrc say."""
+    """Within the block matplotlib has its default settings, whatever MPLBACKEND and the user's matplotlibrc say."""
     backend = os.environ.get("MPLBACKEND")
     os.environ["MPLBACKEND"] = "agg"  # read, and refused where it is not installed, when matplotlib is first imported
     try:
@@ -94,7 +94,7 @@ def new_figure(width: float, height: float, title: str) -> "Figure":
 
 
 def escaped(text: str) -> str:
-    """Names come from files: a dollar would start a formula."""
+    """Escape dollar signs, which would start a formula: names come from files."""
     return one_line(text, 100).replace("$", r"\$")
 
 

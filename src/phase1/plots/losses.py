@@ -3,31 +3,31 @@
 from pathlib import Path
 
 from phase1.plots.figure import clean, conditions, escaped, in_own_style, new_figure, save, trained_on
-from phase1.plots.perplexity import looks
+from phase1.plots.perplexity import series_styles
 from phase1.records.schema import LossPart, PerplexityResult, Report
-from phase1.roster import repetition
+from phase1.roster import Key
 from phase1.tables.losses import bands, comparable
 
 
 @in_own_style
 def plot_losses(report: Report[PerplexityResult], path: Path | str) -> Path:
-    """Mean loss over octaves of the context, and over bands of frequency, a line per model. Returns `path`.
+    """Plot the mean loss over octaves of the context and over bands of frequency, a line per model. Returns `path`.
 
-    Where there are further models beside a baseline, less the loss of the baseline of their seed: what tells models apart is
-    a hundredth of what tells groups apart.
+    If there is a baseline and another model, the loss of the baseline of the same seed is subtracted: models differ by a
+    hundredth of what groups differ by.
     """
     shown = comparable(report)
     positions = {key: result.loss_by_position or [] for key, result in shown.items()}
     panels = (positions, "tokens of the window before the target"), (bands(shown), "frequency rank in training")
     against = len(shown) > 1 and "baseline" in shown
-    styles = looks(shown)
-    first = {repetition(key)[0]: key for key in reversed(shown)}  # one of the repetitions, which look alike, is in the legend
+    styles = series_styles(shown)
+    first_of = {Key.parse(key).model: key for key in reversed(shown)}  # one seed of each is in the legend
     figure = new_figure(12, 4.6, f"Loss by context and by frequency\n{trained_on(report)}, {conditions(report)}")
     for axes, (by_model, label) in zip(figure.subplots(1, 2), panels):
         groups = sorted({(part.first, part.last) for parts in by_model.values() for part in parts})
         for key, losses in _losses(by_model, against).items():
             places = [groups.index(group) for group in losses]
-            entry = escaped(key) if key in first.values() else "_"
+            entry = escaped(key) if key in first_of.values() else "_"
             axes.plot(places, list(losses.values()), **styles[key], markersize=5, linewidth=1.3, label=entry)
         names = [f"{first:,}" if first == last else f"{first:,}–{last:,}" for first, last in groups]
         axes.set_xticks(range(len(groups)), names, rotation=30, ha="right", fontsize=8)
@@ -40,12 +40,12 @@ def plot_losses(report: Report[PerplexityResult], path: Path | str) -> Path:
 
 
 def _losses(by_model: dict[str, list[LossPart]], against: bool) -> dict[str, dict[tuple[int, int], float]]:
-    """Losses by group of every model; if `against`, less those of the baseline of its seed, of models that have one."""
+    """Losses by group for every model; if `against`, minus those of the baseline of its seed, for models that have one."""
     losses = {key: {(part.first, part.last): part.avg_loss for part in parts} for key, parts in by_model.items()}
     if not against:
         return losses
     found = {}
     for key, by_group in losses.items():
-        if base := losses.get(f"baseline{repetition(key)[1]}"):
+        if base := losses.get(str(Key.parse(key).baseline)):
             found[key] = {group: loss - base[group] for group, loss in by_group.items() if group in base}
     return found

@@ -30,7 +30,7 @@ def read_reports(path: Path, missing: Callable[[Kind, Path], object] = lambda ki
 
 
 def _kind(path: Path) -> Kind:
-    """What the file says it is."""
+    """The kind that the file declares."""
     try:
         content = read_json(path)
     except ValueError as error:

@@ -16,12 +16,11 @@ from phase1.text import one_line
 T = TypeVar("T")
 VERSION: Final = 1
 SUFFIX: Final = ".partial.json"
-NOT_IN_RESULTS: Final = ("resume", "offline", "out_dir", "save_plots", "verbose")  # settings that change no case
 START_OVER: Final = "leave out --resume to start over"
 
 
 class Journal:
-    """Cases by name, at `path`; the file is there from the first finished case until `close`.
+    """Finished cases by name, kept in a file at `path` from the first finished case until `close`.
 
     `identity` is what a case depends on, by part ("config", "code", "data", "machine"); only cases of an equal identity
     are used again.
@@ -31,12 +30,12 @@ class Journal:
         self.path, self._identity, self._cases = path, dict(identity), dict(cases)
 
     def case(self, name: str, kind: Any, compute: Callable[[], T]) -> T:
-        """The value of case `name`: what an earlier run kept of it, else `compute()`, which is then kept.
+        """The value of case `name`: the one that an earlier run kept, else `compute()`, which is then kept.
 
         Args:
             kind: the type of the value, for example `MemoryResult`; anything that pydantic can write and read.
         Raises:
-            ValueError: what the journal holds is no `kind`. OSError: it cannot be written.
+            ValueError: the kept value is not of type `kind`. OSError: the file cannot be written.
         """
         adapter = TypeAdapter(kind)
         if name in self._cases:
@@ -58,7 +57,7 @@ class Journal:
         return name in self._cases
 
     def close(self) -> None:
-        """Remove the file: the report is written, and holds every case."""
+        """Remove the file, once the report holds every case."""
         self.path.unlink(missing_ok=True)
 
 
@@ -67,19 +66,18 @@ def open_journal(
 ) -> Journal:
     """The journal of the run that writes `report`.
 
-    With `resume` it holds the cases of an earlier run, none where there was none. Without, it is empty, and the file of an
-    earlier run stays as it is until the first case of this one is finished.
+    With `resume` it holds the finished cases of an earlier run, if there was one. Without, it is empty, and an earlier run's
+    file stays as it is until the first case of this one is finished.
 
     Args:
-        settings: every setting of the run; those that change no case are ignored.
+        settings: those that a case depends on (`phase1.machine.environment.deciding_settings`).
         machine: facts of hardware and software, so that no report joins numbers of two machines.
-        data: what identifies the data, as JSON; None where a case depends on none.
+        data: what identifies the data, as JSON; None if no case depends on any.
     Raises:
-        ValueError: one line, where the earlier run differs in config, code, data or machine, or its journal is damaged.
+        ValueError: one line, if the earlier run differs in config, code, data or machine, or its journal is damaged.
     """
     path = report.with_name(report.name.removesuffix(".json") + SUFFIX)
-    config = {name: value for name, value in settings.items() if name not in NOT_IN_RESULTS}
-    identity = json.loads(json.dumps({"config": config, "code": code_sha256(), "data": data, "machine": dict(machine)}))
+    identity = json.loads(json.dumps({"config": dict(settings), "code": code_sha256(), "data": data, "machine": dict(machine)}))
     if not path.exists():
         return Journal(path, identity, {})
     if not resume:
@@ -123,7 +121,7 @@ def _cases_of(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _difference(part: str, old: Any, new: Any) -> str:
-    """The first thing that differs: the flags of a config, the facts of a machine; a digest says nothing more."""
+    """The first flag or fact that differs; of two digests only that they differ."""
     if not isinstance(old, dict) or not isinstance(new, dict):
         return f"{part} that has changed since"
     name = next(key for key in {**new, **old} if key not in old or key not in new or old[key] != new[key])

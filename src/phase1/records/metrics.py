@@ -14,11 +14,12 @@ FIELDS = (
     "step", "tokens", "seconds", "loss", "val_loss", "lr", "grad_norm", "loss_scale", "tokens_per_second",
     "peak_allocated_bytes",
 )  # fmt: skip
-"""Of every object; null is unknown. `loss`, `grad_norm`: means since the last object; `seconds`: of training, all sessions."""
+"""Fields of every object; null if unknown. `loss` and `grad_norm` are means since the last object, `seconds` the training time
+of all sessions."""
 
 
 class MetricsLog:
-    """Appends to the file at `path`. What a killed run left of a line, and what is after `step`, is taken away first."""
+    """Appends to the file at `path`, after removing an incomplete last line and all objects after `step`."""
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
@@ -33,7 +34,7 @@ class MetricsLog:
         self._file.flush()
 
     def keep(self) -> None:
-        """Make what is there survive a power cut; called with every checkpoint."""
+        """Make the written objects survive a power cut; called with every checkpoint."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -41,7 +42,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The objects of the file, by rising step, without what is torn or damaged at its end.
+    """The objects of the file by rising step, without an incomplete or damaged end.
 
     Raises ValueError where the file cannot be read or its first line is not of such a file.
     """
@@ -75,7 +76,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _line(row: dict[str, Any]) -> str:
-    """A number that is none (a loss that diverged) is null."""
+    """NaN and infinity, as of a diverged loss, become null."""
     assert row.keys() == set(FIELDS)
     finite = {name: row[name] if row[name] is None or math.isfinite(row[name]) else None for name in FIELDS}
     return json.dumps(finite, allow_nan=False) + "\n"

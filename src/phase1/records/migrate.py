@@ -12,8 +12,8 @@ def _from_1(content: dict[str, Any]) -> dict[str, Any]:
 
 
 STEPS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}
-"""By the version it starts from: the pure function that makes a report of the next version. `tests/fixtures/v1` are of the
-first; who raises SCHEMA_VERSION adds a step, and fixtures of the version before."""
+"""For each version, the pure function that turns its reports into those of the next. Whoever raises SCHEMA_VERSION adds a step,
+and fixtures of the version before, as tests/fixtures/v1 are."""
 
 
 def migrated(content: dict[str, Any], version: int) -> dict[str, Any]:

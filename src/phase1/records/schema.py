@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 
 from phase1.files import atomic_write, read_json
 from phase1.records.migrate import SCHEMA_VERSION, migrated
+from phase1.roster import Key
 from phase1.text import one_line
 
 FILES = {
@@ -26,7 +27,7 @@ ComplexityOrder = Literal["O(N)", "O(N log N)", "O(N^2)"]
 
 
 def _plain_json(value: Any) -> Any:
-    """What `value` reads back as: tuples become lists, and what JSON cannot hold is refused."""
+    """`value` as it reads back from JSON: tuples become lists, and a value that JSON cannot hold is refused."""
     try:
         return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, RecursionError) as error:
@@ -54,17 +55,17 @@ class Check(_Record):
 
     @classmethod
     def below(cls, name: str, value: float | None, limit: float, detail: str) -> Self:
-        """Passes where `value` < `limit`; inconclusive without a value."""
+        """Pass if `value` < `limit`; inconclusive without a value."""
         return cls._judged(name, value, limit, detail, value is not None and value < limit)
 
     @classmethod
     def at_most(cls, name: str, value: float | None, limit: float, detail: str) -> Self:
-        """Passes where `value` <= `limit`; inconclusive without a value."""
+        """Pass if `value` <= `limit`; inconclusive without a value."""
         return cls._judged(name, value, limit, detail, value is not None and value <= limit)
 
     @classmethod
     def above(cls, name: str, value: float | None, limit: float, detail: str) -> Self:
-        """Passes where `value` > `limit`; inconclusive without a value."""
+        """Pass if `value` > `limit`; inconclusive without a value."""
         return cls._judged(name, value, limit, detail, value is not None and value > limit)
 
     @classmethod
@@ -257,7 +258,7 @@ class Scaling(_Record):
 
 
 class DecodePoint(_Record):
-    """One token after a context of so many, B = 1."""
+    """The cost of one more token after `context` tokens, B = 1."""
 
     context: int
     prefill_tokens_per_second: float = Field(description="of the tokens from the context before to this, in pieces")
@@ -383,8 +384,9 @@ class Report(_Record, Generic[R]):
         expected = RESULTS[self.kind]
         if foreign := [type(result).__name__ for result in self.results.values() if not isinstance(result, expected)]:
             raise ValueError(f"results of kind {self.kind} are {expected.__name__}; got {foreign[0]}")
-        if unknown := [key for key in self.results if not re.fullmatch(_KEY[self.kind], key)]:
-            raise ValueError(f"a {self.kind} result is called baseline or {_PHASE1_KEY[self.kind]}; got {unknown[0]!r:.80}")
+        if unknown := [key for key in self.results if not _is_key(key, self.kind)]:
+            engine = "phase1_htt{rank}_ar{rank}" if self.kind == "perplexity" else "phase1"
+            raise ValueError(f"a {self.kind} result is called baseline or {engine}; got {unknown[0]!r:.80}")
         return self
 
 
@@ -394,13 +396,14 @@ REPORTS: dict[str, type[Report[Any]]] = {
     "throughput": Report[ThroughputResult],
     "perplexity": Report[PerplexityResult],
 }
-_PHASE1_KEY = {"memory": "phase1", "throughput": "phase1", "perplexity": "phase1_htt{rank}_ar{rank}"}
-_OTHER = r"(?!phase1)[a-z][a-z0-9_]{0,63}"  # baseline, baseline_optimized, and controls or models plugged in by a user
-_KEY = {
-    "memory": rf"phase1|{_OTHER}",
-    "throughput": rf"phase1|{_OTHER}",
-    "perplexity": rf"phase1_htt[1-9]\d{{0,8}}_ar[1-9]\d{{0,8}}(_seed\d{{1,9}})?|{_OTHER}",
-}
+
+
+def _is_key(text: str, kind: str) -> bool:
+    """Whether a result of a report of `kind` can have this key: that of an engine, or another name, of a user's model too."""
+    key = Key.parse(text)
+    if key.is_engine:
+        return (key.ranks is not None) == (kind == "perplexity") and (kind == "perplexity" or key.seed is None)
+    return re.fullmatch(r"(?!phase1)[a-z][a-z0-9_]{0,63}", text) is not None
 
 
 def exit_code(checks: Iterable[Check]) -> int:

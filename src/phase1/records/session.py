@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from phase1.errors import reason
-from phase1.machine.environment import Fact, current_command, environment, machine, settings
+from phase1.machine.environment import Fact, current_command, deciding_settings, environment, machine, settings
 from phase1.records.journal import Journal, open_journal
 from phase1.records.schema import FILES, REPORTS, Check, Kind, Report, Result, read_report, write_report
 from phase1.text import one_line
@@ -19,13 +19,13 @@ PREVIOUS: Final = ".previous.json"  # a report that another command had written 
 
 
 class Session:
-    """Cases that survive an interrupt, then reports.
+    """One run of memory, throughput or perplexity: cases that survive an interrupt, then reports.
 
-    `case` returns what an earlier run kept, or computes and keeps it; `write` makes a report; `close`, last, drops the journal.
+    `case` returns the value that an earlier run kept, or computes and keeps it; `write` makes a report; `close` ends the run.
 
     Args:
         run: the settings; `out_dir` and `resume` are read here.
-        data: what identifies the data, as JSON; None where a case depends on none.
+        data: what identifies the data, as JSON; None if no case depends on any.
     Raises:
         OSError: nothing can be written into --out-dir. ValueError: --resume finds another run.
     """
@@ -34,12 +34,13 @@ class Session:
         self.kind, self.path = kind, Path(run.out_dir) / FILES[kind]
         require_writable(self.path.parent)
         self.settings = settings(run)
-        self.journal: Journal = open_journal(self.path, self.settings, machine=machine(), resume=run.resume, data=data)
+        deciding = deciding_settings(run)
+        self.journal: Journal = open_journal(self.path, deciding, machine=machine(), resume=run.resume, data=data)
         self._facts: dict[str, Fact] | None = None
 
     @property
     def facts(self) -> dict[str, Fact]:
-        """Of hardware and software. Asked for once, and late: on a GPU it makes a context, which a measurement would count."""
+        """Facts of hardware and software, taken once and late: that makes a CUDA context, which a measurement would count."""
         if self._facts is None:
             self._facts = dict(environment())
         return self._facts
@@ -56,9 +57,9 @@ class Session:
         folder: Path | None = None,
         **fields: Any,
     ) -> tuple[Report[Any], list[Path]]:
-        """Write a report into `folder` (by default --out-dir), and every plot of it; the report and what was written.
+        """Write a report and its plots into `folder` (by default --out-dir); the report and the files that were written.
 
-        fields: further ones of the report; `run` replaces the settings.
+        fields: further fields of the report; `run` replaces the settings.
         """
         path = (folder or self.path.parent) / self.path.name
         report = REPORTS[self.kind](
@@ -81,7 +82,7 @@ class Session:
         ]
 
     def _drawn(self, plot: Plot, report: Report[Any], path: Path) -> list[Path]:
-        """The file of a plot; none, and a line on stderr, where it cannot be made: it costs nothing that was measured."""
+        """The file of a plot, or none and a line on stderr if it fails: no measurement is lost for a plot."""
         try:
             return [plot(report, path)]
         except Exception as error:
@@ -93,19 +94,19 @@ class Session:
             return []
 
     def close(self) -> None:
-        """Until here --resume finds every case."""
+        """End the run: remove the journal, from which --resume would have gone on."""
         self.journal.close()
 
 
 def require_writable(folder: Path) -> None:
-    """Raise OSError now, and not after hours of work, where nothing can be written into `folder`."""
+    """Raise OSError now, and not after hours of work, if nothing can be written into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
 
 
 def keep_previous(path: Path, kind: Kind, command: str) -> list[Path]:
-    """Move the report of another command at `path` aside, so that it is not lost; where it is now, if there was one."""
+    """Move a report of another command at `path` aside, so that it is not lost; its new place, if there was one."""
     try:
         old = read_report(path, kind)
     except ValueError:  # none, or nothing of ours

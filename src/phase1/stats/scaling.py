@@ -12,17 +12,17 @@ from phase1.stats.step_times import relative_median_error
 
 MIN_LENGTHS, MIN_SPAN = 4, 8  # below these there is no verdict
 QUADRATIC_SHARE_LIMIT = 0.15
-NOISE = 0.02  # relative standard deviation of a time that is assumed where no raw samples say what it is
-NOISE_FLOOR = 0.002  # no time is known better: clocks and temperatures drift by this much between lengths
-MIN_SAMPLES = 5  # of a length, to tell the noise of its median
-GROWTH_FLOOR = 0.01  # nor is any kernel known to follow its law better: caches and waves of blocks bend a line by 1 to 8 %
+NOISE = 0.02  # relative standard deviation of a time, assumed if there are no raw samples to estimate it from
+NOISE_FLOOR = 0.002  # least noise of any time: clocks and temperatures drift by this much between lengths
+MIN_SAMPLES = 5  # steps of a length that are needed to estimate the noise of its median
+GROWTH_FLOOR = 0.01  # least misfit of any law: caches and waves of blocks bend a line by 1 to 8 %
 NOISE_WEIGHT = 4  # residuals that the assumed noise is worth when residuals are few
 MISFIT = 0.05  # a candidate that misses by more than this, root mean square, does not describe the times
 WIDE_INTERVAL = 0.5  # width of the 95 % interval of the exponent
 STEEP_EXPONENT = 1.25  # T log T stays below: its exponent is 1 + 1 / ln T
 STEEP_ERRORS = 3.3  # standard errors that the exponent of the last two lengths must lie above that; p = 0.0005
-ALPHA = 0.005  # of each test that finds another candidate better
-CLOSE, AHEAD = 0.007, 0.003  # of the two tests that refute a candidate; together the 1 % of the specification
+ALPHA = 0.005  # significance level of each test that another candidate is better
+CLOSE, AHEAD = 0.007, 0.003  # significance levels of the two tests that refute a candidate, together the specified 1 %
 
 _REMEDY = "add longer lengths, or measure more steps on an idle machine"
 
@@ -89,7 +89,7 @@ def _checked(lengths: ArrayLike, seconds: ArrayLike) -> tuple[Array, Array]:
 
 
 def _too_short(T: Array) -> str:
-    """Why these lengths cannot decide, or nothing."""
+    """Why these lengths cannot decide; empty if they can."""
     if T.size < MIN_LENGTHS:
         return f"{T.size} lengths measured, a verdict needs {MIN_LENGTHS}: {deciding_lengths(T)}"
     if T[-1] < MIN_SPAN * T[0]:
@@ -188,7 +188,7 @@ def _remedy(T: Array, t: Array) -> str:
 
 
 def _better(rss: float, freedom: int, line_rss: float, noise: float | None) -> bool:
-    """Does a description with `rss` beat the line significantly?
+    """Whether a description with `rss` fits significantly better than the line.
 
     F tests with the noise of its own residuals, which hold for any noise, and with that noise pooled with the known or
     assumed one, which are strong when residuals are few. Neither noise is taken for less than GROWTH_FLOOR: on a quiet

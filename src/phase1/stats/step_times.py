@@ -13,7 +13,7 @@ Array = NDArray[np.float64]
 
 MIN_ROUNDS = 5  # the widest interval, from the least to the greatest of 5, holds the median in 93.75 % of cases
 UNSTABLE = 0.10  # relative interquartile range of the steps of one length
-MAX_AUTOCORRELATION = 0.8  # of so few numbers no more can be believed
+MAX_AUTOCORRELATION = 0.8  # a larger estimate from so few numbers is not credible
 
 
 def median_interval(samples: ArrayLike, level: float = 0.95) -> Bounds | None:
@@ -70,7 +70,7 @@ def _middle(ascending: Array, spread: float, level: float) -> Bounds:
 
 
 def _inflation(x: Array) -> float:
-    """By how much neighbours that resemble each other widen an interval: sqrt((1 + r) / (1 - r)), as for AR(1) noise.
+    """The factor by which autocorrelation of neighbours widens an interval: sqrt((1 + r) / (1 - r)), as for AR(1) noise.
 
     r is the lag-1 autocorrelation of the ranks, plus the (1 + 3r)/n by which so few numbers underestimate it.
     """
@@ -84,7 +84,7 @@ def _inflation(x: Array) -> float:
 
 
 def drifts(samples: Sequence[float], limit: float, alpha: float = 0.01) -> float:
-    """Change of the median from the first to the second half, as a share; 0 where within `limit` or not significant.
+    """Change of the median from the first to the second half, as a share; 0 if within `limit` or not significant.
 
     Significant: by the rank sum of the second half, normal approximation, two-sided.
     """

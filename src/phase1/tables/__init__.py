@@ -35,7 +35,7 @@ NAMES = (
     "memory_comparison", "memory_breakdown", "memory_ablation", "fit_comparison", "throughput_comparison", "scaling_comparison",
     "decoding_comparison", "perplexity_comparison", "loss_comparison", "configuration_comparison",
 )  # fmt: skip
-"""Of every table that there may be: a file of this name that was not written now is of other results."""
+"""Names of all tables: a file of such a name that this run did not write belongs to other results."""
 
 
 def build_tables(reports: Mapping[str, Report[Any]], hardware: str | None = None) -> list[Table]:

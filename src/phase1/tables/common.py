@@ -7,7 +7,7 @@ from phase1.records.schema import Check, Report, Result
 from phase1.tables.table import Cell, Column
 
 FAILED = {"oom": "OOM", "error": "FAIL"}
-WARNING = "WARNING "  # how a note of what makes numbers doubtful begins
+WARNING = "WARNING "  # beginning of a note about something that makes numbers doubtful
 VERDICT = {True: "PASS", False: "FAIL", None: "INCONCLUSIVE"}
 MODEL = Column("Model")
 CONFIG = Column("Config id")
@@ -33,7 +33,7 @@ def _processor(report: Report[Any]) -> str:
 
 
 def basis_of(results: Iterable[Result]) -> str:
-    """measured, estimated, emulated, or what there is of them."""
+    """How the results are known: measured, estimated or emulated, or several of these."""
     return ", ".join(sorted({result.measured for result in results})) or "no result"
 
 
@@ -43,7 +43,7 @@ def gigabytes(count: int | None) -> float | None:
 
 
 def headline(result: Result, value: Cell) -> Cell:
-    """The number a reader looks for first, or the word for its failure."""
+    """The main number of a result, or the word for its failure."""
     return FAILED.get(result.status, value)
 
 
@@ -68,14 +68,14 @@ def notes_of(report: Report[Any]) -> tuple[str, ...]:
 
 
 def caption_of(title: str, report: Report[Any], hardware: str | None, *conditions: str) -> str:
-    """What, under which conditions, on which hardware, and whether it was measured."""
+    """The caption: title, conditions, hardware, and how the numbers are known."""
     given = [text for text in conditions if text]
     basis = basis_of(report.results.values())
     return f"{title}: {', '.join([*given, hardware_named(report, hardware)])} ({basis})"
 
 
 def hardware_named(report: Report[Any], hardware: str | None) -> str:
-    """The hardware of the record; with another name given for it, both: a name makes no number another machine's."""
+    """The recorded hardware; if the user gives another name, both, because the numbers stay those of the recorded machine."""
     recorded = hardware_of(report)
     return recorded if hardware in (None, recorded) else f"{hardware}, recorded on {recorded}"
 

@@ -13,7 +13,7 @@ from phase1.tables.throughput import ratio_to_baseline
 
 
 def configuration_comparison(reports: Mapping[str, Report[Any]], hardware: str | None = None) -> Table:
-    """One row per model with its memory, speed and quality, each only from a report of that very model; no controls."""
+    """One row per model with its memory, speed and quality, each from a report of that same model; no controls."""
     columns = (
         MODEL,
         CONFIG,
@@ -64,7 +64,7 @@ def _memory_summary(result: Result | None) -> tuple[Cell, ...]:
 
 
 def _speed_summary(result: Result | None, report: Report[ThroughputResult] | None) -> tuple[Cell, ...]:
-    """At the longest length that this model ran, and the ratio only where the baseline ran it too."""
+    """The speed at the longest length that this model ran, with the ratio if the baseline ran it too."""
     if not isinstance(result, ThroughputResult) or report is None:
         return (None,) * 5
     verdict = result.scaling.verdict if result.scaling else None

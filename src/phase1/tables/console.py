@@ -1,4 +1,4 @@
-"""Reports -> what a command prints: the comparison tables without what the command line says already."""
+"""Tables as a command prints them, without what the command line already says."""
 
 import textwrap
 from collections.abc import Iterable
@@ -58,7 +58,7 @@ def perplexity_text(report: Report[PerplexityResult]) -> str:
 
 
 def _console(table: Table, report: Report) -> str:
-    """Without the checks, which `checks_text` prints, warnings, and the command, which the user has typed."""
+    """The table without the notes that are printed elsewhere (checks, warnings) or known (the command)."""
     printed_elsewhere = tuple(f"{check.status.upper()} {check.name}: " for check in report.checks) + ("Command: ", WARNING)
     notes = tuple(note for note in table.notes if not note.startswith(printed_elsewhere))
     return console(replace(table, notes=notes))
@@ -88,7 +88,7 @@ def _wrapped(text: str) -> str:
 
 
 def console(table: Table) -> str:
-    """For a terminal: the caption, the rows (few models with many numbers stand side by side), and the notes."""
+    """The table for a terminal: caption, rows (a few models with many numbers stand side by side) and notes."""
     headings = [column.heading for column in table.columns]
     rows = table.texts(one_line)
     if is_wide(table):

@@ -6,6 +6,7 @@ from typing import Any
 
 from phase1.config import ModelConfig
 from phase1.records.schema import Report, Result
+from phase1.roster import Key
 
 SIZES = ("vocab_size", "d_model", "n_layers")  # equal for all models of one comparison
 IDENTITY = (*SIZES, "n_heads", "mixer", "embedding", "loss", "checkpointing")  # equal wherever the config id is
@@ -26,11 +27,11 @@ class Row:
 
 
 def require_one_size(report: Report[Any]) -> None:
-    """Raise ValueError where the engine and the baselines of a report differ in size: no ratio of them means anything."""
+    """Raise ValueError if the engine and the baselines of a report differ in size, so that their ratios mean nothing."""
     sizes = {
         key: {name: result.config[name] for name in SIZES if name in result.config}
         for key, result in report.results.items()
-        if key.startswith(("baseline", "phase1"))
+        if Key.parse(key).is_engine or Key.parse(key).is_baseline
     }
     for key, size in sizes.items():
         reference, expected = next(iter(sizes.items()))
@@ -63,8 +64,8 @@ def joined_rows(reports: Mapping[str, Report[Any]]) -> list[Row]:
 
 
 def _label(key: str) -> str:
-    """phase1 and phase1_htt16_ar32 are one role; the configuration id tells them apart."""
-    return "phase1" if key.startswith("phase1") else key
+    """The name of a row: without ranks for engines, which the configuration id tells apart."""
+    return Key.parse(key).name if Key.parse(key).is_engine else key
 
 
 def _row_for(rows: list[Row], label: str, result: Result, baseline_id: str | None, kind: str) -> Row:

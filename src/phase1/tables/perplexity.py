@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from phase1.records.schema import PerplexityResult, Report
-from phase1.roster import repetition
+from phase1.roster import Key
 from phase1.tables.common import CONFIG, MODEL, VERDICT, caption_of, hardware_of, headline, notes_of, setting
 from phase1.tables.table import Cell, Column, Table
 
@@ -56,7 +56,7 @@ def perplexity_comparison(report: Report[PerplexityResult], hardware: str | None
 
 
 def _windows_text(result: PerplexityResult, report: Report[PerplexityResult]) -> str:
-    """Where the windows of the scoring are not those of the training, both."""
+    """The windows of scoring and training, if they differ."""
     T, stride, trained = (report.run.get("seq_length"), report.run.get("stride"), result.trained_seq_length)
     if trained in (None, T) and stride in (None, T):
         return ""
@@ -65,10 +65,10 @@ def _windows_text(result: PerplexityResult, report: Report[PerplexityResult]) ->
 
 
 def perplexity_cells(key: str, result: PerplexityResult) -> tuple[Cell, ...]:
-    """Everything between the model's name and its configuration id."""
+    """The cells between the model's name and its configuration id."""
     sizes = (result.parameters.total, result.parameters.embedding) if result.parameters else (None, None)
     low, high = result.degradation_ci95 or (None, None)
-    verdict = None if key.startswith("baseline") else VERDICT[result.passes_5_percent_threshold]
+    verdict = None if Key.parse(key).is_baseline else VERDICT[result.passes_5_percent_threshold]
     known = result.status == "ok" and not result.untrained
     numbers = (result.bits_per_byte, result.word_perplexity, result.ppl_degradation_percent, low, high)
     return (
@@ -95,7 +95,7 @@ def pareto_front(results: Mapping[str, PerplexityResult]) -> dict[str, str]:
         key
         for key, (size, perplexity) in points.items()
         for other, (its_size, its_perplexity) in points.items()
-        if repetition(other)[1] == repetition(key)[1]
+        if Key.parse(other).seed == Key.parse(key).seed
         and its_size <= size
         and its_perplexity <= perplexity
         and (its_size, its_perplexity) != (size, perplexity)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from phase1.records.schema import Check, MemoryResult, PerplexityResult, Report, ThroughputResult
+from phase1.roster import Key
 from phase1.tables.common import hardware_of
 from phase1.text import one_line
 
@@ -48,7 +49,7 @@ class Screen:
 
 
 def text(screen: Screen) -> str:
-    """At most LINES lines, the failed and the undecided first where there are more."""
+    """The screen as at most LINES lines; if there are more, failed and undecided checks come first."""
     head = [*_wrap(screen.question, "")]
     failed = [line for name, why in screen.failed_steps for line in _wrap(f"{name} did not run: {why}", "")]
     verdict = [_verdict(screen)] if screen.checks or screen.failed_steps or screen.answer else []
@@ -114,11 +115,11 @@ def claim(name: str) -> str:
 
 def model_title(key: str) -> str:
     """The name of a model in words."""
-    key, _, seed = key.partition("_seed")
-    words = TITLES.get(key, key.replace("_", " "))
-    if found := re.fullmatch(r"phase1_htt(\d+)_ar(\d+)", key):
-        words = f"engine, HTT {found[1]} / AR-SSM {found[2]}"
-    return f"{words}, seed {seed}" if seed else words
+    parsed = Key.parse(key)
+    words = TITLES.get(parsed.model, parsed.model.replace("_", " "))
+    if parsed.ranks:
+        words = f"engine, HTT {parsed.htt_rank} / AR-SSM {parsed.ar_ssm_rank}"
+    return words if parsed.seed is None else f"{words}, seed {parsed.seed}"
 
 
 def _values(check: Check) -> tuple[str, str]:
@@ -149,7 +150,7 @@ def _shortened(lines: list[str], room: int) -> list[str]:
 
 
 def _files(files: Sequence[Path | str]) -> list[str]:
-    """One line of folder and names."""
+    """The files as one line: their folder, then their names."""
     folders: dict[str, list[str]] = {}
     for path in map(Path, files):
         folders.setdefault(str(path.parent), []).append(path.name)
@@ -237,6 +238,6 @@ def perplexity_numbers(report: Report[PerplexityResult]) -> list[str]:
 
 
 def conditions(report: Report[Any]) -> str:
-    """On what, and how known; and in what pieces the engine trains, if it does."""
+    """The hardware, whether numbers are measured or estimated, and the pieces in which the engine trains, if any."""
     pieces = report.run.get("piece_length")
     return hardware_of(report) + (f", engine in pieces of {pieces:,}" if pieces else "")

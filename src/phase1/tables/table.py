@@ -1,4 +1,4 @@
-"""A table, and its forms in files. Names in cells come from files, so every form neutralises what it would interpret."""
+"""A table, and its forms in files. Cells may hold names from files, so every form escapes what it would interpret."""
 
 import csv
 import io
@@ -11,7 +11,7 @@ from phase1.text import one_line
 
 Cell = str | float | int | None  # None: not measured, not applicable
 MISSING = "n/a"
-COMMAND = "Command"  # how the note of what made the numbers begins: in LaTeX a comment, nothing to typeset
+COMMAND = "Command"  # first word of the note with the command that made the numbers; a comment in LaTeX
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """`name` is the file's, `notes` say under which conditions the numbers hold."""
+    """`name` is the name of its file; `notes` say under which conditions the numbers hold."""
 
     name: str
     caption: str
@@ -75,7 +75,7 @@ def markdown(table: Table) -> str:
 
 def _markdown(text: str) -> str:
     text = re.sub(r"([\\`*\[\]<>|~])", r"\\\1", text)
-    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)  # an underscore inside a word is none of Markdown's business
+    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)  # an underscore inside a word means nothing in Markdown
 
 
 def csv_text(table: Table) -> str:
@@ -89,7 +89,7 @@ def csv_text(table: Table) -> str:
 
 
 def _csv(cell: str | float | int) -> str | float | int:
-    """A spreadsheet runs text that starts with one of = + - @ as a formula; an apostrophe makes it text again."""
+    """Put an apostrophe before text that begins with = + - or @, which a spreadsheet would run as a formula."""
     if not isinstance(cell, str):
         return cell
     text = one_line(cell)
@@ -166,7 +166,7 @@ def _within_the_text(matrix: list[list[str]], names: int) -> list[list[int]]:
 
 
 def _points(text: str) -> float:
-    """At most the width of `text` in Computer Modern of 8 points."""
+    """An upper bound of the width of `text` in Computer Modern of 8 points."""
     return sum(7.6 if c in "mwMW%@" else 6.6 if c.isupper() else 4.9 for c in text)
 
 
@@ -175,7 +175,7 @@ def _widest(text: str) -> str:
 
 
 def is_wide(table: Table) -> bool:
-    """Too many columns for a page, and few enough rows to be the columns instead."""
+    """Whether the table has too many columns for a page, and so few rows that these can be the columns instead."""
     return len(table.columns) > 8 and 0 < len(table.rows) <= 5
 
 
@@ -188,7 +188,7 @@ def _latex_heading(heading: str) -> str:
 
 
 def _latex_cell(text: str) -> str:
-    """A cell, in lines where it is long."""
+    """A cell, broken into lines if it is long."""
     return _stacked(textwrap.wrap(text, CELL_CHARS), "[l]") if len(text) > CELL_CHARS else _latex(text)
 
 
@@ -216,7 +216,7 @@ _LATEX = {
 
 
 def _latex(text: str) -> str:
-    """`text` in characters that every engine sets: Latin-1 letters stay, what is unknown becomes a question mark."""
+    """`text` in characters that every LaTeX engine can set: Latin-1 letters stay, others become a question mark."""
     if re.fullmatch(r"-[\d,.]+", text):
         return f"$-${text[1:]}"
     return "".join(_LATEX.get(c, c if c.isascii() or "À" <= c <= "ÿ" else "?") for c in text)

@@ -1,4 +1,4 @@
-"""Signs that a training goes wrong, and what to do about them."""
+"""Signs that a training is going wrong, and advice for each."""
 
 import math
 import statistics
@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 RECENT = 100  # steps that a loss is compared with
 SPIKE = 3.0  # standard deviations of these
-SMALLEST_SCALE = 1.0  # of the losses: below, fp16 has no room left for gradients
+SMALLEST_SCALE = 1.0  # of the loss scaler; below it fp16 cannot hold the gradients
 
 
 class Alarms:
-    """Each sign is told once until it has gone."""
+    """Reports each sign once, and again only after it has disappeared."""
 
     def __init__(self, grad_clip: float) -> None:
         self.grad_clip = grad_clip

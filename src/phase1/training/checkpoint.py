@@ -18,6 +18,7 @@ from phase1.config import Config, ModelConfig, TrainConfig
 from phase1.errors import Diverged
 from phase1.files import atomic_write, open_plain, read_json
 from phase1.model import LanguageModel
+from phase1.tensor_names import with_present_names
 from phase1.text import one_line
 from phase1.training.optimizers import kept
 from phase1.training.step import TrainState, total_steps
@@ -27,15 +28,15 @@ C = TypeVar("C", bound=Config)
 INDEX = "checkpoint.json"  # written last; names the tensor files that belong together
 MAX_INDEX_BYTES: Final = 2**20
 NO_DIFFERENCE: Final = {"micro_batch_size": TrainConfig.micro_batch_size, "piece_length": TrainConfig.piece_length}
-"""Settings of a training that change its result by rounding alone, with the value that stands for all: a training that ran out
-of memory goes on with another one, and none is made again."""
+"""Settings that change the result of a training by rounding alone, with the value that stands for all in identities: a training
+that ran out of memory can continue with another value, and a finished one is not repeated."""
 MARK: Final = {"program": "phase1"}  # in the header of every tensor file, with its step
 _FACTS: dict[str, tuple[type, ...]] = {
     "data": (dict,), "tokenizer": (str,), "seq_length": (int,), "trained_tokens": (int,), "train_seconds": (int, float),
     "loss": (int, float), "finished": (bool,),
 }  # fmt: skip
 _DATA = {"name", "split", "sha256"}
-SMALL = 100_000_000  # elements of a model that is made at once
+SMALL = 100_000_000  # elements up to which a model is simply made, to learn its shapes
 _TENSOR_FILE = re.compile(r"(model|training|tokens)-\d{8,20}\.safetensors")  # of the checkpoint's own folder, no other
 
 
@@ -79,9 +80,9 @@ def save_checkpoint(
 
 
 def _own_files(folder: Path) -> set[str]:
-    """The tensor files that the index of `folder` names, and those with our mark that a killed save has left there."""
+    """The tensor files that the index of `folder` names, and those with MARK that a killed save left there."""
     own = set()
-    with contextlib.suppress(ValueError):  # no index yet: whatever is there is not named by one
+    with contextlib.suppress(ValueError):  # no index yet
         own = set(read_index(folder)["files"].values())
     for path in folder.glob("*.safetensors"):
         if _TENSOR_FILE.fullmatch(path.name):
@@ -97,7 +98,7 @@ def _not_finite(tensors: dict[str, Tensor]) -> str | None:
 
 
 def read_index(folder: Path | str) -> dict[str, Any]:
-    """The index of a checkpoint; ValueError, one line, if there is none or it is not one of ours.
+    """The index of a checkpoint; ValueError, one line, if there is none or another program wrote it.
 
     Every value has its type, the two configs are in range, and the tensor files are of the step that it says. What `facts`
     must hold, `training_facts` says.
@@ -144,7 +145,7 @@ def _config(cls: type[C], content: dict[str, Any]) -> C:
 
 
 def _train_config_of(index: dict[str, Any]) -> TrainConfig:
-    """How the model of an index was trained; settings that this version has not are left out."""
+    """How the model of an index was trained, without settings that this version does not have."""
     known = {field.name for field in fields(TrainConfig)}
     return _config(TrainConfig, {name: value for name, value in index["train_config"].items() if name in known})
 
@@ -155,7 +156,7 @@ def model_config_of(index: dict[str, Any]) -> ModelConfig:
 
 
 def training_facts(folder: Path | str, index: dict[str, Any]) -> dict[str, Any]:
-    """The facts in the index of a checkpoint that `phase1 train` or `phase1 perplexity` wrote, as far as it can be told true.
+    """The facts in the index of a checkpoint that `phase1 train` or `phase1 perplexity` wrote, checked for consistency.
 
     Raises ValueError, one line, where a fact is missing or of a wrong type, or contradicts the step or the schedule.
     """
@@ -229,19 +230,20 @@ def _shapes(folder: Path | str, index: dict[str, Any]) -> dict[str, list[int]]:
     """The shape of every tensor of the model, from the header of its file; no tensor is read."""
     try:
         with _opened(Path(folder) / index["files"]["model"]) as file:
-            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, it is no dict
-    except (KeyError, OSError, SafetensorError) as error:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, it is no dict
+        return with_present_names(shapes)
+    except (KeyError, OSError, SafetensorError, ValueError) as error:
         raise _misfit(folder, error) from error
 
 
 def _opened(path: Path) -> Any:
-    """`safe_open` of a plain file: on a pipe it would wait for ever."""
+    """`safe_open` of a regular file; on a pipe it would wait for ever."""
     open_plain(path).close()
     return safe_open(path, framework="pt")
 
 
 def _require_shapes(config: ModelConfig, shapes: dict[str, list[int]]) -> None:
-    """Raise RuntimeError where a model of `config` has other tensors than `shapes`, before any memory is taken for it."""
+    """Raise RuntimeError if a model of `config` has other tensors than `shapes`, before memory is allocated for it."""
     elements = sum(math.prod(shape) for shape in shapes.values())
     limits = {"n_layers": len(shapes), "vocab_size": elements, "d_model": elements}
     for name, limit in limits.items():
@@ -256,7 +258,7 @@ def _require_shapes(config: ModelConfig, shapes: dict[str, list[int]]) -> None:
 
 @contextlib.contextmanager
 def _no_memory(config: ModelConfig) -> Iterator[None]:
-    """Models made inside take no memory, or little: tensors without contents take PyTorch a second of imports."""
+    """Make models inside without much memory: small ones as usual, because the meta device takes a second to import."""
     D, V, groups = config.d_model, config.vocab_size, config.htt_groups
     block = D * (16 * D + 4 * config.n_heads * config.ar_ssm_max_rank)  # at most
     tail = 2 * config.htt_rank * (groups * math.isqrt(D) + D * math.ceil(V / groups))
@@ -280,15 +282,19 @@ def _load_weights(folder: Path | str, index: dict[str, Any], model: LanguageMode
 
 
 def _tensors(folder: Path | str, index: dict[str, Any], part: str) -> dict[str, Tensor]:
-    """The tensors of one file, which must be of the step that the index says, where the file says one."""
+    """The tensors of one file, by their present names. The file must be of the index's step, if it says one."""
     try:
         path = Path(folder) / index["files"][part]
         with _opened(path) as file:
             step = (file.metadata() or {}).get("step", str(index["step"]))
         if step != str(index["step"]):
             raise _misfit(folder, ValueError(f"{INDEX} says step {index['step']} and {path.name} step {step:.20}"))
-        return load_file(path)
+        tensors = load_file(path)
     except (KeyError, TypeError, OSError, SafetensorError) as error:
+        raise _misfit(folder, error) from error
+    try:
+        return with_present_names(tensors)
+    except ValueError as error:
         raise _misfit(folder, error) from error
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from phase1.model import LanguageModel, States
 from phase1.ops.ar_ssm import TAPS, State, fused_ar_ssm, fused_runs
-from phase1.training.micro_batch import Passes
+from phase1.training.micro_batch import MicroBatch
 
 Group = dist.ProcessGroup | None
 FADED = {torch.float64: 40.0}  # log of what counts as nothing beside a state: e^-24 is far below the rounding of float32
@@ -75,7 +75,7 @@ class Context:
         total = o.log_decay.to(wide).cumsum(1)
         weighed = o.v * (total[:, -1:] - total).exp()[..., None]
         with torch.autocast(proj.device.type, enabled=False):
-            S = torch.einsum("bthr,bthp->bhrp", weighed.to(wide), (o.x * o.step[..., None]).to(wide))
+            S = torch.einsum("bthr,bthp->bhrp", weighed.to(wide), (o.x * o.dt[..., None]).to(wide))
         log_decay = none.new_full((len(proj), H), -torch.inf) if first else total[:, -1]
         return S, o.k.transpose(1, 2), o.x.transpose(1, 2), log_decay
 
@@ -95,7 +95,7 @@ class Context:
         bias = self._earlier(own_bias - between, 2, head.window)
         with torch.no_grad():
             tokens = self._earlier(self._gathered(_last(ids, 1, n)), 2, head.window)
-        return own._replace(before=before, k=k, bias=bias, ids=tokens)
+        return own._replace(prev_key=before, k=k, bias=bias, ids=tokens)
 
     def _decay(self, log_decay: Tensor) -> Tensor:
         """What is left at this rank of the state after each stretch, 0 of later ones; from all log decays, (N, B, H) each."""
@@ -119,21 +119,21 @@ class Context:
         return gathered
 
 
-class ContextPasses(Passes):
+class ContextMicroBatch(MicroBatch):
     """Loss and gradients of a micro batch whose sequences are spread over the ranks: this one gets its stretch of each.
 
     The gradients of the parameters are this rank's part: their sum over all ranks is that of the sequences. `share` and `part`
     are of the step of all ranks.
     """
 
-    def __init__(self, passes: Passes, context: Context) -> None:
-        super().__init__(passes.model, passes.scaler, passes.dtype)
+    def __init__(self, whole: MicroBatch, context: Context) -> None:
+        super().__init__(whole.model, whole.scaler, whole.dtype)
         if self.model.config.mixer == "attention":
             raise ValueError("context parallel needs a state that does not grow; got --mixer attention")
         self.context = context
 
     def forward(self, inputs: Tensor, targets: Tensor, share: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
-        """As in Passes, of this rank's stretches, (B, T_r)."""
+        """As in MicroBatch, of this rank's stretches, (B, T_r)."""
         with self._autocast(inputs):
             loss, penalty = self.model.losses(inputs, targets, self.context.states(self.model))
         loss = torch.where(share > 0, loss, 0.0) * share
@@ -165,7 +165,7 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # it may be used elsewhere too
         dist.all_reduce(gradient, group=ctx.group)
         return gradient[ctx.rank], None, None, None
 

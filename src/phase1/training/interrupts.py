@@ -1,4 +1,4 @@
-"""Interrupts that wait for a moment at which nothing is lost."""
+"""Delay interrupts to a moment at which nothing is lost."""
 
 import os
 import signal

@@ -102,11 +102,11 @@ def make_state(model_config: ModelConfig, train_config: TrainConfig, seen: np.nd
 
 
 def start_of(config: ModelConfig, seen: np.ndarray, seed: int, device: str) -> TokenStatistics | TokenVectors | None:
-    """What the table of a new model starts from: the same counts and vectors for either kind, or None for random rows."""
+    """The statistics that a new model's table starts from, the same for both kinds of table; None for random rows."""
     sizes: dict[str, Any] = {"vocab_size": config.vocab_size, "dim": min(VECTOR_DIM, config.d_model)}
     if config.embedding == "htt":
-        every = levels(config.vocab_size, config.d_model, config.htt_rank, config.htt_dense_rows)
-        return token_statistics(seen, levels=every, seed=seed, device=device, **sizes)
+        table_levels = levels(config.vocab_size, config.d_model, config.htt_rank, config.htt_dense_rows)
+        return token_statistics(seen, levels=table_levels, seed=seed, device=device, **sizes)
     return token_vectors(seen, seed=seed, device=device, **sizes) if config.dense_start == "statistics" else None
 
 

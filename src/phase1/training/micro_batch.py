@@ -8,15 +8,18 @@ from phase1.model import LanguageModel
 WARMUP_RUNS = 3  # before a capture: libraries make their handles, compiled models their kernels
 
 
-class Passes:
+class MicroBatch:
     """Loss and gradients of a micro batch, in autocast, the loss scaled for the backward pass."""
 
     def __init__(self, model: LanguageModel, scaler: torch.amp.GradScaler, dtype: torch.dtype) -> None:
         self.model, self.scaler, self.dtype = model, scaler, dtype
 
     def forward(self, inputs: Tensor, targets: Tensor, share: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
-        """What the micro batch adds to objective and cross-entropy of its step: `share` of its mean cross-entropy over
-        `targets`, nothing where none is scored, and `part` of its penalty of the rank gate; all of them scalars."""
+        """The objective and the cross-entropy that the micro batch adds to those of its step, scalars.
+
+        The cross-entropy is `share` times the mean over `targets`, 0 if none is scored; the objective is that and `part` times
+        the penalty of the rank gate.
+        """
         with self._autocast(inputs):
             loss, penalty = self.model.losses(inputs, targets)
         loss = torch.where(share > 0, loss, 0.0) * share
@@ -30,20 +33,20 @@ class Passes:
         return torch.autocast(inputs.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
-class Replay(Passes):
-    """The same work, launched at once: a micro batch waits for the GPU and no longer for the host.
+class GraphedMicroBatch(MicroBatch):
+    """The same work as two CUDA graphs, launched at once, so that the host no longer limits the speed.
 
     The first batch of a shape runs a few times and is then captured, so gradients must be None or zero before it. From
-    then on they stay the same tensors: zero them, never free them. Memory of the activations stays reserved.
+    then on they stay the same tensors: zero them, never free them. The memory of the activations stays reserved.
     """
 
-    def __init__(self, passes: Passes) -> None:
-        super().__init__(passes.model, passes.scaler, passes.dtype)
+    def __init__(self, eager: MicroBatch) -> None:
+        super().__init__(eager.model, eager.scaler, eager.dtype)
         self._inputs: tuple[Tensor, ...] = ()  # what the graphs read
         self._outputs: tuple[Tensor, Tensor] | None = None  # what they write
 
     def forward(self, inputs: Tensor, targets: Tensor, share: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
-        """As in Passes; what it returns holds until the next call."""
+        """As in MicroBatch; the result is valid until the next call."""
         given = inputs, targets, share, part
         if [tensor.shape for tensor in self._inputs] != [tensor.shape for tensor in given]:
             self._inputs, self._outputs = (), None
@@ -55,7 +58,7 @@ class Replay(Passes):
         return self._outputs
 
     def backward(self, objective: Tensor) -> None:
-        """As in Passes, of the last `forward`."""
+        """As in MicroBatch, of the last `forward`."""
         assert self._outputs is not None and objective is self._outputs[0]
         self._backward.replay()
 

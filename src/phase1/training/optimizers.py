@@ -1,4 +1,4 @@
-"""Which parameters decay, which learn faster, and the optimizer of them all: AdamW, or Muon for the matrices of blocks."""
+"""Parameter groups, and their optimizer: AdamW, or Muon for the matrices of blocks and AdamW for the rest."""
 
 from typing import Any
 
@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from phase1.config import TrainConfig
 
-MATRICES = ("second_level",)  # parameters that are matrices of a linear map without an nn.Linear
 KEPT = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}  # between steps, of every parameter
 
 
@@ -26,7 +25,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig, device_type: str) -> torch.optim.Optimizer:
-    """AdamW (fused on CUDA) for all of `model`, or for what Muon does not take: it takes the matrices of the blocks.
+    """AdamW (fused on CUDA) for all of `model`; or Muon for the matrices of the blocks and AdamW for the rest.
 
     Muon's updates are scaled to the size that AdamW's have, 0.2 sqrt(max(n, m)) for a matrix (n, m), so that one rate and one
     decay serve both. Source: Liu et al. 2025, "Muon is scalable for LLM training", section 2.2.
@@ -49,16 +48,15 @@ def make_optimizer(model: nn.Module, config: TrainConfig, device_type: str) -> t
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """By meaning: the matrices of linear layers decay; the token table learns `table_learning_rate` times as fast; the rest
-    (norms, biases, scales and taps, whatever their shape) does neither."""
+    """Three groups: matrices of linear layers (weight decay), the token table (no decay, rate times `table_learning_rate`), and
+    the rest, which are norms, biases, scales and taps of any shape (no decay)."""
     linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     matrices: list[Tensor] = []
     table: list[Tensor] = []
     rest: list[Tensor] = []
     for name, parameter in model.named_parameters():
         of_table = name.startswith("embedding.") and parameter.ndim >= 2
-        of_linear = id(parameter) in linear or name in MATRICES
-        (table if of_table else matrices if of_linear else rest).append(parameter)
+        (matrices if id(parameter) in linear else table if of_table else rest).append(parameter)
     return [
         {"params": matrices, "weight_decay": config.weight_decay, "lr_scale": 1.0},
         {"params": table, "weight_decay": 0.0, "lr_scale": config.table_learning_rate},
@@ -67,6 +65,6 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
 
 
 def kept(optimizer: torch.optim.Optimizer) -> dict[Tensor, tuple[str, ...]]:
-    """Of every parameter, the names of the tensors that `optimizer` keeps between steps."""
+    """For every parameter, the names of the tensors that `optimizer` keeps between steps."""
     parts = optimizer.parts if isinstance(optimizer, MuonAdamW) else (optimizer,)
     return {p: KEPT[type(part).__name__] for part in parts for group in part.param_groups for p in group["params"]}

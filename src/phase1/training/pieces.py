@@ -10,7 +10,7 @@ from torch import Tensor
 from phase1.config import ModelConfig
 from phase1.model import LanguageModel, States
 from phase1.ops.cross_entropy import IGNORE
-from phase1.training.micro_batch import Passes
+from phase1.training.micro_batch import MicroBatch
 
 Gradients = list[Tensor | None]
 """Of the tensors of a state that gradients go through, in order; None is zero."""
@@ -38,8 +38,8 @@ def bounds(length: int, piece: int) -> list[int]:
     return [0, *range(min(first, length), length + 1, piece)]
 
 
-class Pieces(Passes):
-    """The same loss and gradients as `Passes`, in the memory of one piece of the sequences and of the states between pieces.
+class Pieces(MicroBatch):
+    """The loss and gradients of `MicroBatch`, in the memory of one piece of the sequences and of the states between pieces.
 
     The forward pass runs all pieces but the last, without their output, and keeps the state after each: the convolutions'
     inputs, S, keys and values of the windows, keys, bias and ids of the copy head. The backward pass takes the pieces from the
@@ -57,7 +57,7 @@ class Pieces(Passes):
         self._pieces: list[Piece] = []
 
     def forward(self, inputs: Tensor, targets: Tensor, share: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
-        """As in Passes, but objective and cross-entropy have their value, that of the cross-entropy, after `backward`."""
+        """As in MicroBatch, but objective and cross-entropy have their value, that of the cross-entropy, after `backward`."""
         edges = bounds(inputs.shape[1], self.length)
         spans = [slice(*pair) for pair in zip(edges, edges[1:])]
         scored = torch.stack([(targets[:, span] != IGNORE).sum() for span in spans])
@@ -74,7 +74,7 @@ class Pieces(Passes):
         return total, total
 
     def backward(self, objective: Tensor) -> None:
-        """As in Passes, of the last `forward`."""
+        """As in MicroBatch, of the last `forward`."""
         gradients: Gradients = []
         while self._pieces:
             loss, gradients = self._gradients(self._pieces.pop(), gradients)

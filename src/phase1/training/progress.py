@@ -1,4 +1,4 @@
-"""The course of a training: what a person sees of it, and what metrics.jsonl and the trackers get."""
+"""Progress of a training: on the screen, in metrics.jsonl and for the trackers."""
 
 import re
 import sys
@@ -12,21 +12,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from phase1.files import append_text, atomic_write
+from phase1.progress import LINE_SECONDS
 from phase1.records.metrics import METRICS, MetricsLog
 from phase1.training.alarms import Alarms
 from phase1.training.step import TrainState
 from phase1.training.watch import Watch
 
-ROWS = 400  # of metrics.jsonl for a whole run, about
+ROWS = 400  # approximate number of rows of metrics.jsonl for a whole run
 FIRST = (1, 2, 5, 10)  # steps that are shown, whenever they come
-LINE_SECONDS = 30.0  # between lines where standard error is no terminal
 SAMPLES = "samples.txt"
 
 
 class Progress:
-    """Called after every step; looks at the loss, which waits for the GPU, as seldom as `ROWS` asks.
+    """Called after every step; reads the loss, which waits for the GPU, only about ROWS times in a run.
 
-    A terminal gets a bar, everything else lines: at the first steps, then every LINE_SECONDS, and at the end.
+    A terminal gets a bar. Anything else gets lines: at the first steps, then every LINE_SECONDS, and at the end.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Of training, all sessions, without the time of scores and samples."""
+        """Seconds of training in all sessions, without the time of scores and samples."""
         return self.earlier_seconds + self.clock() - self.began - self.aside_seconds
 
     @property
@@ -100,7 +100,7 @@ class Progress:
             self.steady = step, self.clock() - self.aside_seconds
 
     def keep(self) -> None:
-        """With every checkpoint."""
+        """Make the log survive a power cut; called with every checkpoint."""
         self.log.keep()
 
     def close(self) -> None:
@@ -182,7 +182,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Roughly, in two units at most: 40s, 5m 20s, 3h 05m, 2d 04h."""
+    """`seconds` rounded to at most two units: 40s, 5m 20s, 3h 05m, 2d 04h."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     days, h = divmod(hours, 24)
@@ -194,7 +194,7 @@ def duration(seconds: float) -> str:
 
 
 def _trim_samples(path: Path, step: int) -> None:
-    """Without the samples after `step`, which come again."""
+    """Remove the samples after `step`, which will be written again."""
     if path.is_file():
         parts = re.split(r"(?m)^(?=== step \d+$)", path.read_text(encoding="utf-8"))
         atomic_write(path, "".join(p for p in parts if p and int(p.split()[2]) <= step).encode())

@@ -14,19 +14,19 @@ from phase1.errors import Diverged
 from phase1.model import LanguageModel
 from phase1.ops.cross_entropy import IGNORE
 from phase1.training.compiler import compile_losses, require_compiler
-from phase1.training.micro_batch import Passes, Replay
+from phase1.training.graphed_pieces import GraphedPieces
+from phase1.training.micro_batch import GraphedMicroBatch, MicroBatch
 from phase1.training.optimizers import make_optimizer
 from phase1.training.pieces import Pieces, in_pieces
-from phase1.training.pieces_replay import ReplayedPieces
 
-CHECK_EVERY = 100  # steps between looks at the loss: each look waits for the GPU
+CHECK_EVERY = 100  # steps between checks of the loss, because each waits for the GPU
 Batch = tuple[Tensor, Tensor]
 """Inputs and targets, (B, T) int64 each."""
 
 
 @dataclass
 class TrainState:
-    """A model with all that its next step needs."""
+    """A model with everything that its next step needs."""
 
     model: LanguageModel
     optimizer: torch.optim.Optimizer
@@ -35,7 +35,7 @@ class TrainState:
     device: torch.device
     grad_clip: float
     config: TrainConfig
-    passes: Passes
+    micro_batch: MicroBatch
     step: int = 0  # optimizer steps taken
     grad_norm: Tensor | None = None  # of the last step, before clipping
 
@@ -54,25 +54,25 @@ def make_train_state(model: LanguageModel, config: TrainConfig, device: torch.de
     dtype = compute_dtype(config.precision, device)
     if config.compile:
         require_compiler(device)
-        for block in model.blocks:  # in a compiled graph kernels cannot prove themselves
+        for block in model.blocks:  # kernels cannot run their self-check inside a compiled graph
             block.prove_kernels(dtype)  # type: ignore[operator]
         compile_losses(model, in_pieces(model.config, config.piece_length))
     optimizer = make_optimizer(model, config, device.type)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if config.cuda_graphs:
         require_gpu_for_graphs(device.type)
-    passes = make_passes(model, scaler, dtype, config)
-    return TrainState(model, optimizer, scaler, dtype, device, config.grad_clip, config, passes)
+    micro_batch = make_micro_batch(model, scaler, dtype, config)
+    return TrainState(model, optimizer, scaler, dtype, device, config.grad_clip, config, micro_batch)
 
 
-def make_passes(model: LanguageModel, scaler: torch.amp.GradScaler, dtype: torch.dtype, config: TrainConfig) -> Passes:
+def make_micro_batch(model: LanguageModel, scaler: torch.amp.GradScaler, dtype: torch.dtype, config: TrainConfig) -> MicroBatch:
     """How `config` has micro batches run: whole or in pieces, as they are or as CUDA graphs."""
     if not in_pieces(model.config, config.piece_length):
-        whole = Passes(model, scaler, dtype)
-        return Replay(whole) if config.cuda_graphs else whole
+        whole = MicroBatch(model, scaler, dtype)
+        return GraphedMicroBatch(whole) if config.cuda_graphs else whole
     assert config.piece_length is not None
     pieces = Pieces(model, scaler, dtype, config.piece_length)
-    return ReplayedPieces(pieces) if config.cuda_graphs else pieces
+    return GraphedPieces(pieces) if config.cuda_graphs else pieces
 
 
 def require_gpu_for_graphs(device_type: str) -> None:
@@ -103,9 +103,9 @@ def train_step(state: TrainState, micro_batches: list[Batch], mark: Callable[[st
     state.model.train()
     for (inputs, targets), share in zip(micro_batches, (scored / scored.sum()).to(state.device), strict=True):
         part = torch.full((), targets.numel() / tokens, device=state.device)
-        objective, loss = state.passes.forward(inputs.to(state.device), targets.to(state.device), share, part)
+        objective, loss = state.micro_batch.forward(inputs.to(state.device), targets.to(state.device), share, part)
         mark("forward")
-        state.passes.backward(objective)
+        state.micro_batch.backward(objective)
         mean += loss.detach()
         del objective, loss
         mark("backward")
@@ -136,7 +136,7 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 
 
 def skipped_steps(state: TrainState) -> int:
-    """Steps whose gradients overflowed, so that nothing was learnt in them: those that AdamW has not counted."""
+    """Steps without an update because the gradients overflowed: those that AdamW has not counted."""
     counts = [values["step"] for values in state.optimizer.state.values() if "step" in values]
     return state.step - int(torch.stack(counts).max()) if counts else state.step
 
@@ -171,7 +171,7 @@ def train(
 
 
 def check_finite(loss: Tensor, step: int) -> None:
-    """Raise Diverged unless `loss` is a number."""
+    """Raise Diverged unless `loss` is finite."""
     if not math.isfinite(loss.item()):
         bf16 = loss.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         other = " or use --precision bf16" if bf16 else ""

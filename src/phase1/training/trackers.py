@@ -1,4 +1,4 @@
-"""Viewers of trainings besides metrics.jsonl: nothing is imported or sent unless asked for."""
+"""Viewers that get the progress of a training besides metrics.jsonl; none is imported unless it is asked for."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is looked at while a model trains; nothing of it changes the training."""
+"""What is observed while a model trains; none of it changes the training."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from phase1.model import LanguageModel
 
 
 class Tracker(Protocol):
-    """Where else the course of a training goes: a viewer's files or service."""
+    """A viewer that also receives the progress of a training."""
 
     def log(self, row: dict[str, Any]) -> None:
         """One row of metrics.jsonl."""
@@ -21,7 +21,7 @@ class Tracker(Protocol):
 
 @dataclass(frozen=True)
 class Watch:
-    """Looks at a training; `every` is in optimizer steps, 0 is never."""
+    """Observations of a training; `score_every` and `sample_every` are in optimizer steps, 0 is never."""
 
     score: Callable[[LanguageModel], float] | None = None
     """Loss in nats per token of text that is not trained on."""
@@ -29,5 +29,5 @@ class Watch:
     sample: Callable[[LanguageModel], str] | None = None
     sample_every: int = 0
     max_seconds: float = math.inf
-    """Of training, all sessions; the run ends after the step that reaches it, to be resumed."""
+    """Seconds of training in all sessions, after which the run saves a checkpoint and ends."""
     trackers: Sequence[Tracker] = ()

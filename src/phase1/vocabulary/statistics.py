@@ -7,8 +7,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
+from phase1.progress import progress
 from phase1.vocabulary.levels import Level
 
 CONTEXTS = 2048  # most frequent tokens that count as neighbours, on each side
@@ -24,7 +24,7 @@ _CHUNK_ROWS = 1 << 11
 
 
 class TokenVectors(NamedTuple):
-    """What is known of every token, in the order of ids: a dense table starts there, and the HTT table starts near it."""
+    """A vector and the frequency of every token, in the order of ids: what a dense table starts from."""
 
     log_frequency: np.ndarray
     """(V,) float32: log((count + 1) / (N + V))."""
@@ -33,10 +33,10 @@ class TokenVectors(NamedTuple):
 
 
 class TokenStatistics(NamedTuple):
-    """All but `positions` are in the order of positions, not of ids."""
+    """What an HTT table starts from; all fields but `row_of_id` are in the order of the table's rows, not of ids."""
 
-    positions: np.ndarray
-    """(V,) int64: place of each id in the table, frequent ids first, rare ids of similar use side by side."""
+    row_of_id: np.ndarray
+    """(V,) int64: row of each id in the table, frequent ids first, rare ids of similar use side by side."""
     log_frequency: np.ndarray
     """(V,) float32: log((count + 1) / (N + V))."""
     rows: np.ndarray
@@ -45,8 +45,8 @@ class TokenStatistics(NamedTuple):
     """(n, k) int64: the rows that each of the last n rows is a sum of, all before its level."""
     weights: np.ndarray
     """(n, k) float32: the weights of that sum at the start."""
-    rest: np.ndarray
-    """(V - K, m) float32: where the row starts besides that sum, as `rows`; 0 from column ρ on."""
+    residual: np.ndarray
+    """(V - K, m) float32: initial residual of each row, its vector minus its anchor sum; zero beyond the level's ρ columns."""
 
 
 def token_statistics(
@@ -60,35 +60,35 @@ def token_statistics(
 ) -> TokenStatistics:
     """What `phase1.layers.token_table.HTTTable` needs to know, from the training text only.
 
-    Positions: ids before the last level by frequency (ties: smaller id first), then the other ids that occur in
-    `tree_order` of their vectors, then those that never occur, by id. Rows, anchors, weights and rest: `sparse_code`
+    Order of the rows: ids before the last level by frequency (ties: smaller id first), then the other ids that occur in
+    `tree_order` of their vectors, then those that never occur, by id. Rows, anchors, weights and residual: `sparse_code`
     of the `dim` leading columns of U √Σ (`neighbour_vectors`), scaled to rows of mean square 1.
     Deterministic for a seed. Peak memory: 16 kB per id that occurs (0.8 GB for GPT-2's).
     Raises ValueError for an id of V or more.
     """
     frequent = levels[-1].start
-    known = _by_frequency(train_ids, vocab_size, dim, seed, device)
-    used = len(known.meaning)
-    places = np.arange(vocab_size)  # position -> rank
+    by_rank = _by_frequency(train_ids, vocab_size, dim, seed, device)
+    used = len(by_rank.meaning)
+    rank_of_row = np.arange(vocab_size)
     if frequent < used:
-        places[frequent:used] = frequent + tree_order(known.meaning[frequent:], seed)
-    positions = np.empty(vocab_size, dtype=np.int64)
-    positions[known.ids[places]] = np.arange(vocab_size)
-    vectors = known.rows[places]
+        rank_of_row[frequent:used] = frequent + tree_order(by_rank.meaning[frequent:], seed)
+    row_of_id = np.empty(vocab_size, dtype=np.int64)
+    row_of_id[by_rank.ids[rank_of_row]] = np.arange(vocab_size)
+    vectors = by_rank.rows[rank_of_row]
     code = sparse_code(torch.from_numpy(vectors).to(device), levels)
     rows = vectors[: levels[0].start]
-    return TokenStatistics(positions, known.log_frequency[places], rows, *(part.cpu().numpy() for part in code))
+    return TokenStatistics(row_of_id, by_rank.log_frequency[rank_of_row], rows, *(part.cpu().numpy() for part in code))
 
 
 def token_vectors(train_ids: np.ndarray, *, vocab_size: int, dim: int, seed: int, device: str = "cpu") -> TokenVectors:
     """What `phase1.layers.token_table.DenseTable` starts from: frequencies and vectors of `token_statistics`, of every id."""
-    known = _by_frequency(train_ids, vocab_size, dim, seed, device)
-    rank = np.argsort(known.ids)
-    return TokenVectors(known.log_frequency[rank], known.rows[rank])
+    by_rank = _by_frequency(train_ids, vocab_size, dim, seed, device)
+    rank_of_id = np.argsort(by_rank.ids)
+    return TokenVectors(by_rank.log_frequency[rank_of_id], by_rank.rows[rank_of_id])
 
 
 class _ByFrequency(NamedTuple):
-    """Ids, from the most frequent one to those that never occur, and what is known of them."""
+    """Statistics of all ids by frequency rank: the most frequent one first, those that never occur last."""
 
     ids: np.ndarray  # (V,)
     log_frequency: np.ndarray  # (V,) float32
@@ -98,46 +98,46 @@ class _ByFrequency(NamedTuple):
 
 def _by_frequency(train_ids: np.ndarray, vocab_size: int, dim: int, seed: int, device: str) -> _ByFrequency:
     counts = token_counts(train_ids, vocab_size)
-    by_frequency = frequency_order(counts)  # rank -> id
+    id_of_rank = frequency_order(counts)
     used = int(np.count_nonzero(counts))
-    rank = np.empty(vocab_size, dtype=np.int64)
-    rank[by_frequency] = np.arange(vocab_size)
-    left, values = neighbour_vectors(train_ids[:STATISTICS_TOKENS], rank, used, max(dim, ORDER_DIM), seed, device)
+    rank_of_id = np.empty(vocab_size, dtype=np.int64)
+    rank_of_id[id_of_rank] = np.arange(vocab_size)
+    left, values = neighbour_vectors(train_ids[:STATISTICS_TOKENS], rank_of_id, used, max(dim, ORDER_DIM), seed, device)
     meaning = (left * values)[:, :ORDER_DIM].cpu().numpy()
     rows = np.random.default_rng(seed).standard_normal((vocab_size, dim), dtype=np.float32)
     known = (left * values.sqrt())[:, :dim].float().cpu().numpy()
     size = np.linalg.norm(known, axis=1, keepdims=True) / max(1, known.shape[1]) ** 0.5
     rows[:used, : known.shape[1]] = known / (size + 1e-30)
-    log_frequency = np.log((counts[by_frequency] + 1) / (counts.sum() + vocab_size)).astype(np.float32)
-    return _ByFrequency(by_frequency, log_frequency, rows, meaning)
+    log_frequency = np.log((counts[id_of_rank] + 1) / (counts.sum() + vocab_size)).astype(np.float32)
+    return _ByFrequency(id_of_rank, log_frequency, rows, meaning)
 
 
 def sparse_code(vectors: Tensor, levels: Sequence[Level]) -> tuple[Tensor, Tensor, Tensor]:
-    """Anchors (n, k), weights (n, k) and rest (V - K, m) that put vectors (V, m) past the first K near
+    """Anchors (n, k), weights (n, k) and residuals (V - K, m) for which the table
 
-        E_i = Σ_j w_ij E_a_ij + rest_i,   E_i = vectors[i] for i < K
+        E_i = vectors[i] for i < K,   E_i = Σ_j w_ij E_{a_ij} + residual_i from K on
 
-    rest_i being the first ρ columns of what the sum leaves, the others 0; n are the rows with anchors. The anchors of a row
-    are among all rows before its level, as this code makes them: those of orthogonal matching pursuit, one at a time the row
-    of largest |cosine| with what is left, then all weights again by (slightly ridged) least squares.
+    comes near `vectors` (V, m); n rows have anchors. residual_i is vectors[i] - Σ_j w_ij E_{a_ij} in its first ρ columns and 0
+    in the others. The anchors of a row are chosen among the rows E of all earlier levels by orthogonal matching pursuit: add
+    the row of largest |cosine| with what is left, then fit all weights again by least squares with a small ridge.
 
     Source: Pati, Rezaiifar and Krishnaprasad 1993, "Orthogonal matching pursuit".
     """
     k = max(level.anchors for level in levels)
     made = vectors[: levels[0].start].double()
-    codes, rests = [(made.new_zeros(0, k, dtype=torch.int64), made.new_zeros(0, k))], []
+    codes, residuals = [(made.new_zeros(0, k, dtype=torch.int64), made.new_zeros(0, k))], []
     for level in levels:
         targets, unit = vectors[level.start : level.end].double(), F.normalize(made)
         parts = [_pursuit(target, made, unit, level.anchors) for target in targets.split(_CHUNK_ROWS)]
         chosen, weights, left = (torch.cat(part) for part in zip(*parts))
-        rest = left.clone()
-        rest[:, level.rank :] = 0
-        made = torch.cat([made, targets - left + rest])
-        rests.append(rest)
+        residual = left.clone()
+        residual[:, level.rank :] = 0
+        made = torch.cat([made, targets - left + residual])
+        residuals.append(residual)
         if level.anchors:
             codes.append((chosen, weights))
     chosen, weights = (torch.cat(part) for part in zip(*codes))
-    return chosen, weights.float(), torch.cat(rests).float()
+    return chosen, weights.float(), torch.cat(residuals).float()
 
 
 def _pursuit(target: Tensor, rows: Tensor, unit: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,8 +170,10 @@ def frequency_order(counts: np.ndarray) -> np.ndarray:
     return np.argsort(-counts, kind="stable")
 
 
-def neighbour_vectors(ids: np.ndarray, rank: np.ndarray, used: int, dim: int, seed: int, device: str) -> tuple[Tensor, Tensor]:
-    """U (used, ≤ dim) and Σ (≤ dim,), float64: row of the token of each frequency rank, from the tokens at most 2 places away.
+def neighbour_vectors(
+    ids: np.ndarray, rank_of_id: np.ndarray, used: int, dim: int, seed: int, device: str
+) -> tuple[Tensor, Tensor]:
+    """U (used, ≤ dim) and Σ (≤ dim,), float64: a row for each frequency rank, from the tokens at most 2 positions away.
 
     With n_xc the occurrences of x with context c (a frequent token and a side), n_x and n_c their sums over one index
     and n over both, these are left singular vectors and singular values of the smoothed positive pointwise
@@ -179,7 +181,7 @@ def neighbour_vectors(ids: np.ndarray, rank: np.ndarray, used: int, dim: int, se
     algorithm 4.4). All sums are float64, so that the order of additions on a device does not decide the token order.
     """
     contexts = min(CONTEXTS, used)
-    table = _count_neighbours(ids, rank, used, contexts, device)  # [used, 2 * contexts]
+    table = _count_neighbours(ids, rank_of_id, used, contexts, device)  # [used, 2 * contexts]
     blocks = table.split(_CHUNK_ROWS)  # views: the table is the largest thing here, so it changes in place
     row_sums = torch.cat([block.sum(1, dtype=torch.float64) for block in blocks])
     column_sums = torch.stack([block.sum(0, dtype=torch.float64) for block in blocks]).sum(0)
@@ -206,15 +208,15 @@ def neighbour_vectors(ids: np.ndarray, rank: np.ndarray, used: int, dim: int, se
     return vectors * signs, values[:dim]
 
 
-def _count_neighbours(ids: np.ndarray, rank: np.ndarray, used: int, contexts: int, device: str) -> Tensor:
+def _count_neighbours(ids: np.ndarray, rank_of_id: np.ndarray, used: int, contexts: int, device: str) -> Tensor:
     """(used, 2 * contexts) float32: how often the token of rank x has that of rank c before it, and after it."""
     table = torch.zeros(used, 2 * contexts, device=device)
     flat = table.view(-1)
-    rank_of = torch.from_numpy(rank).to(device)
+    ranks_by_id = torch.from_numpy(rank_of_id).to(device)
     starts = range(0, len(ids), _CHUNK_TOKENS)
-    for start in tqdm(starts, desc="token statistics", disable=None, leave=False):
+    for start in progress(starts, desc="token statistics", leave=False):
         chunk = ids[start : start + _CHUNK_TOKENS + max(NEIGHBOURS)].astype(np.int64)
-        ranks = rank_of[torch.from_numpy(chunk).to(device)]
+        ranks = ranks_by_id[torch.from_numpy(chunk).to(device)]
         for distance in NEIGHBOURS:
             # the first token of a pair lies inside the chunk, so that a pair across two chunks counts once
             first, second = ranks[:-distance][:_CHUNK_TOKENS], ranks[distance:][:_CHUNK_TOKENS]

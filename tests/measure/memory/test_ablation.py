@@ -2,13 +2,13 @@ from dataclasses import replace
 
 import pytest
 
-from phase1.config import Ranked
+from phase1.config import EngineShape
 from phase1.measure.memory.ablation import COMPONENTS, ROWS, ablation
 from phase1.measure.memory.case import MemoryCase
 from phase1.records.schema import MemoryResult
 from phase1.roster import ROLES, model_config
 
-SMALL = Ranked(vocab_size=3000, d_model=64, n_layers=2, n_heads=2, htt_dense_rows=256, htt_groups=64)
+SMALL = EngineShape(vocab_size=3000, d_model=64, n_layers=2, n_heads=2, htt_dense_rows=256, htt_groups=64)
 CASES = {role: MemoryCase(model_config(role, SMALL), 2, 128) for role in ROLES}
 COST = {"loss": {"materialized": 500}, "checkpointing": {False: 300}, "mixer": {"ar_ssm": 40}, "embedding": {"dense": 90}}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from phase1.config import Ranked
+from phase1.config import EngineShape
 from phase1.machine.cards import Chip
 from phase1.machine.isolate import Outcome
 from phase1.measure.memory import calibrate as module
@@ -16,7 +16,7 @@ from phase1.measure.memory.case import MemoryCase
 from phase1.measure.memory.estimate.estimate import estimate_memory
 from phase1.roster import model_config
 
-SMALL = MemoryCase(model_config("phase1", Ranked(vocab_size=3000, d_model=32, n_layers=1, n_heads=2, htt_dense_rows=64)), 1, 16)
+SMALL = MemoryCase(model_config("phase1", EngineShape(vocab_size=3000, d_model=32, n_layers=1, n_heads=2, htt_dense_rows=64)), 1, 16)
 SCRIPT = Path(__file__).parents[3] / "benchmarks" / "calibrate_memory.py"
 
 

@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from phase1.config import Ranked
+from phase1.config import EngineShape
 from phase1.measure.memory.trace import PARTS, measured_timeline
 from phase1.measure.memory.tracker import MemoryTracker, site_of
 from phase1.measure.workload import make_workload, optimizer_tensors, random_batch
@@ -16,7 +16,7 @@ from phase1.roster import ROLES, model_config
 from phase1.training.step import train_step
 
 V = 1000
-SMALL = Ranked(
+SMALL = EngineShape(
     vocab_size=3000, d_model=64, n_layers=2, n_heads=2, ar_ssm_max_rank=8, ar_ssm_window=16, htt_rank=4, htt_dense_rows=256,
     htt_groups=64,
 )  # fmt: skip
@@ -154,7 +154,7 @@ def test_watching_modules_changes_no_allocation_and_leaves_no_hook_behind():
 
 
 def test_modules_are_named_as_deep_as_the_mixer_of_a_block():
-    names = ["blocks.3.mixer.rank_gate.out.bias", "blocks.3.mlp_norm.weight", "blocks.3.x", "embedding.parts.0.basis", "norm.weight"]
+    names = ["blocks.3.mixer.rank_gate.out_proj.bias", "blocks.3.mlp_norm.weight", "blocks.3.x", "embedding.parts.0.basis", "norm.weight"]
     assert [site_of(name) for name in names] == ["blocks.3.mixer", "blocks.3.mlp_norm", "blocks.3", "embedding", "norm"]
 
 
@@ -239,7 +239,7 @@ def test_tensors_that_end_together_end_in_one_order_whatever_theirs_was(order):
 
 
 class Counted:
-    """Surroundings of a device whose every product keeps 100 bytes, and whose every operator has 7 of scratch."""
+    """`OperatorMemory` of a device whose every product keeps 100 bytes, and whose every operator has 7 of scratch."""
 
     def before(self, func, phase):
         return 100 if func is torch.ops.aten.mm.default else 0
@@ -248,7 +248,7 @@ class Counted:
         return 7, 3
 
 
-def test_workspaces_scratch_and_rounding_come_from_the_surroundings():
+def test_workspaces_scratch_and_rounding_come_from_outside_the_operators_results():
     x = torch.ones(8, 8)
     with MemoryTracker(V, "cpu", Counted()) as tracker:
         y = x @ x  # not in a step

@@ -2,13 +2,13 @@ from dataclasses import replace
 
 import pytest
 
-from phase1.config import Ranked
+from phase1.config import EngineShape
 from phase1.measure.perplexity.candidates import candidates, parameter_count, variant
 from phase1.model import LanguageModel
 from phase1.roster import model_config
 from phase1.runs import PerplexityRun
 
-ENGINE = model_config("phase1", Ranked(vocab_size=2000, d_model=16, n_heads=2, n_layers=2, htt_dense_rows=20, htt_groups=10, htt_rank=2, ar_ssm_max_rank=6))
+ENGINE = model_config("phase1", EngineShape(vocab_size=2000, d_model=16, n_heads=2, n_layers=2, htt_dense_rows=20, htt_groups=10, htt_rank=2, ar_ssm_max_rank=6))
 
 
 def test_parameters_are_counted_without_making_the_model():
@@ -38,8 +38,8 @@ def test_where_even_one_layer_is_too_many_equal_parameters_says_so():
 
 
 def test_equal_parameters_is_the_deepest_engine_no_larger_than_the_baseline():
-    large = model_config("phase1", Ranked())
-    deep, limit = variant("equal_parameters", large), parameter_count(model_config("baseline", Ranked()))
+    large = model_config("phase1", EngineShape())
+    deep, limit = variant("equal_parameters", large), parameter_count(model_config("baseline", EngineShape()))
     assert parameter_count(deep) <= limit < parameter_count(replace(deep, n_layers=deep.n_layers + 1))
 
 

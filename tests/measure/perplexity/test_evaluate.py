@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phase1.config import Ranked
+from phase1.config import EngineShape
 from phase1.data.tokenizer_files import GPT2_FINGERPRINT
 from phase1.measure.perplexity.evaluate import Evaluation, Protocol, evaluate, unigram_entropy, windows
 from phase1.model import LanguageModel
@@ -17,7 +17,7 @@ from phase1.ops.cross_entropy import IGNORE, chunked
 from phase1.records.schema import FILES, read_report
 from phase1.roster import model_config
 
-TINY = Ranked(
+TINY = EngineShape(
     vocab_size=50, d_model=16, n_layers=1, n_heads=2, ar_ssm_max_rank=4, ar_ssm_min_rank=2, ar_ssm_window=4,
     htt_rank=3, htt_dense_rows=10, htt_groups=6,
 )  # fmt: skip
@@ -143,7 +143,7 @@ def test_no_state_of_a_block_is_alive_when_the_next_one_runs(role):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("role", ["baseline", "phase1"])
 def test_a_window_of_16384_tokens_is_scored_in_less_than_half_its_logits(role):
-    sizes = Ranked(d_model=64, n_layers=2, n_heads=2)  # V = 50257
+    sizes = EngineShape(d_model=64, n_layers=2, n_heads=2)  # V = 50257
     net = LanguageModel(model_config(role, sizes)).cuda()
     ids = np.random.default_rng(0).integers(0, sizes.vocab_size, 16384)
     torch.cuda.reset_peak_memory_stats()

@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from phase1.config import Ranked
+from phase1.config import EngineShape
 from phase1.measure.throughput import decode
 from phase1.measure.throughput.decode import measure_decoding
 from phase1.roster import model_config
 
-SHAPE = Ranked(
+SHAPE = EngineShape(
     vocab_size=300, d_model=32, n_layers=1, n_heads=2, ar_ssm_max_rank=8, ar_ssm_min_rank=2, ar_ssm_window=8, copy_window=16, htt_rank=2,
     htt_dense_rows=4, htt_groups=10,
 )  # fmt: skip

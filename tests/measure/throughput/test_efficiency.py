@@ -2,14 +2,14 @@ from dataclasses import replace
 
 import pytest
 
-from phase1.config import Ranked
+from phase1.config import EngineShape
 from phase1.measure.throughput import efficiency
 from phase1.measure.throughput.efficiency import card_of, step_flops, with_efficiency
 from phase1.model import LanguageModel
 from phase1.roster import ROLES, model_config
 from tests.reports import throughput_result
 
-SHAPE = Ranked(
+SHAPE = EngineShape(
     copy_window=4,
     vocab_size=300, d_model=32, n_layers=3, n_heads=2, ar_ssm_max_rank=8, ar_ssm_window=8, htt_rank=4, htt_dense_rows=64,
     htt_groups=16,

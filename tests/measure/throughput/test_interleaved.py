@@ -231,7 +231,7 @@ def test_on_a_gpu_launches_clocks_and_a_quadratic_control_are_seen():
 
 def test_with_graphs_the_peak_is_that_of_eager_steps_which_leave_no_gradients(monkeypatch):
     """The pass of its own, on a state that says it launches graphs: what it does to the model does not need a GPU."""
-    contender = throughput.Contender(MODELS["phase1"], 2)
+    contender = throughput.TimedModel(MODELS["phase1"], 2)
     throughput._make(contender, "cpu", PLAN, False)
     contender.state.config = replace(contender.state.config, cuda_graphs=True)
     taken = []

@@ -18,7 +18,7 @@ COMPONENTS = {
     "table": "embedding",
     "copy head": "copy_head",
 }
-ROWS = 2 * (len(COMPONENTS) + 1)  # with the optimizer's
+ROWS = 2 * (len(COMPONENTS) + 1)  # one more for the optimizer
 
 
 def ablation(cases: Mapping[str, MemoryCase], results: Mapping[str, MemoryResult], measure: Measure) -> Iterator[Ablation]:

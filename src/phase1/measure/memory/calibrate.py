@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from phase1.config import Ranked
+from phase1.config import EngineShape
 from phase1.machine.isolate import run_isolated
 from phase1.measure.memory.case import MemoryCase
 from phase1.measure.memory.estimate.estimate import estimate_memory
@@ -91,7 +91,7 @@ def calibration_cases() -> dict[str, MemoryCase]:
     """Both models and what is between them, at sizes small and large, round and odd, by name."""
     cases = {}
     for role, size, changes, shapes in _CASES:
-        model = model_config(role, Ranked(**_SIZES[size]), **changes)
+        model = model_config(role, EngineShape(**_SIZES[size]), **changes)
         words = [role, size, *(f"{name}={value}" for name, value in changes.items())]
         for batch_size, seq_length in shapes:
             cases[" ".join([*words, f"B{batch_size} T{seq_length}"])] = MemoryCase(model, batch_size, seq_length)

@@ -21,8 +21,8 @@ class MemoryCase:
     vram_limit_bytes: int | None = None
     dry_run: bool = False
     compiled: bool = False  # the loss; of no effect on an estimate
-    chip: Chip | None = None  # that an estimate is for
-    piece_length: int | None = None  # tokens of a sequence at a time, where the model trains in pieces
+    chip: Chip | None = None  # the chip that an estimate is for
+    piece_length: int | None = None  # tokens of a sequence at a time; None: whole sequences
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class MemoryPeaks:
 
     @property
     def needed_bytes(self) -> int:
-        """Of the card: what decides whether a step fits."""
+        """Bytes of the card that a step needs, which decide whether it fits."""
         return self.peak_reserved_bytes + self.outside_allocator_bytes
 
     @property

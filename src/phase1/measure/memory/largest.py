@@ -20,11 +20,11 @@ from phase1.training.pieces import in_pieces
 from phase1.training.step import train_step
 
 BATCH_BOUND = 4096  # sequences
-TOKENS_BOUND = 2**20  # of one step
-PIECES_BOUND = 2**24  # of one step in pieces
+TOKENS_BOUND = 2**20  # tokens of one step
+PIECES_BOUND = 2**24  # tokens of one step in pieces
 LENGTH_STEP = 64  # tokens
 FIT_SECONDS = 120.0  # for both searches of one model on a GPU, where a probe is a process and some steps
-BATCH_SHARE = 0.6  # of them for the batch
+BATCH_SHARE = 0.6  # share of FIT_SECONDS for the search of the batch
 _RESIDENT = ("parameters", "buffers", "optimizer_state")  # parts of a breakdown that do not depend on the batch
 
 

@@ -133,7 +133,7 @@ def measure_memory(case: MemoryCase) -> MemoryPeaks:
 
 
 class _CountedCuda:
-    """`Surroundings` (phase1.measure.memory.tracker) of a step on the GPU, from the counters of its allocator."""
+    """`OperatorMemory` (phase1.measure.memory.tracker) of a step on the GPU, from the counters of its allocator."""
 
     def before(self, func: Any, phase: str) -> int:
         torch.cuda.reset_peak_memory_stats()

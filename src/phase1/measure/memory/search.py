@@ -11,7 +11,7 @@ GROWTH = 16  # a guided probe goes at most so many times beyond the largest size
 
 @dataclass(frozen=True)
 class Probe:
-    """How a size ended; `needed_bytes` is what it needs of the card, where that is known."""
+    """How a size ended; `needed_bytes` are the bytes of the card that it needs, if known."""
 
     status: Status
     needed_bytes: int | None = None
@@ -50,7 +50,9 @@ def largest_size(
         probes[size] = probe(size)
         if probes[size].status == "error":
             return probes
-        missed = guess is not None and probes[size].needed_bytes is None  # by how much is not known: the line would miss again
+        missed = (
+            guess is not None and probes[size].needed_bytes is None
+        )  # by an unknown amount: the line would miss again
     raise AssertionError("the interval did not shrink")
 
 

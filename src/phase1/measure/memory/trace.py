@@ -1,17 +1,15 @@
-"""What was allocated and freed during a training step, in order; and what that makes of its memory over time."""
+"""The allocations and frees of a training step, in order, and the memory over time that follows from them."""
 
 import bisect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 Part = Literal[
     "parameters", "buffers", "gradients", "optimizer_state", "activations", "logits_loss", "temporary", "workspace", "rounding",
 ]  # fmt: skip
-PARTS: tuple[Part, ...] = (
-    "parameters", "buffers", "gradients", "optimizer_state", "activations", "logits_loss", "temporary", "workspace", "rounding",
-)  # fmt: skip
+PARTS: tuple[Part, ...] = get_args(Part)
 PHASES = ("forward", "backward", "optimizer")
 TOP_MODULES = 10
 
@@ -27,7 +25,7 @@ class Block:
 
 @dataclass
 class Trace:
-    """One step. An event i >= 0 is the birth of block i, ~i its end."""
+    """The blocks of one step. Event i >= 0 allocates block i, event ~i frees it."""
 
     blocks: list[Block] = field(default_factory=list)
     resident: list[int] = field(default_factory=list)  # alive when the step began, oldest first
@@ -116,9 +114,9 @@ def _top_modules(trace: Trace, events: int) -> dict[str, int]:
 
 
 def downsampled(timeline: Timeline, points: int) -> tuple[list[int], Mapping[str, list[int]]]:
-    """At most `points` rows, the highest of each of as many stretches, so with the peak; their indices, and bytes by part."""
+    """The largest row of each of at most `points` equal intervals, the peak among them: indices, and bytes by part."""
     totals, count = timeline.totals, len(timeline.rows)
-    stretches = min(points, count)
-    cuts = [count * i // stretches for i in range(stretches + 1)]
+    intervals = min(points, count)
+    cuts = [count * i // intervals for i in range(intervals + 1)]
     chosen = [max(range(start, end), key=lambda i: totals[i]) for start, end in zip(cuts, cuts[1:])]
     return chosen, {part: [timeline.rows[i][column] for i in chosen] for column, part in enumerate(PARTS)}

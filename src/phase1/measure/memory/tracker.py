@@ -16,15 +16,15 @@ from phase1.measure.memory.trace import Block, Part, Trace
 _NEXT_PHASE = {"start": "forward", "forward": "backward", "backward": "optimizer", "optimizer": "idle"}
 
 
-class Surroundings(Protocol):
-    """What a tracker cannot see of an operator: memory that it allocates and does not return."""
+class OperatorMemory(Protocol):
+    """The memory that an operator allocates and does not return, which a tracker cannot see."""
 
     def before(self, func: Any, phase: str) -> int:
         """Bytes that `func`, about to run, allocates and never frees; called before every operator of a step."""
         ...
 
     def after(self, func: Any, args: Any) -> tuple[int, int | None]:
-        """Bytes that `func` had besides its results and has freed, and what all blocks are larger than asked for, if known."""
+        """Bytes that `func` used besides its results and freed; and by how much all blocks exceed the requests, if known."""
         ...
 
 
@@ -47,9 +47,9 @@ class MemoryTracker(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # nothing is compiled while it is on; PyTorch's guard against that takes longer than the operators
 
-    def __init__(self, vocab_size: int, device_type: str, surroundings: Surroundings | None = None) -> None:
+    def __init__(self, vocab_size: int, device_type: str, operator_memory: OperatorMemory | None = None) -> None:
         super().__init__()
-        self.vocab_size, self.device_type, self.surroundings = vocab_size, device_type, surroundings
+        self.vocab_size, self.device_type, self.operator_memory = vocab_size, device_type, operator_memory
         self.phase = "idle"
         self.trace = Trace()
         self._alive: dict[int, _Alive] = {}  # by the address of the C++ storage, one for all its views
@@ -116,16 +116,16 @@ class MemoryTracker(TorchDispatchMode):
             return self._follow(func, args, kwargs or {})
 
     def _follow(self, func: Any, args: Any, kwargs: Any) -> Any:
-        around = self.surroundings if self.phase != "idle" else None
-        if around is not None and (kept := around.before(func, self.phase)):
+        operators = self.operator_memory if self.phase != "idle" else None
+        if operators is not None and (kept := operators.before(func, self.phase)):
             self.trace.events.append(self._block(kept, "workspace"))
         in_place = func is torch.ops.aten.add.Tensor and self._sums_in_place(args)
         out = torch.ops.aten.add_.Tensor(*args, **kwargs) if in_place else func(*args, **kwargs)
         for item in (out,) if isinstance(out, Tensor) else tree_iter(out):
             if isinstance(item, Tensor):
                 self._see(item)
-        if around is not None:
-            scratch, rounding = around.after(func, args)
+        if operators is not None:
+            scratch, rounding = operators.after(func, args)
             if scratch > 0:
                 index = self._block(scratch, "temporary")
                 self.trace.events += [index, ~index]
@@ -136,8 +136,9 @@ class MemoryTracker(TorchDispatchMode):
     def _sums_in_place(self, args: Any) -> bool:
         """Whether autograd, summing two gradients of one tensor, would write the sum over the first.
 
-        It does where nothing else owns the first, unless a mode such as this one is on (accumulate in
-        torch/csrc/autograd/input_buffer.cpp); out of place the tracked step would take more memory than the real one.
+        It does so if nothing else owns the first and no dispatch mode is on (`accumulate` in
+        torch/csrc/autograd/input_buffer.cpp). This tracker is such a mode, so it must sum in place itself, or the
+        tracked step would take more memory than the real one.
         """
         if self.phase != "backward" or torch.is_grad_enabled():
             return False
@@ -168,10 +169,10 @@ class MemoryTracker(TorchDispatchMode):
         return "activations" if self.phase == "forward" else "temporary"
 
     def _freed(self, key: int, _: Any) -> None:
-        """Of blocks that end with nothing between them the oldest first: in what order they do differs from run to run."""
+        """Record a free. Consecutive frees are sorted by age, because the order of destruction differs from run to run."""
         events, end = self.trace.events, ~self._alive.pop(key).index
         first, place = max(self.trace.begins.values(), default=0), len(self.trace.events)
-        # past the ends of younger blocks (a birth is above every end), but for one just born, as the scratch of an operator is
+        # go back past the frees of younger blocks (~index < 0 <= any birth), but not into a block born and freed at once
         while place > first and events[place - 1] < end and events[place - 2] != ~events[place - 1]:
             place -= 1
         events.insert(place, end)
@@ -184,7 +185,7 @@ def site_of(name: str) -> str:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill a stretch of memory without gaps or overlaps, in any order of dimensions."""
+    """Whether the elements fill one range of memory without gaps or overlaps, in any order of dimensions."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
         if size != 1:
@@ -200,7 +201,7 @@ def _owners(tensor: Tensor) -> tuple[int, int]:
 
 
 def _sole_owner_counts(device: str) -> tuple[int, int] | None:
-    """What `_owners` says, inside a mode, of a gradient that is summed with another and that nothing else owns."""
+    """The counts that `_owners` gives, inside a mode, for a gradient that autograd alone owns when it sums it with another."""
     counts: list[tuple[int, int]] = []
 
     class Look(TorchDispatchMode):

@@ -1,25 +1,23 @@
-"""Which models a perplexity run trains or loads, and what each is called in its report."""
+"""The models that a perplexity run trains or loads, and their keys in its report."""
 
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
 
 import torch
 
 from phase1.config import ModelConfig
 from phase1.model import LanguageModel
-from phase1.roster import RIVALS, ROLES, START, Variant, model_config, repetition, report_key
+from phase1.roster import ROLES, VARIANTS, Key, model_config
 from phase1.runs import PerplexityRun
 from phase1.training.checkpoint import model_config_of, read_index
 
-_NAME = re.compile(rf"(baseline|transformer|phase1_htt\d+_ar\d+|{'|'.join(get_args(Variant))})(_seed\d+)?")
-_ENGINES = ("no_gate", "no_copy", "equal_parameters")  # variants that a report would call phase1_...
+ENGINES = ("no_gate", "no_copy", "equal_parameters")
+"""Variants whose config alone does not tell them from the engine: `Key.of` calls them phase1_htt{r}_ar{R}."""
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A model to evaluate: its key in the report, and where it is, or how to make it."""
+class ScoredModel:
+    """A model to evaluate: its key in the report, its config and seed, and its checkpoint if it is already trained."""
 
     key: str
     config: ModelConfig
@@ -27,13 +25,13 @@ class Candidate:
     checkpoint: Path | None = None
 
 
-def candidates(run: PerplexityRun) -> list[Candidate]:
-    """What --checkpoint names, and nothing else; without it baseline, every rank pair and the variants, once per seed.
+def candidates(run: PerplexityRun) -> list[ScoredModel]:
+    """The models that --checkpoint names; without it the baseline, every pair of ranks and the variants, once per seed.
 
-    Raises ValueError for a wrong name or path, or one that is there twice.
+    Raises ValueError for a wrong name or path, or a name that is there twice.
     """
     if run.checkpoint:
-        given = {candidate.key: candidate for candidate in map(_given, run.checkpoint)}
+        given = {model.key: model for model in map(_given, run.checkpoint)}
         if len(given) < len(run.checkpoint):
             raise ValueError(f"--checkpoint must name every model once; got {' '.join(run.checkpoint)}; use _seed1 and so on")
         return list(given.values())
@@ -41,57 +39,55 @@ def candidates(run: PerplexityRun) -> list[Candidate]:
     engine = {"checkpointing": run.gradient_checkpointing}
     engines = [model_config("phase1", run, htt_rank=r, ar_ssm_max_rank=R, **engine) for r, R in pairs]
     configs = {"baseline": replace(engines[0], **ROLES["baseline"])} if run.baseline else {}  # it uses no rank
-    configs |= {report_key(config): config for config in engines}
+    configs |= {str(Key.of(config)): config for config in engines}
     configs |= {name: variant(name, engines[0]) for name in run.variants}
     seeds = range(run.seed, run.seed + run.repeats)
-    return [Candidate(seeded(key, seed, run.seed), config, seed) for seed in seeds for key, config in configs.items()]
+    return [ScoredModel(_repeated(key, seed, run.seed), config, seed) for seed in seeds for key, config in configs.items()]
 
 
-def variant(name: Variant, engine: ModelConfig) -> ModelConfig:
-    """Engine or baseline with one thing changed; `equal_parameters` is the deepest engine no larger than the baseline."""
-    if name == "ar_ssm_dense":
-        return replace(engine, embedding="dense", **START)
-    if name == "ar_ssm_dense_no_copy":
-        return replace(engine, embedding="dense", copy_head=False, **START)
-    if name == "attention_htt":
-        return replace(engine, mixer="attention")
-    if name == "no_gate":
-        return replace(engine, ar_ssm_min_rank=engine.ar_ssm_max_rank)
-    if name == "no_copy":
-        return replace(engine, copy_head=False)
-    if name in RIVALS:
-        return replace(engine, **(ROLES["baseline"] | RIVALS[name]))
+def variant(name: str, engine: ModelConfig) -> ModelConfig:
+    """The model called `name` in `VARIANTS`; `equal_parameters` is the deepest engine no larger than the baseline."""
+    entry = VARIANTS[name]
+    if name == "equal_parameters":
+        return replace(engine, n_layers=_layers_of_equal_size(engine))
+    base = replace(engine, **ROLES[entry.base]) if entry.base == "baseline" else engine
+    return replace(base, **(entry.change(base) if callable(entry.change) else entry.change))
+
+
+def _layers_of_equal_size(engine: ModelConfig) -> int:
     shallow = parameter_count(replace(engine, n_layers=1))
     layer = parameter_count(replace(engine, n_layers=2)) - shallow
     n_layers = 1 + (parameter_count(replace(engine, **ROLES["baseline"])) - shallow) // layer
     if n_layers < 1:
         raise ValueError("--variants equal_parameters: an engine of one layer is larger than the baseline; raise --d-model")
-    return replace(engine, n_layers=n_layers)
+    return n_layers
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """Of the whole model, without making it."""
+    """The number of parameters of a model, counted without allocating it."""
     with torch.device("meta"):
         return LanguageModel(config).parameter_counts()["total"]
 
 
-def seeded(key: str, seed: int, first: int) -> str:
-    """The key of a repetition: the first has the plain one."""
-    return key if seed == first else f"{key}_seed{seed}"
+def _repeated(key: str, seed: int, first: int) -> str:
+    """The key of a repetition: that of the first has no seed."""
+    return str(replace(Key.parse(key), seed=None if seed == first else seed))
 
 
-def _given(argument: str) -> Candidate:
+def _given(argument: str) -> ScoredModel:
     name, separator, path = argument.partition("=")
-    if Path(argument).exists() and not (separator and _NAME.fullmatch(name)):  # a folder: the model says what it is
+    key = Key.parse(name)
+    is_key = bool(separator) and (key.name in ("baseline", "transformer", *VARIANTS) or key.ranks is not None)
+    if Path(argument).exists() and not is_key:  # a folder: the model says what it is
         index = read_index(argument)
-        config = ModelConfig(**index["model_config"])
-        return Candidate(report_key(config), config, index["train_config"].get("seed", 0), Path(argument))
-    if not separator or not _NAME.fullmatch(name):
+        config = model_config_of(index)
+        return ScoredModel(str(Key.of(config)), config, index["train_config"].get("seed", 0), Path(argument))
+    if not is_key:
         expected = "NAME as in a report (baseline, phase1_htt{r}_ar{R}, a variant, each with or without _seed{n})"
         raise ValueError(f"--checkpoint must be a folder, or NAME=PATH with {expected}; got {argument!r}; correct it")
     index = read_index(path)
-    config, plain = model_config_of(index), repetition(name)[0]
-    found = report_key(config)
-    if plain != found and not (plain in _ENGINES and found.startswith("phase1")):
+    config = model_config_of(index)
+    found = Key.of(config)
+    if key.model != found.model and not (key.name in ENGINES and found.is_engine):
         raise ValueError(f"--checkpoint {name}={path}: the model there is {found}; use that name")
-    return Candidate(name, config, index["train_config"].get("seed", 0), Path(path))
+    return ScoredModel(name, config, index["train_config"].get("seed", 0), Path(path))

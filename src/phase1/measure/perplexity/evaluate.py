@@ -7,11 +7,11 @@ from typing import Final
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from phase1.config import content_id
 from phase1.model import LanguageModel
 from phase1.ops.cross_entropy import IGNORE
+from phase1.progress import progress
 
 LARGEST_NATS: Final = 700.0  # e^709 is the end of float64
 
@@ -131,8 +131,8 @@ def evaluate(
     model.eval()
     losses, places, tokens = [], [], []
     inputs_seen, rank_sum = 0, None
-    bar = {"desc": f"evaluate {label}".rstrip(), "unit": "tok", "disable": True if label is None else None}
-    with tqdm(total=target_count(ids, protocol), **bar) as progress:
+    desc = f"evaluate {label}".rstrip()
+    with progress(desc=desc, total=target_count(ids, protocol), unit="tok", disable=label is None) as bar:
         for inputs, targets in windows(ids, protocol, batch_size):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 batch = torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
@@ -141,7 +141,7 @@ def evaluate(
             losses.append(nll.cpu().numpy()[scored])
             places.append(np.nonzero(scored)[1])
             tokens.append(scored.sum(1))
-            progress.update(int(scored.sum()))
+            bar.update(int(scored.sum()))
             inputs_seen += inputs.size
             if effective_rank is not None:
                 rank_sum = (rank_sum or 0.0) + effective_rank.item() * inputs.size

@@ -1,4 +1,4 @@
-"""Where a model loses: its loss by length of the context and by frequency of the target."""
+"""The loss of a model by length of the context and by frequency of the target."""
 
 from hashlib import sha256
 
@@ -11,14 +11,14 @@ BAND_STARTS = (0, 1024, 4096, 16384)  # ranks
 
 
 def loss_by_position(evaluation: Evaluation) -> list[LossPart]:
-    """By tokens of its window before the target, in octaves: 0, 1, 2-3, 4-7, ..., the last cut at the longest."""
+    """Mean losses by the number of tokens before the target in its window, in octaves: 0, 1, 2-3, 4-7, ..."""
     end = int(evaluation.places.max()) + 1
     starts = [0, *(1 << i for i in range((end - 1).bit_length()))]
     return _parts(evaluation, evaluation.places, [*starts, end])
 
 
 def loss_by_band(evaluation: Evaluation, targets: np.ndarray, order: np.ndarray) -> list[LossPart]:
-    """By frequency rank of the target: ranks from 0, 1024, 4096 and 16384 on.
+    """Mean losses by frequency rank of the target: ranks from 0, 1024, 4096 and 16384 on.
 
     Args:
         targets: ids, in the order of the losses.
@@ -30,12 +30,12 @@ def loss_by_band(evaluation: Evaluation, targets: np.ndarray, order: np.ndarray)
 
 
 def order_sha256(order: np.ndarray) -> str:
-    """Equal for equal orders: SHA-256 of the ids as little-endian uint32."""
+    """SHA-256 of the ids as little-endian uint32: equal for equal orders."""
     return sha256(order.astype("<u4").tobytes()).hexdigest()
 
 
 def _parts(evaluation: Evaluation, values: np.ndarray, edges: list[int]) -> list[LossPart]:
-    """One part for every stretch between two edges that holds a target."""
+    """One part for every interval between two edges that holds a target."""
     part = np.searchsorted(edges, values, side="right") - 1
     tokens = np.bincount(part, minlength=len(edges) - 1)
     sums = np.bincount(part, weights=evaluation.losses, minlength=len(edges) - 1)  # float64

@@ -1,4 +1,4 @@
-"""One case of a perplexity run: a model, trained where needed, and its score on every text."""
+"""One case of a perplexity run: a model, trained if necessary, and its score on every text."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from phase1.advice import smaller
 from phase1.config import TrainConfig, content_id, part_of
 from phase1.data import Corpus, Tokenizer, count_words
 from phase1.errors import Diverged, is_out_of_memory, reason
-from phase1.measure.perplexity.candidates import Candidate
+from phase1.measure.perplexity.candidates import ScoredModel
 from phase1.measure.perplexity.evaluate import LARGEST_NATS, Evaluation, Protocol, evaluate, unigram_entropy
 from phase1.measure.perplexity.loss_parts import loss_by_band, loss_by_position, order_sha256
 from phase1.records.schema import Dataset, Parameters, PerplexityResult, Status
@@ -20,20 +20,20 @@ from phase1.training.checkpoint import NO_DIFFERENCE, load_model, load_token_ord
 from phase1.training.job import train_to_checkpoint
 from phase1.training.step import compute_dtype
 
-BYTES_PER_WORD: Final = 40  # a text with more has no white space between its words; Malayalam, of long ones, has under 30
+BYTES_PER_WORD: Final = 40  # a text of longer words has no white space between them; Malayalam's average is below 30
 
 
 class Text(NamedTuple):
-    """What models are scored on, and how."""
+    """A text that models are scored on, and the protocol."""
 
     corpus: Corpus
     protocol: Protocol
 
 
-def measure(run: PerplexityRun, model: Candidate, texts: list[Text]) -> list[PerplexityResult]:
-    """One case: train `model` where needed, and score it on every text; running out of memory and diverging are results too."""
+def measure(run: PerplexityRun, model: ScoredModel, texts: list[Text]) -> list[PerplexityResult]:
+    """Train `model` if necessary and score it on every text; out of memory and divergence are results too."""
     try:
-        folder = model.checkpoint or train_candidate(run, model, texts[0].corpus)
+        folder = model.checkpoint or train_model(run, model, texts[0].corpus)
         return [evaluate_checkpoint(run, model.key, folder, text) for text in texts]
     except Diverged as error:
         return [without_number(model, "error", str(error)) for _ in texts]
@@ -47,7 +47,7 @@ def measure(run: PerplexityRun, model: Candidate, texts: list[Text]) -> list[Per
         return [without_number(model, "oom", f"{reason(error)}; {ladder}") for _ in texts]
 
 
-def train_candidate(run: PerplexityRun, model: Candidate, corpus: Corpus) -> Path:
+def train_model(run: PerplexityRun, model: ScoredModel, corpus: Corpus) -> Path:
     """Train `model`, or find it trained by an earlier run on the same config and data; its checkpoint folder."""
     train_config = replace(part_of(TrainConfig, run), seed=model.seed)
     if model.config.mixer == "attention":
@@ -148,7 +148,7 @@ def word_count(tokenizer: Tokenizer, ids: np.ndarray) -> int:
     return sum(count_words(tokenizer.decode(document)) for document in documents)
 
 
-def without_number(model: Candidate, status: Status, detail: str) -> PerplexityResult:
+def without_number(model: ScoredModel, status: Status, detail: str) -> PerplexityResult:
     """The result of a model that cannot be scored, and why; the other models go on."""
     return PerplexityResult(
         model_name=model.key,

@@ -1,17 +1,17 @@
-"""Generation: how fast a context is read, how fast one more token comes after it, and what it leaves behind."""
+"""Cost of generation: the speed of reading a context, the speed of one more token after it, and the size of the state."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from phase1.config import ModelConfig
 from phase1.errors import is_out_of_memory
 from phase1.generation.decoder import PIECE, Decoder, States, state_bytes
 from phase1.generation.replay import captured, static
 from phase1.measure.workload import SEED, make_workload
+from phase1.progress import progress
 from phase1.records.schema import DecodePoint, Decoding
 from phase1.stats.decoding import judge
 from phase1.stats.step_times import median, median_interval
@@ -22,7 +22,7 @@ Step = Callable[[], object]
 
 
 class _Contexts:
-    """One model after every context: its state, the seconds of reading the last stretch, and one more step."""
+    """One model after every context: its state, its reading speed, and a function that takes one more step."""
 
     def __init__(
         self, config: ModelConfig, contexts: Sequence[int], graphs: bool, device: str, update: Callable[[int], object]
@@ -33,7 +33,7 @@ class _Contexts:
         self.steps: dict[int, Step] = {}
         self.times: dict[int, list[float]] = {context: [] for context in contexts}
         ids = torch.randint(config.vocab_size, (1, max(contexts)), generator=torch.Generator().manual_seed(SEED)).to(device)
-        self.decoder.advance(ids[:, :PIECE], None)  # what is made once
+        self.decoder.advance(ids[:, :PIECE], None)  # warm-up: handles and workspaces are made once
         state, read = None, 0
         for context in contexts:
             _wait(device)
@@ -49,7 +49,7 @@ class _Contexts:
             self.steps[context] = self._step(ids[:, :1], state, graphs)
 
     def _step(self, ids: Tensor, state: States, graphs: bool) -> Step:
-        """One more token after the same context, every time."""
+        """A function that generates one token after the same context at every call."""
         if not graphs:
             return lambda: self.decoder.advance(ids, state)
         fixed = static(state, self.decoder.model.config.copy_window)
@@ -68,14 +68,14 @@ def measure_decoding(
     wanted = {role: models[role] for role in ROLES if role in models}
     found: dict[str, _Contexts] = {}
     rounds = warmup_steps + measure_steps
-    with tqdm(total=len(wanted) * contexts[-1], desc="read contexts", unit="tok", unit_scale=True, disable=None) as bar:
+    with progress(total=len(wanted) * contexts[-1], desc="read contexts", unit="tok", unit_scale=True) as bar:
         for role, config in wanted.items():
             try:
                 found[role] = _Contexts(config, contexts, graphs, device, bar.update)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-    for i in tqdm(range(rounds), desc="generate", unit="round", disable=None):
+    for i in progress(range(rounds), desc="generate", unit="round"):
         for model in found.values():
             for context, step in model.steps.items():
                 seconds = _seconds(step, device)
@@ -98,7 +98,7 @@ def _point(model: _Contexts, context: int) -> DecodePoint:
 
 
 def _seconds(step: Step, device: str) -> float:
-    """Of one step, from an idle device to an idle device."""
+    """Seconds of one step, from an idle device to an idle device."""
     _wait(device)
     began = time.perf_counter()
     step()

@@ -1,4 +1,4 @@
-"""What makes step times doubtful: throttling, clocks, other programs, unstable or host-bound steps; and what to do."""
+"""Warnings about step times (throttling, clocks, other programs, unstable or host-bound steps), with advice."""
 
 import math
 from collections.abc import Sequence
@@ -16,15 +16,15 @@ THERMAL: Final = 0x20 | 0x40
 BRAKE: Final = 0x08 | 0x80
 POWER_CAP: Final = 0x04
 
-CLOCK_CHANGE = 0.03  # of the SM clock, first to last tenth of the samples
-FOREIGN_CPU = 0.10  # of all cores
-DRIFT = 0.05  # of the median, first to second half of the steps of one length
-LAUNCH_SHARE = 0.90  # of the step; above it the device has nothing left to do when the host is done
+CLOCK_CHANGE = 0.03  # relative change of the SM clock, from the first to the last tenth of the samples
+FOREIGN_CPU = 0.10  # share of all cores that other programs use
+DRIFT = 0.05  # relative change of the median, from the first to the second half of the steps of one length
+LAUNCH_SHARE = 0.90  # launch time as a share of the step; above it the device waits for the host
 
 
 @dataclass(frozen=True)
 class GpuSample:
-    """What the driver said while a step ran; None where it does not say."""
+    """What the driver reported while a step ran; None for what it does not report."""
 
     sm_clock_mhz: int | None = None
     throttling: int | None = None  # NVML's bits
@@ -42,7 +42,7 @@ class CpuUse:
 
 
 def run_warnings(samples: Sequence[GpuSample], cpu: CpuUse | None) -> list[str]:
-    """What disturbed the whole run. `samples` in the order of time; none for a run on the CPU."""
+    """Warnings about the whole run. `samples` are in the order of time; empty for a run on the CPU."""
     return [*_throttling(samples), *_clock(samples), *_other_programs(samples), *_busy_cpu(cpu), *_unwatched(samples)]
 
 
@@ -95,7 +95,7 @@ def _unwatched(samples: Sequence[GpuSample]) -> list[str]:
 
 
 def model_warnings(measurements: Sequence[Measurement], device: str) -> list[str]:
-    """What makes the times of one model doubtful, shortest length first."""
+    """Warnings about the times of one model, shortest length first."""
     done = sorted((m for m in measurements if m.status == "ok"), key=lambda m: m.seq_length)
     warnings = []
     if unstable := [f"{m.seq_length:,} ({share:.0%})" for m in done if (share := spread(m.step_times_ms)) > UNSTABLE]:
@@ -134,7 +134,7 @@ def host_bound(done: Sequence[Measurement]) -> list[int]:
 
 
 def _is_flat(done: Sequence[Measurement], i: int) -> bool:
-    """Does the step time hardly grow from length i to the next, or to the last length from the one before?"""
+    """Whether the step time hardly grows from length i to the next (for the last length: from the one before)."""
     pair = done[i : i + 2] if i + 1 < len(done) else done[i - 1 : i + 1] if i else []
     if len(pair) < 2:
         return False

@@ -25,7 +25,7 @@ from phase1.records.schema import Execution, Measurement, Parameters, Scaling, T
 from phase1.roster import TRANSFORMERS
 from phase1.stats.scaling import fit_scaling
 from phase1.stats.step_times import median, median_interval, with_fastest, with_ratios
-from phase1.training.step import Batch, TrainState, make_passes, train_step
+from phase1.training.step import Batch, TrainState, make_micro_batch, train_step
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class ThroughputPlan:
     measure_steps: int
     compiled: frozenset[str] = frozenset()  # models whose loss is compiled
     cuda_graphs: bool = False
-    batch_sizes: Mapping[str, int] = field(default_factory=dict)  # of models that run with another than `batch_size`
-    piece_length: int | None = None  # of models that train in pieces
+    batch_sizes: Mapping[str, int] = field(default_factory=dict)  # of the models that do not use `batch_size`
+    piece_length: int | None = None  # of the models that train in pieces
 
 
 @dataclass(frozen=True)
-class Length:
-    """What one model did at one length, as a journal keeps it."""
+class LengthResult:
+    """The result of one model at one length, as a journal keeps it."""
 
     measurement: Measurement
     warmup_seconds: float
@@ -52,13 +52,13 @@ class Length:
 
 
 @dataclass
-class Contender:
+class TimedModel:
     """One model of the comparison, with what has been measured of it."""
 
     config: ModelConfig
     batch_size: int
     state: TrainState | None = None  # None before it is made, and after a failure
-    compiler: Compiler | None = None  # of its loss, where that is to be compiled
+    compiler: Compiler | None = None  # of its loss, if that is to be compiled
     ran: Execution | None = None  # how the current length runs
     parameters: dict[str, int] | None = None
     failure: Outcome[Any] | None = None
@@ -75,135 +75,136 @@ class Contender:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def finish_length(self, seq_length: int) -> Length:
-        """What the current length came to; the next one starts at nothing."""
-        length = Length(_measurement(self, seq_length), self.warmup_seconds, self.failure)
+    def close_length(self, seq_length: int) -> LengthResult:
+        """The result of the current length; what is counted for a length is reset for the next one."""
+        result = LengthResult(_measurement(self, seq_length), self.warmup_seconds, self.failure)
         self.steps, self.peak_bytes, self.warmup_seconds, self.ran = [], 0, 0.0, None
-        return length
+        return result
 
-    def take(self, length: Length) -> None:
-        """Add what was measured at a length, now or by the run that this one resumes."""
-        self.measurements.append(length.measurement)
-        self.excluded_seconds += length.warmup_seconds
-        if length.failure is not None and self.failure is None:
-            self.fail(length.failure)
+    def add(self, result: LengthResult) -> None:
+        """Add the result of a length, measured now or by the run that this one resumes."""
+        self.measurements.append(result.measurement)
+        self.excluded_seconds += result.warmup_seconds
+        if result.failure is not None and self.failure is None:
+            self.fail(result.failure)
 
 
 def measure_throughput(
-    models: Mapping[str, ModelConfig],
+    configs: Mapping[str, ModelConfig],
     plan: ThroughputPlan,
     device: str,
     progress: Callable[[int], object] = lambda tokens: None,
     in_flight: Callable[[], object] = lambda: None,
     journal: Journal | None = None,
-) -> dict[str, Contender]:
+) -> dict[str, TimedModel]:
     """Measure every model at every length, shortest first; a model that fails leaves, the others go on.
 
-    All models stay on the device, and take one step each per round, so that a clock that slows down or a noisy neighbour meets
-    them all; `round_order` says who follows whom. `progress` is called with the tokens of every step, taken or
+    All models stay on the device and take one step each per round, so that a clock that slows down or a noisy neighbour slows
+    all of them; `round_order` says who follows whom. `progress` is called with the tokens of every step, taken or
     skipped, `in_flight` after every launch of a measured step, while the device works on it. A length that `journal` holds is
     not measured again.
     """
-    contenders = {name: Contender(config, plan.batch_sizes.get(name, plan.batch_size)) for name, config in models.items()}
-    for name, contender in contenders.items():
-        _attempt(contender, _make, contender, device, plan, name in plan.compiled)
+    models = {name: TimedModel(config, plan.batch_sizes.get(name, plan.batch_size)) for name, config in configs.items()}
+    for name, model in models.items():
+        _attempt(model, _make, model, device, plan, name in plan.compiled)
     for seq_length in sorted(set(plan.seq_lengths)):
-        measure, name = partial(_measure_length, contenders, plan, seq_length, progress, in_flight), f"T={seq_length}"
+        measure, name = partial(_measure_length, models, plan, seq_length, progress, in_flight), f"T={seq_length}"
         if journal is not None and name in journal:
-            sequences = sum(contender.batch_size for contender in contenders.values())
+            sequences = sum(model.batch_size for model in models.values())
             progress(sequences * seq_length * (plan.warmup_steps + plan.measure_steps))
-        for role, length in (journal.case(name, dict[str, Length], measure) if journal else measure()).items():
-            contenders[role].take(length)
-    return contenders
+        for role, result in (journal.case(name, dict[str, LengthResult], measure) if journal else measure()).items():
+            models[role].add(result)
+    return models
 
 
 def _measure_length(
-    contenders: dict[str, Contender],
+    models: dict[str, TimedModel],
     plan: ThroughputPlan,
     seq_length: int,
     progress: Callable[[int], object],
     in_flight: Callable[[], object],
-) -> dict[str, Length]:
+) -> dict[str, LengthResult]:
     """Warm-up and measured rounds at one length; every model compiles for this length alone, all of them or none."""
     if plan.compiled:
         forget_compiled()
     with strict_compilation() if plan.compiled else nullcontext():
-        for contender in contenders.values():
-            _attempt(contender, _prepare, contender, seq_length)
+        for model in models.values():
+            _attempt(model, _prepare, model, seq_length)
         for number in range(-plan.warmup_steps, plan.measure_steps):
-            for name in round_order(list(contenders), number):
-                contender = contenders[name]
-                _attempt(contender, _step, contender, seq_length, None if number < 0 else in_flight)
-                progress(contender.batch_size * seq_length)
-    return {name: contender.finish_length(seq_length) for name, contender in contenders.items()}
+            for name in round_order(list(models), number):
+                model = models[name]
+                _attempt(model, _step, model, seq_length, None if number < 0 else in_flight)
+                progress(model.batch_size * seq_length)
+    return {name: model.close_length(seq_length) for name, model in models.items()}
 
 
-def _attempt(contender: Contender, function: Callable[..., None], *args: Any) -> None:
-    if contender.failure is None:
+def _attempt(model: TimedModel, function: Callable[..., None], *args: Any) -> None:
+    if model.failure is None:
         outcome = run_here(function, *args)
         if outcome.status != "ok":
-            contender.fail(outcome)
+            model.fail(outcome)
 
 
-def _make(contender: Contender, device: str, plan: ThroughputPlan, compiled: bool) -> None:
+def _make(model: TimedModel, device: str, plan: ThroughputPlan, compiled: bool) -> None:
     began = time.perf_counter()
-    config, graphs, piece = contender.config, plan.cuda_graphs, plan.piece_length
-    contender.state = make_workload(config, device, cuda_graphs=graphs, piece_length=piece)
-    contender.compiler = compile_loss(contender.state) if compiled else None
-    contender.parameters = contender.state.model.parameter_counts()
-    contender.excluded_seconds += time.perf_counter() - began
+    graphs, piece_length = plan.cuda_graphs, plan.piece_length
+    model.state = make_workload(model.config, device, cuda_graphs=graphs, piece_length=piece_length)
+    model.compiler = compile_loss(model.state) if compiled else None
+    model.parameters = model.state.model.parameter_counts()
+    model.excluded_seconds += time.perf_counter() - began
 
 
-def _prepare(contender: Contender, seq_length: int) -> None:
-    """The first step at a length, which compiles; on CUDA eager ones whose peak is that of the length; what runs how.
+def _prepare(model: TimedModel, seq_length: int) -> None:
+    """Before the steps of a length: compile, measure the peak if CUDA graphs would hide it, and record how the model runs.
 
-    CUDA graphs hold their memory for good, so the allocator sees no peak in a replay: it is that of the step they are made
-    of, the second of two, when all that stays is there.
-    Raises RuntimeError where a model that was to be compiled was not.
+    CUDA graphs hold their memory for good, so the allocator sees no peak in a replay. The peak is therefore that of an eager
+    step, the second of two: by then everything that stays allocated is there.
+    Raises RuntimeError if a model that was to be compiled was not.
     """
-    state, began = contender.state, time.perf_counter()
+    state, began = model.state, time.perf_counter()
     assert state is not None
-    if contender.compiler is not None:
-        contender.compiler.calls = 0
+    if model.compiler is not None:
+        model.compiler.calls = 0
     if state.config.cuda_graphs:
         config = replace(state.config, cuda_graphs=False)
-        eager = replace(state, passes=make_passes(state.model, state.scaler, state.dtype, config), config=config)
-        batch = random_batch(contender.config.vocab_size, contender.batch_size, seq_length, state.device.type)
+        micro_batch = make_micro_batch(state.model, state.scaler, state.dtype, config)
+        eager = replace(state, micro_batch=micro_batch, config=config)
+        batch = random_batch(model.config.vocab_size, model.batch_size, seq_length, state.device.type)
         for _ in range(2):
             memory = _StepPeak(eager, batch)
             train_step(eager, [batch])
-        contender.peak_bytes = memory.bytes()
-    elif contender.compiler is not None:
-        train_step(state, [random_batch(contender.config.vocab_size, contender.batch_size, seq_length, state.device.type)])
-    contender.ran = execution(state, contender.compiler)
-    if contender.compiler is not None and not contender.ran.compiled:
+        model.peak_bytes = memory.bytes()
+    elif model.compiler is not None:
+        train_step(state, [random_batch(model.config.vocab_size, model.batch_size, seq_length, state.device.type)])
+    model.ran = execution(state, model.compiler)
+    if model.compiler is not None and not model.ran.compiled:
         raise RuntimeError("the model was to be compiled, and ran eagerly; leave out --compile, or run phase1 doctor")
-    contender.excluded_seconds += time.perf_counter() - began
+    model.excluded_seconds += time.perf_counter() - began
 
 
-def _step(contender: Contender, seq_length: int, in_flight: Callable[[], object] | None) -> None:
+def _step(model: TimedModel, seq_length: int, in_flight: Callable[[], object] | None) -> None:
     """One step, measured if there is an `in_flight` to call."""
-    state = contender.state
+    state = model.state
     assert state is not None
     device = state.device.type
-    if device == "cpu" and contender.config.attention == "math":
-        _require_room(contender, seq_length)
-    batch = random_batch(contender.config.vocab_size, contender.batch_size, seq_length, device)
+    if device == "cpu" and model.config.attention == "math":
+        _require_room(model, seq_length)
+    batch = random_batch(model.config.vocab_size, model.batch_size, seq_length, device)
     watch, memory = Stopwatch(device), _StepPeak(state, batch)
     train_step(state, [batch], watch.mark)
     if in_flight is not None:
         in_flight()
     step = watch.step_time()
     if in_flight is None:
-        contender.warmup_seconds += step.total_ms / 1e3
+        model.warmup_seconds += step.total_ms / 1e3
     else:
-        contender.steps.append(step)
-        contender.peak_bytes = max(contender.peak_bytes, memory.bytes())
+        model.steps.append(step)
+        model.peak_bytes = max(model.peak_bytes, memory.bytes())
 
 
-def _require_room(contender: Contender, seq_length: int) -> None:
+def _require_room(model: TimedModel, seq_length: int) -> None:
     """Raise MemoryError before the system ends this process for taking too much, which would lose the other models' results."""
-    needed, free = scores_bytes(contender.config, contender.batch_size, seq_length), free_ram_bytes()
+    needed, free = scores_bytes(model.config, model.batch_size, seq_length), free_ram_bytes()
     if free is not None and needed > free:
         raise MemoryError(f"the attention scores take about {needed / 1e9:.1f} GB; {free / 1e9:.1f} GB are free")
 
@@ -226,27 +227,27 @@ class _StepPeak:
             self.before = torch.cuda.memory_allocated()
 
     def bytes(self) -> int:
-        """The peak since this was made; 0 where the allocator keeps no count: on the CPU, and in a replay."""
+        """The peak since this object was made; 0 on the CPU and in a replay, where the allocator counts nothing."""
         return torch.cuda.max_memory_allocated() - self.before + self.own if self.counted else 0
 
 
 def resident_bytes(tensors: Iterable[Tensor]) -> int:
-    """What the CUDA allocator counts for `tensors`, each storage once."""
+    """Bytes that the CUDA allocator counts for `tensors`, each storage once."""
     sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
     return sum(rounded(size) for size in sizes.values())
 
 
-def _measurement(contender: Contender, seq_length: int) -> Measurement:
-    batch_size, failure = contender.batch_size, contender.failure
+def _measurement(model: TimedModel, seq_length: int) -> Measurement:
+    batch_size, failure = model.batch_size, model.failure
     if failure is not None:
         smallest = f"--seq-lengths below {seq_length}"
         advice = f"; {smaller(batch=('--batch-size', batch_size), more=(smallest,))}" if failure.status == "oom" else ""
-        failed_before = any(m.status != "ok" for m in contender.measurements)
+        failed_before = any(m.status != "ok" for m in model.measurements)
         detail = "skipped: a shorter length failed" if failed_before else failure.message + advice
         return Measurement(seq_length=seq_length, batch_size=batch_size, status=failure.status, detail=detail)
-    step = median_step(contender.steps)
-    total_ms = [step.total_ms for step in contender.steps]
-    launch_ms = [step.launch_ms for step in contender.steps if step.launch_ms is not None]
+    step = median_step(model.steps)
+    total_ms = [step.total_ms for step in model.steps]
+    launch_ms = [step.launch_ms for step in model.steps if step.launch_ms is not None]
     interval = median_interval(total_ms)
     tokens = batch_size * seq_length
     return Measurement(
@@ -260,16 +261,16 @@ def _measurement(contender: Contender, seq_length: int) -> Measurement:
         tokens_per_second_ci95=None if interval is None else (tokens / (interval[1] / 1e3), tokens / (interval[0] / 1e3)),
         samples_per_second=batch_size / (step.total_ms / 1e3),
         launch_time_ms=median(launch_ms) if launch_ms else None,
-        peak_allocated_bytes=contender.peak_bytes or None,
-        ran=contender.ran,
+        peak_allocated_bytes=model.peak_bytes or None,
+        ran=model.ran,
         step_times_ms=total_ms,
         status="ok",
     )
 
 
-def throughput_results(contenders: Mapping[str, Contender]) -> dict[str, ThroughputResult]:
+def throughput_results(models: Mapping[str, TimedModel]) -> dict[str, ThroughputResult]:
     """The records of all models, with their ratios to `baseline` and to the fastest Transformer of each length."""
-    results = {role: throughput_result(role, contender) for role, contender in contenders.items()}
+    results = {role: throughput_result(role, model) for role, model in models.items()}
     baseline = results["baseline"].measurements if "baseline" in results else []
     rivals = {role: results[role].measurements for role in TRANSFORMERS if role in results}
     return {
@@ -278,21 +279,21 @@ def throughput_results(contenders: Mapping[str, Contender]) -> dict[str, Through
     }
 
 
-def throughput_result(role: str, contender: Contender) -> ThroughputResult:
+def throughput_result(role: str, model: TimedModel) -> ThroughputResult:
     """The record of a model: ok if it could be measured at one length at least."""
-    measured = [m for m in contender.measurements if m.status == "ok"]
-    failed = [m for m in contender.measurements if m.status != "ok"]
+    measured = [m for m in model.measurements if m.status == "ok"]
+    failed = [m for m in model.measurements if m.status != "ok"]
     return ThroughputResult(
         model_name=role,
-        config=asdict(contender.config),
-        config_id=contender.config.config_id,
+        config=asdict(model.config),
+        config_id=model.config.config_id,
         status="ok" if measured else failed[0].status,
         measured="measured",
-        parameters=None if contender.parameters is None else Parameters(**contender.parameters),
+        parameters=None if model.parameters is None else Parameters(**model.parameters),
         detail=f"T={failed[0].seq_length}: {failed[0].detail}" if failed else "",
-        measurements=contender.measurements,
+        measurements=model.measurements,
         scaling=scaling_of(measured),
-        excluded_seconds=contender.excluded_seconds,
+        excluded_seconds=model.excluded_seconds,
     )
 
 

@@ -1,4 +1,4 @@
-"""Read clocks, throttling and other programs while a measurement runs; None for whatever this machine does not say."""
+"""Read clocks, throttling and other programs while a measurement runs; None for what this machine does not tell."""
 
 import os
 import time
@@ -26,7 +26,7 @@ class Monitor:
             self._next = time.perf_counter() + INTERVAL_SECONDS
 
     def cpu_use(self) -> CpuUse | None:
-        """Since this was made."""
+        """The processor seconds since this object was made."""
         now = _cpu_seconds()
         if self._before is None or now is None:
             return None

@@ -1,4 +1,4 @@
-"""Rounds, in which every model takes one step: who goes when."""
+"""The order in which models take their steps: one step each per round."""
 
 from collections.abc import Sequence
 

@@ -11,10 +11,10 @@ from phase1.machine.isolate import run_here
 from phase1.measure.workload import make_workload, random_batch
 from phase1.training.step import TrainState, train_step
 
-GROWTH = 1.7  # what twice the batch must cost: 2 where the device is busy, 1 where it waits
-MOST = 64  # times the batch that was asked for
-SHARE = 0.8  # of the free memory that all models together may take
-STEPS = 5  # timed of one batch
+GROWTH = 1.7  # least factor of time for twice the batch: 2 on a busy device, 1 on one that waits
+MOST = 64  # largest multiple of the batch that was asked for
+SHARE = 0.8  # share of the free memory that all models together may take
+STEPS = 5  # timed steps of one batch
 
 
 def busy_batch(asked: int, seconds: Callable[[int], float], fits: Callable[[int], bool]) -> tuple[int, str]:
@@ -74,7 +74,7 @@ def _captured_step(config: ModelConfig, seq_length: int, piece_length: int | Non
 
 
 def _seconds(state: TrainState, vocab_size: int, batch: int, seq_length: int) -> float:
-    """The least of some steps, after two that warm up."""
+    """The least time of STEPS steps, after two to warm up."""
     data, times = random_batch(vocab_size, batch, seq_length, "cuda"), []
     for number in range(-2, STEPS):
         torch.cuda.synchronize()
@@ -86,7 +86,7 @@ def _seconds(state: TrainState, vocab_size: int, batch: int, seq_length: int) ->
 
 
 def _peak_bytes(config: ModelConfig, batch: int, seq_length: int, piece_length: int | None) -> int:
-    """What the allocator takes for two steps of a model that is not there before or after."""
+    """Bytes that the allocator takes for two steps of a model, which is made and dropped here."""
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()

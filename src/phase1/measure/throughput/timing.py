@@ -23,7 +23,7 @@ class StepTime:
 
 
 class Stopwatch:
-    """The callback of one `train_step`. On CUDA it records events, which wait for nothing; on the CPU it reads a clock."""
+    """The `mark` of one `train_step`. On CUDA it records events, without waiting; on the CPU it reads a clock."""
 
     def __init__(self, device_type: str) -> None:
         self._cuda = device_type == "cuda"

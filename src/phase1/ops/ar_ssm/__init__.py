@@ -14,7 +14,7 @@ from phase1.ops.card import HAS_TRITON, OLDEST, runs_kernels
 __all__ = ["Parameters", "State", "ar_ssm_reference", "fused_ar_ssm", "fused_runs", "imitated_card"]
 
 TYPES = (torch.float16, torch.bfloat16, torch.float32)
-DISPROVEN: set[str] = set()  # "ar_ssm" once its kernels have failed their check in this process
+DISPROVEN: set[str] = set()  # holds "ar_ssm" once its kernels have failed their check in this process
 
 
 _IMITATED = ContextVar("imitated", default=False)
@@ -22,7 +22,7 @@ _IMITATED = ContextVar("imitated", default=False)
 
 @contextmanager
 def imitated_card(capability: int) -> Iterator[None]:
-    """Inside, tensors without contents on the CPU stand for those of a card of that (major) capability."""
+    """Within the block, CPU tensors without contents count as tensors on a card of that (major) capability."""
     token = _IMITATED.set(capability >= OLDEST)
     try:
         yield
@@ -31,9 +31,9 @@ def imitated_card(capability: int) -> Iterator[None]:
 
 
 def fused_runs(proj: Tensor, p: Parameters, window: int) -> bool:
-    """Whether `fused_ar_ssm` takes these arguments on this machine, and has proven itself there.
+    """Whether `fused_ar_ssm` supports these arguments on this machine and has passed its self-check there.
 
-    In a graph that is compiled or captured, which nothing else may run in, the proof is that of the eager call before it.
+    The check cannot run while a graph is compiled or captured; there the result of an earlier eager call counts.
     """
     (_, R), P = p.q_scale.shape, p.state_scale.shape[1]
     fits = proj.shape[1] > 0 and window > 0 and R % 2 == 0 and 8 <= R <= 128 and 16 <= P <= 128 and proj.dtype in TYPES

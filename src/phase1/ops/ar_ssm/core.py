@@ -32,7 +32,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Launches:
-    """Of all kernels of the core."""
+    """How each kernel of the core is launched."""
 
     state: Launch
     forward: Launch
@@ -43,7 +43,7 @@ class Launches:
 
 
 class Core(NamedTuple):
-    """What the forward pass leaves: the result and what the backward pass needs besides the operands."""
+    """The result of the forward pass, and what the backward pass needs besides the operands."""
 
     y: Tensor  # (B, T, H, P)
     states: Tensor  # (B·H, NS + 1, R, P) before each stretch, and the final one
@@ -52,7 +52,7 @@ class Core(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of all operands of the core; d_state is None without a given state."""
+    """Gradients of all operands of the core; d_state is None without a given state."""
 
     u: Tensor
     v: Tensor

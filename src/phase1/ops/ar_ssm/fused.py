@@ -12,7 +12,7 @@ from phase1.ops.ar_ssm.gate_kernel import gate_backward_kernel, gate_kernel
 from phase1.ops.ar_ssm.gated_norm_kernel import gated_norm_backward_kernel, gated_norm_kernel
 from phase1.ops.ar_ssm.operands_kernel import conv_backward_kernel, operands_backward_kernel, operands_kernel
 from phase1.ops.ar_ssm.reference import TAPS
-from phase1.ops.ar_ssm.sum_kernel import sum_kernel
+from phase1.ops.ar_ssm.sum_kernel import sums_of_rows
 from phase1.ops.rotary.kernel import write_angles
 
 ROWS, BACKWARD_ROWS = 16, 8  # positions of a tile in front of the core, and in its backward pass
@@ -24,7 +24,7 @@ PROGRAMS = 264  # that add up the gradients of parameters
 
 
 class Sizes(NamedTuple):
-    """What tensors' shapes do not say."""
+    """The sizes of a call, also those that no tensor's shape gives."""
 
     B: int
     T: int
@@ -63,7 +63,7 @@ def fused_forward(
     past_conv: Tensor | None, past_S: Tensor | None, past_k: Tensor | None, past_x: Tensor | None,
     position: int, window: int, memory: float, eps: float,
 ) -> list[Tensor]:  # fmt: skip
-    """out, gate, states, k, x and what the backward pass needs: u, v, q, dt, log_a, y, lse, total, cos, sin.
+    """out, mean of the gate, states, k, x and what the backward pass needs: gate, u, v, q, dt, log_a, y, lse, total, cos, sin.
 
     `position` is that of the first row; `past_*` is what the rows before it left, keys and values (B, H, past, ·).
     """
@@ -101,12 +101,12 @@ def fused_forward(
         D=D, DB=triton.next_power_of_2(D), ROWS=rows, num_warps=4,
     )  # fmt: skip
     total = proj.new_empty(0, dtype=torch.float32) if core.total is None else core.total
-    return [out, gate, core.states, k, x, u, v, q, dt, log_a, core.y, core.lse, total, cos, sin]
+    return [out, gate.mean(dtype=torch.float32), core.states, k, x, gate, u, v, q, dt, log_a, core.y, core.lse, total, cos, sin]
 
 
 @torch.library.custom_op("phase1::ar_ssm_backward", mutates_args=())
 def fused_backward(
-    d_out: Tensor, d_gate: Tensor | None, d_last: Tensor | None, d_k: Tensor | None, d_x: Tensor | None,
+    d_out: Tensor, d_mean: Tensor | None, d_last: Tensor | None, d_k: Tensor | None, d_x: Tensor | None,
     proj: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A_log: Tensor, skip: Tensor, q_scale: Tensor,
     state_scale: Tensor, norm: Tensor, gate_bias: Tensor | None, gate_weight: Tensor | None, gate_out: Tensor | None,
     past_conv: Tensor | None, past_S: Tensor | None, past: int, gate: Tensor, saved: list[Tensor],
@@ -145,8 +145,8 @@ def fused_backward(
     gate_sums = wide(min(triton.cdiv(n, GATE_ROWS), PROGRAMS), sum(sizes[3:8]))
     gate_backward_kernel[(len(gate_sums),)](
         proj, dt_bias, A_log, gate_bias, gate_weight, gate, g.dt, g.log_a, d_gate_u, d_gate_v,
-        d_gate.contiguous() if d_gate is not None else proj, d_proj, gate_sums, n, s.T, *strides, **_gate_blocks(s),
-        TOTAL=sum(sizes[3:8]), GATE_USED=d_gate is not None, num_warps=4,
+        d_mean if d_mean is not None else proj, 1 / max(1, n * s.R), d_proj, gate_sums, n, s.T, *strides, **_gate_blocks(s),
+        TOTAL=sum(sizes[3:8]), MEAN_USED=d_mean is not None, num_warps=4,
     )  # fmt: skip
     d_past = torch.empty_like(past_conv) if past_conv is not None else proj.new_empty(0)
     stretches = triton.cdiv(s.T + (TAPS - 1 if past_conv is not None else 0), BACKWARD_ROWS * TILES)
@@ -156,11 +156,7 @@ def fused_backward(
         g.u, g.v, g.x, proj, first, d_proj, d_past, conv_weight, conv_sums, s.T, L, *strides,
         H=s.H, R=s.R, P=s.P, BC=COLUMNS, BT=BACKWARD_ROWS, TILES=TILES, PAST=past_conv is not None, num_warps=4,
     )  # fmt: skip
-    flat, begin = wide(sum(sizes)), 0
-    for parts in (conv_sums, scale_sums, gate_sums, norm_sums, g.scale_and_skip):
-        width = parts.shape[1]
-        sum_kernel[(triton.cdiv(width, 32),)](parts, flat[begin:], len(parts), N=width, ROWS=128, COLS=32, num_warps=4)
-        begin += width
+    flat = sums_of_rows((conv_sums, scale_sums, gate_sums, norm_sums, g.scale_and_skip))
     if not window:
         flat[sum(sizes[:2]) : sum(sizes[:3])].zero_()
     grads = [d_proj, flat, d_past]
@@ -172,13 +168,14 @@ def fused_backward(
 
 
 def parameter_sizes(s: Sizes) -> list[int]:
-    """Of taps, bias, q_scale, dt_bias, A_log, W (transposed, with the fixed ranks), c (with them), b, norm, scale and skip."""
+    """Sizes of the flat gradients: taps, bias, q_scale, dt_bias, A_log, W (transposed, with the fixed ranks), c (with them), b,
+    norm, scale and D."""
     D = s.H * s.P
     return [TAPS * s.conv, s.conv, s.H * s.R, s.H, s.H, s.N * s.R, s.R if s.N else 0, s.N, D, D, s.H]
 
 
 def parameter_gradients(flat: Tensor, s: Sizes) -> list[Tensor | None]:
-    """Of taps, bias, dt_bias, A_log, skip, q_scale, state_scale, norm, and b, W and c of the gate (None without one)."""
+    """Gradients by parameter: taps, bias, dt_bias, A_log, D, q_scale, state_scale, norm, and b, W, c of the gate (or None)."""
     taps, bias, q_scale, dt_bias, A_log, W, c, b, norm, scale, skip = flat.split(parameter_sizes(s))
     gate = [b, W.view(s.N, s.R)[:, s.fixed :].T, c[s.fixed :]] if s.N else [None] * 3
     shaped = [taps.view(TAPS, s.conv), bias, dt_bias, A_log, skip, q_scale.view(s.H, s.R), scale.view(s.H, s.P), norm]
@@ -196,10 +193,9 @@ def _(
     L = s.T + (0 if past_x is None else past_x.shape[2])
     NS, _ = plan(s.B, s.T, s.H)
     T, L_k = (s.T, L) if window else (0, 0)
-    half = [(s.B, s.T, s.H * s.P), (s.B, s.T, s.R)]
     rest = [(s.B, s.H, L_k, s.R), (s.B, s.H, L, s.P), (s.B, s.H, s.T, s.R), (s.B, s.H, s.T, s.R), (s.B, s.H, T, s.R)]
     wide = [(s.B, s.H, s.T), (s.B, s.H, s.T)]
-    out, gate = (proj.new_empty(shape) for shape in half)
+    out, gate = proj.new_empty(s.B, s.T, s.H * s.P), proj.new_empty(s.B, s.T, s.R)
     states = proj.new_empty(s.B * s.H, NS + 1, s.R, s.P, dtype=torch.float32)
     k, x, u, v, q = (proj.new_empty(shape) for shape in rest)
     dt, log_a = (proj.new_empty(shape, dtype=torch.float32) for shape in wide)
@@ -207,12 +203,12 @@ def _(
     lse = proj.new_empty(s.B, s.H, T, dtype=torch.float32)
     total = proj.new_empty((s.B * s.H, NS) if NS > 1 else 0, dtype=torch.float32)
     cos, sin = (proj.new_empty(T, s.R // 2, dtype=torch.float32) for _ in range(2))
-    return [out, gate, states, k, x, u, v, q, dt, log_a, y, lse, total, cos, sin]
+    return [out, proj.new_empty((), dtype=torch.float32), states, k, x, gate, u, v, q, dt, log_a, y, lse, total, cos, sin]
 
 
 @fused_backward.register_fake
 def _(
-    d_out: Tensor, d_gate: Tensor | None, d_last: Tensor | None, d_k: Tensor | None, d_x: Tensor | None,
+    d_out: Tensor, d_mean: Tensor | None, d_last: Tensor | None, d_k: Tensor | None, d_x: Tensor | None,
     proj: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A_log: Tensor, skip: Tensor, q_scale: Tensor,
     state_scale: Tensor, norm: Tensor, gate_bias: Tensor | None, gate_weight: Tensor | None, gate_out: Tensor | None,
     past_conv: Tensor | None, past_S: Tensor | None, past: int, gate: Tensor, saved: list[Tensor],
@@ -231,21 +227,21 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     *tensors, _, ctx.window, ctx.memory, ctx.eps = inputs
     past_k = tensors[14]
     ctx.past = 0 if past_k is None else past_k.shape[2]
-    ctx.save_for_backward(*tensors[:14], *output[1:])
+    ctx.save_for_backward(*tensors[:14], *output[2:])
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    d_out, d_gate, d_states, d_k, d_x, *unused = grads
+    d_out, d_mean, d_states, d_k, d_x, *unused = grads
     assert all(grad is None for grad in unused), "results that only the backward pass uses have gradients"
     tensors = ctx.saved_tensors  # once: recomputation unpacks them once
-    (proj, *rest), (gate, *saved) = tensors[:14], tensors[14:]
+    (proj, *rest), (states, k, x, gate, *saved) = tensors[:14], tensors[14:]
     conv, S = rest[11], rest[12]
     s = _sizes(proj, rest[5], rest[6], rest[9])
     d_last = None if d_states is None else d_states[:, -1].contiguous()
-    d_out = torch.zeros_like(saved[8]).flatten(2) if d_out is None else d_out
+    d_out = torch.zeros_like(saved[5]).flatten(2) if d_out is None else d_out
     window = (ctx.window, ctx.memory, ctx.eps)
     d_proj, flat, d_conv, d_S, d_k, d_x = fused_backward(
-        d_out, d_gate, d_last, d_k, d_x, proj, *rest, ctx.past, gate, saved, *window
+        d_out, d_mean, d_last, d_k, d_x, proj, *rest, ctx.past, gate, [states, k, x, *saved], *window
     )
     past = [d_conv if conv is not None else None, d_S if S is not None else None]
     past += [d_k if ctx.past else None, d_x if ctx.past else None]

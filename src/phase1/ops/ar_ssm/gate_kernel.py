@@ -61,18 +61,18 @@ def gate_kernel(  # type: ignore[no-untyped-def]
     tl.store(gate + row[:, None] * R + o_r[None, :], g.to(gate.dtype.element_ty), mask=m[:, None] & mr[None, :])
 
 
-@triton.jit(do_not_specialize=["n", "T"])
+@triton.jit(do_not_specialize=["n", "T", "share"])
 def gate_backward_kernel(  # type: ignore[no-untyped-def]
-    proj, dt_bias, A_log, gate_bias, gate_weight, gate, d_dt, d_log_a, d_u, d_v, d_gate, d_proj, sums, n, T,
+    proj, dt_bias, A_log, gate_bias, gate_weight, gate, d_dt, d_log_a, d_u, d_v, d_mean, share, d_proj, sums, n, T,
     stride_b, stride: tl.constexpr, d_stride_b, d_stride: tl.constexpr, H: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
     FIXED: tl.constexpr, FIRST: tl.constexpr, HEADS: tl.constexpr, RB: tl.constexpr, NB: tl.constexpr, BT: tl.constexpr,
-    TOTAL: tl.constexpr, GATE_USED: tl.constexpr,
+    TOTAL: tl.constexpr, MEAN_USED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the raw and hidden columns, and of the parameters.
 
-    The gate's gradient is d_u + d_v, by the ranks of u and of v, + d_gate if GATE_USED, (B, T, R) each. `sums`
-    (programs, TOTAL): what each program adds to the gradients of dt_bias (H), A_log (H), W (N R, transposed and with the
-    fixed ranks), c (R) and b (N).
+    The gate's gradient is d_u + d_v, by the ranks of u and of v, (B, T, R) each; if MEAN_USED + share d_mean, that of the
+    gate's mean over 1 / share numbers. `sums` (programs, TOTAL): what each program adds to the gradients of dt_bias (H),
+    A_log (H), W (N R, transposed and with the fixed ranks), c (R) and b (N).
     """
     o_h, o_r, o_n, o_t = tl.arange(0, HEADS), tl.arange(0, RB), tl.arange(0, NB), tl.arange(0, BT).to(tl.int64)
     mh, mr, mn = o_h < H, o_r < R, o_n < N
@@ -103,8 +103,8 @@ def gate_backward_kernel(  # type: ignore[no-untyped-def]
             o = row[:, None] * R + o_r[None, :]
             mask = m[:, None] & mr[None, :]
             d = tl.load(d_u + o, mask=mask, other=0.0).to(tl.float32) + tl.load(d_v + o, mask=mask, other=0.0).to(tl.float32)
-            if GATE_USED:
-                d += tl.load(d_gate + o, mask=mask, other=0.0).to(tl.float32)
+            if MEAN_USED:
+                d += tl.load(d_mean) * share
             g = tl.load(gate + o, mask=mask, other=0.0).to(tl.float32)
             d = tl.where(m[:, None] & free[None, :], d * g * (1.0 - g), 0.0)
             dc += d

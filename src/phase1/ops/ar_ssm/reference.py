@@ -53,7 +53,7 @@ def ar_ssm_reference(
         memory: positions in which the state fades to 1/e at least.
         state: what the positions before the first one left; None at the beginning of a text.
     Returns:
-        (B, T, H P); the state after the last position; g (B, T, R).
+        (B, T, H P); the state after the last position; the mean of g, at least in float32.
 
     Source: docs/design.md; Dao and Gu 2024, "Transformers are SSMs", section 7 (the block).
     """
@@ -69,6 +69,7 @@ def ar_ssm_reference(
     if p.gate_weight is not None and p.gate_bias is not None and p.gate_out is not None:
         free = torch.sigmoid(F.relu(hidden + p.gate_bias) @ p.gate_weight.T + p.gate_out)
         g = F.pad(free, (R - len(p.gate_weight), 0), value=1.0)
+    mean = g.mean(dtype=torch.promote_types(g.dtype, torch.float32))
     dt = F.softplus(raw + p.dt_bias)
     start = 0 if state is None else state.position
     far, S = semiseparable_reference(
@@ -82,7 +83,7 @@ def ar_ssm_reference(
     if window:
         y = y + window_attention_reference(q, k, x, window=window, past=k.shape[1] - T)
     k, x = (tensor[:, max(0, tensor.shape[1] - max(0, window - 1)) :].transpose(1, 2) for tensor in (k, x))
-    return _rms(y.flatten(2) * F.silu(z), eps) * p.norm, State(start + T, mixed[:, T:], S, k, x), g
+    return _rms(y.flatten(2) * F.silu(z), eps) * p.norm, State(start + T, mixed[:, T:], S, k, x), mean
 
 
 def _rms(x: Tensor, eps: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tied cross-entropy by chunks of tokens, gradients taken on the way: memory does not grow with tokens × vocabulary."""
+"""Tied cross-entropy by chunks of tokens, with gradients computed in the forward pass: no tokens × vocabulary tensor."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -33,25 +33,25 @@ def tied_cross_entropy(factors: Factors, targets: Tensor, bias: Tensor | None = 
 
 @torch.no_grad()
 def tied_nll(factors: Factors, targets: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The same losses token by token, (N,), zero where the target is IGNORE; for evaluation, without gradients."""
+    """The loss of each token, (N,), zero where the target is IGNORE; for evaluation, without gradients."""
     check_arguments(factors, targets, bias)
-    scored, column = _columns(targets)
-    column = column[scored]
+    scored, target = _scored(targets)
+    target = target[scored]
     with torch.autocast(targets.device.type, enabled=False):
-        stretches = _stretches([states[scored] for states, _ in factors], [rows for _, rows in factors])
+        shards = _shards([states[scored] for states, _ in factors], [rows for _, rows in factors])
         V = sum(len(rows) for _, rows in factors)
-        room = _room(stretches, V)
-        picked = torch.empty_like(column, dtype=torch.promote_types(room.dtype, torch.float32))
-        for part in _parts(len(column), room):
-            softmax_rows(_logits(stretches, part, room)[:, :V], bias, column[part], picked[part], None)
-    return picked.new_zeros(len(scored)).masked_scatter(scored, -picked)
+        buffer = _logits_buffer(shards, V)
+        target_log_prob = torch.empty_like(target, dtype=torch.promote_types(buffer.dtype, torch.float32))
+        for chunk in _chunks(len(target), buffer):
+            softmax_rows(_logits(shards, chunk, buffer)[:, :V], bias, target[chunk], target_log_prob[chunk], None)
+    return target_log_prob.new_zeros(len(scored)).masked_scatter(scored, -target_log_prob)
 
 
 class _Outcome(NamedTuple):
-    """The loss, and the gradients of the sum of all losses with the number to divide them by; None where none is wanted."""
+    """The mean loss, and the gradients of the *sum* of all losses, None for those that are not wanted."""
 
     loss: Tensor
-    scored: Tensor
+    n_scored: Tensor  # at least 1: what the gradients are still to be divided by
     d_states: list[Tensor | None]
     d_tables: list[Tensor | None]
     d_bias: Tensor | None
@@ -62,37 +62,40 @@ def _compute(
     states: Sequence[Tensor], tables: Sequence[Tensor], targets: Tensor, bias: Tensor | None, log_odds: Tensor | None,
     wanted: Sequence[bool],
 ) -> _Outcome:  # fmt: skip
-    """The gradients are taken while a chunk's probabilities exist, for a sum of losses, so that half precision sees numbers
-    of order 1; `wanted`, those of states, tables, bias and log-odds in that order."""
+    """Loss and gradients in one pass: a chunk's gradients are computed while its probabilities exist.
+
+    They are those of the sum of losses, so that half precision holds numbers of order 1. `wanted` says which are needed: of
+    each of the states, each of the tables, the bias and the log-odds.
+    """
     n, V = len(states), sum(len(rows) for rows in tables)
-    wide = torch.promote_types(states[0].dtype, torch.float32)
-    scored, column = _columns(targets)
-    log_odds = None if log_odds is None else log_odds.to(wide).contiguous()
+    acc_dtype = torch.promote_types(states[0].dtype, torch.float32)
+    scored, target = _scored(targets)
+    log_odds = None if log_odds is None else log_odds.to(acc_dtype).contiguous()
     with torch.autocast(targets.device.type, enabled=False):
-        stretches = _stretches(states, tables)
-        ones = ALIGNMENT if wanted[-2] else 0  # columns of ones beside the states: one product sums the gradients of both
+        shards = _shards(states, tables)
+        ones = ALIGNMENT if wanted[-2] else 0  # columns of ones beside the states: one product gives d_table and d_bias
         d_states = [h.new_empty(h.shape) if needed else None for h, needed in zip(states, wanted[:n])]
         sums = [
-            rows.new_zeros(len(rows), rows.shape[1] + ones, dtype=wide) if needed or ones else None
-            for (_, rows, _), needed in zip(stretches, wanted[n:])
+            rows.new_zeros(len(rows), rows.shape[1] + ones, dtype=acc_dtype) if needed or ones else None
+            for (_, rows, _), needed in zip(shards, wanted[n:])
         ]
-        picked = torch.empty_like(column, dtype=wide)
-        room = _room(stretches, V)
-        for part in _parts(len(targets), room):
-            z = _logits(stretches, part, room)  # and their gradient in the same memory: they are not needed when it is written
-            odds = None if log_odds is None else log_odds[part]
-            softmax_rows(z[:, :V], bias, column[part], picked[part], scored[part], odds)
-            for stretch, d_h, total in zip(stretches, d_states, sums, strict=True):
-                d_z = stretch.columns(z)
+        target_log_prob = torch.empty_like(target, dtype=acc_dtype)
+        buffer = _logits_buffer(shards, V)
+        for chunk in _chunks(len(targets), buffer):
+            z = _logits(shards, chunk, buffer)  # softmax_rows overwrites them by their gradient
+            odds = None if log_odds is None else log_odds[chunk]
+            softmax_rows(z[:, :V], bias, target[chunk], target_log_prob[chunk], scored[chunk], odds)
+            for shard, d_h, total in zip(shards, d_states, sums, strict=True):
+                d_z = shard.columns(z)
                 if d_h is not None:
-                    torch.mm(d_z, stretch.rows, out=d_h[part])
+                    torch.mm(d_z, shard.rows, out=d_h[chunk])
                 if total is not None:
-                    factors = stretch.states[part]
+                    factors = shard.states[chunk]
                     add_product(total, d_z.T, F.pad(factors, (0, ones), value=1.0) if ones else factors)
-        del room
-    d_odds = -(log_odds - picked).sigmoid() * scored if log_odds is not None and wanted[-1] else None
+        del buffer
+    d_odds = -(log_odds - target_log_prob).sigmoid() * scored if log_odds is not None and wanted[-1] else None
     if log_odds is not None:
-        picked = picked + F.softplus(log_odds - picked)
+        target_log_prob = target_log_prob + F.softplus(log_odds - target_log_prob)
     count = scored.sum()
     pairs = list(zip(sums, tables))
     d_bias = torch.cat([total[: len(rows), -1] for total, rows in pairs if total is not None]) if ones else None
@@ -100,18 +103,18 @@ def _compute(
         total[: len(rows), : rows.shape[1]] if needed and total is not None else None
         for (total, rows), needed in zip(pairs, wanted[n:])
     ]
-    return _Outcome(-(picked * scored).sum() / count, count.clamp(min=1), d_states, d_tables, d_bias, d_odds)
+    return _Outcome(-(target_log_prob * scored).sum() / count, count.clamp(min=1), d_states, d_tables, d_bias, d_odds)
 
 
 def _scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
-    """Straight into `dtype`, that of the table: a float32 product would be a table more at the peak."""
+    """`gradient` times `scale`, written in `dtype` at once: a float32 product would add a whole table to the peak."""
     if gradient is None:
         return None
     return torch.mul(gradient, scale, out=gradient.new_empty(gradient.shape, dtype=dtype or gradient.dtype))
 
 
 class _TiedCrossEntropy(torch.autograd.Function):
-    """`_compute`, its gradients scaled by the incoming one."""
+    """`_compute` as an autograd function: the backward pass only scales the gradients that the forward pass made."""
 
     @staticmethod
     def forward(ctx: Any, targets: Tensor, bias: Tensor | None, log_odds: Tensor | None, *factors: Tensor) -> Tensor:
@@ -119,7 +122,7 @@ class _TiedCrossEntropy(torch.autograd.Function):
         wanted = [*need[::2], *need[1::2], need_bias, need_odds]
         outcome = _compute(factors[::2], factors[1::2], targets, bias, log_odds, wanted)
         ctx.dtypes = [table.dtype for table in factors[1::2]]
-        ctx.save_for_backward(outcome.scored, outcome.d_bias, outcome.d_odds, *outcome.d_states, *outcome.d_tables)
+        ctx.save_for_backward(outcome.n_scored, outcome.d_bias, outcome.d_odds, *outcome.d_states, *outcome.d_tables)
         return outcome.loss
 
     @staticmethod
@@ -131,22 +134,25 @@ class _TiedCrossEntropy(torch.autograd.Function):
         return None, _scaled(d_bias, scale), _scaled(d_odds, scale), *scaled
 
 
-class _Stretch(NamedTuple):
-    """A stretch of the vocabulary: states (N, d), rows (V_j, d) in their dtype, and where its columns of the logits begin."""
+class _VocabShard(NamedTuple):
+    """Consecutive rows of the vocabulary that share one width d, as one factor of the output has them."""
 
-    states: Tensor
-    rows: Tensor
-    start: int
+    states: Tensor  # (N, d)
+    rows: Tensor  # (V_j, d), in the dtype of the states
+    start: int  # its first column of the logits
 
     def columns(self, logits: Tensor) -> Tensor:
+        """The shard's columns of `logits` (n, V)."""
         return logits[:, self.start : self.start + len(self.rows)]
 
 
-def _stretches(states: Sequence[Tensor], tables: Sequence[Tensor]) -> list[_Stretch]:
-    """Rows of zeros make the last stretch, of odd length if V is, a multiple of ALIGNMENT: their logits are past the last."""
+def _shards(states: Sequence[Tensor], tables: Sequence[Tensor]) -> list[_VocabShard]:
+    """One shard a table; the last is padded with zero rows to a multiple of ALIGNMENT: logits after the V real ones."""
     starts = accumulate((len(table) for table in tables), initial=0)
     extra = [0] * (len(tables) - 1) + [-len(tables[-1]) % ALIGNMENT]
-    return [_Stretch(h, _padded(table, more, h.dtype), start) for h, table, start, more in zip(states, tables, starts, extra)]
+    return [
+        _VocabShard(h, _padded(table, more, h.dtype), start) for h, table, start, more in zip(states, tables, starts, extra)
+    ]
 
 
 def _padded(rows: Tensor, extra: int, dtype: torch.dtype) -> Tensor:
@@ -157,36 +163,36 @@ def _padded(rows: Tensor, extra: int, dtype: torch.dtype) -> Tensor:
     return padded
 
 
-def _columns(targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Which tokens are scored, (N,), and the column of each one's target, (N,): 0 where it is not scored."""
+def _scored(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether each token is scored, (N,), and its target, (N,), 0 if it is not."""
     scored = targets != IGNORE
     return scored, targets.where(scored, 0)
 
 
 def _chunk_tokens(element_size: int, V: int) -> int:
-    """As many as CHUNK_BYTES hold, whole tiles of a product of them."""
+    """Tokens whose logits fit in CHUNK_BYTES, a multiple of TILE if there are more than that."""
     tokens = max(1, CHUNK_BYTES // (element_size * V))
     return tokens - tokens % TILE if tokens > TILE else tokens
 
 
-def _room(stretches: list[_Stretch], V: int) -> Tensor:
-    """Memory for the logits of a chunk, (size, V and more), in the dtype of the states."""
-    states, last = stretches[0].states, stretches[-1]
+def _logits_buffer(shards: list[_VocabShard], V: int) -> Tensor:
+    """Memory for the logits of one chunk, (tokens, V + padding), in the dtype of the states."""
+    states, last = shards[0].states, shards[-1]
     width = last.start + len(last.rows)
     size = min(_chunk_tokens(states.element_size(), V), len(states))
     return states.new_empty(size, width + -width % LINE)[:, :width]
 
 
-def _parts(N: int, room: Tensor) -> list[slice]:
-    """The tokens of each chunk."""
-    return [slice(start, start + len(room)) for start in range(0, N, len(room))] if len(room) else []
+def _chunks(N: int, buffer: Tensor) -> list[slice]:
+    """The chunks of N tokens, each no longer than `buffer`."""
+    return [slice(start, start + len(buffer)) for start in range(0, N, len(buffer))] if len(buffer) else []
 
 
-def _logits(stretches: list[_Stretch], part: slice, room: Tensor) -> Tensor:
-    """The logits of the tokens `part`, (n, V and 0 past it), written to the beginning of `room`."""
-    logits = room[: len(stretches[0].states[part])]
-    for stretch in stretches:
-        torch.mm(stretch.states[part], stretch.rows.T, out=stretch.columns(logits))
+def _logits(shards: list[_VocabShard], chunk: slice, buffer: Tensor) -> Tensor:
+    """The logits of the tokens of `chunk`, (n, V + padding), written to the first n rows of `buffer`."""
+    logits = buffer[: len(shards[0].states[chunk])]
+    for shard in shards:
+        torch.mm(shard.states[chunk], shard.rows.T, out=shard.columns(logits))
     return logits
 
 
@@ -200,10 +206,10 @@ def _operator(
     states: Sequence[Tensor], tables: Sequence[Tensor], targets: Tensor, bias: Tensor | None, log_odds: Tensor | None,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-    """The loss, the number of scored tokens and the gradients that are wanted: all of it one node of a compiled graph."""
+    """The loss; the number of scored tokens and the wanted gradients. One node of a compiled graph."""
     outcome = _compute(states, tables, targets, bias, log_odds, wanted)
     gradients = (*outcome.d_states, *outcome.d_tables, outcome.d_bias, outcome.d_odds)
-    return outcome.loss, [outcome.scored, *(gradient for gradient in gradients if gradient is not None)]
+    return outcome.loss, [outcome.n_scored, *(gradient for gradient in gradients if gradient is not None)]
 
 
 @_operator.register_fake
@@ -211,15 +217,15 @@ def _(
     states: Sequence[Tensor], tables: Sequence[Tensor], targets: Tensor, bias: Tensor | None, log_odds: Tensor | None,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-    wide = torch.promote_types(states[0].dtype, torch.float32)
+    acc_dtype = torch.promote_types(states[0].dtype, torch.float32)
     ones = ALIGNMENT if wanted[-2] else 0
     like = [h.new_empty(h.shape) for h in states]
     for i, rows in enumerate(tables):
         more = -len(rows) % ALIGNMENT if i == len(tables) - 1 else 0
-        like.append(rows.new_empty(len(rows) + more, rows.shape[1] + ones, dtype=wide)[: len(rows), : rows.shape[1]])
-    like += [targets.new_empty(0 if x is None else x.shape, dtype=wide) for x in (bias, log_odds)]
+        like.append(rows.new_empty(len(rows) + more, rows.shape[1] + ones, dtype=acc_dtype)[: len(rows), : rows.shape[1]])
+    like += [targets.new_empty(0 if x is None else x.shape, dtype=acc_dtype) for x in (bias, log_odds)]
     gradients = [x for x, needed in zip(like, wanted, strict=True) if needed]
-    return targets.new_empty((), dtype=wide), [targets.new_empty(()), *gradients]
+    return targets.new_empty((), dtype=acc_dtype), [targets.new_empty(()), *gradients]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
@@ -244,7 +250,7 @@ _operator.register_autograd(_backward, setup_context=_keep)
 
 @register_flop_formula(torch.ops.phase1.tied_cross_entropy)
 def _(states: Any, tables: Any, targets: Any, bias: Any, log_odds: Any, wanted: Any, **_: Any) -> int:
-    """Three products a stretch; less those of gradients that nobody wants."""
+    """One product a shard for the logits, and one for each gradient that is wanted."""
     n = len(states)
     products = [1 + int(wanted[i]) + int(wanted[n + i]) for i in range(n)]
     return sum(2 * int(h[0]) * int(rows[0]) * int(rows[1]) * times for h, rows, times in zip(states, tables, products))

@@ -97,16 +97,16 @@ def _softmax_rows(  # type: ignore[no-untyped-def]
 def softmax_rows_kernel(
     logits: Tensor,
     bias: Tensor | None,
-    column: Tensor,
-    picked: Tensor,
+    target: Tensor,
+    target_log_prob: Tensor,
     weights: Tensor | None,
     log_odds: Tensor | None = None,
 ) -> None:
-    """`softmax_rows`, one program a row, in the precision of `picked`."""
-    parts = (column, picked, *(part for part in (bias, weights, log_odds) if part is not None))
+    """`softmax_rows`, one program a row, in the precision of `target_log_prob`."""
+    parts = (target, target_log_prob, *(part for part in (bias, weights, log_odds) if part is not None))
     assert logits.stride(1) == 1 and all(part.is_contiguous() for part in parts)
     n, V = logits.shape
     if n:
         flags = {"BIASED": bias is not None, "GRADIENT": weights is not None, "ODDS": log_odds is not None}
         sizes = {"BLOCK": BLOCK, "STEPS": STEPS, "num_warps": WARPS}
-        _softmax_rows[(n,)](logits, logits.stride(0), bias, column, picked, weights, log_odds, V, **flags, **sizes)
+        _softmax_rows[(n,)](logits, logits.stride(0), bias, target, target_log_prob, weights, log_odds, V, **flags, **sizes)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100
-"""Target of a position that is not scored (padding)."""
+"""The target of a position that is not scored."""
 
 
 ALIGNMENT = 8
@@ -15,7 +15,7 @@ ALIGNMENT = 8
 
 
 Factors = Sequence[tuple[Tensor, Tensor]]
-"""Logits as products side by side: states (N, d_j) and rows (V_j, d_j) of each stretch of the vocabulary, V = Σ V_j."""
+"""Logits as products side by side: states (N, d_j) and rows (V_j, d_j) for each shard of the vocabulary, V = Σ V_j."""
 
 
 def check_arguments(factors: Factors, targets: Tensor, bias: Tensor | None, log_odds: Tensor | None = None) -> None:
@@ -39,15 +39,15 @@ def tied_cross_entropy_reference(
 ) -> Tensor:
     """Mean over scored positions n of nll_n = log Σ_j exp(z_nj) - z_n,target_n with z_n = [h¹_n E¹ᵀ | h²_n E²ᵀ | …] + b (nats).
 
-    With log-odds o_n it is the mean of nll_n - softplus(nll_n + o_n) = -log(p_n + exp(o_n)), p_n = exp(-nll_n): what is left
-    of the loss of a mixture with a second distribution, o_n = log(weight · probability there), without its normalization.
+    With log-odds o_n it is the mean of nll_n - softplus(nll_n + o_n) = -log(p_n + exp(o_n)), p_n = exp(-nll_n). That is the
+    loss of a mixture with a second distribution whose probability times weight is exp(o_n), up to the mixture's normalization.
 
     Args:
-        factors: hʲ and Eʲ of the stretches of the vocabulary, one after the other: final states (N, D) and a table (V, D), or
-            several, also of less width, with projections as states. Rows are taken in the dtype of their states.
+        factors: hʲ and Eʲ for each shard of the vocabulary, in order: final states (N, D) and a table (V, D), or several
+            shards, which may be narrower and have projections as states. Rows are cast to the dtype of their states.
         targets: (N,) integers in [0, V), or IGNORE for positions that are not scored.
         bias: b, (V,); zero if None.
-        log_odds: o, (N,), at least float32; -inf, also where it is None, leaves the cross-entropy.
+        log_odds: o, (N,), at least float32; None means -inf, which leaves the cross-entropy.
     Returns:
         loss: scalar, at least float32; nan if no position is scored.
     Raises:
@@ -65,7 +65,7 @@ def tied_cross_entropy_reference(
 
 
 def _logits(factors: Factors) -> Tensor:
-    """(N, V), products with rows of zeros up to a multiple of ALIGNMENT, as is usual for a vocabulary of odd size."""
+    """(N, V), computed with zero rows up to a multiple of ALIGNMENT, as usual for a vocabulary of odd size."""
     padded = [(h, F.pad(rows.to(h.dtype), (0, 0, 0, -len(rows) % ALIGNMENT)), len(rows)) for h, rows in factors]
     parts = [(h @ rows.T)[:, :V] for h, rows, V in padded]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

@@ -1,6 +1,7 @@
-"""Softmax of rows of logits and its gradient, written over the logits: the part of the loss between two products."""
+"""Softmax of rows of logits, and its gradient written over them: the part of the loss between two matrix products."""
 
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,65 +10,49 @@ from torch import Tensor
 def softmax_rows_reference(
     logits: Tensor,
     bias: Tensor | None,
-    column: Tensor,
-    picked: Tensor,
+    target: Tensor,
+    target_log_prob: Tensor,
     weights: Tensor | None,
     log_odds: Tensor | None = None,
 ) -> None:
-    """picked_n = log softmax(z_n)[column_n] with z = logits + bias; if there are weights, logits_n becomes its gradient.
+    """Write log p_n = log softmax(z_n)[target_n], z = logits + bias; with `weights`, overwrite `logits` by d(loss)/d(logits).
 
-    That is weights_n (softmax(z_n) - onehot(column_n)), of -weights_n picked_n, and with
-    log_odds o that times sigmoid(picked_n - o_n), of weights_n (-picked_n - softplus(o_n - picked_n)).
+    With weights w the loss is -w_n log p_n, and its gradient w_n (softmax(z_n) - onehot(target_n)).
+    With log_odds o as well it is w_n (-log p_n - softplus(o_n - log p_n)), and the gradient is times sigmoid(log p_n - o_n).
 
     Args:
         logits: (n, V), any dtype and distance between rows; overwritten if there are weights.
         bias: (V,), at least float32, or None.
-        column: (n,) integers in [0, V).
-        picked: (n,), at least float32; all of it is written.
+        target: (n,) integers in [0, V).
+        target_log_prob: (n,), at least float32; receives log p_n.
         weights: (n,) numbers or booleans: 0 for a row without gradient; None for no gradient at all.
         log_odds: (n,), at least float32, -inf allowed, or None.
     """
-    z = logits.to(picked.dtype, copy=True) if bias is None else logits + bias
+    z = logits.to(target_log_prob.dtype, copy=True) if bias is None else logits + bias
     z -= z.amax(1, keepdim=True)
-    column = column[:, None]
-    chosen = z.gather(1, column)
+    index = target[:, None]
+    target_logit = z.gather(1, index)
     total = z.exp_().sum(1, keepdim=True)
-    torch.sub(chosen, total.log(), out=picked[:, None])
+    torch.sub(target_logit, total.log(), out=target_log_prob[:, None])
     if weights is not None:
         if log_odds is not None:
-            weights = weights * (picked - log_odds).sigmoid()
-        z.scatter_add_(1, column, -total)  # times 1 / total: softmax - one-hot
+            weights = weights * (target_log_prob - log_odds).sigmoid()
+        z.scatter_add_(1, index, -total)  # times 1 / total: softmax - one-hot
         torch.mul(z, weights[:, None] / total, out=logits)
 
 
 # An operator of its own, so that the estimate of memory, on tensors without contents, sees what a GPU allocates: nothing.
-softmax_rows = torch.library.custom_op("phase1::softmax_rows", softmax_rows_reference, mutates_args=("logits", "picked"))
+softmax_rows = torch.library.custom_op(
+    "phase1::softmax_rows", softmax_rows_reference, mutates_args=("logits", "target_log_prob")
+)
 """Fast form of `softmax_rows_reference`: same arguments and results; a kernel on a GPU, if Triton is there."""
 
-
-@softmax_rows.register_fake
-def _(
-    logits: Tensor,
-    bias: Tensor | None,
-    column: Tensor,
-    picked: Tensor,
-    weights: Tensor | None,
-    log_odds: Tensor | None = None,
-) -> None:
-    pass
-
+softmax_rows.register_fake(lambda *args, **options: None)
 
 if find_spec("triton"):
 
     @softmax_rows.register_kernel("cuda")
-    def _(
-        logits: Tensor,
-        bias: Tensor | None,
-        column: Tensor,
-        picked: Tensor,
-        weights: Tensor | None,
-        log_odds: Tensor | None = None,
-    ) -> None:
+    def _(*args: Any, **options: Any) -> None:
         from phase1.ops.cross_entropy.kernel import softmax_rows_kernel  # Triton takes a second to import
 
-        softmax_rows_kernel(logits, bias, column, picked, weights, log_odds)
+        softmax_rows_kernel(*args, **options)

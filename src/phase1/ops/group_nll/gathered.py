@@ -24,7 +24,7 @@ def gradients(
     states: Tensor, rows: Tensor, bias: Tensor, targets: Tensor, order: Tensor, starts: Tensor, normalizer: Tensor,
     d_nll: Tensor, size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Of states, rows and bias."""
+    """Gradients of states, rows and bias."""
     d_states = torch.zeros_like(states, memory_format=torch.contiguous_format)
     d_rows, d_bias = torch.zeros(rows.shape, dtype=normalizer.dtype, device=rows.device), torch.zeros_like(bias)
     for tokens, members, z in _scores(states, rows, bias, targets, size):

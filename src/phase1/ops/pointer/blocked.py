@@ -29,7 +29,7 @@ def gradients(
     q: Tensor, k: Tensor, bias: Tensor, ids: Tensor, targets: Tensor, total: Tensor, copied: Tensor, d_result: Tensor,
     window: int, past: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Of q, k and bias, given that of copied - total; the scores are computed again from the two normalizers."""
+    """Gradients of q, k and bias for that of copied - total; the scores are recomputed from the two normalizers."""
     scale = q.shape[-1] ** -0.5
     weight = d_result.masked_fill(copied == -torch.inf, 0) * scale
     d_q, d_bias = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, bias))
@@ -66,7 +66,7 @@ def _scores(q: Tensor, k: Tensor, bias: Tensor, wide: torch.dtype) -> Tensor:
 
 
 def _masks(ids: Tensor, targets: Tensor, offset: int, window: int) -> tuple[Tensor, Tensor]:
-    """Where key s, offset + s positions after the first query, is not seen (C, S), and where it is not the target (B, C, S)."""
+    """Masks of key s, offset + s positions after the first query: not visible (C, S), and not the target (B, C, S)."""
     t = torch.arange(targets.shape[1], device=ids.device)[:, None]
     s = torch.arange(offset, offset + ids.shape[1], device=ids.device)
     return (s > t) | (s <= t - window), targets[:, :, None] != ids[:, None, :]

@@ -96,7 +96,7 @@ def _pairs(q_shape: Any, window: int, past: int) -> int:
 
 @register_flop_formula(torch.ops.phase1.pointer)
 def _(q: Any, k: Any, bias: Any, ids: Any, targets: Any, window: int, past: int, **_: Any) -> int:
-    """One product over all pairs."""
+    """Operations of one product over all pairs of query and key."""
     return 2 * int(q[2]) * _pairs(q, window, past)
 
 

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from phase1.config import Ranked
+from phase1.config import EngineShape
 from phase1.measure.memory.case import MemoryCase
 from phase1.measure.memory.estimate import estimate
 from phase1.measure.memory.estimate.fake_tensors import QuickFakeMode
@@ -103,7 +103,7 @@ def worked_out(monkeypatch):
 
 
 def case(role, **changes):
-    return MemoryCase(model_config(role, Ranked(vocab_size=3000, **changes)), 2, 512)
+    return MemoryCase(model_config(role, EngineShape(vocab_size=3000, **changes)), 2, 512)
 
 
 @pytest.mark.parametrize("role", ROLES)

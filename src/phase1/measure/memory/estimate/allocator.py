@@ -12,7 +12,7 @@ SEGMENT_BYTES = 2 * MIB  # a larger one gets its own, in multiples of this
 
 @dataclass(eq=False)
 class _Piece:
-    """A stretch of a segment, in use or free; its neighbours are the stretches before and after it."""
+    """A range of a segment, in use or free, linked to the ranges before and after it."""
 
     address: int
     size: int

@@ -27,12 +27,12 @@ _HALF = (torch.float16, torch.bfloat16)
 
 @contextmanager
 def imitated_cuda() -> Iterator[None]:
-    """Inside, new CPU tensors have sizes and no contents, and operators make the intermediates they make on CUDA.
+    """Within the block, new CPU tensors have sizes but no contents, and operators make the same intermediates as on CUDA.
 
     Fake CUDA tensors would be simpler; without a CUDA driver they fail in the backward pass.
     """
     with ExitStack() as stack:
-        if gc.isenabled():  # with all of PyTorch to look through, a collection takes longer than many operators
+        if gc.isenabled():  # a collection scans all of PyTorch's objects, which takes longer than many operators
             gc.disable()
             stack.callback(gc.enable)
         for mode in (_Contents(), _CudaAutocast()):

@@ -20,8 +20,8 @@ from phase1.ops.ar_ssm import imitated_card
 from phase1.training.pieces import bounds, in_pieces
 from phase1.training.step import TrainState, train_step
 
-CONTEXT_BYTES = 500_000_000  # of an estimate: CUDA context and libraries take 0.3 to 0.6 GB on most cards
-CHIP = Chip(8, 6, 68)  # of an estimate without a GPU: the RTX 3080, for which the limits of 8 and 10 GB are
+CONTEXT_BYTES = 500_000_000  # assumed for CUDA context and libraries, which take 0.3 to 0.6 GB on most cards
+CHIP = Chip(8, 6, 68)  # assumed without a GPU: that of the RTX 3080, for which the limits of 8 and 10 GB are
 WARMUP_STEPS = 2  # optimizer state exists after the first, the allocator has its blocks after the second
 
 
@@ -73,8 +73,8 @@ def traced_memory(case: MemoryCase, chip: Chip = CHIP) -> MemoryPeaks:
         chip: of the card: its compute capability decides the size of the workspaces, it and the multiprocessors that of sums
             which blocks of threads share.
     """
-    surroundings = ModelledCuda(chip)
-    with imitated_cuda(), imitated_card(chip.major), MemoryTracker(case.model.vocab_size, "cpu", surroundings) as tracker:
+    operator_memory = ModelledCuda(chip)
+    with imitated_cuda(), imitated_card(chip.major), MemoryTracker(case.model.vocab_size, "cpu", operator_memory) as tracker:
         state = make_workload(case.model, "cpu", "fp16", model_class=_FakeModel, piece_length=case.piece_length)
         _make_lasting_tensors(state)
         moved = tracker.label(_moved(state.model), "parameters", "")  # for their order; `watch` names them
@@ -87,7 +87,8 @@ def traced_memory(case: MemoryCase, chip: Chip = CHIP) -> MemoryPeaks:
     timeline, reserved = simulated_timeline(tracker.trace, moved, WARMUP_STEPS)
     assumptions = (
         f"compute capability {chip.major}.{chip.minor} ({workspace_bytes(chip) / 2**20:g} MiB of cuBLAS workspace "
-        f"per thread), {surroundings.card.multiprocessors} multiprocessors, {CONTEXT_BYTES / 1e9:g} GB outside the allocator, "
+        f"per thread), {operator_memory.card.multiprocessors} multiprocessors, "
+        f"{CONTEXT_BYTES / 1e9:g} GB outside the allocator, "
         f"PyTorch {torch.__version__.split('+')[0]}{', not compiled' if case.compiled else ''}"
     )
     return MemoryPeaks(
@@ -104,7 +105,7 @@ def traced_memory(case: MemoryCase, chip: Chip = CHIP) -> MemoryPeaks:
 
 
 def _make_lasting_tensors(state: TrainState) -> None:
-    """What the warm-up steps leave behind, at the price of none: the optimizer's state and the loss scale."""
+    """Put the state where warm-up steps would leave it (optimizer state, loss scale) without running any."""
     for group in state.optimizer.param_groups:
         group.update(fused=True, foreach=False)  # as on CUDA; the CPU's default loop makes temporaries
         for parameter in group["params"]:

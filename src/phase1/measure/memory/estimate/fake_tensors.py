@@ -1,4 +1,4 @@
-"""PyTorch's fake tensors in a fraction of their time: an operator seen before is not worked out again."""
+"""PyTorch's fake tensors made fast: the result of an operator is derived once and then remembered."""
 
 from collections.abc import Callable, Iterable
 from typing import Any

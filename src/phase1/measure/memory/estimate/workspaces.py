@@ -22,7 +22,7 @@ _MIN_VALUES, _MAX_VALUES = 16, 256  # that one thread should sum
 
 
 def workspace_bytes(chip: Chip) -> int:
-    """What PyTorch gives each cuBLAS handle, of which every thread that multiplies matrices has one.
+    """Bytes of the workspace of each cuBLAS handle; every thread that multiplies matrices has a handle.
 
     32 MiB on Hopper and Blackwell, 8.125 MiB on other cards, where CUBLAS_WORKSPACE_CONFIG is not set.
     Source: parseChosenWorkspaceSize in aten/src/ATen/cuda/CublasHandlePool.cpp.
@@ -31,7 +31,7 @@ def workspace_bytes(chip: Chip) -> int:
 
 
 class ModelledCuda:
-    """`Surroundings` (phase1.measure.memory.tracker) of a fake step: what the operators of a CUDA device would take besides."""
+    """`OperatorMemory` (phase1.measure.memory.tracker) of a fake step: what operators of a CUDA device would take besides."""
 
     def __init__(self, chip: Chip) -> None:
         self.workspace = workspace_bytes(chip)
@@ -47,19 +47,19 @@ class ModelledCuda:
         return self.workspace
 
     def after(self, func: Any, args: Any) -> tuple[int, None]:
-        """The scratch of `func`."""
+        """The scratch space of `func`."""
         return scratch_bytes(func, args, self.card), None
 
 
 class Processors(NamedTuple):
-    """How much of a card works at once: its multiprocessors, and the threads of each."""
+    """The parallelism of a card: its multiprocessors, and the threads of each."""
 
     multiprocessors: int
     threads: int
 
 
 def processors(chip: Chip) -> Processors:
-    """Those of `chip`; where it does not say, those of the best known card of its capability, or of the H100."""
+    """Those of `chip`; if unknown, those of the best-known card of its capability, else of the H100."""
     capability = (chip.major, chip.minor)
     known = chip.multiprocessors or _MULTIPROCESSORS.get(capability, _MULTIPROCESSORS[9, 0])
     return Processors(known, _FEW_THREADS.get(capability, 2048))

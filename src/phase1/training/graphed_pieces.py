@@ -36,7 +36,7 @@ class Launched:
         return self.outputs
 
 
-class ReplayedPieces(Pieces):
+class GraphedPieces(Pieces):
     """The same work as `Pieces`, each piece launched at once: all of a sequence but the first have one shape.
 
     Graphs are captured in a forward pass, so gradients must be None or zero before the first one of a shape. From then on they
@@ -66,7 +66,7 @@ class ReplayedPieces(Pieces):
         if key not in self._graphs:
 
             def function(ids: Tensor, *parts: Tensor) -> list[Tensor]:
-                self._after[key] = super(ReplayedPieces, self)._advance(ids, rebuilt(state, parts))
+                self._after[key] = super(GraphedPieces, self)._advance(ids, rebuilt(state, parts))
                 return tensors(self._after[key])
 
             self._graphs[key] = Launched(function, given, self._pool)
@@ -81,7 +81,7 @@ class ReplayedPieces(Pieces):
             def function(*given: Tensor) -> list[Tensor]:
                 start = len(given) - len(ends)
                 one = Piece(given[0], given[1], given[2], given[3], rebuilt(piece.state, given[4:start]))
-                loss, gradients = super(ReplayedPieces, self)._gradients(one, list(given[start:]))
+                loss, gradients = super(GraphedPieces, self)._gradients(one, list(given[start:]))
                 own = zip(floating(one.state), gradients, strict=True)
                 return [loss, *(torch.zeros_like(part) if gradient is None else gradient for part, gradient in own)]
 
