@@ -118,11 +118,11 @@ CASES: dict[str, Case] = {
     "peak_baseline": partial(peak, "baseline", None, {}),
     "peak_baseline_optimized": partial(peak, "baseline_optimized", None, {}),
     "peak_engine": partial(peak, "phase1", None, {}),
-    "peak_pieces_128": partial(peak, "phase1", 128, {}),
     "peak_pieces_256": partial(peak, "phase1", 256, {}),
+    "peak_pieces_512": partial(peak, "phase1", 512, {}),
     "peak_two_level_256": partial(peak, "phase1", 256, TWO_LEVEL),
     "sequences_baseline_optimized": partial(sequences, "baseline_optimized", None, 51, {}),
-    "sequences_pieces_256": partial(sequences, "phase1", 256, 128, {}),
+    "sequences_pieces_256": partial(sequences, "phase1", 256, 160, {}),
 }
 RATIOS = {
     "1M over 64 x 512": ("tokens_per_s", "1M", "whole_64x512"),
@@ -130,7 +130,7 @@ RATIOS = {
     "1M over 64 x 512, compiled": ("tokens_per_s", "1M_compiled", "whole_64x512_compiled"),
     "D 768, L 12: capped over uncapped": ("tokens_per_s", "large_micro", "large_uncapped"),
     "D 768, L 12: 1 x 32k in pieces over uncapped": ("tokens_per_s", "large_pieces", "large_uncapped"),
-    "peak, pieces of 128 over baseline_optimized": ("peak_allocated_bytes", "peak_pieces_128", "peak_baseline_optimized"),
+    "peak, pieces of 256 over baseline_optimized": ("peak_allocated_bytes", "peak_pieces_256", "peak_baseline_optimized"),
     "peak, two levels over baseline_optimized": ("peak_allocated_bytes", "peak_two_level_256", "peak_baseline_optimized"),
     "sequences over baseline_optimized": ("sequences", "sequences_pieces_256", "sequences_baseline_optimized"),
 }

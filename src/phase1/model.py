@@ -181,13 +181,12 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, Tensor | None, States]:
         """`losses` of a piece of a text that follows the pieces which left `state` (None: none), and the state after it.
 
-        Nothing of it is computed again in the backward pass.
-
         Args:
             table: what `table()` gives: pieces share it.
         """
         past = None if state is None or self.copy_head is None else state[-1]
-        hidden, blocks, effective_rank = self._hidden(ids, table, state, keep_states=True)
+        recompute = self.config.checkpointing and torch.is_grad_enabled()
+        hidden, blocks, effective_rank = self._hidden(ids, table, state, keep_states=True, recompute=recompute)
         pointer, after = None, [from_first_key(block) for block in blocks]
         if self.copy_head is not None:
             *pointer, copied = self.copy_head(hidden, ids, targets, past)
@@ -299,25 +298,29 @@ class LanguageModel(nn.Module):
         return hidden if self.config.logit_scale == 1 else hidden * self.config.logit_scale
 
     def _hidden(
-        self, ids: Tensor, table: Tensor | None, states: list[Any] | None = None, keep_states: bool = False
-    ) -> tuple[Tensor, list[Any], Tensor | None]:
+        self,
+        ids: Tensor,
+        table: Tensor | None,
+        states: States | None = None,
+        keep_states: bool = False,
+        recompute: bool = False,
+    ) -> tuple[Tensor, States, Tensor | None]:
         """Final hidden states (B, T, D), the blocks' states if `keep_states`, and the mean effective rank of all layers.
 
-        If `table` is None, the lookup (which builds a table for itself) and the blocks are recomputed in the backward pass.
+        If `recompute`, the blocks are recomputed in the backward pass. If `table` is None, they are, and so is the lookup, which
+        builds a table for itself.
         """
         self._check(ids)
-        recompute = table is None
-        x = _run(lambda ids: self._embed(ids, table), ids, recompute) * self.input_scale
+        recompute = recompute or table is None
+        x = _run(lambda ids: self._embed(ids, table), ids, table is None) * self.input_scale
         new_states, ranks = [], []
         for i, block in enumerate(self.blocks):
-            if recompute:
-                past = None if states is None else states[i]
-                x, rank = _run(lambda x, block=block, past=past: block(x, past)[::2], x, recompute)
+            past = None if states is None else states[i]
+            if keep_states:  # they hold on to memory in proportion to T
+                x, state, rank = _run(lambda x, block=block, past=past: block(x, past), x, recompute)
+                new_states.append(state)
             else:
-                x, state, rank = block(x, None if states is None else states[i])
-                if keep_states:  # they hold on to memory in proportion to T
-                    new_states.append(state)
-                del state
+                x, rank = _run(lambda x, block=block, past=past: block(x, past)[::2], x, recompute)
             ranks.append(rank)
         effective_rank = torch.stack(ranks).mean() if self.config.mixer == "ar_ssm" else None
         return self.norm(x), new_states, effective_rank

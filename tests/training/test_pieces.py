@@ -22,6 +22,7 @@ TINY = EngineShape(
 )  # fmt: skip
 FORMS = {
     "flat": {},
+    "not recomputed": {"checkpointing": False},
     "two_level": {"htt_output": "two_level"},
     "dense": {"embedding": "dense"},
     "materialized, no copy head": {"loss": "materialized", "copy_head": False},
@@ -81,8 +82,9 @@ def test_only_the_first_piece_has_another_length():
     assert bounds(64, 16) == [0, 16, 32, 48, 64] and bounds(16, 16) == [0, 16] and bounds(7, 16) == [0, 7]
 
 
-def test_a_state_says_nothing_of_how_far_the_text_has_come_so_that_one_function_is_compiled_for_all_pieces():
-    model, (ids, targets) = model_of(**ONE_LAYER), text(T=36, B=1)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_state_says_nothing_of_how_far_the_text_has_come_so_that_one_function_is_compiled_for_all_pieces(checkpointing):
+    model, (ids, targets) = model_of(**ONE_LAYER, checkpointing=checkpointing), text(T=36, B=1)
     torch._dynamo.reset()
     compile_losses(model, pieces=True, backend=(counter := CompileCounter()))
     plain = Pieces(model_of(**ONE_LAYER), torch.amp.GradScaler("cpu", enabled=False), torch.float32, 9)

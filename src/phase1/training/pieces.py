@@ -44,8 +44,8 @@ class Pieces(MicroBatch):
     The forward pass runs all pieces but the last, without their output, and keeps the state after each: the convolutions'
     inputs, S, keys and values of the windows, keys, bias and ids of the copy head. The backward pass takes the pieces from the
     last to the first: a piece is run from the state before it, and its gradients are those of its own loss and of the state
-    after it, which the later piece has left. Exact, because nothing else crosses a boundary. Inside a piece nothing is
-    computed again, whatever `checkpointing` says, and the table is built once for all pieces.
+    after it, which the later piece has left. Exact, because nothing else crosses a boundary. The table is built once for all
+    pieces.
 
     Source: Chen et al. 2016, "Training deep nets with sublinear memory cost", section 4.
     """
