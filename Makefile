@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: validate test torture clean
+.PHONY: validate test torture documents clean
 
 # Passive waiting: on a busy machine, spinning threads take the cores from the ones that work.
 validate: .venv/installed
@@ -17,6 +17,12 @@ test: .venv/installed-test
 # Results that survive: 1,000 SIGKILLs at random moments, where `make test` does 60.
 torture: .venv/installed-test
 	PHASE1_TORTURE=1000 $(BIN)/pytest -q tests/test_killed.py
+
+# What documents show of records, flags and fields; tests compare.
+documents: .venv/installed
+	$(BIN)/phase1 tables --results-page
+	$(BIN)/python docs/reference.py
+	$(BIN)/python -m phase1.records.json_schema
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from phase1.machine.environment import current_command, environment
 from phase1.ops.ar_ssm import fused_ar_ssm, self_check
 
 SHAPES = ((64, 512), (4, 8192), (1, 131072))
@@ -33,7 +34,7 @@ def main() -> None:
             per_token = 1e3 * total / (B * T)
             print(f"R {R}, {B} x {T}: {total:.0f} µs, {per_token:.2f} ns a token, error {error:.1e}", flush=True)
     settings = {name: value for name, value in vars(options).items() if name != "out_dir"}
-    facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "options": settings, "rows": rows}
+    facts = {"environment": environment(), "command": current_command(), "options": settings, "rows": rows}
     file = Path(options.out_dir) / "ar_ssm.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(facts, indent=1) + "\n")

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from phase1.files import atomic_write
+from phase1.machine.environment import current_command, environment
 from phase1.ops.cross_entropy import chunked, tied_cross_entropy, tied_cross_entropy_reference
 
 CHECKED_TOKENS, CHECKED_LENGTH = 1003, 301
@@ -70,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(line(row), flush=True)
     device_name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     settings = {name: value for name, value in vars(options).items() if name != "out_dir"}
-    facts = {"device": device_name, "torch": torch.__version__, "options": settings}
+    facts = {"environment": environment(), "command": current_command(), "options": settings}
     record = {**facts, "rows": [asdict(row) for row in rows]}
     atomic_write(Path(options.out_dir) / "losses.json", (json.dumps(record, indent=2) + "\n").encode())
     print(f"\n{device_name}, torch {torch.__version__}, {options.tokens} tokens, {options.precision}")

@@ -16,6 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from phase1.config import EngineShape, ModelConfig, TrainConfig
+from phase1.machine.environment import current_command, environment
 from phase1.model import LanguageModel
 from phase1.roster import model_config
 from phase1.training.step import make_train_state, train_step
@@ -62,7 +63,7 @@ def main() -> None:
         "role": options.role, "settings": settings, "batch_size": B, "seq_length": T, "milliseconds": milliseconds,
         "samples": times, "tokens_per_s": 1e3 * B * T / milliseconds, "losses": losses,
         "kernels": sum(map(len, kernels.values())), "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__,
+        "environment": environment(), "command": current_command(),
         "milliseconds_by_kernel": {name: [len(t), sum(t)] for name, t in longest[:30]},
     }  # fmt: skip
     file = Path(options.out_dir) / "steps.jsonl"

@@ -7,7 +7,7 @@ from pathlib import Path
 from phase1.records.schema import FILES
 from tests.reports import all_reports
 
-MEASURED = Path(__file__).parents[1] / "results" / "h100"
+MEASURED = Path(__file__).parents[1] / "results" / "archive" / "h100"
 
 
 def places(value, path=()):

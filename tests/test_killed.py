@@ -22,7 +22,7 @@ from tests.reports import memory_report
 from tests.training.test_step import state
 
 ROOT = Path(__file__).parents[1]
-MEASURED = ROOT / "results" / "h100"
+MEASURED = ROOT / "results" / "archive" / "h100"
 KILLS = int(os.environ.get("PHASE1_TORTURE", "60"))
 CHECKPOINT_KILLS = max(4, KILLS // 20)
 RUN_KILLS = max(14, KILLS // 10)  # runs of each command, most of them killed once or more

@@ -48,7 +48,7 @@ EXAMPLES = {
         "phase1 perplexity --dataset-name c4 --max-samples 1000",
         "phase1 perplexity --checkpoint results/checkpoints/train",
     ),
-    "tables": ("phase1 tables", "phase1 tables --results-dir results/validate --formats csv"),
+    "tables": ("phase1 tables", "phase1 tables --results-dir results/validate --formats csv", "phase1 tables --results-page"),
     "compare": ("phase1 compare old new --fail-on peak:+2%,tokens_per_second:-5%",),
     "pipeline": ("phase1 pipeline --preset smoke", "phase1 pipeline --preset rtx3080-10g --resume"),
     "train": ("phase1 train --dataset-name my.txt --tokenizer bpe --vocab-size 8192",),
@@ -100,8 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _status(name: str, argv: Sequence[str], ending: Ending) -> int:
     """The exit status of a command, whatever ends it."""
+    run: Config | None = None
     try:
-        return _run(name, parse(name, argv), ending)
+        run = parse(name, argv)
+        return _run(name, run, ending)
     except BrokenPipeError:  # the reader of the output, for example `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -110,7 +112,9 @@ def _status(name: str, argv: Sequence[str], ending: Ending) -> int:
             return report_failure(name, error)
         kept = "; older results are untouched" if name != "generate" else ""
         again = "; --resume goes on with what is finished" if hasattr(COMMANDS[name], "resume") else ""
-        again = "; the same command goes on from its checkpoint" if name == "train" else again
+        if isinstance(run, runs.TrainRun):
+            saved = os.path.exists(os.path.join(run.out_dir, "checkpoint.json"))
+            again = "; the same command goes on from its checkpoint" if saved else "; there is no checkpoint yet"
         print(f"phase1 {name}: interrupted{kept}{again}", file=sys.stderr)
         return 130
 

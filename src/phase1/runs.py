@@ -154,6 +154,9 @@ class TablesRun(Config):
     out_dir: str | None = option(None, "folder of the tables; tables in --results-dir by default")
     hardware: str | None = option(None, "name to print for the hardware; by default the one in the result files")
     formats: tuple[Literal["markdown", "csv", "latex"], ...] = option(("markdown", "csv", "latex"), "formats to write")
+    results_page: bool = option(
+        False, "in a checkout, and instead of all else: write docs/results.md and the results in both READMEs from its records"
+    )
     verbose: bool = option(False, "print every table, not only what was written")
 
 

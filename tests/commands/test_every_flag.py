@@ -24,7 +24,7 @@ SHAPE = {
     "vocab_size": 300, "d_model": 16, "n_layers": 1, "n_heads": 2, "ar_ssm_min_rank": 2, "ar_ssm_window": 4, "htt_dense_rows": 4,
     "htt_groups": 10,
 }  # fmt: skip
-RESULTS = str(Path(__file__).parents[2] / "results" / "h100")
+RESULTS = str(Path(__file__).parents[2] / "results" / "archive" / "h100")
 RANKS = {"ar_ssm_max_rank": 4, "htt_rank": 2}
 
 

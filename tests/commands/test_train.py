@@ -133,3 +133,25 @@ def test_bad_values_are_one_line(run, flags):
 
 def test_without_limit_there_is_none():
     assert train.watch_of(parse("train", ["--eval-every", "0"]), None, None).max_seconds == math.inf
+
+
+def test_a_training_that_has_learnt_nothing_says_so_and_exits_3(run, tmp_path):
+    out, err = run("a", "--learning-rate", "30", "--mixer", "attention", "--embedding", "dense", "--no-copy-head", code=3)
+    loss = read_index(tmp_path / "a")["facts"]["loss"]
+    assert loss > math.log(300) and "written: " in out
+    assert err.splitlines()[-1] == (
+        f"phase1 train: the last loss, {loss:.3f}, is worse than guessing, which is ln V = {math.log(300):.3f}; "
+        "lower --learning-rate, or train on more tokens"
+    )
+
+
+def test_an_interrupt_promises_a_checkpoint_only_if_there_is_one(run, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_to_checkpoint", interrupted)
+        assert run("a", code=130).err.splitlines()[-1].endswith("; there is no checkpoint yet")
+    run("a")
+    monkeypatch.setattr(train, "train_to_checkpoint", interrupted)
+    assert run("a", code=130).err.splitlines()[-1].endswith("; the same command goes on from its checkpoint")

@@ -65,7 +65,7 @@ def compare(size, dtype, rows=None, strided=False):
     names = [name for name, t in zip(NAMES, (proj, *p)) if t is not None] + ["conv", "S", "k", "x"] * (state is not None)
     for name, a, b in zip(["out", "gate", "conv'", "S'", "k'", "x'", *names], [*got, *of_got], [*want, *of_want]):
         limit = (OF_DECAYS if name in ("dt_bias", "A_log") else TOLERANCE)[dtype]
-        error = (a.double() - b).norm() / b.norm().clamp(min=1e-4 * b.numel() ** 0.5)
+        error = (a.double() - b).norm() / b.norm().clamp(min=1e-2 * b.numel() ** 0.5)  # q_scale's is 0 for a single key
         assert error <= limit, (name, float(error))
 
 
@@ -178,11 +178,21 @@ class TestSelfCheck:
         with pytest.warns(UserWarning, match="ZeroDivisionError"):
             assert not self.proven()
 
-    def test_the_check_leaves_generators_alone_and_runs_in_inference_mode(self):
+    def test_the_check_leaves_the_program_alone(self):
         before = torch.get_rng_state()
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             assert self.proven()
         assert torch.equal(torch.get_rng_state(), before)
+
+    def test_the_check_is_no_part_of_a_block_that_is_recomputed(self):
+        def block(x):
+            assert self_check.proven(torch.device("cuda", 0), 8, 16, 2, 10, torch.float32)
+            return x.sin().sin()
+
+        self_check._proven.cache_clear()
+        x = torch.ones(3, requires_grad=True)
+        torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False).sum().backward()
+        torch.testing.assert_close(x.grad, torch.tensor(1.0).sin().cos() * torch.tensor(1.0).cos() * torch.ones(3))
 
     def test_memory_that_runs_out_is_no_fault_of_the_kernels(self, monkeypatch):
         def full(*_, **__):

@@ -9,6 +9,7 @@ from phase1.records.collect import read_reports
 from phase1.records.schema import FILES, Kind
 from phase1.runs import TablesRun
 from phase1.tables import NAMES, SUFFIXES, build_tables, render
+from phase1.tables.results_page import generated
 from phase1.tables.screen import Screen
 from phase1.tables.screen import text as screen_text
 from phase1.text import one_line
@@ -19,6 +20,8 @@ def main(run: TablesRun) -> int:
 
     Raises ValueError for a corrupt or foreign result file, Unavailable where there is none; no table is touched then.
     """
+    if run.results_page:
+        return _results_page(Path())
     results = Path(run.results_dir)
     reports = read_reports(results, _missing)
     if not reports:
@@ -38,6 +41,16 @@ def main(run: TablesRun) -> int:
     if run.verbose:
         print("\n".join(render(table, "markdown") for table in tables))
     print(screen_text(screen(run, [table.name for table in tables], [FILES[kind] for kind in reports], out)))
+    return 0
+
+
+def _results_page(root: Path) -> int:
+    """Write the files of the checkout at `root` that show results; ValueError where it is none, before any is written."""
+    files = generated(root)
+    for path, content in files.items():
+        atomic_write(path, content.encode())
+    written = [f"written: {path}" for path in files]
+    print(screen_text(Screen("Documents from the records under results/", written, answer=f"{len(files)} documents written")))
     return 0
 
 

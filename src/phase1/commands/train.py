@@ -36,6 +36,7 @@ SETTINGS = "run.toml"  # a file that --config reads
 SCORES = 20  # validation losses of a run, by default
 SHARE = 500  # training tokens per token of a validation loss: all of them together cost about 1 % of the time
 SAMPLE_TOKENS = 40
+UNDECIDED = 3  # the exit status of a training that has learnt nothing
 
 
 def main(run: TrainRun) -> int:
@@ -69,6 +70,10 @@ def main(run: TrainRun) -> int:
         print(f"of these steps {skipped} changed nothing: their gradients overflowed, and the loss scale was lowered")
     text = f"text from it: phase1 generate {flags(GenerateRun(checkpoint=run.out_dir))}".rstrip()
     print(*(f"written: {path}" for path in written), text, next_command(run, model_config), sep="\n")
+    if facts["loss"] > (guess := math.log(run.vocab_size)):
+        worse = f"the last loss, {facts['loss']:.3f}, is worse than guessing, which is ln V = {guess:.3f}"
+        print(f"phase1 train: {worse}; lower --learning-rate, or train on more tokens", file=sys.stderr)
+        return UNDECIDED
     return 0
 
 

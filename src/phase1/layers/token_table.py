@@ -59,7 +59,7 @@ class CoordinateBand(nn.Module):
 
     def __init__(self, levels: Sequence[Level], d_model: int) -> None:
         super().__init__()
-        self.n, self.d_model = levels[-1].end - levels[0].start, d_model
+        self.n = levels[-1].end - levels[0].start
         self.coordinates = nn.ParameterList(
             torch.randn(level.end - level.start, level.rank) * _start_std(level, d_model) * math.sqrt(d_model / level.rank)
             for level in levels
@@ -70,10 +70,6 @@ class CoordinateBand(nn.Module):
         """Set the coefficients to the first ρ coordinates of `rows` (n, m), with zeros if m is smaller."""
         for part, start in zip(self.coordinates, rows.split([len(part) for part in self.coordinates]), strict=True):
             part.copy_(_to_width(start, part.shape[1]))
-
-    def table(self, dtype: torch.dtype) -> Tensor:
-        """All rows of all levels, (n, D)."""
-        return torch.cat([_to_width(part.to(dtype), self.d_model) for part in self.coordinates])
 
     def factors(self, hidden: Tensor, n_levels: int) -> list[tuple[Tensor, Tensor]]:
         """The logits of the first `n_levels` levels as products of ρ columns: of `hidden` (…, D), and the coefficients."""
@@ -196,9 +192,8 @@ class HTTTable(nn.Module):
 
     def build_inverse_index(self) -> None:
         """Recompute from `anchors` what the backward pass of the table needs; it is in no checkpoint."""
-        for level, index in enumerate(inverse_index(self.anchors, self.levels)):
-            self.register_buffer(f"indices_{level}", index.indices, persistent=False)
-            self.register_buffer(f"offsets_{level}", index.offsets, persistent=False)
+        for name, tensor in inverse_index(self.anchors, self.levels)._asdict().items():
+            self.register_buffer(f"inverse_{name}", tensor, persistent=False)
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: list[str]
@@ -228,12 +223,11 @@ class HTTTable(nn.Module):
 
     def table(self, dtype: torch.dtype) -> Tensor:
         """All rows, (V, D), the most frequent token's first."""
-        own_rows = [self.rows.to(dtype), *(part.table(dtype) for part in (self.band, self.tail) if part is not None)]
+        own = [self.rows, *(self.band.coordinates if self.band else ()), *([self.tail.table(dtype)] if self.tail else ())]
         if not len(self.anchors):
-            return own_rows[-1]
-        levels = range(len(self.levels) - 1)
-        inverse = [InverseIndex(getattr(self, f"indices_{i}"), getattr(self, f"offsets_{i}")) for i in levels]
-        return anchored_table(torch.cat(own_rows), self.weights, self.anchors, self.levels, inverse)
+            return own[-1].to(dtype)
+        inverse = InverseIndex(*(getattr(self, f"inverse_{name}") for name in InverseIndex._fields))
+        return anchored_table(own, self.weights, self.anchors, self.levels, inverse, dtype)
 
     def factors(self, hidden: Tensor, table: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The logits as products, side by side: hidden (N, D) and `table()` (V, D), but ρ columns of each for band rows

@@ -11,9 +11,10 @@ class Groups(nn.Module):
     """A tail of n rows in groups of s consecutive ones (the last may be smaller): p(j | h) = p(g | h) p(j | g, h), g = j // s.
 
     In the first level group g has the row Σ_j a_j E_j + r_g, where a is the softmax of its members' output biases b_j (taken
-    without gradient), and the bias log Σ_j exp(b_j) + c_g. With r = c = 0 and equal rows inside each group, this is exactly the
-    softmax over all rows. The second level is softmax_j(W h · E_j + b_j) over the members, with W = I + up down, which starts as
-    the identity. r_g has numbers in the first ρ coordinates alone, and ρ is the rank of up down: both cost little beside the tail.
+    without gradient), and the bias log Σ_j exp(b_j) + c_g. With r = c = 0 and equal rows inside each group, this is exactly
+    the softmax over all rows. The second level is softmax_j(W h · E_j + b_j) over the members, with W = I + up down, which
+    starts as the identity. r_g has numbers in the first ρ coordinates alone, and ρ is the rank of up down: both cost little
+    beside the tail.
 
     Args:
         n: rows of the tail.

@@ -78,5 +78,5 @@ def _speed_summary(result: Result | None, report: Report[ThroughputResult] | Non
 def _quality_summary(result: Result | None, label: str) -> tuple[Cell, ...]:
     if not isinstance(result, PerplexityResult):
         return (None,) * 4
-    _, _, trained, perplexity, _, _, degradation, _, _, verdict, _ = perplexity_cells(label, result)
-    return (perplexity, trained, degradation, verdict)
+    cells = perplexity_cells(label, result)
+    return (cells.perplexity, cells.trained_tokens, cells.degradation, cells.verdict)

@@ -29,7 +29,7 @@ def memory_text(report: Report[MemoryResult]) -> str:
 
 def throughput_text(report: Report[ThroughputResult]) -> str:
     """The speeds at every length without the parts of a step, how the times scale, and what makes them doubtful."""
-    speeds = _with_joined_intervals(throughput_comparison(report))
+    speeds = _merge_interval_columns(throughput_comparison(report))
     keep = [i for i, column in enumerate(speeds.columns) if column.title not in _NOT_PRINTED]
     speeds = replace(
         speeds, columns=tuple(speeds.columns[i] for i in keep), rows=tuple(tuple(row[i] for i in keep) for row in speeds.rows)
@@ -38,8 +38,8 @@ def throughput_text(report: Report[ThroughputResult]) -> str:
     return "\n".join([_console(speeds, report), "", _console(scaling_comparison(report), report), *map(_paragraph, warnings)])
 
 
-def _with_joined_intervals(table: Table) -> Table:
-    """Each pair of columns "95 % from" and "95 % to" in the first of them, as text."""
+def _merge_interval_columns(table: Table) -> Table:
+    """The table with both ends of an interval as text in the column "95 %", in place of "95 % from"."""
     columns, rows = list(table.columns), [list(row) for row in table.rows]
     for i, column in enumerate(columns):
         if column.title == "95 % from":

@@ -1,6 +1,7 @@
 """The memory table, and that of the largest sizes that train."""
 
 import re
+from collections.abc import Sequence
 
 from phase1.records.schema import Check, Fit, MemoryResult, Report
 from phase1.tables.ablation import memory_ablation
@@ -11,6 +12,7 @@ from phase1.tables.common import (
     FAILED,
     MODEL,
     VERDICT,
+    basis_of,
     caption_of,
     gigabytes,
     hardware_of,
@@ -135,6 +137,35 @@ def fit_comparison(report: Report[MemoryResult], hardware: str | None = None) ->
     card = "whole card" if limit is None else f"{limit / 1e9:.2f} GB of the card"
     caption = caption_of("Largest sizes that train", report, hardware, card)
     return Table("fit_comparison", caption, hardware or hardware_of(report), columns, rows, tuple(notes))
+
+
+def cards_comparison(reports: Sequence[Report[MemoryResult]]) -> Table:
+    """The largest sizes that train on each of some cards, from a report of `--card NAME --fit` each.
+
+    Raises ValueError (one line) for a report of none, or of another length than the first.
+    """
+    models = dict.fromkeys(key for report in reports for key, result in report.results.items() if result.fit)
+    lengths = {report.run.get("seq_length") for report in reports}
+    if len(lengths) != 1 or not all(report.run.get("card_name") for report in reports):
+        raise ValueError("reports of cards must be of phase1 memory --card NAME --fit with one --seq-length; correct the list")
+    sizes = [f"Batch at T = {lengths.pop():,}", "T at B = 1"]
+    columns = (Column("Card"), Column("Usable", "GB", 1), *(Column(f"{size}: {key}") for size in sizes for key in models))
+    rows = tuple(_card_row(report, list(models)) for report in reports)
+    notes = ("Usable: 90 % of the size on the box; the rest is for driver, desktop and other programs.",)
+    basis = basis_of(result for report in reports for result in report.results.values())
+    caption = f"Largest sizes that train ({basis})"
+    return Table(name="cards_comparison", caption=caption, hardware="", columns=columns, rows=rows, notes=notes)
+
+
+def _card_row(report: Report[MemoryResult], models: list[str]) -> tuple[Cell, ...]:
+    fits = [report.results[key].fit if key in report.results else [] for key in models]
+    limit = next((fit.limit_bytes for found in fits for fit in found), None)
+    sizes = [
+        next((_size(fit) for fit in found if fit.searched == what), None)
+        for what in ("batch_size", "seq_length")
+        for found in fits
+    ]
+    return (str(report.run["card_name"]), gigabytes(limit), *sizes)
 
 
 def _size(fit: Fit) -> Cell:

@@ -1,6 +1,7 @@
 """The perplexity table."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from phase1.records.schema import PerplexityResult, Report
 from phase1.roster import Key
@@ -64,18 +65,37 @@ def _windows_text(result: PerplexityResult, report: Report[PerplexityResult]) ->
     return f"Windows: T = {T}, {windows}; in training T = {'unknown' if trained is None else trained}."
 
 
-def perplexity_cells(key: str, result: PerplexityResult) -> tuple[Cell, ...]:
-    """The cells between the model's name and its configuration id."""
-    sizes = (result.parameters.total, result.parameters.embedding) if result.parameters else (None, None)
+class PerplexityCells(NamedTuple):
+    """The cells between the model's name and its place on the Pareto front."""
+
+    parameters: Cell
+    table_parameters: Cell
+    trained_tokens: Cell
+    perplexity: Cell
+    bits_per_byte: Cell
+    word_perplexity: Cell
+    degradation: Cell
+    degradation_low: Cell
+    degradation_high: Cell
+    verdict: Cell
+    effective_rank: Cell
+
+
+def perplexity_cells(key: str, result: PerplexityResult) -> PerplexityCells:
+    """Cells of a result; n/a where the model is untrained or has failed."""
     low, high = result.degradation_ci95 or (None, None)
     verdict = None if Key.parse(key).is_baseline else VERDICT[result.passes_5_percent_threshold]
     known = result.status == "ok" and not result.untrained
-    numbers = (result.bits_per_byte, result.word_perplexity, result.ppl_degradation_percent, low, high)
-    return (
-        *sizes,
+    return PerplexityCells(
+        result.parameters.total if result.parameters else None,
+        result.parameters.embedding if result.parameters else None,
         result.trained_tokens,
         headline(result, "UNTRAINED" if result.untrained else result.perplexity),
-        *(numbers if known else (None,) * len(numbers)),
+        result.bits_per_byte if known else None,
+        result.word_perplexity if known else None,
+        result.ppl_degradation_percent if known else None,
+        low if known else None,
+        high if known else None,
         verdict,
         result.effective_rank,
     )

@@ -50,9 +50,7 @@ def largest_size(
         probes[size] = probe(size)
         if probes[size].status == "error":
             return probes
-        missed = (
-            guess is not None and probes[size].needed_bytes is None
-        )  # by an unknown amount: the line would miss again
+        missed = guess is not None and probes[size].needed_bytes is None  # by an unknown amount: the line would miss again
     raise AssertionError("the interval did not shrink")
 
 

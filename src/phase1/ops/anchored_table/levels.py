@@ -1,78 +1,46 @@
-"""Build an anchored table level by level with embedding bags, forward and backward: no (n, k, D) tensor is ever made."""
+"""Anchored tables level by level, as embedding bags in both directions: no (n, k, D) tensor, one order of additions."""
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from phase1.ops.anchored_table.reference import check_arguments
-
 CHUNK_ROWS = 4096  # rows whose anchors are gathered at once for the gradient of their weights
 
 
-class InverseIndex(NamedTuple):
-    """The anchors of one level in compressed sparse row form: for each earlier row, the sums that it is an anchor of."""
-
-    indices: Tensor  # (n k,) positions in the level's flattened anchors, sorted by the anchor that stands there
-    offsets: Tensor  # (start of the level + 1,) row a is at indices[offsets[a] : offsets[a + 1]]
-
-
-def inverse_index(anchors: Tensor, levels: Sequence[int]) -> list[InverseIndex]:
-    """The inverse index of each level, from all `anchors` (V - K, k)."""
-    found = []
+def table(own: Sequence[Tensor], weights: Tensor, anchors: Tensor, levels: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The table, (V, D)."""
+    D = own[0].shape[1]
+    table = torch.cat([F.pad(part.to(dtype), (0, D - part.shape[1])) for part in own])
     for start, end in pairwise(levels):
-        used, indices = anchors[start - levels[0] : end - levels[0]].flatten().sort(stable=True)
-        found.append(InverseIndex(indices, torch.searchsorted(used, torch.arange(start + 1, device=used.device))))
-    return found
-
-
-def anchored_table(
-    own: Tensor, weights: Tensor, anchors: Tensor, levels: Sequence[int], inverse: Sequence[InverseIndex]
-) -> Tensor:
-    """Fast form of `anchored_table_reference`: same result, gradients and errors.
-
-    Args:
-        own: overwritten, it becomes the table.
-        inverse: `inverse_index(anchors, levels)`, which a caller keeps for all its calls.
-    """
-    check_arguments(own, weights, anchors, levels)
-    table: Tensor = _AnchoredTable.apply(own, weights, anchors, list(levels), *(tensor for part in inverse for tensor in part))
+        level = slice(start - levels[0], end - levels[0])
+        table[start:end] += _bags(table[:start], anchors[level], weights[level])
     return table
 
 
-class _AnchoredTable(torch.autograd.Function):
-    """Arguments as `anchored_table`, `inverse` as a flat list of its tensors; the table is made in the memory of `own`."""
-
-    @staticmethod
-    def forward(ctx: Any, table: Tensor, weights: Tensor, anchors: Tensor, levels: list[int], *inverse: Tensor) -> Tensor:
-        for start, end in pairwise(levels):
-            level = slice(start - levels[0], end - levels[0])
-            table[start:end] += _bags(table[:start], anchors[level], weights[level])
-        ctx.levels = levels
-        ctx.mark_dirty(table)
-        ctx.save_for_backward(table, weights, anchors, *inverse)
-        return table
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        table, weights, anchors, *inverse = ctx.saved_tensors
-        k, first = anchors.shape[1], ctx.levels[0]
-        grad, d_weights = grad.clone(), torch.empty_like(weights)
-        indexed = list(zip(pairwise(ctx.levels), inverse[::2], inverse[1::2], strict=True))
-        for (start, end), indices, offsets in reversed(indexed):
-            level, d_rows = slice(start - first, end - first), grad[start:end]  # whole: later levels have added theirs
-            grad[:start] += _bags(d_rows, indices // k, weights[level].flatten()[indices], offsets)
-            chunks = (part.split(CHUNK_ROWS) for part in (d_weights[level], anchors[level], d_rows))
-            for d_weight, anchor, d_row in zip(*chunks, strict=True):
-                d_weight.copy_((table[anchor] @ d_row[:, :, None]).squeeze(-1))
-        return grad, d_weights, None, None, *(None for _ in inverse)
+def gradients(
+    d_table: Tensor, table: Tensor, own: Sequence[Tensor], weights: Tensor, anchors: Tensor, inverse: Sequence[Tensor],
+    levels: Sequence[int],
+) -> tuple[list[Tensor], Tensor]:  # fmt: skip
+    """Those of `own`, the parts before the last level, and of the weights; users are found again, level by level."""
+    (k, first), d_rows, d_weights = (anchors.shape[1], levels[0]), d_table.clone(), torch.empty_like(weights)
+    for start, end in reversed(list(pairwise(levels))):
+        level, d_level = slice(start - first, end - first), d_rows[start:end]  # whole: later levels have added theirs
+        used, indices = anchors[level].flatten().sort(stable=True)
+        offsets = torch.searchsorted(used, torch.arange(start + 1, device=used.device))
+        d_rows[:start] += _bags(d_level, indices // k, weights[level].flatten()[indices], offsets)
+        chunks = (part.split(CHUNK_ROWS) for part in (d_weights[level], anchors[level], d_level))
+        for d_weight, anchor, d_row in zip(*chunks, strict=True):
+            d_weight.copy_((table[anchor] @ d_row[:, :, None]).squeeze(-1))
+    ends = torch.tensor([0, *map(len, own)]).cumsum(0).tolist()
+    parts = zip(pairwise(ends), own, strict=True)
+    return [d_rows[start:end, : part.shape[1]].to(part.dtype, copy=True) for (start, end), part in parts], d_weights
 
 
 def _bags(rows: Tensor, indices: Tensor, weights: Tensor, offsets: Tensor | None = None) -> Tensor:
-    """Weighted sums of `rows`, (n, D): one for each line of `indices`, or for each of its ranges if there are `offsets`."""
+    """Weighted sums of rows: of each line of `indices`, or of their chunk_rows between `offsets`."""
     return F.embedding_bag(
         indices, rows, offsets, mode="sum", include_last_offset=offsets is not None, per_sample_weights=weights.to(rows.dtype)
     )

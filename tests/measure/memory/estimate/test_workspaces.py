@@ -93,6 +93,15 @@ def test_the_fused_mixer_holds_gradients_of_its_operands_besides_what_it_returns
     assert backward == B * T * H * (2 * (3 * P + 4 * R) + 16) + 4 * B * H * R * P
 
 
+def test_the_gradients_of_a_table_hold_those_of_rows_that_use_and_are_used_and_sums_of_chunks():
+    import phase1.ops.anchored_table  # noqa: F401  # registers the operators
+
+    table, users = torch.empty(900, 32, dtype=torch.float16), [*[None] * 3, torch.empty(11)]
+    func = torch.ops.phase1.anchored_table_backward.default
+    assert scratch_bytes(func, [table, table, [], None, None, users, [100, 300, 900]], H100) == 32 * (200 * 2 + 11 * 4)
+    assert scratch_bytes(func, [table, table, [], None, None, users, [100, 900]], H100) == 32 * 11 * 4
+
+
 def test_an_estimate_for_a_card_is_of_the_operators_that_run_there():
     pytest.importorskip("triton")
     from phase1.config import EngineShape

@@ -75,6 +75,8 @@ def scratch_bytes(func: Any, args: Any, card: Processors) -> int:
     - sum over the rows of a matrix (Reduce.cuh): see `_column_sum_bytes`.
     - the backward pass of attention (flash, memory-efficient and cuDNN alike): dQ summed in float32.
     - the fused AR-SSM operator (phase1/ops/ar_ssm): see `_ar_ssm_bytes`.
+    - the gradients of an anchored table (phase1/ops/anchored_table): those of the rows between the first level and the last,
+      and the sums of chunks of users in float32.
     """
     name = func.__name__.split(".")[0]
     if name == "embedding_dense_backward":
@@ -97,6 +99,10 @@ def scratch_bytes(func: Any, args: Any, card: Processors) -> int:
         backward = name == "ar_ssm_backward"
         proj, q_scale, state_scale = (args[i] for i in ((5, 11, 12) if backward else (0, 6, 7)))
         return _ar_ssm_bytes(proj, q_scale, state_scale, backward)
+    if name == "anchored_table_backward":
+        d_table, users, levels = args[0], args[5], args[6]
+        inner = max(0, [0, *levels][-2] - levels[0])
+        return int(d_table.shape[1] * (inner * d_table.element_size() + 4 * len(users[-1])))
     return 0
 
 

@@ -1,0 +1,153 @@
+"""The results page: a record is shown by a line in a list, with what made it; a wrong line is named."""
+
+import json
+
+import pytest
+
+from phase1.commands.tables import main
+from phase1.records.schema import FILES, Fit, write_report
+from phase1.runs import TablesRun
+from phase1.tables.memory import cards_comparison
+from phase1.tables.results_page import READMES, generated
+from phase1.tables.rows import benchmark, rows_table
+from phase1.tables.summary import WORDS, speed_row
+from tests.reports import all_reports
+
+LIST = """
+[summary]
+memory = "m/phase1_memory_validation.json"
+speed = "m/phase1_throughput_benchmark.json"
+linear = "m/phase1_throughput_benchmark.json"
+perplexity = "m/phase1_perplexity_validation.json"
+copy_head = "c/phase1_perplexity_validation.json"
+
+[screens]
+"phase1 doctor" = "doctor.txt"
+
+[[section]]
+title = "Memory"
+text = "A sentence."
+picture = "m/plot.png"
+alt = "A plot"
+
+[[section.table]]
+record = "m/phase1_memory_validation.json"
+tables = ["memory_comparison"]
+title = "One step"
+
+[[section.table]]
+record = "steps.jsonl"
+name = "steps"
+caption = "Steps"
+command = "python steps.py"
+rows = ""
+columns = [{ title = "Model", key = "role" }, { title = "Peak", key = "bytes", unit = "GB", scale = 1e-9 }]
+"""
+MARKS = "# x\n<!-- results: begin -->\n<!-- results: end -->\n<!-- phase1 doctor: begin -->\n<!-- phase1 doctor: end -->\nend\n"
+
+
+@pytest.fixture
+def root(tmp_path):
+    reports = all_reports()
+    for kind, report in reports.items():
+        write_report(report, tmp_path / "results/m" / FILES[kind])
+    copies = reports["perplexity"]
+    key, result = next((key, result) for key, result in copies.results.items() if key == "baseline")
+    other = copies.model_copy(update={"results": {key: result, "transformer_copy": result}})
+    write_report(other, tmp_path / "results/c" / FILES["perplexity"])
+    (tmp_path / "results/page.toml").write_text(LIST)
+    (tmp_path / "results/doctor.txt").write_text("cuda_works  no\n")
+    (tmp_path / "results/steps.jsonl").write_text(
+        "".join(json.dumps({"role": role, "bytes": 2 * 10**9, "commit": "abc", "device": "H9"}) + "\n" for role in ("a", "b"))
+    )
+    (tmp_path / "docs").mkdir()
+    for name in READMES:
+        (tmp_path / name).write_text(MARKS)
+    return tmp_path
+
+
+def test_the_page_has_the_tables_of_the_list_with_command_commit_and_card(root):
+    page = generated(root)[root / "docs/results.md"]
+    assert "## Memory\n\nA sentence.\n\n![A plot](../results/m/plot.png)\n" in page
+    assert "### One step: peak memory of one training step" in page
+    assert "| PASS " in page and "commit not recorded, NVIDIA Test 10GB, 10.0 GB" in page
+    assert "Made by `python steps.py`; commit abc, H9, [record](../results/steps.jsonl)." in page
+    assert "| a     |      2.00 |" in page
+
+
+def test_both_readmes_have_the_first_table_in_their_language_and_the_screen(root):
+    files = generated(root)
+    english, japanese = (files[root / name] for name in READMES)
+    assert english.startswith("# x\n<!-- results: begin -->\nMeasured on one NVIDIA Test 10GB") and english.endswith("end\n")
+    assert "```text\ncuda_works  no\n```" in english and "```text\ncuda_works  no\n```" in japanese
+    assert WORDS["ja"]["linear"] in japanese and WORDS["en"]["linear"] in english
+    numbers = [line.split("|")[2:5] for line in english.splitlines() if line.startswith("| peak")]
+    assert len(numbers) == 1 and numbers == [line.split("|")[2:5] for line in japanese.splitlines() if "ピークメモリ、" in line]
+    assert {file for file in files} == {root / "docs/results.md", *(root / name for name in READMES)}
+
+
+def test_the_command_writes_them_and_does_so_again_to_the_byte(root, monkeypatch, capsys):
+    monkeypatch.chdir(root)
+    assert main(TablesRun(results_page=True)) == 0
+    assert "3 documents written" in capsys.readouterr().out
+    before = {path: path.read_bytes() for path in root.rglob("*.md")}
+    assert main(TablesRun(results_page=True)) == 0
+    assert before == {path: path.read_bytes() for path in root.rglob("*.md")}
+    assert not (root / "tables").exists()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [(('["memory_comparison"]', '["memory_comparisons"]'), "got memory_comparisons; correct results/page.toml"),
+     (('key = "bytes"', 'key = "byte"'), "expected byte in the record; got none"),
+     (("m/phase1_memory_validation.json", "x/phase1_memory_validation.json"), "expected a phase1")],
+)  # fmt: skip
+def test_a_wrong_line_is_named_and_nothing_is_written(root, monkeypatch, change, message):
+    (root / "results/page.toml").write_text(LIST.replace(*change))
+    monkeypatch.chdir(root)
+    with pytest.raises(ValueError, match=message):
+        main(TablesRun(results_page=True))
+    assert (root / "README.md").read_text() == MARKS and not (root / "docs/results.md").exists()
+
+
+def of_card(name, batch, seq_length=2048):
+    report = all_reports()["memory"]
+    common = {"status": "ok", "step": 1, "bound": 4096, "limit_bytes": 7_200_000_000, "measured": "estimated", "probes": []}
+    fits = [Fit(searched="batch_size", batch_size=batch, seq_length=2048, **common)]
+    fits.append(Fit(searched="seq_length", batch_size=1, seq_length=64 * batch, **common))
+    results = {"phase1": report.results["phase1"].model_copy(update={"fit": fits, "measured": "estimated"})}
+    return report.model_copy(update={"results": results, "run": {"seq_length": seq_length, "card_name": name}})
+
+
+def test_cards_stand_in_one_table(root):
+    for name, batch in (("RTX 1", 3), ("RTX 2", 4096)):
+        write_report(of_card(name, batch), root / "results" / name / "memory.json")
+    listed = '[[section.table]]\ncards = ["RTX 1/memory.json", "RTX 2/memory.json"]\n'
+    (root / "results/page.toml").write_text(LIST + listed)
+    page = generated(root)[root / "docs/results.md"]
+    assert "### Largest sizes that train (estimated)" in page
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| RTX")]
+    assert rows == [["RTX 1", "7.2", "3", "192"], ["RTX 2", "7.2", r"\>= 4,096", "262,144"]]
+    with pytest.raises(ValueError, match="one --seq-length"):
+        cards_comparison([of_card("a", 1), of_card("b", 1, seq_length=512)])
+
+
+def test_rows_of_an_object_have_their_names_and_numbers_that_hold_for_all_are_notes(tmp_path):
+    entry = {"name": "n", "caption": "c", "rows": "shapes", "facts": ["what.x"], "columns": [{"title": "Shape", "key": "key"}]}
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps({"shapes": {"4 x 8": {}}, "what": {"x": 1.23456}}))
+    table = rows_table(benchmark(file), entry)
+    assert table.rows == (("4 x 8",),) and table.notes == ("what.x: 1.23",)
+    assert rows_table({"shapes": [{"key": None}], "what": {"x": {"a": 1}}}, entry).rows == ((None,),)
+
+
+def test_the_second_speed_is_that_of_the_fastest_transformer_at_each_length_and_the_best_is_bold():
+    def result(*speeds):
+        times = zip((512, 1024, 2048), speeds)
+        return {"measurements": [{"seq_length": T, "status": "ok", "tokens_per_second": 1e3 * s} for T, s in times]}
+
+    report = {"kind": "throughput", "results": {"baseline": result(4, 5, 6), "baseline_optimized": result(3, 9, 2)}}
+    report["results"] |= {"baseline_fast": result(8, 7, 7), "phase1": result(2, 9, 1000), "baseline_again": result(99, 99, 99)}
+    report["results"]["baseline_fast"]["measurements"].append({"seq_length": 4096, "status": "oom"})
+    assert speed_row(report, WORDS["en"])[1:] == ["4 / 5 / 6", "**8** / **9** / 7", "2 / **9** / **1,000**"]
+    assert "512 / 1,024 / 2,048 tokens" in speed_row(report, WORDS["en"])[0]
