@@ -307,8 +307,8 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, States, Tensor | None]:
         """Final hidden states (B, T, D), the blocks' states if `keep_states`, and the mean effective rank of all layers.
 
-        If `recompute`, the blocks are recomputed in the backward pass. If `table` is None, they are, and so is the lookup, which
-        builds a table for itself.
+        If `recompute`, the blocks are recomputed in the backward pass. If `table` is None, so is the lookup too, which builds a
+        table for itself.
         """
         self._check(ids)
         recompute = recompute or table is None

@@ -54,7 +54,9 @@ def main(run: TrainRun) -> int:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        smaller = f"try --micro-batch-size {max(1, run.micro_batch_size // 2)}, then a smaller --seq-length"
+        shorter = f"--piece-length {max(1, (run.piece_length or run.seq_length) // 4)}"
+        shorter = "a smaller --seq-length" if run.mixer == "attention" else shorter
+        smaller = f"try --micro-batch-size {max(1, run.micro_batch_size // 2)}, then {shorter}"
         raise Unavailable(f"{reason(error)}; {smaller}") from error
     atomic_write(folder / SETTINGS, to_toml(run).encode())
     written = [folder]
