@@ -1,8 +1,8 @@
-# `make validate` runs the whole pipeline, `make test` all checks; both set up .venv themselves.
+# `make validate` runs the whole pipeline, `make test` all checks, `make test-hf` those for Hugging Face; each sets up .venv.
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: validate test torture documents clean
+.PHONY: validate test test-hf torture documents clean
 
 # Passive waiting: on a busy machine, spinning threads take the cores from the ones that work.
 validate: .venv/installed
@@ -13,6 +13,10 @@ test: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest -q --cov --cov-report=term
+
+# Exported models in transformers, PEFT and lm-eval, which `make test` does without.
+test-hf: .venv/installed-test-hf
+	$(BIN)/pytest -q tests/hf
 
 # Results that survive: 1,000 SIGKILLs at random moments, where `make test` does 60.
 torture: .venv/installed-test
@@ -31,6 +35,10 @@ documents: .venv/installed
 
 .venv/installed-test: .venv/installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
+	touch $@
+
+.venv/installed-test-hf: .venv/installed-test
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test-hf]'
 	touch $@
 
 clean:

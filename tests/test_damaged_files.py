@@ -153,8 +153,8 @@ def test_a_checkpoint_that_declares_other_sizes_than_its_tensors_have_is_refused
     tmp_path, monkeypatch, name
 ):
     save_checkpoint(tmp_path, state(), {}, resumable=False)
-    index, made, build = read_index(tmp_path), [], checkpoint.LanguageModel
-    monkeypatch.setattr(checkpoint, "LanguageModel", lambda config: made.append(build(config)) or made[-1])
+    index, made, build = read_index(tmp_path), [], checkpoint.build
+    monkeypatch.setattr(checkpoint, "build", lambda config: made.append(build(config)) or made[-1])
     for value in SIZES[name]:
         (tmp_path / INDEX).write_text(json.dumps(index | {"model_config": index["model_config"] | {name: value}}))
         answer = at_once(lambda: load_model(tmp_path))

@@ -21,7 +21,6 @@ PAGES = sorted(str(page.relative_to(ROOT)) for place in ("*.md", "docs/**/*.md",
 BOTH = [READMES, *((f"docs/{Path(page).name}", page) for page in PAGES if "/ja/" in page and f"docs/{Path(page).name}" in PAGES)]
 NUMBERS = {"docs/log.md", "docs/design.md", PAGE, *REFERENCES, *(page for page in PAGES if page.startswith("specs/"))}
 """Pages with typed or generated numbers: stories of measurements are in the log; others have sizes, counts, simulations, limits."""
-LATER = {"docs/extending.md", "docs/ja/extending.md"}  # documents that links may name before they are there
 SCRIPTS = {
     "validate_phase1_memory.py": "memory",
     "benchmark_phase1_throughput.py": "throughput",
@@ -208,8 +207,6 @@ def test_every_link_leads_somewhere(page):
             continue
         path, _, anchor = target.partition("#")
         file = (ROOT / page).parent / path if path else ROOT / page
-        if str(file.resolve().relative_to(ROOT)) in LATER:
-            continue
         assert file.exists(), f"{page}: {target}"
         assert not anchor or anchor in anchors(file.resolve().relative_to(ROOT)), f"{page}: {target}"
 

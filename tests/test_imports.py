@@ -8,18 +8,20 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "phase1"
-LEAVES = {"advice", "errors", "files", "progress", "text", "signals"}
+LEAVES = {"advice", "device", "errors", "files", "progress", "text", "signals"}
 SETTINGS = {"config", "presets", "roster", "runs"}
 MAY_IMPORT = {
     "text": set(),
     "signals": set(),
     "errors": {"text"},
     "files": {"text"},
-    "config": set(),
+    "factory": {"errors"},
+    "config": {"factory"},
     "presets": set(),
-    "roster": {"config"},
-    "runs": {"config", "machine", "roster"},
+    "roster": {"config", "factory"},
+    "runs": {"config", "factory", "machine", "roster"},
     "advice": set(),
+    "device": set(),
     "tensor_names": set(),
     "cli": LEAVES | SETTINGS,
     "__main__": {"cli"},
@@ -28,27 +30,32 @@ MAY_IMPORT = {
     "vocabulary": {"progress"},
     "layers": {"ops", "vocabulary"},
     "model": {"config", "layers", "ops", "vocabulary"},
+    "trainable": {"config", "factory", "model", "ops", "vocabulary"},
     "data": LEAVES | {"config"},
-    "training": LEAVES | {"config", "data", "model", "ops", "records", "tensor_names", "vocabulary"},
+    "training": LEAVES | {"config", "data", "model", "ops", "records", "tensor_names", "trainable", "vocabulary"},
     "machine": LEAVES | {"config"},
     "records": LEAVES | {"config", "machine", "roster"},
     "stats": {"records"},
     "checks": {"machine", "records", "roster", "stats"},
     "tables": {"config", "records", "roster", "text"},
-    "generation": {"config", "data", "layers", "model", "training"},
-    "hf": {"config", "layers", "model", "tensor_names"},
+    "generation": {"config", "data", "layers", "model", "trainable", "training"},
+    "hf": {"config", "layers", "model", "ops", "tensor_names"},
+    "lm_eval": {"hf", "ops"},
     "plots": {"files", "records", "roster", "tables", "text"},
-    "measure": LEAVES | SETTINGS | {"data", "generation", "machine", "model", "ops", "records", "stats", "training"},
+    "page": {"checks", "errors", "plots", "records", "tables", "text"},
+    "measure": LEAVES | SETTINGS | {"data", "generation", "machine", "model", "ops", "records", "stats", "trainable", "training"},
     "commands": LEAVES
     | SETTINGS
-    | {"checks", "data", "generation", "machine", "measure", "model", "plots", "records", "stats", "tables", "training"},
+    | {"checks", "data", "factory", "generation", "machine", "measure", "model", "page", "plots", "records", "stats", "tables"}
+    | {"trainable", "training"},
 }
 WINGS = {
     "execution": set(),
     "workload": set(),
+    "soundness": {"workload"},
     "memory": {"execution", "workload"},
     "throughput": {"execution", "workload", "memory.estimate.allocator"},  # which rounds sizes as the CUDA allocator does
-    "perplexity": set(),
+    "perplexity": {"soundness"},
 }
 
 
@@ -91,6 +98,11 @@ def test_no_command_imports_another():
         assert not any(name.startswith("phase1.commands") for name in modules(path))
 
 
+def test_one_place_decides_where_models_run():
+    choose = [path.name for path in PACKAGE.rglob("*.py") if '"cuda" if' in path.read_text()]
+    assert choose == ["device.py"]
+
+
 def test_no_private_name_crosses_a_file():
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -100,8 +112,8 @@ def test_no_private_name_crosses_a_file():
 
 def test_only_its_user_imports_the_part_for_transformers():
     for path in PACKAGE.rglob("*.py"):
-        assert path.name == "hf.py" or not ("transformers" in path.read_text() and "import transformers" in path.read_text()), path
-        assert path.name == "hf.py" or "phase1.hf" not in set(modules(path)), path
+        assert path.name == "hf.py" or "import transformers" not in path.read_text(), path
+        assert path.name in ("hf.py", "lm_eval.py") or not {"phase1.hf", "phase1.lm_eval"} & set(modules(path)), path
 
 
 def test_no_module_imports_the_scripts():
@@ -139,7 +151,7 @@ except AttributeError as error:
 
 @pytest.mark.parametrize(
     "path",
-    sorted(path for part in ("records", "stats", "checks", "tables", "plots") for path in (PACKAGE / part).glob("*.py")),
+    sorted(path for part in ("records", "stats", "checks", "tables", "plots", "page") for path in (PACKAGE / part).glob("*.py")),
     ids=lambda p: str(p.relative_to(PACKAGE)),
 )
 def test_work_on_result_files_imports_no_torch(path):
@@ -154,6 +166,6 @@ def test_work_on_result_files_imports_no_torch(path):
 def test_work_on_result_files_loads_no_torch():
     parts = ["records.json_schema", "records.journal", "stats.scaling", "stats.perplexity_ratio"]
     parts += [f"checks.{name}" for name in ("memory", "throughput", "perplexity", "controls", "regression", "limits")]
-    parts += ["tables.console", "plots", "commands.tables", "commands.compare"]
+    parts += ["tables.console", "plots", "commands.tables", "commands.compare", "commands.report"]
     code = f"import sys, importlib; [importlib.import_module('phase1.' + p) for p in {parts}]; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"

@@ -23,11 +23,13 @@ COMMANDS: dict[str, type[Config]] = {
     "throughput": runs.ThroughputRun,
     "perplexity": runs.PerplexityRun,
     "tables": runs.TablesRun,
+    "report": runs.ReportRun,
     "compare": runs.CompareRun,
     "pipeline": runs.PipelineRun,
     "train": runs.TrainRun,
     "generate": runs.GenerateRun,
     "export": runs.ExportRun,
+    "check-model": runs.CheckModelRun,
     "doctor": runs.DoctorRun,
 }
 GROUPS: dict[type[Config], str] = {
@@ -49,6 +51,7 @@ EXAMPLES = {
         "phase1 perplexity --checkpoint results/checkpoints/train",
     ),
     "tables": ("phase1 tables", "phase1 tables --results-dir results/validate --formats csv", "phase1 tables --results-page"),
+    "report": ("phase1 report", "phase1 report --results-dir results/validate --against results/before"),
     "compare": ("phase1 compare old new --fail-on peak:+2%,tokens_per_second:-5%",),
     "pipeline": ("phase1 pipeline --preset smoke", "phase1 pipeline --preset rtx3080-10g --resume"),
     "train": ("phase1 train --dataset-name my.txt --tokenizer bpe --vocab-size 8192",),
@@ -57,6 +60,7 @@ EXAMPLES = {
         "phase1 generate --checkpoint results/checkpoints/train --prompt-file - --temperature 0",
     ),
     "export": ("phase1 export --checkpoint results/checkpoints/train",),
+    "check-model": ("phase1 check-model mine=my_model:build",),
     "doctor": ("phase1 doctor",),
 }
 START = """start here:
@@ -130,7 +134,7 @@ def _run(name: str, run: Config, ending: Ending) -> int:
     gc.disable()
     try:
         with ending.waiting():
-            command = importlib.import_module(f"phase1.commands.{name}")
+            command = importlib.import_module(f"phase1.commands.{name.replace('-', '_')}")
         gc.freeze()
     except ModuleNotFoundError as error:
         raise _not_installed(error) from error

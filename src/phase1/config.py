@@ -9,6 +9,8 @@ import shlex
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final, Literal, TypeVar
 
+from phase1.factory import split
+
 
 def option(default: Any, help: str, *, spellings: tuple[str, ...] = (), affects_results: bool = True) -> Any:
     """A field that is also a command-line flag: one line holds its name, default and help.
@@ -152,6 +154,7 @@ YOUNGER: dict[str, Any] = {
     "logit_scale": 1.0,
     "learnt_logit_scale": False,
     "htt_output": "flat",
+    "model": None,
 }
 """Settings added after the published results, with the value that all models had before, which is left out of their ids."""
 
@@ -172,9 +175,14 @@ class ModelConfig(EngineShape):
     attention_qk_norm: bool = option(False, "attention: RMS-normalise queries and keys, and scale queries by learnt factors")
     attention_conv: bool = option(False, "attention: causal convolution of 4 taps on queries, keys and values")
     attention_gate: bool = option(False, "attention: multiply its result by the SiLU of a projection, then normalise")
+    model: str | None = option(
+        None, "a model of your own, [NAME=]package.module:factory, in place of this one; it gets the settings that it asks for"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.model is not None:
+            object.__setattr__(self, "model", split(self.model)[1])
         if self.embedding == "htt" and not self.htt_groups <= self.vocab_size - self.htt_dense_rows:
             raise ValueError(
                 f"--htt-dense-rows + --htt-groups must be at most --vocab-size={self.vocab_size}; "
@@ -192,11 +200,12 @@ class ModelConfig(EngineShape):
         unused: tuple[str, ...] = ("ar_ssm_", "rank_penalty") if self.mixer == "attention" else ("attention_",)
         unused += ("htt_",) if self.embedding == "dense" else ("dense_start",)
         unused += () if self.copy_head else ("copy_",)
+        unused = () if self.model else unused  # who knows what a factory uses
         every = {name: value for name, value in asdict(self).items() if (name, value) not in YOUNGER.items()} | {
             "htt_form": HTT_FORM
         }
         if (self.mixer, self.attention) != ("attention", "math"):
-            del every["attention"]
+            every.pop("attention", None)
         return content_id({name: value for name, value in every.items() if not name.startswith(unused)})
 
 
@@ -267,22 +276,26 @@ class DataConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class WatchConfig(Config):
-    """What a training shows and records while it runs, and when it stops early; none of it changes the model."""
+    """What a training shows and records while it runs, and when it stops early; none of it changes a step."""
 
     eval_every: int | None = option(None, "steps between losses on the valid split; 0 is never, by default 20 times a run")
     eval_tokens: int | None = option(None, "tokens that each of these losses is of; by default a 500th of --train-tokens")
     sample_every: int = option(0, "steps between texts that the model writes, into samples.txt; 0 is never")
     prompt: str = option("", "beginning of these texts; by default that of a document")
     max_hours: float | None = option(None, "hours of training, of all sessions, after which it saves a checkpoint and stops")
+    keep_best: bool = option(False, "keep the weights of the lowest loss on the valid split too, in best/ of the folder")
+    patience: int | None = option(None, "losses on the valid split in a row without a new lowest that end the training")
     report_to: tuple[Literal["tensorboard", "trackio"], ...] = option((), "trackers that also get losses, speeds and samples")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if min(self.eval_every or 0, self.sample_every) < 0:
             raise ValueError("--eval-every and --sample-every must be 0 or more; got a negative number; raise it")
-        for name in ("eval_tokens", "max_hours"):
+        for name in ("eval_tokens", "max_hours", "patience"):
             if getattr(self, name) is not None:
                 require_positive(self, name)
+        if self.eval_every == 0 and (self.keep_best or self.patience is not None):
+            raise ValueError("--keep-best and --patience need losses on the valid split; got --eval-every 0; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,15 +7,16 @@ Needs `pip install 'transformers>=5.24,<6'`; nothing else of this package import
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from phase1.config import ModelConfig
 from phase1.layers.token_table import HTTTable
 from phase1.model import LanguageModel
+from phase1.model import Rows as TableRows
+from phase1.ops.cross_entropy import IGNORE
 from phase1.tensor_names import RENAMED, pattern_of
 
 try:
@@ -25,9 +26,16 @@ try:
 except ImportError as error:
     raise ImportError("phase1.hf needs a package; run `pip install 'transformers>=5.24,<6'`") from error
 
-SUPPORTED = ((5, 24), (6, 0))  # at least the first, below the second; 5.23 has another name for the cache of generate()
-if not SUPPORTED[0] <= tuple(int(part) for part in transformers.__version__.split(".")[:2]) < SUPPORTED[1]:
-    raise ImportError(f"phase1.hf needs transformers>=5.24,<6; got {transformers.__version__}; install one of these")
+
+def require_supported(version: str) -> None:
+    """Raise ImportError for a version of transformers that would give wrong texts: 5.23 has another name for the cache."""
+    if not (5, 24) <= tuple(int(part) for part in version.split(".")[:2]) < (6, 0):
+        raise ImportError(f"phase1.hf needs transformers>=5.24,<6; got {version}; install one of these")
+
+
+require_supported(transformers.__version__)
+LORA_MODULES = r"model\.blocks\.\d+\.(mixer|mlp)\.(?!rank_gate)\w+"
+"""`target_modules` of a LoRA: the projections of mixers and MLPs. The rank gate is read by kernels, which see no adapter."""
 OLD_NAMES = {pattern_of(old): new for old, new in RENAMED.items()}
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
 
@@ -36,6 +44,7 @@ class Phase1Config(PretrainedConfig):
     """The fields of `ModelConfig`, flat."""
 
     model_type = "phase1"
+    keys_to_ignore_at_inference = ["cache"]
     attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads"}
 
     def __init__(self, **values: Any) -> None:
@@ -47,14 +56,27 @@ class Phase1Config(PretrainedConfig):
         return ModelConfig(**{name: getattr(self, name) for name in DEFAULTS})
 
 
+class Rows(NamedTuple):
+    """Rows of a batch whose texts begin at one column; the model runs them as if they were alone."""
+
+    places: Tensor  # (n,) in the batch
+    padding: int  # columns before their text
+    states: list[Any] | None  # of `LanguageModel.continue_from`
+
+
 class Phase1Cache:
-    """The states of `LanguageModel.continue_from`, and how many tokens left them."""
+    """What earlier columns of a batch left, and how many there were, padding among them."""
 
     is_compileable = False
 
-    def __init__(self) -> None:
-        self.states: list[Any] | None = None
-        self.length = 0
+    def __init__(self, groups: list[Rows]) -> None:
+        self.groups, self.length = groups, 0
+        self.table: TableRows | None = None  # made once for all steps
+
+    @property
+    def states(self) -> list[Any]:
+        """Of all layers and groups."""
+        return [state for group in self.groups for state in group.states or []]
 
     @property
     def is_linear(self) -> list[bool]:
@@ -67,23 +89,34 @@ class Phase1Cache:
         return -1
 
     def reorder_cache(self, rows: Tensor) -> None:
-        self._map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+        """Row i becomes what row `rows[i]` was."""
+        groups = []
+        for group in self.groups:
+            inside = rows.to(group.places.device)[:, None] == group.places
+            places, taken = inside.nonzero(as_tuple=True)
+            if len(places):
+                groups.append(Rows(places, group.padding, _taken(group.states, taken)))
+        self.groups = groups
 
     def batch_select_indices(self, rows: Tensor) -> None:
         self.reorder_cache(rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map(lambda tensor: tensor.repeat_interleave(repeats, 0))
+        count = sum(len(group.places) for group in self.groups)
+        self.reorder_cache(torch.arange(count).repeat_interleave(repeats))
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
-        if self.states is not None:
-            self.states = [
-                state._replace(
-                    **{n: change(part) for n, part in state._asdict().items() if isinstance(part, Tensor)},
-                    **({"store": None} if hasattr(state, "store") else {}),
-                )
-                for state in self.states
-            ]
+
+def _taken(states: list[Any] | None, rows: Tensor) -> list[Any] | None:
+    """The states of some rows, in their order."""
+    if states is None:
+        return None
+    return [
+        state._replace(
+            **{name: part.index_select(0, rows) for name, part in state._asdict().items() if isinstance(part, Tensor)},
+            **({"store": None} if hasattr(state, "store") else {}),
+        )
+        for state in states
+    ]
 
 
 @dataclasses.dataclass
@@ -94,7 +127,11 @@ class Phase1Output(ModelOutput):
 
 
 class Phase1ForCausalLM(PreTrainedModel, GenerationMixin):
-    """`LanguageModel` behind the interface of transformers. Rows of a batch must be of one length: no padding on the left."""
+    """`LanguageModel` behind the interface of transformers.
+
+    Rows of a batch may be padded on the left: those of one length run together, as if no other were there, so that padding
+    changes nothing. A batch costs a pass for every length in it.
+    """
 
     config_class = Phase1Config
     base_model_prefix = "model"
@@ -162,40 +199,87 @@ class Phase1ForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Phase1Output:
         """Logits (B, T, V), log-probabilities with a copy head; with `labels` (B, T), the ids, the mean loss of the next ones.
 
-        In training there is a loss and no logits. Raises ValueError for padding on the left, or anywhere with a cache.
+        In training there is a loss and no logits. Logits of padding are 0. Raises ValueError for other masks than padding on
+        the left and, where nothing is to follow, on the right.
         """
         if options.get("past_key_values") is not None:
             raise ValueError("the state is called cache; got past_key_values; use transformers 5.24 or newer")
         use_cache = not self.training if use_cache is None else use_cache
-        _check_mask(attention_mask, alone=cache is None and (labels is not None or not use_cache))
+        if cache is None:
+            groups = _groups(input_ids, attention_mask, alone=labels is not None or not use_cache)
+        else:
+            groups = _continued(cache.groups, input_ids, attention_mask)
         loss = None
         if labels is not None:
-            loss = self._loss(input_ids, labels, num_items_in_batch)
+            loss = self._loss(groups, input_ids, labels, num_items_in_batch)
             if self.training:
                 return Phase1Output(loss=loss)
-        last = logits_to_keep == 1
-        logits, states = self.model.continue_from(input_ids, None if cache is None else cache.states, last=last)
-        if not last and logits_to_keep:
+        table = cache.table if cache is not None and cache.table is not None else self.model.rows()
+        last, begin = logits_to_keep == 1, 0 if cache is None else cache.length
+        parts, after = [], []
+        for group in groups:
+            ids = input_ids[group.places, max(0, group.padding - begin) :]
+            part, states = self.model.continue_from(ids, group.states, table, last=last)
+            parts.append(part)
+            after.append(group._replace(states=states))
+        logits = _joined(groups, parts, len(input_ids), 1 if last else input_ids.shape[1])
+        if logits_to_keep > 1:
             logits = logits[:, -logits_to_keep:]
-        after = None
-        if use_cache:
-            after = Phase1Cache() if cache is None else cache
-            after.states, after.length = states, after.length + input_ids.shape[1]
-        return Phase1Output(loss=loss, logits=logits, cache=after)
+        if not use_cache:
+            return Phase1Output(loss=loss, logits=logits)
+        cache = Phase1Cache(after) if cache is None else cache
+        cache.groups, cache.length = after, begin + input_ids.shape[1]
+        cache.table = None if torch.is_grad_enabled() else table  # weights may change between the steps of a training
+        return Phase1Output(loss=loss, logits=logits, cache=cache)
 
-    def _loss(self, ids: Tensor, labels: Tensor, count: Tensor | int | None) -> Tensor:
+    def _loss(self, groups: list[Rows], ids: Tensor, labels: Tensor, count: Tensor | int | None) -> Tensor:
         """Mean over the labels, or their sum over `count`, those of all micro batches of a step."""
         self.model.config = dataclasses.replace(self.model.config, checkpointing=bool(self.gradient_checkpointing))
-        targets = F.pad(labels[:, 1:], (0, 1), value=-100)
-        loss = self.model.loss(ids, targets)
-        return loss if count is None else loss * (targets != -100).sum() / count
+        losses, numbers = [], []
+        for places, padding, _ in groups:
+            targets = labels[places, padding + 1 :]
+            number = (targets != IGNORE).sum()
+            if targets.shape[1] and (len(groups) == 1 or number):  # the mean over nothing is nan
+                losses.append(self.model.loss(ids[places, padding:-1], targets))
+                numbers.append(number)
+        if len(losses) == 1 and count is None:
+            return losses[0]
+        total = sum((loss * number for loss, number in zip(losses, numbers)), torch.zeros((), device=ids.device))
+        return total / (sum(numbers) if count is None else count)
 
 
-def _check_mask(mask: Tensor | None, alone: bool) -> None:
+def _joined(groups: list[Rows], parts: list[Tensor], rows: int, columns: int) -> Tensor:
+    """Logits of all rows, (B, columns, V), 0 at padding."""
+    if len(parts) == 1 and parts[0].shape[1] == columns:
+        return parts[0]
+    logits = parts[0].new_zeros(rows, columns, parts[0].shape[2])
+    for group, part in zip(groups, parts):
+        logits[group.places, columns - part.shape[1] :] = part
+    return logits
+
+
+def _groups(ids: Tensor, mask: Tensor | None, alone: bool) -> list[Rows]:
+    """The rows by the padding in front of their texts; `alone`: nothing follows, so that padding at their ends is allowed."""
+    everything = torch.arange(len(ids), device=ids.device)
     if mask is None or bool(mask.bool().all()):
-        return
-    if not alone or bool((mask.diff(dim=1) > 0).any()):
-        raise ValueError("rows must have no padding on the left, and none with a cache; give rows of one length at a time")
+        return [Rows(everything, 0, None)]
+    real = mask.bool()
+    if not bool(real.any(1).all()):
+        raise ValueError("a row must have a token that is no padding; got none; begin with end-of-text")
+    begins, ends = ~real[:, 0], ~real[:, -1]
+    changes = (real[:, 1:] != real[:, :-1]).sum(1)
+    if bool((changes != begins.int() + ends.int()).any()) or (bool(ends.any()) and not alone):
+        raise ValueError("a mask must be padding on the left, or on the right of what nothing follows; got another")
+    padding = (~real).int().cumprod(1).sum(1)
+    return [Rows(everything[padding == width], width, None) for width in padding.unique().tolist()]
+
+
+def _continued(groups: list[Rows], ids: Tensor, mask: Tensor | None) -> list[Rows]:
+    if mask is not None and not bool(mask[:, -ids.shape[1] :].bool().all()):
+        raise ValueError("what follows a cache must be no padding; got a mask with some; give rows of one length at a time")
+    if sum(len(group.places) for group in groups) != len(ids):
+        raise ValueError(f"a cache must be of as many rows as ids; got ids of {len(ids)} rows; begin without a cache")
+    return groups
 
 
 AutoConfig.register("phase1", Phase1Config, exist_ok=True)

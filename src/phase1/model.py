@@ -63,6 +63,9 @@ TABLES: dict[str, Callable[[ModelConfig, TokenStatistics | TokenVectors | None],
 States = list[Any]
 """What a text leaves for what follows it: the state of every block, then that of the copy head, where there is one."""
 
+OUT = (".out_proj", ".down_proj", ".o_proj")
+"""Names of the layers of a block that add to the residual stream; the last is what other people's mixers call theirs."""
+
 
 class Rows(NamedTuple):
     """All rows of the token table, computed once for many calls of `continue_from`."""
@@ -74,10 +77,10 @@ class Rows(NamedTuple):
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, mixer: Callable[[ModelConfig], nn.Module] | None = None) -> None:
         super().__init__()
         self.mixer_norm, self.mlp_norm = nn.RMSNorm(config.d_model), nn.RMSNorm(config.d_model)
-        self.mixer = _named(MIXERS, "--mixer", config.mixer)(config)
+        self.mixer = (mixer or _named(MIXERS, "--mixer", config.mixer))(config)
         self.mlp = MLP(config.d_model)
 
     def prove_kernels(self, dtype: torch.dtype) -> None:
@@ -99,9 +102,15 @@ class LanguageModel(nn.Module):
         config: sizes, mixer, table, loss and checkpointing.
         statistics: of the training text (phase1.vocabulary.statistics): TokenStatistics for an HTT table, TokenVectors for a
             dense one that starts from them; None, to measure costs or to load a checkpoint: a random start.
+        mixer: makes the sequence layer of a block, in place of what `config` names (`MIXERS` says what such a layer is).
     """
 
-    def __init__(self, config: ModelConfig, statistics: TokenStatistics | TokenVectors | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        statistics: TokenStatistics | TokenVectors | None = None,
+        mixer: Callable[[ModelConfig], nn.Module] | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.embedding = _named(TABLES, "--embedding", config.embedding)(config, statistics)
@@ -109,7 +118,7 @@ class LanguageModel(nn.Module):
             self.embedding.scale(config.row_norm)
         self.input_scale = math.sqrt(config.d_model) if config.input_scale is None else config.input_scale
         self.logit_scale = nn.Parameter(torch.full((1,), config.logit_scale)) if config.learnt_logit_scale else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(Block(config, mixer) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.d_model)
         self._initialize()
         # last, so that equal seeds give the rest of the model equal weights with and without it
@@ -122,7 +131,7 @@ class LanguageModel(nn.Module):
         for name, module in self.blocks.named_modules():
             if isinstance(module, nn.Linear) and module.bias is None:
                 # the two projections of a block that add to the residual stream are scaled so that it keeps its size
-                is_out = name.endswith((".out_proj", ".down_proj"))
+                is_out = name.endswith(OUT)
                 nn.init.normal_(module.weight, std=std / math.sqrt(2 * self.config.n_layers) if is_out else std)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -322,7 +331,7 @@ class LanguageModel(nn.Module):
             else:
                 x, rank = _run(lambda x, block=block, past=past: block(x, past)[::2], x, recompute)
             ranks.append(rank)
-        effective_rank = torch.stack(ranks).mean() if self.config.mixer == "ar_ssm" else None
+        effective_rank = None if any(rank is None for rank in ranks) else torch.stack(ranks).mean()
         return self.norm(x), new_states, effective_rank
 
     def _embed(self, ids: Tensor, table: Tensor | None) -> Tensor:
@@ -342,6 +351,11 @@ class LanguageModel(nn.Module):
                     f"ids must be between 0 and {self.config.vocab_size - 1}; got {found}; "
                     "use the tokenizer the model was trained with, or a larger --vocab-size"
                 )
+
+    def prove_kernels(self, dtype: torch.dtype) -> None:
+        """Let the kernels check themselves for inputs of `dtype`: in a compiled graph they cannot."""
+        for block in self.blocks:
+            block.prove_kernels(dtype)  # type: ignore[operator]
 
     def parameter_counts(self) -> dict[str, int]:
         """Numbers of parameters: total, and those of the token table, the mixers, the MLPs and the copy head."""

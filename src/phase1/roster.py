@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from phase1.config import YOUNGER, EngineShape, ModelConfig, ModelShape
+from phase1.factory import pinned, split
 
 TRANSFORMER: dict[str, Any] = {"mixer": "attention", "embedding": "dense", "copy_head": False}
 ROLES: dict[str, dict[str, Any]] = {
@@ -76,6 +77,30 @@ RIVALS: dict[str, dict[str, Any]] = {
 """The Transformers among the variants, by what they change of the baseline."""
 
 
+OWN: dict[str, Any] = TRANSFORMER | START | {"loss": "chunked", "checkpointing": False}
+"""The config that a user's own model gets: the same table and start for all, and no part that only the engine has."""
+
+
+def own_models(named: tuple[str, ...], shape: ModelShape, taken: tuple[str, ...] = (), **ranks: int) -> dict[str, ModelConfig]:
+    """What --model names, by NAME, each with the sizes of `shape`, `ranks` and the hash of its source.
+
+    taken: names that mean something else. Raises ValueError for one of them, one that is there twice, or no such module.
+    """
+    models: dict[str, ModelConfig] = {}
+    for text in named:
+        name, reference = split(text)
+        if name in taken or name in models or name.startswith("phase1_"):
+            raise ValueError(f"--model needs names of its own, each once; got {name}; write NAME={reference}")
+        sizes = {f.name: getattr(shape, f.name) for f in fields(EngineShape) if hasattr(shape, f.name)}
+        models[name] = ModelConfig(**(sizes | ranks | OWN | {"model": pinned(reference)}))
+    return models
+
+
+def sources(models: dict[str, ModelConfig]) -> dict[str, str] | None:
+    """The users' own among `models`, with the hashes of their sources: what else a result depends on; None if there is none."""
+    return {name: config.model for name, config in models.items() if config.model is not None} or None
+
+
 @dataclass(frozen=True)
 class Key:
     """The name of a model in a report, `baseline`, `phase1_htt16_ar32_seed1` or `no_gate`: parsed here and nowhere else."""
@@ -97,6 +122,8 @@ class Key:
     @classmethod
     def of(cls, config: ModelConfig) -> "Key":
         """The key of `config` in a perplexity report; `transformer` is one that no run of a comparison makes."""
+        if config.model is not None:
+            return cls(split(config.model)[0])
         if (config.mixer, config.embedding) == ("attention", "dense"):
             extras = {name: getattr(config, name) for name in FAIR | {"copy_head": True}}
             plain = {name: YOUNGER.get(name, False) for name in extras}

@@ -17,12 +17,17 @@ from phase1.config import (
     option,
     require_positive,
 )
+from phase1.factory import split
 from phase1.machine.cards import card_for
 from phase1.roster import Variant
 
 PIECES = option(
     None, "train the engine so many tokens of each sequence at a time, with exact gradients; whole sequences by default"
 )
+
+
+def _names(models: tuple[str, ...]) -> list[str]:
+    return [split(text)[0] for text in models]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +40,12 @@ class OutputConfig(Config):
         False, "keep the finished cases of an interrupted run of the same config, code and data", affects_results=False
     )
     verbose: bool = option(False, "print every table, not only the answer", affects_results=False)
+
+
+OWN_HELP = (
+    "models of your own beside the others, NAME=package.module:factory; as baseline=... one stands in for the Transformer that "
+    "the rest is compared with"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +63,7 @@ class MemoryRun(EngineShape, OutputConfig):
     )
     fit: bool = option(False, "find the largest batch at --seq-length and the longest sequence at a batch of 1 that train")
     dry_run: bool = option(False, "estimate without running anything, even if there is a GPU; without one it always estimates")
+    model: tuple[str, ...] = option((), OWN_HELP + ", as phase1=... for the engine")
     ablate: bool = option(False, "also measure baseline and engine with one component changed at a time: which saves how much")
 
     def __post_init__(self) -> None:
@@ -61,6 +73,8 @@ class MemoryRun(EngineShape, OutputConfig):
             require_positive(self, "piece_length")
         if self.card not in (None, "list"):
             card_for(str(self.card))
+        if self.ablate and any(name in ("baseline", "phase1") for name in _names(self.model)):
+            raise ValueError("--ablate changes parts of phase1's models; got --model in place of one; leave one of them out")
         if self.ablate and not self.baseline:
             raise ValueError("--ablate compares engine and baseline; got --no-baseline; leave one of them out")
 
@@ -91,6 +105,7 @@ class ThroughputRun(EngineShape, OutputConfig):
     decode_contexts: tuple[int, ...] = option(
         (1024, 4096, 16384, 65536, 131072), "tokens before the one that is generated; a verdict needs 8x"
     )
+    model: tuple[str, ...] = option((), OWN_HELP + ", as phase1=... for the engine")
     a_a: bool = option(False, "measure a second copy of the baseline (of the engine with --no-baseline): they must not differ")
     quadratic_control: bool = option(
         False,
@@ -102,6 +117,8 @@ class ThroughputRun(EngineShape, OutputConfig):
         require_positive(self, "seq_lengths", "batch_size", "measure_steps", "warmup_steps", "decode_contexts")
         if self.piece_length is not None:
             require_positive(self, "piece_length")
+        if self.decode and any(name in ("baseline", "phase1") for name in _names(self.model)):
+            raise ValueError("--decode generates with phase1's own models; got --model in place of one; leave one of them out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,12 +133,14 @@ class PerplexityRun(ModelShape, DataConfig, TrainConfig, OutputConfig):
     batch_size: int = option(8, "windows per forward pass of the evaluation; does not change the result")
     test_htt_ranks: tuple[int, ...] = option((16,), "HTT ranks to test, each with every AR-SSM rank", spellings=("htt_rank",))
     test_ar_ssm_ranks: tuple[int, ...] = option((32,), "AR-SSM ranks to test", spellings=("ar_ssm_max_rank",))
+    engine: bool = option(True, "train the engine, with every pair of ranks; without it --variants and --model are left")
     variants: tuple[Variant, ...] = option(
         (),
         "further models, with the first rank of each kind: the engine with a dense table that starts like its own, with and "
         "without copy head, with attention, with all ranks always on, without copy head, with as many layers as fit into the "
         "baseline; the Transformer with a copy head, with the engine's start, with all that AR-SSM's block has (fair)",
     )
+    model: tuple[str, ...] = option((), OWN_HELP + "; trained with --learning-rate, as baseline with its own")
     repeats: int = option(1, "trainings of every model, with --seed, --seed + 1, ...: how much of a difference is chance")
     checkpoint: tuple[str, ...] = option(
         (),
@@ -136,6 +155,9 @@ class PerplexityRun(ModelShape, DataConfig, TrainConfig, OutputConfig):
         super().__post_init__()
         require_positive(self, "seq_length", "batch_size", "test_htt_ranks", "test_ar_ssm_ranks", "repeats")
         require_positive(self, "baseline_learning_rate")
+        _names(self.model)
+        if not (self.engine or self.baseline or self.variants or self.model or self.checkpoint):
+            raise ValueError("--no-engine and --no-baseline leave no model; got no --variants and no --model; give one")
         for name in ("max_samples", "stride"):
             if getattr(self, name) is not None:
                 require_positive(self, name)
@@ -158,6 +180,16 @@ class TablesRun(Config):
         False, "in a checkout, and instead of all else: write docs/results.md and the results in both READMEs from its records"
     )
     verbose: bool = option(False, "print every table, not only what was written")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportRun(Config):
+    """One HTML page of the results in a folder: verdicts, plots, tables, how to repeat them."""
+
+    results_dir: str = option("results/benchmarks", "folder of a pipeline, of result files or of a training")
+    out: str | None = option(None, "file to write; report.html in --results-dir by default")
+    against: str | None = option(None, "folder or result file of an earlier run: what has changed since")
+    lang: Literal["en", "ja"] = option("en", "language of the page's own words")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,15 +216,38 @@ class TrainRun(ModelConfig, DataConfig, TrainConfig, WatchConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "seq_length")
-        if self.piece_length is not None and self.mixer == "attention":
-            raise ValueError("--piece-length needs a state that does not grow; got --mixer attention; leave one of them out")
+        if self.piece_length is not None and (self.mixer == "attention" or self.model is not None):
+            other = "--mixer attention" if self.model is None else "--model"
+            raise ValueError(f"--piece-length needs a state that does not grow; got {other}; leave one of them out")
+        if self.model is not None and self.sample_every:
+            raise ValueError("--sample-every writes with phase1's own models; got --model too; leave one of them out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckModelRun(Config):
+    """Whether a model of your own may be measured: causal, a loss in nats, learns, the same twice, any length and type."""
+
+    own_model: str = argument("[NAME=]package.module:factory")
+    vocab_size: int = option(256, "V that the factory gets")
+    d_model: int = option(64, "width that the factory gets")
+    n_layers: int = option(2, "layers that the factory gets")
+    n_heads: int = option(4, "heads that the factory gets")
+    seq_length: int = option(64, "T, tokens per sequence; shorter ones are tried too")
+    verbose: bool = option(False, "print the numbers of every check, not only of those that fail")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "vocab_size", "d_model", "n_layers", "n_heads")
+        if self.seq_length < 8:
+            raise ValueError(f"--seq-length must be at least 8; got {self.seq_length}; raise it")
+        split(self.own_model)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateRun(Config):
     """Text from a trained model, printed as it comes."""
 
-    checkpoint: str = option("results/checkpoints/train", "folder of the checkpoint")
+    checkpoint: str = option("results/checkpoints/train", "folder of the checkpoint, or one that phase1 export wrote")
     prompt: str | None = option(None, "text to go on from; without one the beginning of a document")
     prompt_file: str | None = option(None, "file with the text to go on from, UTF-8; - is standard input")
     max_tokens: int = option(200, "tokens per sample; fewer where the model ends the document")
@@ -230,7 +285,7 @@ class ExportRun(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineRun(OutputConfig):
-    """Memory, throughput, perplexity and tables, one after the other."""
+    """Memory, throughput, perplexity, tables and report, one after the other."""
 
     preset: Literal["rtx3080-10g", "rtx3080m-8g", "rtx4090-24g", "smoke"] = option("rtx3080-10g", "sizes of every step")
     dataset_name: str | None = option(

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import pytest
 import torch
 
 from phase1 import __version__
@@ -19,3 +20,17 @@ def test_doctor_prints_what_a_bug_report_needs(capsys):
 def test_doctor_names_no_home(capsys):
     doctor.main(DoctorRun())
     assert str(Path.home()) not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["xpu", "mps"])
+def test_an_accelerator_that_is_not_used_is_named(capsys, monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.xpu if name == "xpu" else torch.backends.mps, "is_available", lambda: True)
+    doctor.main(DoctorRun())
+    assert f"an accelerator is there and is not used ({name})" in capsys.readouterr().out
+
+
+def test_rocm_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4.1")
+    doctor.main(DoctorRun())
+    assert "6.4.1" in capsys.readouterr().out

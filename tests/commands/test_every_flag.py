@@ -5,15 +5,29 @@ from pathlib import Path
 
 import pytest
 
-from phase1.commands import compare, export, generate, memory, perplexity, pipeline, tables, throughput, train
+from phase1.commands import (
+    check_model,
+    compare,
+    export,
+    generate,
+    memory,
+    perplexity,
+    pipeline,
+    report,
+    tables,
+    throughput,
+    train,
+)
 from phase1.records import session
 from phase1.runs import (
+    CheckModelRun,
     CompareRun,
     ExportRun,
     GenerateRun,
     MemoryRun,
     PerplexityRun,
     PipelineRun,
+    ReportRun,
     TablesRun,
     ThroughputRun,
     TrainRun,
@@ -62,7 +76,8 @@ def data(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", ["memory", "throughput", "perplexity", "train", "generate", "export", "tables", "compare", "pipeline"]
+    "command",
+    ["memory", "throughput", "perplexity", "train", "generate", "export", "tables", "report", "compare", "pipeline", "check-model"],
 )
 def test_every_flag_is_read_by_its_command(command, data, tmp_path, monkeypatch, checkpoint):  # noqa: F811
     out = {"out_dir": str(tmp_path / "out")}
@@ -93,7 +108,9 @@ def test_every_flag_is_read_by_its_command(command, data, tmp_path, monkeypatch,
         "generate": (generate, lambda: GenerateRun(checkpoint=str(checkpoint), max_tokens=2)),
         "export": (export, lambda: ExportRun(**out, checkpoint=str(checkpoint))),
         "tables": (tables, lambda: TablesRun(**out, results_dir=RESULTS)),
+        "report": (report, lambda: ReportRun(results_dir=RESULTS, out=str(tmp_path / "r.html"), against=RESULTS)),
         "compare": (compare, lambda: CompareRun(old=RESULTS, new=RESULTS, fail_on="peak:+2%")),
+        "check-model": (check_model, lambda: CheckModelRun(own_model="examples.peers.ar_ssm:ar_ssm", d_model=16, seq_length=8)),
         "pipeline": (pipeline, lambda: PipelineRun(**out, preset="smoke")),
     }
     module, make = runs[command]

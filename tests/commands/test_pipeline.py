@@ -44,7 +44,7 @@ def test_every_step_runs_and_the_worst_decides(ends, code, monkeypatch, tmp_path
     step = Step(ends)
     monkeypatch.setattr(pipeline.importlib, "import_module", step)
     assert pipeline.main(PipelineRun(preset="smoke", out_dir=str(tmp_path))) == code
-    assert list(step.runs) == ["memory", "throughput", "perplexity", "tables"]
+    assert list(step.runs) == ["memory", "throughput", "perplexity", "tables", "report"]
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -10,6 +10,7 @@ import pytest
 from phase1 import tables
 from phase1.commands.tables import main
 from phase1.errors import Unavailable
+from phase1.records.metrics import FIELDS, METRICS
 from phase1.records.schema import FILES, write_report
 from phase1.runs import TablesRun
 from phase1.tables import build_tables
@@ -127,3 +128,13 @@ def test_every_table_that_there_may_be_is_known_by_its_name():
     sources = "".join(path.read_text() for path in Path(tables.__file__).parent.glob("*.py"))
     assert sorted(re.findall(r'\bTable\(\s*"(\w+)"', sources)) == sorted(tables.NAMES)
     assert {table.name for table in build_tables(all_reports())} <= set(tables.NAMES)
+
+
+def test_the_courses_of_trainings_are_tables_too(tmp_path):
+    rows = [dict.fromkeys(FIELDS) | {"step": i, "tokens": 32 * i, "loss": 5.0 - i / 3} for i in (1, 2)]
+    (tmp_path / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(TablesRun(results_dir=str(tmp_path), formats=("csv",))) == 0
+    with open(tmp_path / "tables" / "training_course.csv") as file:
+        assert [float(row["loss"]) for row in csv.DictReader(file)] == [row["loss"] for row in rows]
+    with open(tmp_path / "tables" / "training_comparison.csv") as file:
+        assert [row["Steps"] for row in csv.DictReader(file)] == ["2"]

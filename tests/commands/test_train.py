@@ -75,15 +75,18 @@ def test_the_first_lines_say_what_will_happen(run):
     assert first.startswith("phase1_htt2_ar4: 6,") or "parameters; 20 steps of 32 tokens = 640 tokens" in first
     assert "epochs of" in first and "FLOPs" in first
     assert second == "loss on 8 tokens of the valid split every 1 steps"
-    assert "training.png" in out and "next: phase1 perplexity" in out and "phase1 generate --checkpoint" in out
+    lines = out.splitlines()
+    assert len(lines) <= 25 and lines[0].startswith("Training of phase1_htt2_ar4 on ") and "trained on 640 tokens" in lines
+    assert [line.split()[2] for line in lines if line.startswith("next")] == ["generate", "perplexity", "report"]
+    assert any("training.png" in line and line.startswith("files") for line in lines) and any("valid text" in line for line in lines)
 
 
 def test_a_run_pauses_when_its_hours_are_over_and_goes_on_with_more(run, tmp_path):
     run("whole")
     out = run("a", "--max-hours", "1e-9").out
-    assert out.startswith("paused after 32 tokens") and "more of them goes on" in out
+    assert "\npaused after 32 tokens" in out and "more of them goes on" in out
     assert not read_index(tmp_path / "a")["facts"]["finished"]
-    assert run("a", "--max-hours", "1e-9").out.startswith("paused after 64 tokens")  # a step at a time: it always gets on
+    assert run("a", "--max-hours", "1e-9").out.count("\npaused after 64 tokens") == 1  # a step at a time: it always gets on
     run("a", "--max-hours", "100")
     assert weights(tmp_path / "a") == weights(tmp_path / "whole")  # the schedule is that of the whole run
     assert [row["step"] for row in read_metrics(tmp_path / "a" / METRICS)] == list(range(1, 21))
@@ -135,10 +138,58 @@ def test_without_limit_there_is_none():
     assert train.watch_of(parse("train", ["--eval-every", "0"]), None, None).max_seconds == math.inf
 
 
+def test_memory_that_runs_out_is_one_line_with_what_to_lower(run, monkeypatch):
+    monkeypatch.setattr(train, "train_to_checkpoint", lambda *a, **k: (_ for _ in ()).throw(MemoryError()))
+    err = run("a", code=3).err.splitlines()[-1]
+    assert "try --micro-batch-size 2, then --seq-length 4" in err
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """Runs whose scores are given, in turn; `made` counts them over all sessions."""
+    made = []
+
+    def scores(*values):
+        monkeypatch.setattr(train, "scorer", lambda *_: lambda model: made.append(1) or float(values[len(made) - 1]))
+
+    return scores
+
+
+def test_the_weights_of_the_lowest_score_are_kept_beside_the_last(run, scored, tmp_path):
+    scored(5, 4, 6, 4, 7)
+    out = run("a", "--eval-every", "4", "--keep-best").out
+    best, last = read_index(tmp_path / "a" / "best"), read_index(tmp_path / "a")
+    assert (best["step"], last["step"]) == (8, 20) and best["facts"]["trained_tokens"] == 8 * 32
+    assert "best/" in out and "trained on 640 tokens" in out
+    assert main(["generate", "--checkpoint", str(tmp_path / "a" / "best"), "--max-tokens", "2"]) == 0
+    run("plain", "--eval-every", "0")
+    assert weights(tmp_path / "plain") == weights(tmp_path / "a")
+    for _ in range(8):
+        run("short", "--eval-every", "0", "--max-hours", "1e-9")
+    assert weights(tmp_path / "short") == weights(tmp_path / "a" / "best")
+
+
+def test_patience_ends_a_training_that_gets_no_better_also_over_sessions(run, scored, tmp_path):
+    scored(5, 4, 6, 4, 7, 8)
+    out = run("a", "--eval-every", "2", "--patience", "2").out
+    assert "ended after 256 tokens: no lower loss on the valid text in 2 looks (--patience)" in out  # at step 8
+    assert read_index(tmp_path / "a")["step"] == 8 and not read_index(tmp_path / "a")["facts"]["finished"]
+    run("a", "--eval-every", "2", "--patience", "4")
+    assert read_index(tmp_path / "a")["step"] == 12  # scores 7 and 8: the fourth without a new lowest
+    assert "ended after 416 tokens" in run("a", "--eval-every", "2", "--patience", "4").out  # a step at a time
+    with_best = run("b", "--eval-every", "0", "--patience", "2", code=2).err
+    assert "need losses on the valid split" in with_best and with_best.count("\n") == 1
+
+
+def test_patience_without_a_valid_split_is_refused(run, tmp_path):
+    (tmp_path / "valid.txt").unlink()
+    assert "must have a valid split" in run("b", "--patience", "5", code=2).err
+
+
 def test_a_training_that_has_learnt_nothing_says_so_and_exits_3(run, tmp_path):
     out, err = run("a", "--learning-rate", "30", "--mixer", "attention", "--embedding", "dense", "--no-copy-head", code=3)
     loss = read_index(tmp_path / "a")["facts"]["loss"]
-    assert loss > math.log(300) and "written: " in out
+    assert loss > math.log(300) and "training.png" in out
     assert err.splitlines()[-1] == (
         f"phase1 train: the last loss, {loss:.3f}, is worse than guessing, which is ln V = {math.log(300):.3f}; "
         "lower --learning-rate, or train on more tokens"

@@ -18,7 +18,7 @@ def test_a_failure_is_printed_with_the_sizes_to_try():
 
 def test_throughput_is_printed_with_its_scaling():
     text = throughput_text(throughput_report())
-    for expected in ("97,524", "OOM", "O(N)", "1.0000", "39.063", "linear"):
+    for expected in ("97,524", "OOM", "O(N)", "1.0000", "39.06", "linear"):
         assert expected in text
 
 

@@ -104,9 +104,9 @@ def test_a_resumed_run_goes_on_in_the_files_of_the_first(tmp_path, monkeypatch):
 
 def test_time_is_up_counts_earlier_sessions(tmp_path, monkeypatch):
     _, progress = run(tmp_path, 100, monkeypatch, until=4, watch=Watch(max_seconds=10.0))
-    assert not progress.late
+    assert progress.end is None
     progress.clock.now += 1
-    assert progress.late
+    assert progress.end == "time"
 
 
 @pytest.mark.parametrize("seconds, text", [(0, "0s"), (59.6, "1m 00s"), (3725, "1h 02m"), (190_000, "2d 04h")])

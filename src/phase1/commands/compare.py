@@ -1,12 +1,9 @@
 """`phase1 compare`: two runs against each other, as a gate for regressions. Reads result files alone."""
 
 from collections import Counter
-from pathlib import Path
-from typing import Any
 
 from phase1.checks.regression import METRICS, Difference, Outcome, Rule, differences, parse_rules
-from phase1.records.collect import read_reports
-from phase1.records.schema import FILES, Report
+from phase1.records.collect import reports_at
 from phase1.runs import CompareRun
 from phase1.tables.grid import grid
 from phase1.tables.screen import Screen
@@ -71,15 +68,6 @@ def reason_line(difference: Difference) -> str:
     where = "" if difference.seq_length is None else f" at T = {difference.seq_length}"
     word = "lost" if difference.lost else "not comparable"
     return one_line(f"- {word}: {difference.metric} of {difference.model}{where}: {difference.reason}")
-
-
-def reports_at(text: str) -> dict[str, Report[Any]]:
-    """The reports at a path by kind; ValueError where there is none."""
-    reports = read_reports(Path(text))
-    if not reports:
-        expected = f"expected a folder with {' or '.join(FILES.values())}"
-        raise ValueError(f"{one_line(text)}: {expected}; got none of them; give the --out-dir of a run")
-    return reports
 
 
 def verdict(rule: Rule, found: list[Difference]) -> tuple[str, str]:

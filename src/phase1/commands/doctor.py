@@ -1,7 +1,8 @@
 """`phase1 doctor`: the block that belongs in a bug report."""
 
+from phase1.device import unused_accelerator
 from phase1.machine.environment import environment, free_gpu_bytes, free_ram_bytes, package_version
-from phase1.machine.probe import cuda_status, triton_status
+from phase1.machine.probe import cuda_status, rocm_version, triton_status
 from phase1.runs import DoctorRun
 
 PACKAGES = ("numpy", "scipy", "pydantic", "safetensors", "tokenizers", "datasets", "matplotlib", "tqdm")
@@ -12,9 +13,12 @@ def main(run: DoctorRun) -> int:
     facts = dict(environment())
     facts |= {name: package_version(name) for name in PACKAGES}
     facts |= {"free_ram_bytes": free_ram_bytes(), "free_gpu_bytes": free_gpu_bytes()}
+    facts |= {"hip": rocm_version(), "not_used": unused_accelerator()}
     facts |= {"cuda_works": cuda_status(), "triton_works": triton_status()}
     width = max(map(len, facts))
     print("\n".join(f"{name:<{width}}  {_text(name, value)}" for name, value in facts.items()))
+    if facts["not_used"]:
+        print(f"\nan accelerator is there and is not used ({facts['not_used']}): phase1 runs on GPUs of NVIDIA and on the CPU")
     print(f"\nnext  {next_step(str(facts['cuda_works']))}")
     return 0
 

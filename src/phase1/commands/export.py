@@ -12,6 +12,7 @@ from phase1.data.tokenizers import END_OF_TEXT
 from phase1.files import atomic_write
 from phase1.generation import load
 from phase1.runs import ExportRun
+from phase1.training.exported import CONFIG, PREFIX, TOKENIZER_KEY, WEIGHTS
 
 README = """# A phase1 model
 
@@ -26,7 +27,7 @@ text = tokenizer("The function returns", return_tensors="pt")
 print(tokenizer.decode(model.generate(**text, max_new_tokens=40, do_sample=True)[0]))
 ```
 
-Rows of a batch must be of one length. The logits are log-probabilities where the model has a copy head.
+Rows of a batch may be padded on the left. The logits are log-probabilities where the model has a copy head.
 """
 
 
@@ -38,18 +39,18 @@ def main(run: ExportRun) -> int:
     ids = {f"{name}_id": tokenizer.end_of_text for name in special}
     config: dict[str, Any] = {"model_type": "phase1", "architectures": ["Phase1ForCausalLM"], "dtype": "float32"}
     config |= {"use_cache": True, "tie_word_embeddings": False, "max_position_embeddings": decoder.trained_length}
-    config |= ids | asdict(model.config)
+    config |= ids | {TOKENIZER_KEY: tokenizer.fingerprint} | asdict(model.config)
     words: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left", "model_max_length": 10**9}
     words |= special | {"split_special_tokens": True}  # text that spells end-of-text is text, as in training
-    tensors = {f"model.{name}": tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
+    tensors = {f"{PREFIX}{name}": tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
     files = {
         TOKENIZER: tokenizer.to_json(),
         "tokenizer_config.json": _json(words),
         "generation_config.json": _json(ids),
         "README.md": README.format(folder=folder.name),
-        "config.json": _json(config),
+        CONFIG: _json(config),
     }
-    atomic_write(folder / "model.safetensors", save(tensors, {"format": "pt"}))
+    atomic_write(folder / WEIGHTS, save(tensors, {"format": "pt"}))
     for name, text in files.items():
         atomic_write(folder / name, text.encode())
     print(f"written: {folder}", f'in Python: import phase1.hf; AutoModelForCausalLM.from_pretrained("{folder}")', sep="\n")

@@ -5,8 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
+from phase1.device import device_type
 from phase1.errors import Unavailable, is_out_of_memory, reason
 from phase1.generation import Decoder, Sampling, continuation, load, state_bytes, text_of
 from phase1.runs import GenerateRun
@@ -17,7 +16,7 @@ BETWEEN = "\n----\n"  # samples
 
 def main(run: GenerateRun) -> int:
     """Print every sample as it comes: the prompt and what the model says after it."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_type()
     prompt = _prompt(run)
     try:
         decoder = load(

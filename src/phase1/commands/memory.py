@@ -20,11 +20,12 @@ from phase1.plots import plot_memory, plot_memory_timeline
 from phase1.progress import progress
 from phase1.records.schema import Ablation, Fit, MemoryResult, Report, exit_code
 from phase1.records.session import Session
-from phase1.roster import COMPILED, TRANSFORMERS, model_config
+from phase1.roster import COMPILED, CONTROLS, TRANSFORMERS, model_config, own_models, sources
 from phase1.runs import MemoryRun
 from phase1.tables.console import checks_text, memory_text
 from phase1.tables.grid import grid
 from phase1.tables.screen import Screen, conditions, memory_numbers, text
+from phase1.trainable import require_built
 
 PLOT: Final = "phase1_memory_breakdown.png"
 TIMELINE_PLOT: Final = "phase1_memory_timeline.png"
@@ -37,8 +38,10 @@ def main(run: MemoryRun) -> int:
         return 0
     card = None if run.card is None else card_for(run.card)
     free_bytes, limit = free_gpu_bytes(), limit_of(run)  # before this run takes some of it
-    session = Session(run, "memory")
-    cases = cases_of(run, limit, card)
+    wanted = models(run)
+    require_built(wanted.values())
+    session = Session(run, "memory", data=sources(wanted))
+    cases = cases_of(run, wanted, limit, card)
     results = with_reductions(dict(measured(cases, session)))
     if run.fit:
         results = with_fits(results, cases, session)
@@ -88,13 +91,13 @@ def cards_text() -> str:
     return grid(("--card", "name", "GB", "usable GB"), rows, [False, False, True, True])
 
 
-def cases_of(run: MemoryRun, limit: int | None, card: Card | None) -> dict[str, MemoryCase]:
+def cases_of(run: MemoryRun, wanted: dict[str, ModelConfig], limit: int | None, card: Card | None) -> dict[str, MemoryCase]:
     """What is measured, by role."""
     size = (run.batch_size, run.seq_length, limit, run.dry_run)
     chip = None if card is None else card.chip
     return {
         role: MemoryCase(model, *size, compiled=role in COMPILED, chip=chip, piece_length=run.piece_length)
-        for role, model in models(run).items()
+        for role, model in wanted.items()
     }
 
 
@@ -119,7 +122,8 @@ def models(run: MemoryRun) -> dict[str, ModelConfig]:
     """The models to measure, by role."""
     roles = TRANSFORMERS if run.baseline else ()
     engine = {} if run.gradient_checkpointing else {"checkpointing": False}
-    return {role: model_config(role, run) for role in roles} | {"phase1": model_config("phase1", run, **engine)}
+    usual = {role: model_config(role, run) for role in roles} | {"phase1": model_config("phase1", run, **engine)}
+    return usual | own_models(run.model, run, taken=(*TRANSFORMERS[1:], *CONTROLS))
 
 
 def limit_of(run: MemoryRun) -> int | None:

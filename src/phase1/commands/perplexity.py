@@ -17,12 +17,13 @@ from phase1.measure.perplexity.result import Text, measure
 from phase1.plots import plot_losses, plot_perplexity
 from phase1.records.schema import Check, PerplexityResult, Report, exit_code
 from phase1.records.session import Session
-from phase1.roster import Key
+from phase1.roster import Key, sources
 from phase1.runs import PerplexityRun
 from phase1.tables.console import checks_text, perplexity_text
 from phase1.tables.screen import Screen, perplexity_numbers, text
 from phase1.tables.screen import conditions as hardware
 from phase1.text import without_private
+from phase1.trainable import require_built
 from phase1.training.checkpoint import read_index
 
 PLOT: Final = "phase1_perplexity_comparison.png"
@@ -32,6 +33,7 @@ LOSSES_PLOT: Final = "phase1_perplexity_losses.png"
 def main(run: PerplexityRun) -> int:
     """Write the perplexity report and print it; see `PerplexityRun` for the flags."""
     models = candidates(run)
+    require_built(model.config for model in models)
     need = ("valid",) if all(m.checkpoint for m in models) else ("train", "valid")
     corpus = load_corpus(run, vocab_size=run.vocab_size, need=need, train_tokens=run.train_tokens)
     texts = [text_of(run, one) for one in (corpus, *further_texts(run, corpus))]
@@ -128,4 +130,5 @@ def data_identity(models: list[ScoredModel], texts: list[Text]) -> dict[str, str
     first = texts[0].corpus
     identity = {name: split.sha256 for name, split in first.splits.items()} | {"tokenizer": first.tokenizer.fingerprint}
     identity |= {f"also_evaluate {text.corpus.name}": text.corpus.splits["valid"].sha256 for text in texts[1:]}
+    identity |= sources({model.key: model.config for model in models}) or {}
     return identity | {model.key: content_id(read_index(model.checkpoint)) for model in models if model.checkpoint}

@@ -1,4 +1,4 @@
-"""`phase1 pipeline`: the four scripts one after the other; a step that fails does not stop the next."""
+"""`phase1 pipeline`: all measurements, their tables and a report one after the other; a failed step stops no other."""
 
 import contextlib
 import importlib
@@ -12,16 +12,18 @@ from phase1.config import Config, flags
 from phase1.errors import report_failure
 from phase1.files import atomic_write
 from phase1.machine.environment import deciding_settings, machine
+from phase1.page import NAME as REPORT
 from phase1.presets import PRESETS
 from phase1.records.collect import read_reports
 from phase1.records.journal import open_journal
 from phase1.records.schema import Check, Report
 from phase1.records.session import require_writable
-from phase1.runs import MemoryRun, PerplexityRun, PipelineRun, TablesRun, ThroughputRun
+from phase1.runs import MemoryRun, PerplexityRun, PipelineRun, ReportRun, TablesRun, ThroughputRun
 from phase1.tables.screen import Screen, conditions, model_title, text
 
 LOG = "phase1_pipeline.log"
 SUMMARY = "summary.md"
+OF_OTHERS = ("tables", "report")  # made of what the other steps left: made again by --resume
 WORDS = {0: "PASS", 1: "FAIL", 3: "INCONCLUSIVE"}
 
 
@@ -42,8 +44,8 @@ def main(run: PipelineRun) -> int:
             print(f"== phase1 {name} {flags(config)}".rstrip(), flush=True)
             step, started = partial(_run_step, name, config, None if run.verbose else log), time.monotonic()
             try:
-                codes[name] = step() if name == "tables" else journal.case(name, int, step)  # tables: of what the others left
-                word = WORDS.get(codes[name], "FAIL") if name != "tables" else "written"
+                codes[name] = step() if name in OF_OTHERS else journal.case(name, int, step)
+                word = WORDS.get(codes[name], "FAIL") if name not in OF_OTHERS else "written"
                 print(f"   {name}: {word}, {_minutes(time.monotonic() - started)}", flush=True)
             except Exception as error:
                 codes[name] = report_failure(name, error)
@@ -71,17 +73,13 @@ def screen(run: PipelineRun, failed: list[tuple[str, str]], seconds: float) -> S
     reports = {kind: report for kind, report in read_reports(out).items() if kind not in broken}
     checks = [check for report in reports.values() for check in report.checks]
     where = next((conditions(reports[kind]) for kind in ("throughput", "perplexity", "memory") if kind in reports), "no report")
-    plots = sorted(out.glob("*.png"))
+    files = f"tables: tables, *.png: {len(list(out.glob('*.png')))} plots, *.json: {len(reports)} result files"
     return Screen(
         question=f"phase1 summary: preset {run.preset}, {where}, {_minutes(seconds)}",
         numbers=list(_numbers(reports)),
         checks=checks,
         next=list(next_steps(run, failed, checks)),
-        files=[
-            out / SUMMARY,
-            out / LOG,
-            out / f"tables: tables, *.png: {len(plots)} plots, *.json: {len(reports)} result files",
-        ],
+        files=[*([out / REPORT] if "report" not in broken else []), out / SUMMARY, out / LOG, out / files],
         failed_steps=failed,
     )
 
@@ -134,4 +132,5 @@ def steps(run: PipelineRun) -> list[tuple[str, Config]]:
         ("throughput", ThroughputRun(**(common | {"save_plots": True} | sizes["throughput"]))),
         ("perplexity", PerplexityRun(**(common | {"checkpoint_dir": checkpoints} | sizes["perplexity"] | data))),
         ("tables", TablesRun(results_dir=run.out_dir, verbose=run.verbose)),
+        ("report", ReportRun(results_dir=run.out_dir)),
     ]

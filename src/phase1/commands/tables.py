@@ -6,12 +6,14 @@ from pathlib import Path
 from phase1.errors import Unavailable
 from phase1.files import atomic_write
 from phase1.records.collect import read_reports
+from phase1.records.metrics import METRICS
 from phase1.records.schema import FILES, Kind
 from phase1.runs import TablesRun
 from phase1.tables import NAMES, SUFFIXES, build_tables, render
 from phase1.tables.results_page import generated
 from phase1.tables.screen import Screen
 from phase1.tables.screen import text as screen_text
+from phase1.tables.training import training_tables, trainings_in
 from phase1.text import one_line
 
 
@@ -23,13 +25,14 @@ def main(run: TablesRun) -> int:
     if run.results_page:
         return _results_page(Path())
     results = Path(run.results_dir)
+    trainings = training_tables(trainings_in(results))
     reports = read_reports(results, _missing)
-    if not reports:
+    if not reports and not trainings:
         raise Unavailable(
             f"no result file in {results}; run phase1 memory, throughput or perplexity first, or give --results-dir"
         )
     out = results / "tables" if run.out_dir is None else Path(run.out_dir)
-    tables = build_tables(reports, run.hardware)
+    tables = build_tables(reports, run.hardware) + trainings
     files = {
         out / f"{table.name}{SUFFIXES[form]}": render(table, form) for table in tables for form in dict.fromkeys(run.formats)
     }
@@ -40,7 +43,7 @@ def main(run: TablesRun) -> int:
         print(one_line(f"not of these results: {path} is of an earlier run; remove it", 2000), file=sys.stderr)
     if run.verbose:
         print("\n".join(render(table, "markdown") for table in tables))
-    print(screen_text(screen(run, [table.name for table in tables], [FILES[kind] for kind in reports], out)))
+    print(screen_text(screen(run, [table.name for table in tables], [FILES[kind] for kind in reports] or [METRICS], out)))
     return 0
 
 

@@ -6,10 +6,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
-import torch
-
 from phase1.checks.throughput import control_checks, decoding_checks, throughput_checks
 from phase1.config import ModelConfig, flags
+from phase1.device import device_type
 from phase1.machine.isolate import run_isolated
 from phase1.measure.throughput.decode import measure_decoding
 from phase1.measure.throughput.disturbances import model_warnings, run_warnings
@@ -22,12 +21,13 @@ from phase1.plots import plot_throughput
 from phase1.progress import progress
 from phase1.records.schema import Decoding, Report, ThroughputResult, exit_code
 from phase1.records.session import Session
-from phase1.roster import COMPILED, ROLES, model_config
+from phase1.roster import COMPILED, CONTROLS, ROLES, TRANSFORMERS, model_config, own_models, sources
 from phase1.runs import ThroughputRun
 from phase1.stats.scaling import enough_lengths
 from phase1.tables import decoding_comparison
 from phase1.tables.console import checks_text, console, throughput_text
 from phase1.tables.screen import Screen, conditions, decoding_numbers, text, throughput_numbers
+from phase1.trainable import require_built
 from phase1.training.step import compute_dtype, require_gpu_for_graphs
 
 PLOT: Final = "phase1_throughput_comparison.png"
@@ -41,10 +41,12 @@ def main(run: ThroughputRun) -> int:
 
     Raises ValueError for CUDA graphs without a GPU.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_type()
     if run.cuda_graphs:
         require_gpu_for_graphs(device)
-    session, wanted = Session(run, "throughput"), models(run)
+    wanted = models(run)
+    require_built(wanted.values())
+    session = Session(run, "throughput", data=sources(wanted))
     precision = str(compute_dtype("auto", device)).removeprefix("torch.")
     way: Way = plain_way(run)
     if device == "cuda":
@@ -109,7 +111,8 @@ def models(run: ThroughputRun) -> dict[str, ModelConfig]:
     roles = [role for role in ROLES if run.baseline or role == "phase1"]
     roles += ["quadratic_control"] * run.quadratic_control
     roles += ["baseline_again" if run.baseline else "engine_again"] * run.a_a
-    return {role: model_config(role, run) for role in roles}
+    usual = {role: model_config(role, run) for role in roles}
+    return usual | own_models(run.model, run, taken=(*TRANSFORMERS[1:], *CONTROLS))
 
 
 def measured(

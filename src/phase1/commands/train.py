@@ -3,14 +3,18 @@
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from phase1.advice import smaller
 from phase1.config import DataConfig, ModelConfig, TrainConfig, flags, part_of, to_toml
 from phase1.data import Corpus, load_corpus
+from phase1.device import device_type
 from phase1.errors import Unavailable, is_out_of_memory, reason
+from phase1.factory import pinned
 from phase1.files import atomic_write
 from phase1.generation import Decoder, Sampling, continuation, text_of
 from phase1.machine.environment import total_gpu_bytes
@@ -24,9 +28,13 @@ from phase1.plots import plot_training
 from phase1.records.metrics import METRICS, read_metrics
 from phase1.records.session import require_writable
 from phase1.roster import Key
-from phase1.runs import GenerateRun, PerplexityRun, TrainRun
+from phase1.runs import GenerateRun, PerplexityRun, ReportRun, TrainRun
+from phase1.tables.screen import Screen, text
 from phase1.text import one_line
-from phase1.training.job import train_to_checkpoint
+from phase1.trainable import Trainable, build
+from phase1.training.checkpoint import INDEX
+from phase1.training.job import BEST, train_to_checkpoint
+from phase1.training.pieces import in_pieces
 from phase1.training.step import compute_dtype, total_steps
 from phase1.training.trackers import tracker
 from phase1.training.watch import Watch
@@ -36,6 +44,7 @@ SETTINGS = "run.toml"  # a file that --config reads
 SCORES = 20  # validation losses of a run, by default
 SHARE = 500  # training tokens per token of a validation loss: all of them together cost about 1 % of the time
 SAMPLE_TOKENS = 40
+UNKNOWN = "n/a"
 UNDECIDED = 3  # the exit status of a training that has learnt nothing
 
 
@@ -46,37 +55,75 @@ def main(run: TrainRun) -> int:
     corpus = load_corpus(run, vocab_size=run.vocab_size, need=("train",), train_tokens=run.train_tokens)
     valid = _valid(run)
     model_config, train_config = part_of(ModelConfig, run), part_of(TrainConfig, run)
+    if model_config.model is not None:
+        model_config = replace(model_config, model=pinned(model_config.model))
     for line in plan(run, model_config, corpus, valid):
         print(one_line(line, 500), file=sys.stderr, flush=True)
     watch = watch_of(run, corpus, valid)
     try:
-        facts = train_to_checkpoint(model_config, train_config, corpus, run.seq_length, folder, label=run.mixer, watch=watch)
+        configs = model_config, train_config
+        facts = train_to_checkpoint(*configs, corpus, run.seq_length, folder, label=label(model_config), watch=watch)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        shorter = f"--piece-length {max(1, (run.piece_length or run.seq_length) // 4)}"
-        shorter = "a smaller --seq-length" if run.mixer == "attention" else shorter
-        smaller = f"try --micro-batch-size {max(1, run.micro_batch_size // 2)}, then {shorter}"
-        raise Unavailable(f"{reason(error)}; {smaller}") from error
+        shorter = max(1, (run.piece_length or run.seq_length) // 4)
+        pieces = (f"--piece-length {shorter}",) if in_pieces(model_config, shorter) else ()
+        length = None if pieces else ("--seq-length", run.seq_length)
+        ladder = smaller(batch=("--micro-batch-size", run.micro_batch_size), length=length, more=pieces)
+        raise Unavailable(f"{reason(error)}; {ladder}") from error
     atomic_write(folder / SETTINGS, to_toml(run).encode())
-    written = [folder]
-    if (folder / METRICS).exists():
-        unigram = None if valid is None else unigram_entropy(valid.splits["valid"].ids)
-        written.append(plot_training({folder.name: read_metrics(folder / METRICS)}, folder / PLOT, unigram))
-    done = f"{facts['trained_tokens']:,} tokens in {facts['train_seconds']:.0f} s, last loss {facts['loss']:.3f}"
-    if not facts["finished"]:
-        print(f"paused after {done}: --max-hours {run.max_hours:g} are over; the same command with more of them goes on")
-        return 0
-    print(f"trained on {done}")
-    if skipped := facts.get("skipped_steps"):
-        print(f"of these steps {skipped} changed nothing: their gradients overflowed, and the loss scale was lowered")
-    text = f"text from it: phase1 generate {flags(GenerateRun(checkpoint=run.out_dir))}".rstrip()
-    print(*(f"written: {path}" for path in written), text, next_command(run, model_config), sep="\n")
+    rows = read_metrics(folder / METRICS) if (folder / METRICS).exists() else []
+    unigram = None if valid is None else unigram_entropy(valid.splits["valid"].ids)
+    plots = [plot_training({folder.name: rows}, folder / PLOT, unigram)] if rows else []
+    print(text(screen(run, model_config, facts, rows, unigram, plots)))
     if facts["loss"] > (guess := math.log(run.vocab_size)):
         worse = f"the last loss, {facts['loss']:.3f}, is worse than guessing, which is ln V = {guess:.3f}"
         print(f"phase1 train: {worse}; lower --learning-rate, or train on more tokens", file=sys.stderr)
         return UNDECIDED
     return 0
+
+
+def screen(
+    run: TrainRun,
+    model: ModelConfig,
+    facts: dict[str, Any],
+    rows: list[dict[str, Any]],
+    unigram: float | None,
+    plots: list[Path],
+) -> Screen:
+    """How well the model predicts now, and what to do with it."""
+    folder, own = Path(run.out_dir), run.model is None
+    seconds, tokens = facts["train_seconds"], facts["trained_tokens"]
+    numbers = [f"training text   loss {facts['loss']:.3f}, mean of the last steps {_last(rows, 'loss')}"]
+    if (valid := _last(rows, "val_loss")) != UNKNOWN:
+        best = min(row["val_loss"] for row in rows if row["val_loss"] is not None)
+        numbers.append(f"valid text      loss {valid}, best {best:.3f}; {unigram:.3f} is what token frequencies alone reach")
+    if seconds:
+        numbers.append(f"speed           {tokens / seconds:,.0f} tokens/s, {seconds:,.0f} s in all")
+    if skipped := facts.get("skipped_steps"):
+        numbers.append(f"of these steps {skipped} changed nothing: their gradients overflowed, and the loss scale was lowered")
+    answer = f"trained on {tokens:,} tokens"
+    if facts.get("ended_by") == "patience":
+        answer = f"ended after {tokens:,} tokens: no lower loss on the valid text in {run.patience} looks (--patience)"
+    elif not facts["finished"]:
+        hours = f"--max-hours {run.max_hours:g} are over"
+        answer = f"paused after {tokens:,} tokens: {hours}; the same command with more of them goes on"
+    return Screen(
+        question=f"Training of {Key.of(model)} on {facts['data']['name']}: how well does it predict?",
+        numbers=numbers,
+        answer=answer,
+        next=[
+            *([f"phase1 generate {flags(GenerateRun(checkpoint=run.out_dir))}".rstrip() + "   text from it"] if own else []),
+            f"{next_command(run, model)}   its perplexity",
+            f"phase1 report {flags(ReportRun(results_dir=run.out_dir))}   its course on one page",
+        ],
+        files=[folder / INDEX, *(path for path in (folder / BEST / INDEX, folder / METRICS) if path.exists()), *plots],
+    )
+
+
+def _last(rows: list[dict[str, Any]], name: str) -> str:
+    """The last known value of a column."""
+    return next((f"{row[name]:.3f}" for row in reversed(rows) if row[name] is not None), UNKNOWN)
 
 
 def _valid(run: TrainRun) -> Corpus | None:
@@ -86,7 +133,7 @@ def _valid(run: TrainRun) -> Corpus | None:
     try:
         return load_corpus(run, vocab_size=run.vocab_size, need=("valid",))
     except (ValueError, Unavailable) as error:
-        if run.eval_every is not None:
+        if run.eval_every is not None or run.keep_best or run.patience is not None:
             raise
         print(one_line(f"no loss on a valid split during the training: {error}", 500), file=sys.stderr)
         return None
@@ -96,19 +143,18 @@ def plan(run: TrainRun, model: ModelConfig, corpus: Corpus, valid: Corpus | None
     """What will happen, before it does: sizes, work, precision and why, memory, and whether that can fit."""
     steps, tokens = total_steps(run, run.seq_length), run.train_batch_size * run.seq_length
     with torch.device("meta"):
-        parameters = LanguageModel(model).parameter_counts()["total"]
+        parameters = build(model).parameter_counts()["total"]
     windows = max(1, (len(corpus.splits["train"].ids) - 1) // run.seq_length)
-    flops = step_flops(model, min(run.micro_batch_size, run.train_batch_size), run.seq_length)
-    flops *= math.ceil(run.train_batch_size / run.micro_batch_size)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    flops = "" if run.model is not None else f"; {steps * flops_of(run, model):.2e} FLOPs"
+    device = device_type()
     epochs = steps * run.train_batch_size / windows
     lines = [
         f"{Key.of(model)}: {parameters:,} parameters; {steps:,} steps of {tokens:,} tokens = {steps * tokens:,} tokens, "
-        f"{epochs:.2f} epochs of {corpus.name}; {steps * flops:.2e} FLOPs; {precision(run.precision, device)}"
+        f"{epochs:.2f} epochs of {corpus.name}{flops}; {precision(run.precision, device)}"
     ]
     if valid is not None:
         lines.append(f"loss on {_windows(run, valid) * run.seq_length:,} tokens of the valid split every {_every(run)} steps")
-    if device == "cuda":
+    if device == "cuda" and run.model is None:
         size = min(run.micro_batch_size, run.train_batch_size), run.seq_length
         case = MemoryCase(model, *size, piece_length=run.piece_length)
         needed, total = estimate_memory(case, chip_of(case)).needed_bytes, total_gpu_bytes()
@@ -116,6 +162,17 @@ def plan(run: TrainRun, model: ModelConfig, corpus: Corpus, valid: Corpus | None
         remedy = "" if fits else f"; it does not fit: try --micro-batch-size {max(1, case.batch_size // 2)}"
         lines.append(f"memory: {needed / 1e9:.2f} GB estimated, of {(total or 0) / 1e9:.2f} GB{remedy}")
     return lines
+
+
+def flops_of(run: TrainRun, model: ModelConfig) -> int:
+    """Of one optimizer step."""
+    flops = step_flops(model, min(run.micro_batch_size, run.train_batch_size), run.seq_length)
+    return flops * math.ceil(run.train_batch_size / run.micro_batch_size)
+
+
+def label(model: ModelConfig) -> str:
+    """What a model is called while it trains."""
+    return model.mixer if model.model is None else str(Key.of(model))
 
 
 def precision(asked: str, device: str) -> str:
@@ -137,6 +194,8 @@ def watch_of(run: TrainRun, corpus: Corpus, valid: Corpus | None) -> Watch:
         sample=sampler(run, corpus) if run.sample_every else None,
         sample_every=run.sample_every,
         max_seconds=3600 * hours,
+        keep_best=run.keep_best,
+        patience=run.patience,
         trackers=[tracker(name, Path(run.out_dir), asdict(run)) for name in run.report_to],
     )
 
@@ -150,7 +209,7 @@ def _windows(run: TrainRun, valid: Corpus) -> int:
     return min(max(1, tokens // run.seq_length), math.ceil(len(valid.splits["valid"].ids) / run.seq_length))
 
 
-def scorer(run: TrainRun, valid: Corpus) -> Callable[[LanguageModel], float]:
+def scorer(run: TrainRun, valid: Corpus) -> Callable[[Trainable], float]:
     """The loss that `phase1 perplexity --max-samples` finds on the first windows of the valid split."""
     split = valid.splits["valid"]
     protocol = Protocol(
@@ -163,19 +222,20 @@ def scorer(run: TrainRun, valid: Corpus) -> Callable[[LanguageModel], float]:
         max_windows=_windows(run, valid),
     )
 
-    def score(model: LanguageModel) -> float:
-        dtype = compute_dtype(run.precision, model.norm.weight.device)
+    def score(model: Trainable) -> float:
+        dtype = compute_dtype(run.precision, next(model.parameters()).device)
         at_once = {"batch_size": run.micro_batch_size, "piece_length": run.piece_length}
         return evaluate(model, split.ids, protocol, dtype=dtype, label=None, **at_once).loss  # type: ignore[arg-type]
 
     return score
 
 
-def sampler(run: TrainRun, corpus: Corpus) -> Callable[[LanguageModel], str]:
+def sampler(run: TrainRun, corpus: Corpus) -> Callable[[Trainable], str]:
     """A short text, by draws of its own: no random number of the training is used."""
     tokenizer = corpus.tokenizer
 
-    def sample(model: LanguageModel) -> str:
+    def sample(model: Trainable) -> str:
+        assert isinstance(model, LanguageModel)  # TrainRun allows no samples of others
         was_training = model.training
         try:
             decoder = Decoder(model, tokenizer)
@@ -194,6 +254,7 @@ def next_command(run: TrainRun, model: ModelConfig) -> str:
     """What evaluates the model of `run`: same data and tokenizer, windows of the same length."""
     data = {f.name: getattr(run, f.name) for f in fields(DataConfig)}
     evaluation = PerplexityRun(
-        **data, vocab_size=run.vocab_size, seq_length=run.seq_length, checkpoint=(f"{Key.of(model)}={run.out_dir}",)
+        **data, vocab_size=run.vocab_size, seq_length=run.seq_length, checkpoint=(f"{Key.of(model)}={run.out_dir}",),
+        model=() if run.model is None else (f"{Key.of(model)}={run.model}",),
     )
-    return f"next: phase1 perplexity {flags(evaluation)}"
+    return f"phase1 perplexity {flags(evaluation)}"

@@ -19,7 +19,7 @@ _DIGEST_BYTES = 32
 
 
 def cached_ids(cache_dir: Path, key: dict[str, Any], dtype: np.dtype, compute: Callable[[], np.ndarray]) -> np.ndarray:
-    """`compute()`, or its result of an earlier call with the same `key`.
+    """`compute()`, or its result of an earlier call with the same `key`: then its file, mapped, not read into memory.
 
     A file is the SHA-256 of the ids' bytes and the ids, little-endian; one that does not match is made again.
     """
@@ -27,13 +27,24 @@ def cached_ids(cache_dir: Path, key: dict[str, Any], dtype: np.dtype, compute: C
     path = cache_dir / "tokens" / f"{name}.{dtype.name}"
     stored = dtype.newbyteorder("<")
     if path.is_file():  # no pipe
-        data = path.read_bytes()
-        if hashlib.sha256(memoryview(data)[_DIGEST_BYTES:]).digest() == data[:_DIGEST_BYTES]:
-            return np.frombuffer(data, dtype=stored, offset=_DIGEST_BYTES).astype(dtype)
+        ids = _mapped(path, stored)
+        if ids is not None:
+            return ids.astype(dtype, copy=False)
     ids = compute()
     raw = ids.astype(stored, copy=False).tobytes()
     store(path, hashlib.sha256(raw).digest() + raw)
     return ids
+
+
+def _mapped(path: Path, stored: np.dtype) -> np.ndarray | None:
+    """The ids of a file, read where they are used; None where it is damaged."""
+    with path.open("rb") as file:
+        digest = file.read(_DIGEST_BYTES)
+        if hashlib.file_digest(file, "sha256").digest() != digest or (size := file.tell() - _DIGEST_BYTES) % stored.itemsize:
+            return None
+    if not size:  # nothing can be mapped
+        return np.empty(0, stored)
+    return np.memmap(path, stored, "c", _DIGEST_BYTES)  # "c": what is written to it stays in memory
 
 
 def store(path: Path, data: bytes) -> None:

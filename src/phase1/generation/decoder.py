@@ -12,6 +12,7 @@ from phase1.data.tokenizers import Tokenizer
 from phase1.generation.replay import GraphedStep
 from phase1.model import LanguageModel
 from phase1.training.checkpoint import load_model, read_index, training_facts
+from phase1.training.exported import is_exported, load_exported
 from phase1.training.step import compute_dtype, require_gpu_for_graphs
 
 PIECE = 1024  # tokens of a prompt at a time: what a piece needs besides the state does not grow with the prompt
@@ -107,7 +108,7 @@ def load(
     copy_head: bool = True,
     cuda_graphs: bool = False,
 ) -> Decoder:
-    """The model and the tokenizer of a checkpoint.
+    """The model and the tokenizer of a checkpoint, or of a folder that `phase1 export` wrote.
 
     Args:
         precision: auto, fp16, bf16 or fp32 as in training.
@@ -117,10 +118,15 @@ def load(
         ValueError: missing or damaged, without a tokenizer or with another one than that of the training.
     """
     folder = Path(folder).expanduser()
-    facts = training_facts(folder, read_index(folder))
-    model, _ = load_model(folder)
+    if is_exported(folder):
+        model, facts = load_exported(folder)
+    else:
+        facts = training_facts(folder, read_index(folder))
+        loaded, _ = load_model(folder)
+        assert isinstance(loaded, LanguageModel)  # what load_model gives where no --model is allowed
+        model = loaded
     found = _tokenizer(folder, tokenizer)
-    if found.fingerprint != facts["tokenizer"]:
+    if facts["tokenizer"] not in (None, found.fingerprint):
         raise ValueError(
             f"the tokenizer must be that of the training, fingerprint {facts['tokenizer']:.12}; got {found.name}, "
             f"{found.fingerprint:.12}; give --tokenizer gpt2 or the folder of the right tokenizer.json"

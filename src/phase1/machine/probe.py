@@ -13,8 +13,8 @@ def cuda_status() -> str:
     """Compute a small product on the GPU and check it; the answer is "works" or why not."""
     import torch
 
-    if torch.version.cuda is None:
-        return "no: this PyTorch is built without CUDA"
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "no: this PyTorch is built without CUDA and ROCm"
     if not torch.cuda.is_available():
         return "no: PyTorch sees no GPU (no driver, too old a driver, or CUDA_VISIBLE_DEVICES hides it)"
     outcome = run_isolated(_multiply, timeout_s=SECONDS)
@@ -43,3 +43,10 @@ def _multiply() -> bool:
 def _run_kernel() -> bool:
     kernel: Any = importlib.import_module("phase1.machine.probe_kernel")
     return bool(kernel.doubles())
+
+
+def rocm_version() -> str | None:
+    """The version of ROCm that PyTorch was made for, None where it was made for CUDA or the CPU."""
+    import torch
+
+    return torch.version.hip

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from phase1.model import LanguageModel
 from phase1.records.schema import Execution
+from phase1.trainable import Trainable
 from phase1.training.compiler import compile_losses
 from phase1.training.graphed_pieces import GraphedPieces
 from phase1.training.micro_batch import GraphedMicroBatch
@@ -96,7 +96,9 @@ def execution(state: TrainState, compiler: Compiler | None) -> Execution:
     with uncompiled(state.model), _Watch() as watch, autocast:
         state.model.loss(ids, ids)  # with its graph: kernels of attention differ where there is none
     precision = watch.types.most_common(1)[0][0] if watch.types else str(state.dtype).removeprefix("torch.")
-    attention = _attention(watch.names) if state.model.config.mixer == "attention" else None
+    config, fused = state.model.config, any("scaled_dot_product" in name for name in watch.names)
+    attends = fused if config.model is not None else config.mixer == "attention"
+    attention = _attention(watch.names) if attends else None
     kernels = "triton" if device.type == "cuda" and find_spec("triton") else "torch"
     found = Execution(
         device=device.type,
@@ -111,7 +113,7 @@ def execution(state: TrainState, compiler: Compiler | None) -> Execution:
 
 
 @contextmanager
-def uncompiled(model: LanguageModel) -> Iterator[None]:
+def uncompiled(model: Trainable) -> Iterator[None]:
     """Within the block the loss runs uncompiled: a compiled one hides its operators, and would compile for one more shape."""
     compiled = vars(model).pop("losses", None)
     try:

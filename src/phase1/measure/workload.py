@@ -1,13 +1,13 @@
 """The workload of memory and throughput: a model ready to train, and random tokens to train it on."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from phase1.config import ModelConfig, TrainConfig
-from phase1.model import LanguageModel
+from phase1.trainable import Trainable, build
 from phase1.training.step import TrainState, make_train_state
 
 Precision = Literal["auto", "fp16", "bf16", "fp32"]
@@ -20,13 +20,13 @@ def make_workload(
     precision: Precision = "auto",
     compile: bool = False,
     cuda_graphs: bool = False,
-    model_class: type[LanguageModel] = LanguageModel,
+    make: Callable[[ModelConfig], Trainable] = build,
     piece_length: int | None = None,
 ) -> TrainState:
     """The training state of a new model, made as `phase1 train` makes it."""
     torch.manual_seed(SEED)
     config = TrainConfig(precision=precision, compile=compile, cuda_graphs=cuda_graphs, piece_length=piece_length)
-    return make_train_state(model_class(model), config, device)
+    return make_train_state(make(model), config, device)
 
 
 def scores_bytes(config: ModelConfig, batch_size: int, seq_length: int) -> int:

@@ -3,6 +3,7 @@
 import functools
 import io
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,9 +46,9 @@ def in_own_style(plot: Callable[..., Path]) -> Callable[..., Path]:
     """`plot`, made within `own_style`."""
 
     @functools.wraps(plot)
-    def plain(report: Report[Any], path: Path | str) -> Path:
+    def plain(*given: Any, **options: Any) -> Path:
         with own_style():
-            return plot(report, path)
+            return plot(*given, **options)
 
     return plain
 
@@ -105,9 +106,19 @@ def clean(axes: "Axes") -> None:
 
 
 def save(figure: "Figure", path: Path | str) -> Path:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
+    """As PNG, or as SVG where `path` ends so: text as text, and the same bytes for the same figure."""
     image = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(image, metadata={"Software": None}, pil_kwargs=None)
+    if Path(path).suffix == ".svg":
+        import matplotlib
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+        as_text = matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "phase1"})
+        with as_text, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # whoever shows the text brings the font
+            FigureCanvasSVG(figure).print_svg(image, metadata={"Date": None, "Creator": None})
+    else:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        FigureCanvasAgg(figure).print_png(image, metadata={"Software": None}, pil_kwargs=None)
     atomic_write(path, image.getvalue())
     return Path(path)

@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from phase1.plots.figure import OTHER_COLORS, clean, escaped, limit_line, new_figure, save
+from phase1.plots.figure import OTHER_COLORS, clean, escaped, in_own_style, limit_line, new_figure, save
 
 
+@in_own_style
 def plot_training(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path | str, unigram_loss: float | None = None) -> Path:
     """Rows of metrics.jsonl by the name of their run; the loss thin, the validation loss with marks. Returns `path`.
 

@@ -29,6 +29,15 @@ def read_reports(path: Path, missing: Callable[[Kind, Path], object] = lambda ki
     return reports
 
 
+def reports_at(text: str) -> dict[str, Report[Any]]:
+    """The reports at a path by kind; ValueError where there is none."""
+    reports = read_reports(Path(text))
+    if not reports:
+        expected = f"expected a folder with {' or '.join(FILES.values())}"
+        raise ValueError(f"{one_line(text)}: {expected}; got none of them; give the --out-dir of a run")
+    return reports
+
+
 def _kind(path: Path) -> Kind:
     """The kind that the file declares."""
     try:

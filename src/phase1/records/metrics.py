@@ -19,12 +19,15 @@ of all sessions."""
 
 
 class MetricsLog:
-    """Appends to the file at `path`, after removing an incomplete last line and all objects after `step`."""
+    """Appends to the file at `path`, after removing an incomplete last line and all objects after `step`.
+
+    `rows` are those that were there.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        kept = [row for row in read_metrics(path) if row["step"] <= step] if path.exists() else []
-        content = "".join(_line(row) for row in kept).encode()
+        self.rows = [row for row in read_metrics(path) if row["step"] <= step] if path.exists() else []
+        content = "".join(_line(row) for row in self.rows).encode()
         if not path.exists() or path.read_bytes() != content:
             atomic_write(path, content)
         self._file = open_to_append(path)

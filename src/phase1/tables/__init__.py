@@ -34,6 +34,7 @@ __all__ = [
 NAMES = (
     "memory_comparison", "memory_breakdown", "memory_ablation", "fit_comparison", "throughput_comparison", "scaling_comparison",
     "decoding_comparison", "perplexity_comparison", "loss_comparison", "configuration_comparison",
+    "training_comparison", "training_course",
 )  # fmt: skip
 """Names of all tables: a file of such a name that this run did not write belongs to other results."""
 

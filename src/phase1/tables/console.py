@@ -58,10 +58,13 @@ def perplexity_text(report: Report[PerplexityResult]) -> str:
 
 
 def _console(table: Table, report: Report) -> str:
-    """The table without the notes that are printed elsewhere (checks, warnings) or known (the command)."""
-    printed_elsewhere = tuple(f"{check.status.upper()} {check.name}: " for check in report.checks) + ("Command: ", WARNING)
-    notes = tuple(note for note in table.notes if not note.startswith(printed_elsewhere))
-    return console(replace(table, notes=notes))
+    return console(without_common_notes(table, report))
+
+
+def without_common_notes(table: Table, report: Report) -> Table:
+    """Without the checks, which stand by themselves, warnings, and the command, which the user has typed."""
+    elsewhere = tuple(f"{check.status.upper()} {check.name}: " for check in report.checks) + ("Command: ", WARNING)
+    return replace(table, notes=tuple(note for note in table.notes if not note.startswith(elsewhere)))
 
 
 def checks_text(checks: Iterable[Check]) -> str:

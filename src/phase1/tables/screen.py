@@ -82,7 +82,7 @@ def _checks(checks: Sequence[Check], room: int) -> list[str]:
     order = sorted(checks, key=lambda check: ("fail", "inconclusive", "pass").index(check.status))
     blocks = []
     for check in order:
-        value, limit = _values(check)
+        value, limit = values_of(check)
         line = f"{WORDS[check.status]:<13} {one_line(claim(check.name)):<44.44} {value:>12} {limit}".rstrip()
         why = _wrap(check.detail, "              ")[:2] if check.status != "pass" else []
         blocks.append([line, *why])
@@ -122,7 +122,7 @@ def model_title(key: str) -> str:
     return words if parsed.seed is None else f"{words}, seed {parsed.seed}"
 
 
-def _values(check: Check) -> tuple[str, str]:
+def values_of(check: Check) -> tuple[str, str]:
     """Value and limit in the unit of the check."""
     if check.name.startswith("fits_"):
         return _with_unit(check.value, 1e-9, "GB", 2), f"limit {_with_unit(check.limit, 1e-9, 'GB', 2)}"

@@ -17,9 +17,9 @@ from torch import Tensor
 from phase1.config import Config, ModelConfig, TrainConfig
 from phase1.errors import Diverged
 from phase1.files import atomic_write, open_plain, read_json
-from phase1.model import LanguageModel
 from phase1.tensor_names import with_present_names
 from phase1.text import one_line
+from phase1.trainable import Trainable, build
 from phase1.training.optimizers import kept
 from phase1.training.step import TrainState, total_steps
 
@@ -58,7 +58,7 @@ def save_checkpoint(
     if token_order is not None:
         parts["tokens"] = {"order": token_order}
     for tensors in parts.values():
-        if name := _not_finite(tensors):
+        if name := not_finite(tensors):
             remedy = "lower --learning-rate or use --precision bf16"
             raise Diverged(f"{name} is not finite at step {state.step}, nothing is saved; {remedy}")
     older = _own_files(folder)
@@ -86,13 +86,13 @@ def _own_files(folder: Path) -> set[str]:
         own = set(read_index(folder)["files"].values())
     for path in folder.glob("*.safetensors"):
         if _TENSOR_FILE.fullmatch(path.name):
-            with contextlib.suppress(OSError, SafetensorError), _opened(path) as file:
+            with contextlib.suppress(OSError, SafetensorError), open_tensors(path) as file:
                 if MARK.items() <= (file.metadata() or {}).items():
                     own.add(path.name)
     return own
 
 
-def _not_finite(tensors: dict[str, Tensor]) -> str | None:
+def not_finite(tensors: dict[str, Tensor]) -> str | None:
     """The name of the first tensor with NaN or infinity in it."""
     return next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
 
@@ -122,14 +122,14 @@ def read_index(folder: Path | str) -> dict[str, Any]:
         if name != f"{part}-{index['step']:08d}.safetensors":
             raise _misfit(folder, ValueError(f"{INDEX} says step {index['step']} and names {name}"))
     try:
-        _config(ModelConfig, index["model_config"])
+        config_from(ModelConfig, index["model_config"])
         _train_config_of(index)
     except ValueError as error:
         raise _misfit(folder, error) from error
     return index
 
 
-def _config(cls: type[C], content: dict[str, Any]) -> C:
+def config_from(cls: type[C], content: dict[str, Any]) -> C:
     """The config that a file describes; ValueError, one line, for an unknown setting, a wrong type or a value out of range."""
     from pydantic import TypeAdapter, ValidationError
 
@@ -147,12 +147,12 @@ def _config(cls: type[C], content: dict[str, Any]) -> C:
 def _train_config_of(index: dict[str, Any]) -> TrainConfig:
     """How the model of an index was trained, without settings that this version does not have."""
     known = {field.name for field in fields(TrainConfig)}
-    return _config(TrainConfig, {name: value for name, value in index["train_config"].items() if name in known})
+    return config_from(TrainConfig, {name: value for name, value in index["train_config"].items() if name in known})
 
 
 def model_config_of(index: dict[str, Any]) -> ModelConfig:
     """The model of an index that `read_index` gave."""
-    return _config(ModelConfig, index["model_config"])
+    return config_from(ModelConfig, index["model_config"])
 
 
 def training_facts(folder: Path | str, index: dict[str, Any]) -> dict[str, Any]:
@@ -182,17 +182,32 @@ def training_facts(folder: Path | str, index: dict[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def load_model(folder: Path | str) -> tuple[LanguageModel, dict[str, Any]]:
-    """The model of a checkpoint, on the CPU, and its facts. Raises ValueError for a missing or foreign one."""
+def load_model(folder: Path | str, model: str | None = None) -> tuple[Trainable, dict[str, Any]]:
+    """The model of a checkpoint, on the CPU, and its facts. Raises ValueError for a missing or foreign one.
+
+    model: `ModelConfig.model` that it must be of, from the command line: no file decides what code runs.
+    """
     index = read_index(folder)
     config = model_config_of(index)
+    require_model(folder, config, model)
     try:
-        _require_shapes(config, _shapes(folder, index))
-        model = LanguageModel(config)
+        require_shapes(config, _shapes(folder, index))
+        loaded = build(config)
     except (TypeError, ArithmeticError, MemoryError, RuntimeError) as error:
         raise _misfit(folder, error) from error
-    _load_weights(folder, index, model)
-    return model, index["facts"]
+    _load_weights(folder, index, loaded)
+    return loaded, index["facts"]
+
+
+def require_model(folder: Path | str, config: ModelConfig, model: str | None) -> None:
+    """Raise ValueError unless a checkpoint of `config` is of the user's own `model`, or of this package's for None."""
+    if config.model == model:
+        return
+    theirs = config.model or "a model of phase1"
+    remedy = f"give --model NAME={config.model} to phase1 perplexity, and NAME={folder}" if config.model else "leave it out"
+    if model is not None and config.model is not None:
+        remedy = "go back to that source, or train again"
+    raise ValueError(f"the checkpoint in {one_line(folder)} is of {theirs}; got {model or 'no --model'}; {remedy}")
 
 
 def load_token_order(folder: Path | str) -> Tensor | None:
@@ -229,31 +244,34 @@ def resume(folder: Path | str, state: TrainState) -> dict[str, Any]:
 def _shapes(folder: Path | str, index: dict[str, Any]) -> dict[str, list[int]]:
     """The shape of every tensor of the model, from the header of its file; no tensor is read."""
     try:
-        with _opened(Path(folder) / index["files"]["model"]) as file:
+        with open_tensors(Path(folder) / index["files"]["model"]) as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, it is no dict
         return with_present_names(shapes)
     except (KeyError, OSError, SafetensorError, ValueError) as error:
         raise _misfit(folder, error) from error
 
 
-def _opened(path: Path) -> Any:
+def open_tensors(path: Path) -> Any:
     """`safe_open` of a regular file; on a pipe it would wait for ever."""
     open_plain(path).close()
     return safe_open(path, framework="pt")
 
 
-def _require_shapes(config: ModelConfig, shapes: dict[str, list[int]]) -> None:
-    """Raise RuntimeError if a model of `config` has other tensors than `shapes`, before memory is allocated for it."""
+def require_shapes(config: ModelConfig, shapes: dict[str, list[int]], source: str = INDEX) -> None:
+    """Raise RuntimeError where a model of `config` has other tensors than `shapes`, before any memory is taken for it.
+
+    `source` is the file that the config is from.
+    """
     elements = sum(math.prod(shape) for shape in shapes.values())
     limits = {"n_layers": len(shapes), "vocab_size": elements, "d_model": elements}
     for name, limit in limits.items():
         if getattr(config, name) > limit:
-            raise RuntimeError(f"{INDEX} says {name} = {getattr(config, name)}, more than the tensor file holds")
+            raise RuntimeError(f"{source} says {name} = {getattr(config, name)}, more than the tensor file holds")
     with _no_memory(config):
-        wanted = {name: list(tensor.shape) for name, tensor in LanguageModel(config).state_dict().items()}
+        wanted = {name: list(tensor.shape) for name, tensor in build(config).state_dict().items()}
     for name in (*wanted, *shapes):
         if wanted.get(name) != shapes.get(name):
-            raise RuntimeError(f"{name} must be {wanted.get(name)} by {INDEX}; got {shapes.get(name)} in the tensor file")
+            raise RuntimeError(f"{name} must be {wanted.get(name)} by {source}; got {shapes.get(name)} in the tensor file")
 
 
 @contextlib.contextmanager
@@ -270,10 +288,10 @@ def _no_memory(config: ModelConfig) -> Iterator[None]:
             yield
 
 
-def _load_weights(folder: Path | str, index: dict[str, Any], model: LanguageModel) -> None:
+def _load_weights(folder: Path | str, index: dict[str, Any], model: Trainable) -> None:
     """Raises ValueError, one line, where a tensor does not fit, is not finite, or holds an index out of range."""
     tensors = _tensors(folder, index, "model")
-    if name := _not_finite(tensors):
+    if name := not_finite(tensors):
         raise _misfit(folder, ValueError(f"{name} is not finite"))
     try:
         model.load_state_dict(tensors)
@@ -285,7 +303,7 @@ def _tensors(folder: Path | str, index: dict[str, Any], part: str) -> dict[str, 
     """The tensors of one file, by their present names. The file must be of the index's step, if it says one."""
     try:
         path = Path(folder) / index["files"][part]
-        with _opened(path) as file:
+        with open_tensors(path) as file:
             step = (file.metadata() or {}).get("step", str(index["step"]))
         if step != str(index["step"]):
             raise _misfit(folder, ValueError(f"{INDEX} says step {index['step']} and {path.name} step {step:.20}"))
@@ -318,7 +336,7 @@ def check_configs(folder: Path | str, index: dict[str, Any], model: ModelConfig,
             flags = ", ".join("--" + key.replace("_", "-") for key in different)
             raise ValueError(f"the checkpoint in {folder} was made with other {flags}; use those, or another --out-dir")
     try:
-        _require_shapes(model, _shapes(folder, index))
+        require_shapes(model, _shapes(folder, index))
     except RuntimeError as error:
         raise _misfit(folder, error) from error
 
@@ -337,7 +355,7 @@ def _check_optimizer(state: TrainState, index: dict[str, Any], tensors: dict[str
 
     Loss scaling skips the steps whose gradients overflow; without it the optimizer has made every step.
     """
-    if name := _not_finite(tensors):
+    if name := not_finite(tensors):
         raise ValueError(f"{name} is not finite")
     shapes = {name: parameter.shape for name, parameter in state.model.named_parameters()}
     for name, tensor in tensors.items():

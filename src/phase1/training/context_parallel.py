@@ -126,10 +126,12 @@ class ContextMicroBatch(MicroBatch):
     are of the step of all ranks.
     """
 
+    model: LanguageModel
+
     def __init__(self, whole: MicroBatch, context: Context) -> None:
         super().__init__(whole.model, whole.scaler, whole.dtype)
-        if self.model.config.mixer == "attention":
-            raise ValueError("context parallel needs a state that does not grow; got --mixer attention")
+        if not isinstance(whole.model, LanguageModel) or whole.model.config.mixer != "ar_ssm":
+            raise ValueError("context parallel needs a state that does not grow; got another model; take --mixer ar_ssm")
         self.context = context
 
     def forward(self, inputs: Tensor, targets: Tensor, share: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,9 @@ from torch import Tensor
 from phase1.config import ModelConfig, TrainConfig
 from phase1.data import Corpus, Tokenizer, Windows
 from phase1.data.tokenizer_files import TOKENIZER, folder_tokenizer
+from phase1.device import device_type
 from phase1.files import atomic_write
-from phase1.model import LanguageModel
+from phase1.trainable import build
 from phase1.training.checkpoint import INDEX, check_configs, read_index, resume, save_checkpoint, training_facts
 from phase1.training.interrupts import interrupts_wait
 from phase1.training.progress import Progress
@@ -31,6 +32,7 @@ from phase1.vocabulary.statistics import (
 )
 
 UNWATCHED = Watch()
+BEST = "best"  # folder, in that of the checkpoint, of the weights with the lowest score
 SAVE_SECONDS = 300.0  # between checkpoints of an unfinished run
 
 
@@ -67,9 +69,9 @@ def train_to_checkpoint(
     facts = {"data": data, "seq_length": seq_length, "tokenizer": corpus.tokenizer.fingerprint, "train_seconds": seconds}
     with interrupts_wait() as interrupted:
         try:
-            facts |= run_schedule(state, windows, steps, folder, facts, label, interrupted, watch)
-        except TimeIsUp:
-            return read_index(folder)["facts"]
+            facts |= run_schedule(state, windows, steps, folder, facts, label, interrupted, watch, order, corpus.tokenizer)
+        except EndsEarly as early:
+            return read_index(folder)["facts"] | {"ended_by": str(early)}
         save_checkpoint(folder, state, facts, resumable=False, token_order=order)
     return facts
 
@@ -95,10 +97,10 @@ def make_state(model_config: ModelConfig, train_config: TrainConfig, seen: np.nd
     A table that starts from statistics gets those of the tokens `seen` in training and of no others, so that no model of a
     comparison knows more text than another; None where a checkpoint brings them.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_type()
     statistics = None if seen is None else start_of(model_config, seen, train_config.seed, device)
     torch.manual_seed(train_config.seed)
-    return make_train_state(LanguageModel(model_config, statistics), train_config, device)
+    return make_train_state(build(model_config, statistics), train_config, device)
 
 
 def start_of(config: ModelConfig, seen: np.ndarray, seed: int, device: str) -> TokenStatistics | TokenVectors | None:
@@ -110,8 +112,8 @@ def start_of(config: ModelConfig, seen: np.ndarray, seed: int, device: str) -> T
     return token_vectors(seen, seed=seed, device=device, **sizes) if config.dense_start == "statistics" else None
 
 
-class TimeIsUp(Exception):
-    """`Watch.max_seconds` are over; the checkpoint is there to go on from."""
+class EndsEarly(Exception):
+    """The time or the patience of the watch is over; the checkpoint is there to go on from."""
 
 
 def run_schedule(
@@ -123,11 +125,13 @@ def run_schedule(
     label: str,
     interrupted: Callable[[], bool],
     watch: Watch,
+    token_order: Tensor,
+    tokenizer: Tokenizer,
 ) -> dict[str, Any]:
     """Train to `steps`, watched, with a checkpoint every SAVE_SECONDS; what the run adds to the facts.
 
-    Raises KeyboardInterrupt after the step in which `interrupted` becomes true, and TimeIsUp after that in which the time of
-    `watch` is over, with a checkpoint of it; after the last step there is none to go on from.
+    Raises KeyboardInterrupt after the step in which `interrupted` becomes true, and EndsEarly after that in which the time or
+    the patience of `watch` is over, with a checkpoint of it; after the last step there is none to go on from.
     """
     config = state.config
     tokens_per_step = config.train_batch_size * windows.seq_length
@@ -143,16 +147,19 @@ def run_schedule(
         nonlocal saved, last
         last = loss
         progress.step(step, loss)
-        stop, late = interrupted(), progress.late
-        if step < steps and (stop or late or time.perf_counter() - saved > SAVE_SECONDS):
+        stop, end = interrupted(), progress.end
+        if watch.keep_best and progress.is_best(step):
+            save_checkpoint(folder / BEST, state, facts | so_far(), resumable=False, token_order=token_order)
+            keep_tokenizer(folder / BEST, tokenizer)
+        if step < steps and (stop or end or time.perf_counter() - saved > SAVE_SECONDS):
             check_finite(loss, step)  # no checkpoint to go on from, but an end with the reason
             save_checkpoint(folder, state, facts | so_far())
             progress.keep()
             saved = time.perf_counter()
             if stop:
                 raise KeyboardInterrupt
-            if late:
-                raise TimeIsUp
+            if end:
+                raise EndsEarly(end)
 
     try:
         train(state, lambda step: windows.batch(step, config.train_batch_size), steps, on_step)

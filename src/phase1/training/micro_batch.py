@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from phase1.model import LanguageModel
+from phase1.trainable import Trainable
 
 WARMUP_RUNS = 3  # before a capture: libraries make their handles, compiled models their kernels
 
@@ -11,7 +11,7 @@ WARMUP_RUNS = 3  # before a capture: libraries make their handles, compiled mode
 class MicroBatch:
     """Loss and gradients of a micro batch, in autocast, the loss scaled for the backward pass."""
 
-    def __init__(self, model: LanguageModel, scaler: torch.amp.GradScaler, dtype: torch.dtype) -> None:
+    def __init__(self, model: Trainable, scaler: torch.amp.GradScaler, dtype: torch.dtype) -> None:
         self.model, self.scaler, self.dtype = model, scaler, dtype
 
     def forward(self, inputs: Tensor, targets: Tensor, share: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:

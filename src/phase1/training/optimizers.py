@@ -33,7 +33,8 @@ def make_optimizer(model: nn.Module, config: TrainConfig, device_type: str) -> t
     groups = parameter_groups(model, config)
     taken: list[dict[str, Any]] = []
     if config.optimizer == "muon":
-        blocks = {id(parameter) for parameter in model.get_submodule("blocks").parameters()}
+        inner = model.get_submodule("blocks") if hasattr(model, "blocks") else model
+        blocks = {id(parameter) for parameter in inner.parameters()}
         matrices, *others = groups
         inside = [parameter for parameter in matrices["params"] if id(parameter) in blocks]
         outside = [parameter for parameter in matrices["params"] if id(parameter) not in blocks]
@@ -51,12 +52,14 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     """Three groups: matrices of linear layers (weight decay), the token table (no decay, rate times `table_learning_rate`), and
     the rest, which are norms, biases, scales and taps of any shape (no decay)."""
     linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}  # of users' own models
     matrices: list[Tensor] = []
     table: list[Tensor] = []
     rest: list[Tensor] = []
     for name, parameter in model.named_parameters():
-        of_table = name.startswith("embedding.") and parameter.ndim >= 2
-        (matrices if id(parameter) in linear else table if of_table else rest).append(parameter)
+        of_table = name.startswith("embedding.") and parameter.ndim >= 2 or id(parameter) in tables
+        of_linear = id(parameter) in linear and id(parameter) not in tables  # a tied table is a table
+        (matrices if of_linear else table if of_table else rest).append(parameter)
     return [
         {"params": matrices, "weight_decay": config.weight_decay, "lr_scale": 1.0},
         {"params": table, "weight_decay": 0.0, "lr_scale": config.table_learning_rate},

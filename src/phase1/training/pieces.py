@@ -28,8 +28,8 @@ class Piece:
 
 
 def in_pieces(config: ModelConfig, length: int | None) -> bool:
-    """Whether a model trains in pieces where `length` is asked for: not with attention, whose state grows with the text."""
-    return length is not None and config.mixer != "attention"
+    """Whether a model trains in pieces where `length` is asked for: not with attention, whose state grows, or a user's own."""
+    return length is not None and config.mixer == "ar_ssm" and config.model is None
 
 
 def bounds(length: int, piece: int) -> list[int]:
@@ -49,6 +49,8 @@ class Pieces(MicroBatch):
 
     Source: Chen et al. 2016, "Training deep nets with sublinear memory cost", section 4.
     """
+
+    model: LanguageModel
 
     def __init__(self, model: LanguageModel, scaler: torch.amp.GradScaler, dtype: torch.dtype, length: int) -> None:
         super().__init__(model, scaler, dtype)

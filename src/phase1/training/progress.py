@@ -54,6 +54,7 @@ class Progress:
         self.row_at, self.line_at = (state.step, self.began), self.began
         self.line_losses: list[float] = []
         self.val_loss: float | None = None
+        self.scores = [(row["step"], row["val_loss"]) for row in self.log.rows if row["val_loss"] is not None]
         self.lines = not sys.stderr.isatty()
         self.bar = tqdm(
             total=steps * tokens_per_step, initial=state.step * tokens_per_step, desc=f"train {label}", unit="tok",
@@ -66,8 +67,20 @@ class Progress:
         return self.earlier_seconds + self.clock() - self.began - self.aside_seconds
 
     @property
-    def late(self) -> bool:
-        return self.seconds >= self.watch.max_seconds
+    def end(self) -> str | None:
+        """Why the run should end before its last step, if it should."""
+        if self.seconds >= self.watch.max_seconds:
+            return "time"
+        patience, since = self.watch.patience, len(self.scores) - 1 - self._lowest()
+        return "patience" if patience is not None and self.scores and since >= patience else None
+
+    def is_best(self, step: int) -> bool:
+        """Whether the score of `step` is lower than all before it."""
+        return bool(self.scores) and self.scores[self._lowest()][0] == step
+
+    def _lowest(self) -> int:
+        """The place of the first lowest score."""
+        return min(range(len(self.scores)), key=lambda i: self.scores[i][1], default=-1)
 
     def step(self, step: int, loss: Tensor) -> None:
         """After optimizer step number `step`, from 1, of mean loss `loss`."""
@@ -84,6 +97,8 @@ class Progress:
         self.line_losses += losses
         began = self.clock()
         val_loss = self._score() if score else None
+        if val_loss is not None:
+            self.scores.append((step, val_loss))
         text = self._sample(step) if sample else None
         row = self._row(step, losses, norms, val_loss, began)
         self.aside_seconds += self.clock() - began

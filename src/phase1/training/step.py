@@ -13,6 +13,7 @@ from phase1.config import TrainConfig
 from phase1.errors import Diverged
 from phase1.model import LanguageModel
 from phase1.ops.cross_entropy import IGNORE
+from phase1.trainable import Trainable
 from phase1.training.compiler import compile_losses, require_compiler
 from phase1.training.graphed_pieces import GraphedPieces
 from phase1.training.micro_batch import GraphedMicroBatch, MicroBatch
@@ -28,7 +29,7 @@ Batch = tuple[Tensor, Tensor]
 class TrainState:
     """A model with everything that its next step needs."""
 
-    model: LanguageModel
+    model: Trainable
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     dtype: torch.dtype  # of the autocast region; float32 is no autocast
@@ -47,15 +48,14 @@ def compute_dtype(precision: str, device: torch.device | str) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
-def make_train_state(model: LanguageModel, config: TrainConfig, device: torch.device | str) -> TrainState:
+def make_train_state(model: Trainable, config: TrainConfig, device: torch.device | str) -> TrainState:
     """Move `model` to `device` and give it an optimizer, loss scaling for fp16 and, if asked, a compiled loss."""
     device = torch.device(device)
     model = model.to(device)
     dtype = compute_dtype(config.precision, device)
     if config.compile:
         require_compiler(device)
-        for block in model.blocks:  # kernels cannot run their self-check inside a compiled graph
-            block.prove_kernels(dtype)  # type: ignore[operator]
+        model.prove_kernels(dtype)  # kernels cannot run their self-check inside a compiled graph
         compile_losses(model, in_pieces(model.config, config.piece_length))
     optimizer = make_optimizer(model, config, device.type)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -65,12 +65,12 @@ def make_train_state(model: LanguageModel, config: TrainConfig, device: torch.de
     return TrainState(model, optimizer, scaler, dtype, device, config.grad_clip, config, micro_batch)
 
 
-def make_micro_batch(model: LanguageModel, scaler: torch.amp.GradScaler, dtype: torch.dtype, config: TrainConfig) -> MicroBatch:
+def make_micro_batch(model: Trainable, scaler: torch.amp.GradScaler, dtype: torch.dtype, config: TrainConfig) -> MicroBatch:
     """How `config` has micro batches run: whole or in pieces, as they are or as CUDA graphs."""
     if not in_pieces(model.config, config.piece_length):
         whole = MicroBatch(model, scaler, dtype)
         return GraphedMicroBatch(whole) if config.cuda_graphs else whole
-    assert config.piece_length is not None
+    assert config.piece_length is not None and isinstance(model, LanguageModel)
     pieces = Pieces(model, scaler, dtype, config.piece_length)
     return GraphedPieces(pieces) if config.cuda_graphs else pieces
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from phase1.model import LanguageModel
+from phase1.trainable import Trainable
 
 
 class Tracker(Protocol):
@@ -23,11 +23,15 @@ class Tracker(Protocol):
 class Watch:
     """Observations of a training; `score_every` and `sample_every` are in optimizer steps, 0 is never."""
 
-    score: Callable[[LanguageModel], float] | None = None
+    score: Callable[[Trainable], float] | None = None
     """Loss in nats per token of text that is not trained on."""
     score_every: int = 0
-    sample: Callable[[LanguageModel], str] | None = None
+    sample: Callable[[Trainable], str] | None = None
     sample_every: int = 0
     max_seconds: float = math.inf
     """Seconds of training in all sessions, after which the run saves a checkpoint and ends."""
+    keep_best: bool = False
+    """Keep the weights of the lowest score besides those of the last step."""
+    patience: int | None = None
+    """Scores in a row without a new lowest, after which the run ends."""
     trackers: Sequence[Tracker] = ()

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from phase1.config import ModelConfig
-from phase1.model import LanguageModel
-from phase1.roster import ROLES, VARIANTS, Key, model_config
+from phase1.roster import ROLES, VARIANTS, Key, model_config, own_models
 from phase1.runs import PerplexityRun
-from phase1.training.checkpoint import model_config_of, read_index
+from phase1.trainable import build
+from phase1.training.checkpoint import model_config_of, read_index, require_model
 
 ENGINES = ("no_gate", "no_copy", "equal_parameters")
 """Variants whose config alone does not tell them from the engine: `Key.of` calls them phase1_htt{r}_ar{R}."""
@@ -30,8 +30,10 @@ def candidates(run: PerplexityRun) -> list[ScoredModel]:
 
     Raises ValueError for a wrong name or path, or a name that is there twice.
     """
+    ranks = {"htt_rank": run.test_htt_ranks[0], "ar_ssm_max_rank": run.test_ar_ssm_ranks[0]}
+    own = own_models(run.model, run, taken=(*VARIANTS, "phase1", "transformer"), **ranks)
     if run.checkpoint:
-        given = {model.key: model for model in map(_given, run.checkpoint)}
+        given = {model.key: model for model in (_given(argument, own) for argument in run.checkpoint)}
         if len(given) < len(run.checkpoint):
             raise ValueError(f"--checkpoint must name every model once; got {' '.join(run.checkpoint)}; use _seed1 and so on")
         return list(given.values())
@@ -39,8 +41,9 @@ def candidates(run: PerplexityRun) -> list[ScoredModel]:
     engine = {"checkpointing": run.gradient_checkpointing}
     engines = [model_config("phase1", run, htt_rank=r, ar_ssm_max_rank=R, **engine) for r, R in pairs]
     configs = {"baseline": replace(engines[0], **ROLES["baseline"])} if run.baseline else {}  # it uses no rank
-    configs |= {str(Key.of(config)): config for config in engines}
+    configs |= {str(Key.of(config)): config for config in engines if run.engine}
     configs |= {name: variant(name, engines[0]) for name in run.variants}
+    configs |= own
     seeds = range(run.seed, run.seed + run.repeats)
     return [ScoredModel(_repeated(key, seed, run.seed), config, seed) for seed in seeds for key, config in configs.items()]
 
@@ -66,7 +69,7 @@ def _layers_of_equal_size(engine: ModelConfig) -> int:
 def parameter_count(config: ModelConfig) -> int:
     """The number of parameters of a model, counted without allocating it."""
     with torch.device("meta"):
-        return LanguageModel(config).parameter_counts()["total"]
+        return build(config).parameter_counts()["total"]
 
 
 def _repeated(key: str, seed: int, first: int) -> str:
@@ -74,14 +77,21 @@ def _repeated(key: str, seed: int, first: int) -> str:
     return str(replace(Key.parse(key), seed=None if seed == first else seed))
 
 
-def _given(argument: str) -> ScoredModel:
+def _given(argument: str, own: dict[str, ModelConfig]) -> ScoredModel:
     name, separator, path = argument.partition("=")
+    if name in own:
+        index = read_index(path)
+        require_model(path, config := model_config_of(index), own[name].model)
+        return ScoredModel(name, config, index["train_config"].get("seed", 0), Path(path))
     key = Key.parse(name)
     is_key = bool(separator) and (key.name in ("baseline", "transformer", *VARIANTS) or key.ranks is not None)
     if Path(argument).exists() and not is_key:  # a folder: the model says what it is
         index = read_index(argument)
-        config = model_config_of(index)
+        require_model(argument, config := model_config_of(index), None)
         return ScoredModel(str(Key.of(config)), config, index["train_config"].get("seed", 0), Path(argument))
+    if separator and Path(path).exists() and (theirs := model_config_of(read_index(path)).model):
+        own_model = f"{name}={theirs.partition('@')[0]}"
+        raise ValueError(f"--checkpoint {argument}: a model of {theirs} is there; give --model {own_model} too")
     if not is_key:
         expected = "NAME as in a report (baseline, phase1_htt{r}_ar{R}, a variant, each with or without _seed{n})"
         raise ValueError(f"--checkpoint must be a folder, or NAME=PATH with {expected}; got {argument!r}; correct it")

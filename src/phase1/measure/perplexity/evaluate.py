@@ -3,15 +3,16 @@
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
 
 from phase1.config import content_id
-from phase1.model import LanguageModel
 from phase1.ops.cross_entropy import IGNORE
 from phase1.progress import progress
+from phase1.trainable import Trainable
+from phase1.training.pieces import in_pieces
 
 LARGEST_NATS: Final = 700.0  # e^709 is the end of float64
 
@@ -118,7 +119,7 @@ def windows(ids: np.ndarray, protocol: Protocol, batch_size: int) -> Iterator[tu
 
 @torch.no_grad()
 def evaluate(
-    model: LanguageModel, ids: np.ndarray, protocol: Protocol, *, batch_size: int, dtype: torch.dtype, label: str | None = "",
+    model: Trainable, ids: np.ndarray, protocol: Protocol, *, batch_size: int, dtype: torch.dtype, label: str | None = "",
     piece_length: int | None = None,
 ) -> Evaluation:  # fmt: skip
     """Score `ids` under `protocol`, on the model's device, autocast to `dtype` (float32: none).
@@ -127,6 +128,7 @@ def evaluate(
     rounding. No progress is shown where `label` is None.
     """
     device = next(model.parameters()).device
+    at_once: tuple[Any, ...] = (piece_length,) if piece_length and in_pieces(model.config, piece_length) else ()
     was_training = model.training
     model.eval()
     losses, places, tokens = [], [], []
@@ -136,7 +138,7 @@ def evaluate(
         for inputs, targets in windows(ids, protocol, batch_size):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 batch = torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
-                nll, effective_rank = model.nll(*batch, piece_length)
+                nll, effective_rank = model.nll(*batch, *at_once)
             scored = targets != IGNORE
             losses.append(nll.cpu().numpy()[scored])
             places.append(np.nonzero(scored)[1])

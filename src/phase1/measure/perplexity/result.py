@@ -1,20 +1,23 @@
 """One case of a perplexity run: a model, trained if necessary, and its score on every text."""
 
+import traceback
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-import torch
 
 from phase1.advice import smaller
 from phase1.config import TrainConfig, content_id, part_of
 from phase1.data import Corpus, Tokenizer, count_words
+from phase1.device import device_type
 from phase1.errors import Diverged, is_out_of_memory, reason
 from phase1.measure.perplexity.candidates import ScoredModel
 from phase1.measure.perplexity.evaluate import LARGEST_NATS, Evaluation, Protocol, evaluate, unigram_entropy
 from phase1.measure.perplexity.loss_parts import loss_by_band, loss_by_position, order_sha256
+from phase1.measure.soundness import require_sound
 from phase1.records.schema import Dataset, Parameters, PerplexityResult, Status
+from phase1.roster import Key
 from phase1.runs import PerplexityRun
 from phase1.training.checkpoint import NO_DIFFERENCE, load_model, load_token_order, read_index, training_facts
 from phase1.training.job import train_to_checkpoint
@@ -34,10 +37,13 @@ def measure(run: PerplexityRun, model: ScoredModel, texts: list[Text]) -> list[P
     """Train `model` if necessary and score it on every text; out of memory and divergence are results too."""
     try:
         folder = model.checkpoint or train_model(run, model, texts[0].corpus)
-        return [evaluate_checkpoint(run, model.key, folder, text) for text in texts]
+        return [evaluate_checkpoint(run, model, folder, text) for text in texts]
     except Diverged as error:
         return [without_number(model, "error", str(error)) for _ in texts]
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:
+        if model.config.model is not None and not is_out_of_memory(error):  # of a user's model, whose faults are its own
+            traceback.print_exception(error)
+            return [without_number(model, "error", f"{type(error).__name__}: {reason(error)}") for _ in texts]
         if not is_out_of_memory(error):
             raise
         ladder = smaller(
@@ -50,7 +56,7 @@ def measure(run: PerplexityRun, model: ScoredModel, texts: list[Text]) -> list[P
 def train_model(run: PerplexityRun, model: ScoredModel, corpus: Corpus) -> Path:
     """Train `model`, or find it trained by an earlier run on the same config and data; its checkpoint folder."""
     train_config = replace(part_of(TrainConfig, run), seed=model.seed)
-    if model.config.mixer == "attention":
+    if model.config.mixer == "attention" if model.config.model is None else Key.parse(model.key).name == "baseline":
         train_config = replace(train_config, learning_rate=run.baseline_learning_rate)
     train = asdict(train_config) | NO_DIFFERENCE
     del train["piece_length"]  # younger than trainings that are there
@@ -66,25 +72,21 @@ def train_model(run: PerplexityRun, model: ScoredModel, corpus: Corpus) -> Path:
     return folder
 
 
-def evaluate_checkpoint(run: PerplexityRun, key: str, folder: Path, text: Text) -> PerplexityResult:
+def evaluate_checkpoint(run: PerplexityRun, scored_model: ScoredModel, folder: Path, text: Text) -> PerplexityResult:
     """Score the model in `folder`; perplexities of a model below the unigram entropy are marked untrained."""
     corpus, protocol = text
     index = read_index(folder)
     facts = training_facts(folder, index)
-    model, _ = load_model(folder)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    key, (model, _) = scored_model.key, load_model(folder, scored_model.config.model)
+    device = device_type()
     scored = corpus.splits["valid"]
     if facts["tokenizer"] != corpus.tokenizer.fingerprint:
         raise ValueError(f"{folder} was trained with another tokenizer than {corpus.name} has now; train again with this one")
-    evaluation = evaluate(
-        model.to(device),
-        scored.ids,
-        protocol,
-        batch_size=run.batch_size,
-        dtype=compute_dtype(run.precision, device),
-        label=key,
-        piece_length=run.piece_length,
-    )
+    dtype = compute_dtype(run.precision, device)
+    if model.config.model is not None:
+        require_sound(model.to(device), run.seq_length, dtype)
+    sizes = {"batch_size": run.batch_size, "piece_length": run.piece_length}
+    evaluation = evaluate(model.to(device), scored.ids, protocol, dtype=dtype, label=key, **sizes)  # type: ignore[arg-type]
     if not evaluation.loss <= LARGEST_NATS:
         raise Diverged(f"{folder} gives a loss of {evaluation.loss} nats; expected at most {LARGEST_NATS:.0f}; train again")
     ids = scored.ids[: len(evaluation.losses)]

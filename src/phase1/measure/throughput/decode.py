@@ -11,6 +11,7 @@ from phase1.errors import is_out_of_memory
 from phase1.generation.decoder import PIECE, Decoder, States, state_bytes
 from phase1.generation.replay import captured, static
 from phase1.measure.workload import SEED, make_workload
+from phase1.model import LanguageModel
 from phase1.progress import progress
 from phase1.records.schema import DecodePoint, Decoding
 from phase1.stats.decoding import judge
@@ -27,7 +28,9 @@ class _Contexts:
     def __init__(
         self, config: ModelConfig, contexts: Sequence[int], graphs: bool, device: str, update: Callable[[int], object]
     ) -> None:
-        self.decoder = Decoder(make_workload(config, device).model, None, compute_dtype("auto", device))
+        model = make_workload(config, device).model
+        assert isinstance(model, LanguageModel)  # ThroughputRun lets no other stand for one of `ROLES`
+        self.decoder = Decoder(model, None, compute_dtype("auto", device))
         self.prefill: dict[int, float] = {}  # tokens per second
         self.bytes: dict[int, int] = {}
         self.steps: dict[int, Step] = {}

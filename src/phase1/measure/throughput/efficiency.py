@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from phase1.config import ModelConfig
 from phase1.machine.cards import Card, card_named
 from phase1.machine.isolate import run_here
-from phase1.model import LanguageModel
 from phase1.ops.cross_entropy import ALIGNMENT
 from phase1.records.schema import Measurement, ThroughputResult
+from phase1.trainable import LanguageModel, build
 
 ADAMW_BYTES = 28  # per float32 parameter: weight, gradient and two moments read (16), weight and moments written (12)
 LINEAR_FROM = 8192  # tokens of a sequence
@@ -35,6 +35,8 @@ def step_flops(config: ModelConfig, batch_size: int, seq_length: int) -> int:
         return start + (seq_length - past_windows) * (double - start) // past_windows
     # a fused kernel hides its products; materialised logits have columns of padding
     config = replace(config, checkpointing=False, attention="math", loss="chunked")
+    if config.model is not None:  # whose layers may differ, or not depend on --n-layers
+        return _counted(config, batch_size, seq_length)
     one, two = (_counted(replace(config, n_layers=layers), batch_size, seq_length) for layers in (1, 2))
     return one + (config.n_layers - 1) * (two - one)
 
@@ -42,10 +44,12 @@ def step_flops(config: ModelConfig, batch_size: int, seq_length: int) -> int:
 @lru_cache(maxsize=256)
 def _counted(config: ModelConfig, batch_size: int, seq_length: int) -> int:
     with FakeTensorMode():
-        model = LanguageModel(config)
+        model = build(config)
         ids = torch.zeros(batch_size, seq_length, dtype=torch.int64)
         with FlopCounterMode(display=False) as counter:
             model.loss(ids, ids).backward()
+        if not isinstance(model, LanguageModel):
+            return int(counter.get_total_flops())
         hidden, table = torch.zeros(1, 1, config.d_model), model.embedding.table(torch.float32)
         (factors, *_), _ = model.output(hidden, table, ids[:1, :1])
         rows = factors[-1][1]

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from phase1.config import ModelConfig
 from phase1.machine.cards import Chip
 from phase1.measure.memory.case import MemoryCase, MemoryPeaks, timeline_record
 from phase1.measure.memory.estimate.cuda_autocast import imitated_cuda
@@ -15,8 +15,8 @@ from phase1.measure.memory.estimate.simulate import simulated_timeline
 from phase1.measure.memory.estimate.workspaces import ModelledCuda, workspace_bytes
 from phase1.measure.memory.tracker import MemoryTracker
 from phase1.measure.workload import make_workload, optimizer_tensors, random_batch
-from phase1.model import LanguageModel
 from phase1.ops.ar_ssm import imitated_card
+from phase1.trainable import Trainable, build
 from phase1.training.pieces import bounds, in_pieces
 from phase1.training.step import TrainState, train_step
 
@@ -75,7 +75,7 @@ def traced_memory(case: MemoryCase, chip: Chip = CHIP) -> MemoryPeaks:
     """
     operator_memory = ModelledCuda(chip)
     with imitated_cuda(), imitated_card(chip.major), MemoryTracker(case.model.vocab_size, "cpu", operator_memory) as tracker:
-        state = make_workload(case.model, "cpu", "fp16", model_class=_FakeModel, piece_length=case.piece_length)
+        state = make_workload(case.model, "cpu", "fp16", make=_unmoved, piece_length=case.piece_length)
         _make_lasting_tensors(state)
         moved = tracker.label(_moved(state.model), "parameters", "")  # for their order; `watch` names them
         tracker.watch(state.model)
@@ -123,8 +123,8 @@ def _moved(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers(recurse=False)
 
 
-class _FakeModel(LanguageModel):
-    """Fake parameters cannot be moved, not even to the device they are on."""
-
-    def to(self, *args: Any, **kwargs: Any) -> "_FakeModel":
-        return self
+def _unmoved(config: ModelConfig) -> Trainable:
+    """A model that stays where it is: fake parameters cannot be moved, not even to the device they are on."""
+    model = build(config)
+    model.to = lambda *args, **kwargs: model  # type: ignore[method-assign, assignment]
+    return model

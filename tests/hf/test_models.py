@@ -1,4 +1,4 @@
-"""Exported models in transformers; skipped without that package (pip install 'transformers>=5.24,<6')."""
+"""Exported models in transformers; skipped without that package (pip install -e '.[test-hf]')."""
 
 import os
 import subprocess
@@ -115,20 +115,24 @@ def test_the_loss_of_micro_batches_adds_up_to_that_of_the_batch():
     torch.testing.assert_close(sum(parts), m(IDS, labels=IDS).loss)
 
 
+LEFT = torch.tensor([[0] * 4 + [1] * 20] * 3)
+
+
 @pytest.mark.parametrize(
     "call, says",
     [
-        (lambda m: m(IDS, attention_mask=torch.tensor([[0] * 4 + [1] * 20] * 3)), "no padding on the left"),
-        (
-            lambda m: m.generate(IDS, attention_mask=torch.tensor([[0] * 4 + [1] * 20] * 3), max_new_tokens=2),
-            "no padding on the left",
-        ),
+        (lambda m: m(IDS, attention_mask=1 - LEFT.roll(2, 1)), "a mask must be padding on the left"),
+        (lambda m: m(IDS, attention_mask=1 - LEFT), "a mask must be padding on the left"),  # on the right, with a cache
+        (lambda m: m(IDS, attention_mask=0 * LEFT), "a token that is no padding"),
+        (lambda m: m(IDS[:, -1:], attention_mask=0 * EVERY, cache=m(IDS).cache), "no padding"),
+        (lambda m: m(IDS[:1], cache=m(IDS).cache), "of as many rows"),
         (lambda m: m(IDS, past_key_values=1), "called cache"),
         (lambda m: m.resize_token_embeddings(600), "train with a larger --vocab-size"),
+        (lambda m: m.generate(IDS, attention_mask=EVERY, assistant_model=model(), max_new_tokens=3), "assisted generation"),
     ],
 )
 def test_what_is_not_supported_is_one_line(call, says):
-    with pytest.raises(ValueError, match=rf"^[^\n]*{says}[^\n]*$"):
+    with pytest.raises(ValueError, match=rf"^[^\n]*{says}[^\n]*$"), torch.no_grad():
         call(model())
 
 
@@ -165,15 +169,17 @@ def test_the_exported_tokenizer_says_so_itself(folder):
 
 def test_it_works_without_network_and_remote_code(folder):
     code = (
+        "from transformers import AutoTokenizer\n"
+        f"print(AutoTokenizer.from_pretrained({str(folder)!r})('The')['input_ids'])\n"  # without phase1
         "import socket\ndef no(*a, **k): raise RuntimeError('network')\nsocket.socket.connect = no\nimport phase1.hf\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         f"m, t = AutoModelForCausalLM.from_pretrained({str(folder)!r}), AutoTokenizer.from_pretrained({str(folder)!r})\n"
         "print(m.generate(**t('The', return_tensors='pt'), max_new_tokens=3, do_sample=False).shape[0])"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(["src", *filter(None, sys.path)]), "HF_HUB_OFFLINE": "1"}
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=root)
-    assert done.stdout.strip() == "1", done.stderr[-2000:]
+    assert done.stdout.split("\n")[:2] == [str(BYTES.encode("The")), "1"], done.stderr[-2000:]
 
 
 def test_an_index_that_no_row_has_is_refused(folder):
@@ -183,3 +189,42 @@ def test_an_index_that_no_row_has_is_refused(folder):
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(ValueError, match=r"^anchors of rows [^\n]*export it again$"):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("version", ["4.57.6", "5.23.9", "6.0.0"])
+def test_other_versions_of_transformers_are_refused_in_one_line(version):
+    with pytest.raises(ImportError, match=rf"^phase1.hf needs transformers>=5.24,<6; got {version}; install one of these$"):
+        phase1.hf.require_supported(version)
+    phase1.hf.require_supported("5.24.0.dev0")
+
+
+@pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"device_map": "cpu"}])
+def test_a_model_loads_in_half_precision_and_by_a_device_map(tmp_path, options):
+    m = model()
+    m.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **options).eval()
+    buffers = dict(loaded.named_buffers())
+    assert all(torch.equal(buffer.to(buffers[name].dtype), buffers[name]) for name, buffer in m.named_buffers())
+    assert gradients(loaded).keys() == gradients(m).keys() and bool(loaded(IDS).logits.isfinite().all())
+
+
+def test_the_table_is_made_once_for_all_steps_of_generate():
+    m, made = model(), []
+    rows = m.model.rows
+    m.model.rows = lambda: (made.append(1), rows())[1]
+    m.generate(IDS, attention_mask=EVERY, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    assert len(made) == 1
+
+
+def test_sampling_cut_to_the_likeliest_token_is_greedy():
+    m = model()
+    options = {"attention_mask": EVERY, "max_new_tokens": 6, "min_new_tokens": 6}
+    greedy = m.generate(IDS, do_sample=False, **options)
+    assert torch.equal(m.generate(IDS, do_sample=True, top_k=1, **options), greedy)
+
+
+def test_an_export_of_a_model_that_transformers_saved_again_is_read_by_generate(folder, tmp_path):
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    ours, again = load(folder), load(tmp_path)
+    assert torch.equal(ours.prefill([1, 2, 3])[0], again.prefill([1, 2, 3])[0]) and again.trained_length == ours.trained_length

@@ -1,0 +1,1 @@
+"""Programs that use phase1 from outside."""

@@ -1,0 +1,1 @@
+"""Other people's models beside those of phase1; docs/extending.md."""

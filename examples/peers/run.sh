@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Peers beside AR-SSM and the Transformer: 45M tokens each, dense tables that start alike, the same texts in the same order, no copy head.
+#
+#   bash examples/peers/run.sh OUT DATA STEP...
+#
+# OUT   folder of the reports; checkpoints go beside it, so that a STEP that was broken off goes on.
+# DATA  folder with wikipedia/ (train and valid) and wikitext103/ (valid), as .gpt2.bin or .gpt2.bin.xz files.
+# STEP  mixers  Kimi Delta Attention, Gated Linear Attention, Gated DeltaNet (refused on Hopper by fla where Triton is below 3.7.1)
+#       delta   Gated DeltaNet through the kernels of Kimi Delta Attention, which run there
+#       llama   transformers' Llama, at the Transformer's learning rate
+#       phase1  AR-SSM and the Transformer, compiled
+#       speed   tokens/s and peak memory of all of them, 64 texts of 512 tokens a step
+#       table   Markdown of what there is in OUT
+# FLAGS further flags of phase1 perplexity. Needs a GPU, `pip install flash-linear-attention transformers`, and to be started from the folder of the repository.
+set -uo pipefail
+out=$1 data=$2
+shift 2
+tokens=${TOKENS:-44957696}
+run="python3 -m phase1"
+common=(--dataset-name "$data/wikipedia" --also-evaluate "$data/wikitext103" --train-tokens "$tokens" --micro-batch-size 64
+  --batch-size 64 --resume --no-gradient-checkpointing
+  --no-engine --no-baseline --checkpoint-dir "$out/../peers-checkpoints" ${FLAGS:-})
+mixers=examples.peers.mixers
+status=0
+for step in "$@"; do
+  echo "== $step, $(date -u +%H:%M:%S)"
+  case $step in
+    mixers) $run perplexity "${common[@]}" --model kda=$mixers:kda gla=$mixers:gla gated_delta=$mixers:gated_delta --out-dir "$out/mixers" ;;
+    delta) $run perplexity "${common[@]}" --model gated_delta_by_kda=$mixers:gated_delta_by_kda --out-dir "$out/delta" ;;
+    llama) $run perplexity "${common[@]}" --learning-rate 1.5e-3 --model llama=examples.peers.llama:llama --out-dir "$out/llama" ;;
+    phase1) $run perplexity "${common[@]}" --compile --cuda-graphs --variants ar_ssm_dense_no_copy transformer_start --out-dir "$out/phase1" ;;
+    speed) $run throughput --seq-lengths 512 --batch-size 64 --no-saturate --measure-steps 20 --warmup-steps 3 --out-dir "$out/speed" \
+      --model kda=$mixers:kda gla=$mixers:gla gated_delta_by_kda=$mixers:gated_delta_by_kda llama=examples.peers.llama:llama ar_ssm=examples.peers.ar_ssm:ar_ssm ;;
+    table) python3 examples/peers/table.py "$out" ;;
+    *) echo "run.sh: no step is called $step" >&2; exit 2 ;;
+  esac
+  code=$?
+  [ $code -eq 0 ] || [ $code -eq 3 ] || status=$code  # 3: nothing is judged without a baseline
+done
+exit $status

@@ -1,0 +1,256 @@
+"""The page of `phase1 report`, parsed: whole, safe, the same every time, and with every verdict and number of the records."""
+
+import html
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from phase1.cli import main
+from phase1.page import page
+from phase1.page.words import JAPANESE
+from phase1.records.collect import KINDS
+from phase1.records.metrics import FIELDS, METRICS
+from phase1.records.schema import FILES, write_report
+from phase1.tables import build_tables
+from phase1.tables.training import trainings_in
+from tests.reports import all_reports, assert_one_line, failed, memory_report, perplexity_report, throughput_report, write_all
+from tests.test_security import HOSTILE, hostile
+
+RESULTS = Path(__file__).parents[2] / "results"
+V1 = Path(__file__).parents[1] / "fixtures" / "v1"
+VOID = {"meta", "br", "hr", "img", "link", "input", "wbr", "col"}
+
+
+class Page(HTMLParser):
+    """Elements, texts by element, and what is wrong with the structure."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.wrong, self.tags, self.ids, self.checks, self.cells = [], [], [], [], {}, []
+        assert text.startswith("<!doctype html>")
+        self.feed(text)
+        self.close()
+        self.wrong += [f"open: {name}" for name in self.open]
+        self.wrong += [f"id twice: {name}" for name in {n for n in self.ids if self.ids.count(n) > 1}]
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        given = dict(attributes)
+        self.wrong += [f"{tag} has {name} twice" for name in given if [n for n, _ in attributes].count(name) > 1]
+        self.ids += [given["id"]] if "id" in given else []
+        if tag in ("td", "th"):
+            self.cells.append("")
+        if "data-check" in given:
+            self.checks[given["data-check"]] = ""
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(f"</{tag}> closes nothing")
+
+    def handle_data(self, data):
+        if "td" in self.open or "th" in self.open:
+            self.cells[-1] += data
+        if "tr" in self.open and "section" in self.open and self.checks:
+            self.checks[list(self.checks)[-1]] += data + "\n"
+
+
+def assert_safe(text):
+    """Nothing in it runs or is fetched; its structure is whole."""
+    found = Page(text)
+    assert found.wrong == []
+    names = {tag for tag, _ in found.tags}
+    assert not names & {"script", "iframe", "object", "embed", "link", "base", "form", "img", "image", "foreignobject"}
+    for tag, attributes in found.tags:
+        for name, value in attributes.items():
+            assert not name.startswith("on"), (tag, name)
+            if name.rpartition(":")[2] in ("href", "src", "srcset", "action", "data"):
+                assert value.startswith(("#", "data:text/csv;base64,", "data:application/json;base64,")), (
+                    tag,
+                    name,
+                    value[:80],
+                )
+            assert all(link.startswith("#") for link in re.findall(r"url\(([^)]*)\)", value or "")), (tag, name)
+    targets = [a["href"][1:] for _, a in found.tags if a.get("href", "").startswith("#")]
+    targets += [a["xlink:href"][1:] for _, a in found.tags if "xlink:href" in a]
+    targets += re.findall(r"url\(#([^)]*)\)", text)
+    assert set(targets) <= set(found.ids)
+    assert "@import" not in text and text.count("<style>") + text.count('<style type="text/css">') == text.count("</style>")
+    return found
+
+
+def whole(reports, **options):
+    return page(reports, title="results", **options)
+
+
+def report(folder, *flags, code=0):
+    assert main(["report", "--results-dir", str(folder), *flags]) == code
+    return (folder / "report.html").read_text("utf-8") if not code and "--out" not in flags else ""
+
+
+def test_the_page_of_committed_results_is_one_safe_file_with_every_verdict(tmp_path, capsys):
+    folder = tmp_path / "h100"
+    shutil.copytree(RESULTS / "archive" / "h100", folder)
+    text = report(folder)
+    found = assert_safe(text)
+    assert text.count("<svg") == 5 and len(text.encode()) < 2e6
+    for name in FILES.values():
+        for check in json.loads((folder / name).read_text())["checks"]:
+            said = " ".join(found.checks[check["name"]].split())
+            assert check["status"].upper() in said and " ".join(check["detail"].split()) in said, check
+    assert 'name="viewport"' in text and "default-src 'none'" in html.unescape(text) and '<html lang="en">' in text
+    assert "cuda_graphs" in text and "wikitext103" in text  # folders below, named
+    assert report(folder) == text
+    assert f"files {folder}/: report.html" in capsys.readouterr().out
+
+
+def test_its_numbers_are_those_of_the_tables():
+    cells = Page(whole(all_reports())).cells
+    for table in build_tables(all_reports()):
+        for row in table.texts(str):
+            assert set(row) <= set(cells), table.name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("language", ["en", "ja"])
+def test_any_report_alone_is_a_page_that_says_what_is_missing(kind, language):
+    text = whole({kind: all_reports()[kind]}, language=language)
+    assert_safe(text)
+    for other in set(KINDS) - {kind}:
+        assert f"(phase1 {other})" in text and f'id="{other}"' not in text
+    assert f'id="{kind}"' in text
+
+
+@pytest.mark.parametrize(
+    "reports",
+    [
+        {"memory": memory_report(results={"phase1": type(memory_report().results["phase1"])(**failed("phase1"))}, checks=[])},
+        {"throughput": throughput_report(checks=[])},
+        {"perplexity": perplexity_report(results={"phase1_htt16_ar32": perplexity_report().results["phase1_htt16_ar32"]})},
+        {"perplexity": perplexity_report(results={"baseline": type(perplexity_report().results["baseline"])(**failed("baseline", "error"))})},
+    ],
+)  # fmt: skip
+def test_failed_results_and_those_without_a_baseline_are_shown(reports):
+    text = whole(reports)
+    assert_safe(text)
+    assert "out of memory" in text or "37.06" in text
+
+
+def test_results_of_earlier_versions_are_shown():
+    assert_safe(report_of(V1))
+
+
+def report_of(folder):
+    from phase1.records.collect import read_reports
+
+    return whole(read_reports(folder))
+
+
+@pytest.mark.parametrize("text", [HOSTILE, "<script>alert(1)</script>", "</style><b>", '"><img src=x onerror=y>', "\u202e" * 9, "x" * 10_000, "日本語 &amp; $x$"])  # fmt: skip
+def test_hostile_texts_stay_texts(text, monkeypatch):
+    monkeypatch.setattr("tests.test_security.HOSTILE", text)
+    reports = {kind: hostile(made).model_copy(update={"warnings": [text]}) for kind, made in all_reports().items()}
+    made = page(reports, title=text, files_of={"a.json": text.encode()}, elsewhere=[text])
+    assert_safe(made)
+    assert "\u202e" not in made and "<img" not in made
+
+
+def test_a_plot_that_cannot_be_drawn_costs_no_number(monkeypatch):
+    monkeypatch.setattr("phase1.page.document.plots_of", lambda made: [lambda *_: 1 / 0])
+    text = whole({"memory": memory_report()})
+    assert "no plot: ZeroDivisionError" in text and "9.26" in text
+
+
+def test_in_japanese_every_word_of_the_page_is_japanese():
+    text = whole(all_reports() | {"memory": memory_report(warnings=["hot"])}, changes=[], language="ja")
+    headings = re.findall(r"<h2>(.*?)</h2>", text)
+    assert len(headings) == 9 and not any(re.search("[A-Za-z]", heading) for heading in headings)
+    assert set(headings) <= set(JAPANESE.values()) and '<html lang="ja">' in text
+    assert not re.search(r"\b(PASS|FAIL|INCONCLUSIVE)</b>", text)
+
+
+def test_what_changed_against_an_earlier_run(tmp_path):
+    old, new = (write_all(folder) for folder in (tmp_path / "old", tmp_path / "new"))
+    write_report(
+        perplexity_report(
+            results=perplexity_report().results
+            | {"baseline": perplexity_report().results["baseline"].model_copy(update={"perplexity": 30.0})}
+        ),
+        old / FILES["perplexity"],
+    )
+    text = report(new, "--against", str(old))
+    assert 'id="changes"' in text and "16.33" in text  # 100 (34.9 / 30 - 1)
+    assert_safe(text)
+
+
+def training(folder, losses=(5.0, 4.0)):
+    folder.mkdir(parents=True)
+    rows = [
+        dict.fromkeys(FIELDS) | {"step": i + 1, "tokens": 32 * i + 32, "seconds": 1.5, "loss": x, "val_loss": x + 1}
+        for i, x in enumerate(losses)
+    ]
+    (folder / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "samples.txt").write_text("== step 1\n<b>once\x1b[31m upon</b>\n")
+    (folder / "run.toml").write_text('prompt = "a"\n')
+
+
+def test_a_folder_of_a_training_shows_its_curve_samples_and_settings(tmp_path):
+    training(tmp_path / "run")
+    text = report(tmp_path / "run")
+    found = assert_safe(text)
+    assert text.count("<svg") == 1 and {"run", "5.0000", "4.0000", "64"} <= set(found.cells)
+    assert "&lt;b&gt;once?[31m upon" in text and "prompt = &quot;a&quot;" in text
+
+
+def test_several_trainings_are_in_one_plot(tmp_path):
+    for name in ("a", "b"):
+        training(tmp_path / name)
+    training(tmp_path / "checkpoints" / "c")
+    assert [made.name for made in trainings_in(tmp_path)] == ["a", "b", "c"]
+    assert report(tmp_path).count("<svg") == 1
+
+
+@pytest.mark.parametrize("name, content, code, says", [
+    (None, None, 3, "no result file and no metrics.jsonl"),
+    (FILES["memory"], "{}", 2, "phase1_memory_validation.json"),
+    (METRICS, "hello\n", 2, "expected a file that `phase1 train` wrote"),
+])  # fmt: skip
+def test_bad_folders_are_one_line(tmp_path, capsys, name, content, code, says):
+    if name:
+        (tmp_path / name).write_text(content)
+    report(tmp_path, code=code)
+    err = capsys.readouterr().err
+    assert_one_line(err)
+    assert says in err and not (tmp_path / "report.html").exists()
+
+
+def luminance(color):
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    r, g, b = (c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+
+def test_every_color_of_text_is_readable_in_light_and_dark():
+    style = files("phase1.page").joinpath("style.css").read_text()
+    light, dark = (dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", block)) for block in style.split("@media")[:2])
+    for colors in (light, dark):
+        for ink in ("ink", "quiet", "link", "pass", "fail", "inconclusive"):
+            for paper in ("paper", "shade"):
+                low, high = sorted(luminance(colors[name]) for name in (ink, paper))
+                assert (high + 0.05) / (low + 0.05) >= 4.5, (ink, paper)
+
+
+def test_the_source_of_the_page_stays_small():
+    source = [path for path in Path(files("phase1.page")).glob("*.py") if path.name != "words.py"]
+    assert sum(len(path.read_text().splitlines()) for path in source) < 400
