@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "phase1"
-LEAVES = {"advice", "device", "errors", "files", "progress", "text", "signals"}
+LEAVES = {"advice", "device", "errors", "files", "progress", "text", "signals", "world"}
 SETTINGS = {"config", "presets", "roster", "runs"}
 MAY_IMPORT = {
     "text": set(),
     "signals": set(),
-    "errors": {"text"},
-    "files": {"text"},
+    "world": set(),
+    "errors": {"text", "world"},
+    "files": {"text", "world"},
+    "parallel": LEAVES,
     "factory": {"errors"},
     "config": {"factory"},
     "presets": set(),
@@ -23,7 +25,7 @@ MAY_IMPORT = {
     "advice": set(),
     "device": set(),
     "tensor_names": set(),
-    "cli": LEAVES | SETTINGS,
+    "cli": LEAVES | SETTINGS | {"parallel"},
     "__main__": {"cli"},
     "ops": {"files"},  # to keep the answers of checks of kernels
     "progress": set(),
@@ -32,7 +34,7 @@ MAY_IMPORT = {
     "model": {"config", "layers", "ops", "vocabulary"},
     "trainable": {"config", "factory", "model", "ops", "vocabulary"},
     "data": LEAVES | {"config"},
-    "training": LEAVES | {"config", "data", "model", "ops", "records", "tensor_names", "trainable", "vocabulary"},
+    "training": LEAVES | {"config", "data", "model", "ops", "parallel", "records", "tensor_names", "trainable", "vocabulary"},
     "machine": LEAVES | {"config"},
     "records": LEAVES | {"config", "machine", "roster"},
     "stats": {"records"},
@@ -43,11 +45,13 @@ MAY_IMPORT = {
     "lm_eval": {"hf", "ops"},
     "plots": {"files", "records", "roster", "tables", "text"},
     "page": {"checks", "errors", "plots", "records", "tables", "text"},
-    "measure": LEAVES | SETTINGS | {"data", "generation", "machine", "model", "ops", "records", "stats", "trainable", "training"},
+    "measure": LEAVES
+    | SETTINGS
+    | {"data", "generation", "machine", "model", "ops", "parallel", "records", "stats", "trainable", "training"},
     "commands": LEAVES
     | SETTINGS
-    | {"checks", "data", "factory", "generation", "machine", "measure", "model", "page", "plots", "records", "stats", "tables"}
-    | {"trainable", "training"},
+    | {"checks", "data", "factory", "generation", "machine", "measure", "model", "page", "parallel", "plots", "records", "stats"}
+    | {"tables", "trainable", "training"},
 }
 WINGS = {
     "execution": set(),

@@ -5,15 +5,15 @@ import gc
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from phase1 import __version__, config, runs
+from phase1 import __version__, config, runs, world
 from phase1.config import Config, to_toml
-from phase1.errors import Unavailable, report_failure
+from phase1.errors import Elsewhere, Gone, Unavailable, report_failure
 from phase1.presets import PRESETS
 from phase1.signals import Ending, ending_signals_interrupt
 from phase1.text import one_line, printable_output
@@ -32,6 +32,8 @@ COMMANDS: dict[str, type[Config]] = {
     "check-model": runs.CheckModelRun,
     "doctor": runs.DoctorRun,
 }
+UNDECIDED = 3  # the exit status of a report that has no failed check, and one that is undecided
+TOGETHER = ("memory", "throughput", "perplexity", "train")  # commands that run on many GPUs, started by torchrun
 GROUPS: dict[type[Config], str] = {
     config.ModelShape: "model",
     config.EngineShape: "model",
@@ -96,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     name = argv[0] if argv and argv[0] in COMMANDS else None
-    with printable_output(), ending_signals_interrupt() as ending:
+    with printable_output(), world.first_speaks(), ending_signals_interrupt() as ending:
         if name is None:
             return _top_level(argv)
         return _status(name, argv[1:], ending)
@@ -111,6 +113,8 @@ def _status(name: str, argv: Sequence[str], ending: Ending) -> int:
     except BrokenPipeError:  # the reader of the output, for example `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except (Elsewhere, Gone) as error:  # whatever signal torchrun has sent: it sends one when a rank ends
+        return report_failure(name, error)
     except (Exception, KeyboardInterrupt) as error:
         if not ending.come and not isinstance(error, KeyboardInterrupt):
             return report_failure(name, error)
@@ -134,6 +138,8 @@ def _run(name: str, run: Config, ending: Ending) -> int:
     gc.disable()
     try:
         with ending.waiting():
+            if world.size() > 1 and name in TOGETHER:
+                importlib.import_module("phase1.parallel.run").see_one_gpu()  # before a module asks CUDA for anything
             command = importlib.import_module(f"phase1.commands.{name.replace('-', '_')}")
         gc.freeze()
     except ModuleNotFoundError as error:
@@ -141,11 +147,25 @@ def _run(name: str, run: Config, ending: Ending) -> int:
     finally:
         gc.enable()
     try:
-        return int(command.main(run))
+        if world.size() == 1:
+            return int(command.main(run))
+        return _run_together(name, command.main, run)
     except ModuleNotFoundError as error:  # of those that are imported where they are needed
         raise _not_installed(error) from error
     finally:
         gc.unfreeze()
+
+
+def _run_together(name: str, command: Callable[[Any], int], run: Config) -> int:
+    """The exit status of a command that all processes of torchrun run; torchrun knows success and failure alone, and a
+    report whose checks are undecided is no failure."""
+    if name not in TOGETHER:
+        raise ValueError(f"phase1 {name} runs in one process; got {world.size()} of torchrun; start it without torchrun")
+    from phase1.parallel.run import processes  # it takes PyTorch
+
+    with processes(name):
+        status = command(run)
+        return 0 if status == UNDECIDED else status
 
 
 def _not_installed(error: ModuleNotFoundError) -> Exception:

@@ -4,11 +4,20 @@ import dis
 import sys
 import traceback
 
+from phase1 import world
 from phase1.text import one_line, without_private
 
 
 class Unavailable(RuntimeError):
     """A data set, a device or a measurement is not available on this machine; the command prints one line and exits with 3."""
+
+
+class Elsewhere(Unavailable):
+    """Another process of the same run failed, and says so itself: this one has nothing to say."""
+
+
+class Gone(Unavailable):
+    """Another process of the same run ended without a word: this one says so for it."""
 
 
 class Diverged(Unavailable):
@@ -42,9 +51,12 @@ def error_line(command: str, error: Exception) -> str:
 def report_failure(command: str, error: Exception) -> int:
     """Print a failure on stderr, with the traceback if it is unexpected, and return the exit status."""
     status = exit_status(error)
+    if isinstance(error, Elsewhere):
+        return status
     if status == INTERNAL:
         traceback.print_exception(error)
-    print(error_line(command, error), file=sys.stderr)
+    who = "" if isinstance(error, Gone) else world.name()
+    print(error_line(command + who, error), file=sys.stderr)
     return status
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from phase1.text import one_line
+from phase1.world import is_first
 
 MAX_JSON_BYTES = 16 * 2**20  # a report has some kilobytes; a larger file is not a report
 
@@ -22,11 +23,14 @@ MAX_JSON_BYTES = 16 * 2**20  # a report has some kilobytes; a larger file is not
 def atomic_write(path: Path | str, data: bytes) -> None:
     """Put `data` at `path` so that a crash at any moment leaves the old or the new content, never a part.
 
+    In a run of several processes rank 0 writes, and the others only call this.
     What killed writers have left in the folder is removed afterwards.
     Makes missing folders. Raises OSError, with the old file untouched and no temporary file left; only where the last
     step, the fsync of the folder, fails, the new content is already there, whole, but may not survive a power cut.
     """
     path = Path(path)
+    if not is_first():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{_machine()}-{os.getpid():x}-{secrets.token_hex(3)}.tmp")
     try:
@@ -60,6 +64,12 @@ def _remove_orphans(folder: Path) -> None:
             for name, of in found:
                 if not psutil.pid_exists(int(of[2], 16)):
                     (folder / name).unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Remove a file where there is one, as `atomic_write` writes it: on rank 0."""
+    if is_first():
+        path.unlink(missing_ok=True)
 
 
 def append_text(path: Path, text: str) -> None:

@@ -149,6 +149,9 @@ class PerplexityRun(ModelShape, DataConfig, TrainConfig, OutputConfig):
     also_evaluate: tuple[str, ...] = option(
         (), "further data sets whose validation texts every model is scored on; reports in folders of their names in --out-dir"
     )
+    gpus: Literal["one", "all"] = option(
+        "one", "all trains the models side by side, one per GPU, and then goes on as one does", affects_results=False
+    )
     checkpoint_dir: str = option("results/checkpoints", "trained models, by hash of config and data; reused by later runs")
 
     def __post_init__(self) -> None:
@@ -212,6 +215,7 @@ class TrainRun(ModelConfig, DataConfig, TrainConfig, WatchConfig):
 
     seq_length: int = option(512, "T, tokens per window")
     out_dir: str = option("results/checkpoints/train", "folder of the checkpoint")
+    shard: bool = option(False, "spread parameters, gradients and optimizer state over the GPUs of torchrun; same result")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -219,6 +223,11 @@ class TrainRun(ModelConfig, DataConfig, TrainConfig, WatchConfig):
         if self.piece_length is not None and (self.mixer == "attention" or self.model is not None):
             other = "--mixer attention" if self.model is None else "--model"
             raise ValueError(f"--piece-length needs a state that does not grow; got {other}; leave one of them out")
+        if self.shard and self.piece_length is not None:
+            raise ValueError("--shard must be without --piece-length; got both; leave one of them out")
+        if self.shard and (self.compile or self.cuda_graphs or self.sample_every or self.optimizer == "muon" or self.model):
+            expected = "--shard must be without --compile, --cuda-graphs, --sample-every, --optimizer muon and --model"
+            raise ValueError(f"{expected}; got one of them; leave it out")
         if self.model is not None and self.sample_every:
             raise ValueError("--sample-every writes with phase1's own models; got --model too; leave one of them out")
 

@@ -56,6 +56,7 @@ DAMAGES = [
     (edited("config.json", lambda c: c.update(model_type="llama")), "got model_type 'llama'"),
     (edited("config.json", lambda c: c.pop("model_type")), "got model_type None"),
     (edited("config.json", lambda c: c.update(n_layers=10**9)), "export it again"),
+    (edited("config.json", lambda c: c.update(model="os:getcwd")), "no file decides what code runs"),
     (edited("config.json", lambda c: c.update(d_model="64")), "export it again"),
     (edited("config.json", lambda c: c.update(phase1_tokenizer="0" * 64)), "must be that of the training"),
     (lambda f: (f / "config.json").write_text("{"), "export it again"),

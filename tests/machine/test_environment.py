@@ -15,7 +15,7 @@ from phase1.text import without_home
 
 ALLOWED = {
     "phase1", "git_commit", "python", "torch", "triton", "os", "cpu", "cpu_cores", "cpu_threads", "ram_bytes", "cuda", "device",
-    "gpu", "gpu_count", "gpu_memory_bytes", "gpu_compute_capability", "cudnn", "driver",
+    "gpu", "gpu_count", "gpu_memory_bytes", "gpu_compute_capability", "cudnn", "driver", "world_size", "backend",
 }  # fmt: skip
 
 

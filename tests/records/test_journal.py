@@ -113,7 +113,7 @@ def test_other_code_is_refused(tmp_path, monkeypatch):
 def test_settings_that_change_no_case_may_differ():
     for kind in (MemoryRun, ThroughputRun, PerplexityRun, PipelineRun):
         ignored = {f.name for f in fields(kind)} - deciding_settings(kind()).keys()
-        expected = {"out_dir", "resume", "verbose", "save_plots", "offline"}
+        expected = {"out_dir", "resume", "verbose", "save_plots", "offline", "gpus"}
         assert ignored == expected & {f.name for f in fields(kind)}
     other = ThroughputRun(out_dir="elsewhere", save_plots=True, verbose=True, resume=True)
     assert deciding_settings(other) == deciding_settings(ThroughputRun()) != deciding_settings(ThroughputRun(batch_size=5))

@@ -147,8 +147,9 @@ def _numbers(reports: Mapping[str, Report[Any]]) -> dict[Key, Number]:
             if model in CONTROLS:  # they test the measurement, and nobody's change makes them better or worse
                 continue
             conditions = {"config_id": result.config_id, "hardware": _hardware(report), "measured": result.measured}
+            world_size = {"world_size": report.environment.get("world_size", 1)}
             if isinstance(result, MemoryResult):
-                conditions |= {"batch_size": run.get("batch_size"), "seq_length": run.get("seq_length")}
+                conditions |= world_size | {"batch_size": run.get("batch_size"), "seq_length": run.get("seq_length")}
                 key = (model, "peak", _length(run))
                 numbers[key] = Number(result.peak_allocated_bytes, result.status, conditions, result.detail)
             elif isinstance(result, PerplexityResult):
@@ -158,7 +159,7 @@ def _numbers(reports: Mapping[str, Report[Any]]) -> dict[Key, Number]:
                 numbers[key] = Number(result.perplexity, result.status, conditions, result.detail)
             elif isinstance(result, ThroughputResult):
                 conditions |= {"precision": run.get("precision"), "compile": bool(run.get("compile"))}
-                conditions |= {"cuda_graphs": bool(run.get("cuda_graphs"))}
+                conditions |= world_size | {"cuda_graphs": bool(run.get("cuda_graphs"))}
                 for m in result.measurements:
                     at_length, key = conditions | {"batch_size": m.batch_size}, (model, "tokens_per_second", m.seq_length)
                     if key in numbers:

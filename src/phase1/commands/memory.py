@@ -16,6 +16,7 @@ from phase1.measure.memory.case import MemoryCase
 from phase1.measure.memory.largest import fit_sizes
 from phase1.measure.memory.limit import basis, check_limit, limit_bytes
 from phase1.measure.memory.measured import memory_result
+from phase1.parallel import group
 from phase1.plots import plot_memory, plot_memory_timeline
 from phase1.progress import progress
 from phase1.records.schema import Ablation, Fit, MemoryResult, Report, exit_code
@@ -26,6 +27,7 @@ from phase1.tables.console import checks_text, memory_text
 from phase1.tables.grid import grid
 from phase1.tables.screen import Screen, conditions, memory_numbers, text
 from phase1.trainable import require_built
+from phase1.world import is_first
 
 PLOT: Final = "phase1_memory_breakdown.png"
 TIMELINE_PLOT: Final = "phase1_memory_timeline.png"
@@ -37,12 +39,18 @@ def main(run: MemoryRun) -> int:
         print(cards_text())
         return 0
     card = None if run.card is None else card_for(run.card)
+    if run.fit and group.together():
+        raise ValueError(f"--fit searches in one process; got {group.size()} of torchrun; start it without torchrun")
     free_bytes, limit = free_gpu_bytes(), limit_of(run)  # before this run takes some of it
     wanted = models(run)
     require_built(wanted.values())
     session = Session(run, "memory", data=sources(wanted))
+    group.gate()  # until all ranks have read what is kept of an earlier run
     cases = cases_of(run, wanted, limit, card)
     results = with_reductions(dict(measured(cases, session)))
+    ablated = with_one_change(cases, results, session) if run.ablate else []
+    if not is_first():
+        return 0
     if run.fit:
         results = with_fits(results, cases, session)
     found = any(result.status == "ok" for result in results.values())
@@ -52,7 +60,7 @@ def main(run: MemoryRun) -> int:
         memory_checks(results, free_bytes, limit, card),
         plots=[(plot_memory, PLOT), (plot_memory_timeline, TIMELINE_PLOT)] if found else [],
         run=session.settings | known,
-        ablation=with_one_change(cases, results, session) if run.ablate else [],
+        ablation=ablated,
     )
     if run.verbose:
         print(memory_text(report), checks_text(report.checks), sep="\n")
@@ -95,10 +103,8 @@ def cases_of(run: MemoryRun, wanted: dict[str, ModelConfig], limit: int | None, 
     """What is measured, by role."""
     size = (run.batch_size, run.seq_length, limit, run.dry_run)
     chip = None if card is None else card.chip
-    return {
-        role: MemoryCase(model, *size, compiled=role in COMPILED, chip=chip, piece_length=run.piece_length)
-        for role, model in wanted.items()
-    }
+    where: dict[str, Any] = {"chip": chip, "ranks": group.size(), "piece_length": run.piece_length}
+    return {role: MemoryCase(model, *size, compiled=role in COMPILED, **where) for role, model in wanted.items()}
 
 
 def measured(cases: dict[str, MemoryCase], session: Session) -> Iterator[tuple[str, MemoryResult]]:

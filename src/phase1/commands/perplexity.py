@@ -14,6 +14,9 @@ from phase1.machine.environment import settings
 from phase1.measure.perplexity.candidates import ScoredModel, candidates
 from phase1.measure.perplexity.evaluate import Protocol
 from phase1.measure.perplexity.result import Text, measure
+from phase1.measure.perplexity.side_by_side import train_side_by_side
+from phase1.parallel import group
+from phase1.parallel.run import visible_gpus
 from phase1.plots import plot_losses, plot_perplexity
 from phase1.records.schema import Check, PerplexityResult, Report, exit_code
 from phase1.records.session import Session
@@ -25,6 +28,7 @@ from phase1.tables.screen import conditions as hardware
 from phase1.text import without_private
 from phase1.trainable import require_built
 from phase1.training.checkpoint import read_index
+from phase1.world import is_first
 
 PLOT: Final = "phase1_perplexity_comparison.png"
 LOSSES_PLOT: Final = "phase1_perplexity_losses.png"
@@ -35,16 +39,36 @@ def main(run: PerplexityRun) -> int:
     models = candidates(run)
     require_built(model.config for model in models)
     need = ("valid",) if all(m.checkpoint for m in models) else ("train", "valid")
-    corpus = load_corpus(run, vocab_size=run.vocab_size, need=need, train_tokens=run.train_tokens)
-    texts = [text_of(run, one) for one in (corpus, *further_texts(run, corpus))]
+    corpora = group.first_before_others(lambda: corpora_of(run, need))
+    texts = [text_of(run, corpus) for corpus in corpora]
     folders = folders_of(run, [one.corpus.name for one in texts])
     session = Session(run, "perplexity", data=data_identity(models, texts))
+    group.gate()  # until all ranks have read what is kept of an earlier run
+    if run.gpus == "all":
+        train_side_by_side(run, models, corpora[0], gpus_of_this_run())
     kept = {model.key: session.case(model.key, list[PerplexityResult], partial(measure, run, model, texts)) for model in models}
+    if not is_first():
+        return 0
     checks = []
     for i, (scored, folder) in enumerate(zip(texts, folders, strict=True)):
         checks += report_on(run, scored, {key: results[i] for key, results in kept.items()}, folder, session)
     session.close()
     return exit_code(checks)
+
+
+def gpus_of_this_run() -> list[str]:
+    """The GPUs of --gpus all. Raises ValueError where there is none, or a process has one already."""
+    gpus = visible_gpus()
+    if group.together() or not gpus:
+        got = f"{group.size()} ranks of torchrun" if group.together() else "none"
+        raise ValueError(f"--gpus all needs one process and the GPUs that it sees; got {got}; leave it out")
+    return gpus
+
+
+def corpora_of(run: PerplexityRun, need: tuple[str, ...]) -> list[Corpus]:
+    """The text of the run, and those of --also-evaluate."""
+    first = load_corpus(run, vocab_size=run.vocab_size, need=need, train_tokens=run.train_tokens)
+    return [first, *further_texts(run, first)]
 
 
 def further_texts(run: PerplexityRun, first: Corpus) -> Iterator[Corpus]:

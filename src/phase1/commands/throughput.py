@@ -17,6 +17,7 @@ from phase1.measure.throughput.interleaved import ThroughputPlan, TimedModel, me
 from phase1.measure.throughput.monitor import Monitor
 from phase1.measure.throughput.saturation import graphs_fail, saturating_batch
 from phase1.measure.workload import control_batch_size
+from phase1.parallel.group import from_first, gate
 from phase1.plots import plot_throughput
 from phase1.progress import progress
 from phase1.records.schema import Decoding, Report, ThroughputResult, exit_code
@@ -29,6 +30,7 @@ from phase1.tables.console import checks_text, console, throughput_text
 from phase1.tables.screen import Screen, conditions, decoding_numbers, text, throughput_numbers
 from phase1.trainable import require_built
 from phase1.training.step import compute_dtype, require_gpu_for_graphs
+from phase1.world import is_first
 
 PLOT: Final = "phase1_throughput_comparison.png"
 SECONDS: Final = 600.0  # for a process that looks for a batch, or tries graphs
@@ -47,14 +49,17 @@ def main(run: ThroughputRun) -> int:
     wanted = models(run)
     require_built(wanted.values())
     session = Session(run, "throughput", data=sources(wanted))
+    gate()  # until all ranks have read what is kept of an earlier run
     precision = str(compute_dtype("auto", device)).removeprefix("torch.")
     way: Way = plain_way(run)
     if device == "cuda":
-        way = session.case("way", dict[str, Any], lambda: way_on_gpu(run, wanted))
+        way = session.case("way", dict[str, Any], lambda: from_first(lambda: way_on_gpu(run, wanted)))
     for line in way["otherwise"]:
         print(f"phase1 throughput: {line}", file=sys.stderr)
     monitor = Monitor(device)
     contenders = measured(run, way, wanted, device, monitor, session)
+    if not is_first():
+        return 0
     card, basis = card_of(session.facts)
     results = {}
     for role, result in throughput_results(contenders).items():

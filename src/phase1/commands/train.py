@@ -24,6 +24,7 @@ from phase1.measure.memory.measured import chip_of
 from phase1.measure.perplexity.evaluate import Protocol, evaluate, unigram_entropy
 from phase1.measure.throughput.efficiency import step_flops
 from phase1.model import LanguageModel
+from phase1.parallel import group
 from phase1.plots import plot_training
 from phase1.records.metrics import METRICS, read_metrics
 from phase1.records.session import require_writable
@@ -35,9 +36,10 @@ from phase1.trainable import Trainable, build
 from phase1.training.checkpoint import INDEX
 from phase1.training.job import BEST, train_to_checkpoint
 from phase1.training.pieces import in_pieces
-from phase1.training.step import compute_dtype, total_steps
+from phase1.training.step import compute_dtype, total_steps, windows_per_rank
 from phase1.training.trackers import tracker
 from phase1.training.watch import Watch
+from phase1.world import is_first
 
 PLOT = "training.png"
 SETTINGS = "run.toml"  # a file that --config reads
@@ -52,17 +54,20 @@ def main(run: TrainRun) -> int:
     """Train one model as the flags say; the checkpoint goes to --out-dir, with metrics.jsonl and its plot."""
     folder = Path(run.out_dir)
     require_writable(folder)
-    corpus = load_corpus(run, vocab_size=run.vocab_size, need=("train",), train_tokens=run.train_tokens)
-    valid = _valid(run)
+    windows_per_rank(run, group.size())
+    if run.shard and not group.together():
+        raise ValueError("--shard needs several GPUs; got one process; start it by torchrun, or leave it out")
+    corpus, valid = group.first_before_others(lambda: _texts(run))
     model_config, train_config = part_of(ModelConfig, run), part_of(TrainConfig, run)
     if model_config.model is not None:
         model_config = replace(model_config, model=pinned(model_config.model))
-    for line in plan(run, model_config, corpus, valid):
+    for line in plan(run, model_config, corpus, valid) if is_first() else ():
         print(one_line(line, 500), file=sys.stderr, flush=True)
     watch = watch_of(run, corpus, valid)
     try:
         configs = model_config, train_config
-        facts = train_to_checkpoint(*configs, corpus, run.seq_length, folder, label=label(model_config), watch=watch)
+        how: dict[str, Any] = {"label": label(model_config), "watch": watch, "shard": run.shard}
+        facts = train_to_checkpoint(*configs, corpus, run.seq_length, folder, **how)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -71,6 +76,8 @@ def main(run: TrainRun) -> int:
         length = None if pieces else ("--seq-length", run.seq_length)
         ladder = smaller(batch=("--micro-batch-size", run.micro_batch_size), length=length, more=pieces)
         raise Unavailable(f"{reason(error)}; {ladder}") from error
+    if not is_first():
+        return 0
     atomic_write(folder / SETTINGS, to_toml(run).encode())
     rows = read_metrics(folder / METRICS) if (folder / METRICS).exists() else []
     unigram = None if valid is None else unigram_entropy(valid.splits["valid"].ids)
@@ -124,6 +131,12 @@ def screen(
 def _last(rows: list[dict[str, Any]], name: str) -> str:
     """The last known value of a column."""
     return next((f"{row[name]:.3f}" for row in reversed(rows) if row[name] is not None), UNKNOWN)
+
+
+def _texts(run: TrainRun) -> tuple[Corpus, Corpus | None]:
+    """What is trained on, and the valid split where it is looked at."""
+    corpus = load_corpus(run, vocab_size=run.vocab_size, need=("train",), train_tokens=run.train_tokens)
+    return corpus, _valid(run)
 
 
 def _valid(run: TrainRun) -> Corpus | None:
@@ -196,7 +209,7 @@ def watch_of(run: TrainRun, corpus: Corpus, valid: Corpus | None) -> Watch:
         max_seconds=3600 * hours,
         keep_best=run.keep_best,
         patience=run.patience,
-        trackers=[tracker(name, Path(run.out_dir), asdict(run)) for name in run.report_to],
+        trackers=[tracker(name, Path(run.out_dir), asdict(run)) for name in run.report_to if is_first()],
     )
 
 

@@ -39,7 +39,10 @@ class Windows:
         return tokens[:-1], tokens[1:]
 
     def batch(self, step: int, batch_size: int) -> tuple[Tensor, Tensor]:
-        """(inputs, targets) of optimizer step `step`, from 0: windows step·B to step·B + B - 1, (B, T) int64 each."""
+        """(inputs, targets) of optimizer step `step`, from 0: windows step·B to step·B + B - 1, (B, T) int64 each.
+
+        Rank r of N has step N·step + r of B/N windows: together they have those of step `step` of B.
+        """
         pairs = [self.window(i) for i in range(step * batch_size, (step + 1) * batch_size)]
         inputs, targets = zip(*pairs, strict=True)
         return torch.stack(inputs), torch.stack(targets)

@@ -122,9 +122,8 @@ def load(
         model, facts = load_exported(folder)
     else:
         facts = training_facts(folder, read_index(folder))
-        loaded, _ = load_model(folder)
-        assert isinstance(loaded, LanguageModel)  # what load_model gives where no --model is allowed
-        model = loaded
+        model, _ = load_model(folder)
+    assert isinstance(model, LanguageModel)  # what both give where no --model is allowed
     found = _tokenizer(folder, tokenizer)
     if facts["tokenizer"] not in (None, found.fingerprint):
         raise ValueError(

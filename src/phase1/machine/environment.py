@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import phase1
+from phase1 import world
 from phase1.config import Config
 from phase1.text import without_private
 
@@ -33,6 +34,8 @@ def environment() -> dict[str, Fact]:
         "cpu": cpu_model(),
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "cpu_threads": torch.get_num_threads(),
+        "world_size": world.size(),
+        "backend": None if world.size() == 1 else "nccl" if torch.cuda.is_available() else "gloo",
         "ram_bytes": ram_bytes(),
         "cuda": torch.version.cuda,
         "device": "cpu",
@@ -56,6 +59,7 @@ def machine() -> dict[str, Fact]:
         "triton": package_version("triton"),
         "cpu": cpu_model(),
         "cpu_threads": torch.get_num_threads(),
+        "world_size": world.size(),
         "gpu": nvml(lambda library, handle: library.nvmlDeviceGetName(handle)),
         "driver": nvml(lambda library, _: library.nvmlSystemGetDriverVersion()),
     }
@@ -173,6 +177,10 @@ def current_command() -> str:
     if program.endswith(".py"):
         folder = path.absolute().parent.name
         program = f"python {folder}/{program}" if folder in ("scripts", "benchmarks") else f"python {program}"
+    if world.size() > 1:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", world.size()))
+        nodes = f"--nnodes={world.size() // here} " if world.size() > here else ""
+        program = f"torchrun {nodes}--nproc-per-node={here} -m phase1"
     return " ".join([program, *(shlex.quote(without_private(argument)) for argument in sys.argv[1:])])
 
 

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, Literal, TypeVar
 
-from phase1.errors import is_out_of_memory, reason
+from phase1.errors import Elsewhere, is_out_of_memory, reason
 
 T = TypeVar("T")
 
@@ -40,6 +40,8 @@ def run_here(function: Callable[..., T], *args: Any) -> Outcome[T]:
     """
     try:
         return Outcome("ok", function(*args))
+    except Elsewhere as error:
+        return Outcome("error", message=str(error))
     except Exception as error:
         if is_out_of_memory(error):
             return Outcome("oom", message=reason(error))

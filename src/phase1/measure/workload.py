@@ -46,6 +46,11 @@ def optimizer_tensors(state: TrainState) -> Iterator[Tensor]:
         yield from (value for value in values.values() if isinstance(value, Tensor))
 
 
+def lasting_tensors(state: TrainState) -> Iterator[Tensor]:
+    """Every tensor that is there between steps."""
+    yield from (*state.model.parameters(), *state.model.buffers(), *optimizer_tensors(state), *state.replicas.tensors())
+
+
 def control_batch_size(config: ModelConfig, batch_size: int, longest: int, memory_bytes: int | None) -> int:
     """`batch_size`, halved until the scores of the longest length take at most half of the device's memory; 1 at least."""
     while batch_size > 1 and memory_bytes is not None and 2 * scores_bytes(config, batch_size, longest) > memory_bytes:

@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 import phase1
-from phase1.files import atomic_write, read_json
+from phase1.files import atomic_write, read_json, remove
 from phase1.text import one_line
 
 T = TypeVar("T")
@@ -58,7 +58,7 @@ class Journal:
 
     def close(self) -> None:
         """Remove the file, once the report holds every case."""
-        self.path.unlink(missing_ok=True)
+        remove(self.path)
 
 
 def open_journal(

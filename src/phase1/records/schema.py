@@ -177,6 +177,7 @@ class MemoryResult(Result):
     """Peaks of one training step, in bytes; reduction against the `baseline` of the same report, in percent."""
 
     peak_allocated_bytes: int | None = None
+    peak_by_rank_bytes: list[int] | None = Field(default=None, description="of several GPUs, each; the largest is the peak")
     peak_reserved_bytes: int | None = None
     outside_allocator_bytes: int | None = Field(default=None, description="CUDA context and libraries, from the driver")
     peak_forward_bytes: int | None = None
@@ -206,12 +207,21 @@ class Measurement(_Record):
     """Step times of one model at one length: medians of the parts, and every raw step time."""
 
     seq_length: int
-    batch_size: int
+    batch_size: int = Field(description="sequences of a step; of every GPU's step where there are several")
     forward_time_ms: float | None = None
     backward_time_ms: float | None = None
     optimizer_time_ms: float | None = None
-    total_time_ms: float | None = None
-    tokens_per_second: float | None = None
+    communication_time_ms: float | None = Field(default=None, description="of several GPUs: the sum of gradients, and the wait")
+    total_time_ms: float | None = Field(default=None, description="of several GPUs that of the slowest")
+    tokens_per_second: float | None = Field(default=None, description="of all GPUs")
+    tokens_per_second_per_gpu: float | None = Field(default=None, description="of several GPUs: tokens_per_second over them")
+    one_gpu_tokens_per_second: float | None = Field(
+        default=None, description="of one of several GPUs without the others, with the same batch, in the same rounds"
+    )
+    scaling_efficiency: float | None = Field(
+        default=None, description="tokens/s per GPU of all together over those of one alone, from pairs of one round"
+    )
+    scaling_efficiency_ci95: Interval | None = Field(default=None, description="of scaling_efficiency; none under 5 rounds")
     samples_per_second: float | None = None
     tokens_per_second_ci95: Interval | None = Field(default=None, description="of the median; none under 5 steps")
     ratio_to_baseline: float | None = Field(default=None, description="tokens/s over the baseline's, from pairs of one round")
@@ -233,6 +243,7 @@ class Measurement(_Record):
         default=None, description="optimizer_bytes_per_second over the card's bandwidth, a share"
     )
     peak_allocated_bytes: int | None = Field(default=None, description="of a step; with CUDA graphs, of one before the capture")
+    peak_by_rank_bytes: list[int] | None = Field(default=None, description="of several GPUs, each; the largest is the peak")
     step_times_ms: list[float] = Field(default_factory=list, description="in the order of the rounds, which models share")
     status: Status
     detail: str = ""

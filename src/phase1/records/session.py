@@ -12,6 +12,7 @@ from phase1.machine.environment import Fact, current_command, deciding_settings,
 from phase1.records.journal import Journal, open_journal
 from phase1.records.schema import FILES, REPORTS, Check, Kind, Report, Result, read_report, write_report
 from phase1.text import one_line
+from phase1.world import is_first
 
 T = TypeVar("T")
 Plot = Callable[[Report[Any], Path], Path]
@@ -100,6 +101,8 @@ class Session:
 
 def require_writable(folder: Path) -> None:
     """Raise OSError now, and not after hours of work, if nothing can be written into `folder`."""
+    if not is_first():  # it writes nothing there
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
@@ -111,7 +114,7 @@ def keep_previous(path: Path, kind: Kind, command: str) -> list[Path]:
         old = read_report(path, kind)
     except ValueError:  # none, or nothing of ours
         return []
-    if old.command == command:
+    if old.command == command or not is_first():
         return []
     kept = path.with_name(path.name.removesuffix(".json") + PREVIOUS)
     os.replace(path, kept)

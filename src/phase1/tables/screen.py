@@ -171,10 +171,17 @@ def memory_numbers(report: Report[MemoryResult]) -> list[str]:
         over = {"ok": "", "oom": "does not fit", "error": "failed"}[result.status]
         numbers = f"{_with_unit(peak, 1e-9, 'GB', 2):>10} {_with_unit(needed, 1e-9, 'GB', 2):>14} {saving:>22}"
         lines.append(f"{model_title(key):<24} {numbers} {over}".rstrip())
+    lines += [_ranks(key, result.peak_by_rank_bytes) for key, result in report.results.items() if result.peak_by_rank_bytes]
     if any(result.fit for result in report.results.values()):
         lines.append(f"largest batch at T = {report.run.get('seq_length')}, longest sequence at a batch of 1:")
         lines += [f"{model_title(key):<24} {_fits(result)}" for key, result in report.results.items() if result.fit]
     return lines
+
+
+def _ranks(key: str, peaks: Sequence[int]) -> str:
+    """The peak of every rank, or the least and the largest of many."""
+    shown = [f"{peak / 1e9:.2f}" for peak in (peaks if len(peaks) <= 8 else (min(peaks), max(peaks)))]
+    return f"{model_title(key) + ', by rank':<32} {(' ' if len(peaks) <= 8 else ' to ').join(shown)} GB"
 
 
 def _fits(result: MemoryResult) -> str:
@@ -195,11 +202,23 @@ def throughput_numbers(report: Report[ThroughputResult]) -> list[str]:
         speeds = {m.seq_length: m for m in result.measurements}
         lines.append(f"{model_title(key):<24}" + "".join(f"{_speed(speeds.get(length)):>12}" for length in shown))
     engine = report.results.get("phase1")
+    lines += _together(engine.measurements[-1:] if engine else [], report)
     ratios = {m.seq_length: m for m in engine.measurements if m.ratio_to_fastest is not None} if engine else {}
     if ratios:
         cells = [f"{ratios[n].ratio_to_fastest:.2f} x" if n in ratios else "n/a" for n in shown]
         lines.append(f"{'engine / fastest':<24}" + "".join(f"{cell:>12}" for cell in cells))
     return lines
+
+
+def _together(measurements: Sequence[Any], report: Report[ThroughputResult]) -> list[str]:
+    """What several GPUs make of one, of the engine at its longest length."""
+    return [
+        f"engine on {report.environment.get('world_size')} GPUs at T = {m.seq_length:,}: {100 * m.scaling_efficiency:.1f} % of "
+        f"as many times one, {m.tokens_per_second_per_gpu:,.0f} tokens/s a GPU, communication {m.communication_time_ms:.2f} of "
+        f"{m.total_time_ms:.2f} ms"
+        for m in measurements
+        if m.scaling_efficiency is not None
+    ]
 
 
 def decoding_numbers(report: Report[ThroughputResult]) -> list[str]:

@@ -16,12 +16,15 @@ from torch import Tensor
 
 from phase1.config import Config, ModelConfig, TrainConfig
 from phase1.errors import Diverged
-from phase1.files import atomic_write, open_plain, read_json
+from phase1.files import atomic_write, open_plain, read_json, remove
+from phase1.parallel import group
+from phase1.parallel.parts import part_of, whole
 from phase1.tensor_names import with_present_names
 from phase1.text import one_line
 from phase1.trainable import Trainable, build
 from phase1.training.optimizers import kept
 from phase1.training.step import TrainState, total_steps
+from phase1.world import is_first
 
 C = TypeVar("C", bound=Config)
 
@@ -49,6 +52,7 @@ def save_checkpoint(
 
     The tensor files carry the step in their names and the index that names them is replaced last, so a crash
     leaves the previous checkpoint whole. Files of its own earlier saves are removed afterwards, and no other file.
+    Every rank of a run calls it, and rank 0 writes; when it returns all is there.
     Raises Diverged, with nothing written, where a tensor holds a number that is not finite.
     """
     folder = Path(folder)
@@ -57,10 +61,15 @@ def save_checkpoint(
         parts["training"] = _on_cpu(_optimizer_tensors(state))
     if token_order is not None:
         parts["tokens"] = {"order": token_order}
-    for tensors in parts.values():
-        if name := not_finite(tensors):
-            remedy = "lower --learning-rate or use --precision bf16"
-            raise Diverged(f"{name} is not finite at step {state.step}, nothing is saved; {remedy}")
+    if name := group.from_first(lambda: next(filter(None, map(not_finite, parts.values())), None)):
+        remedy = "lower --learning-rate or use --precision bf16"
+        raise Diverged(f"{name} is not finite at step {state.step}, nothing is saved; {remedy}")
+    if is_first():
+        _write(folder, state, facts, parts)
+    group.gate()
+
+
+def _write(folder: Path, state: TrainState, facts: dict[str, Any], parts: dict[str, dict[str, Tensor]]) -> None:
     older = _own_files(folder)
     files = {part: f"{part}-{state.step:08d}.safetensors" for part in parts}
     for part, tensors in parts.items():
@@ -76,7 +85,7 @@ def save_checkpoint(
     }
     atomic_write(folder / INDEX, json.dumps(index, indent=2, allow_nan=False).encode())
     for name in older - set(files.values()):
-        (folder / name).unlink(missing_ok=True)
+        remove(folder / name)
 
 
 def _own_files(folder: Path) -> set[str]:
@@ -293,8 +302,9 @@ def _load_weights(folder: Path | str, index: dict[str, Any], model: Trainable) -
     tensors = _tensors(folder, index, "model")
     if name := not_finite(tensors):
         raise _misfit(folder, ValueError(f"{name} is not finite"))
+    own = model.state_dict()
     try:
-        model.load_state_dict(tensors)
+        model.load_state_dict({name: part_of(tensor, own[name]) if name in own else tensor for name, tensor in tensors.items()})
     except RuntimeError as error:
         raise _misfit(folder, error) from error
 
@@ -382,8 +392,10 @@ def _restore_optimizer(state: TrainState, tensors: dict[str, Tensor]) -> None:
     names = kept(state.optimizer)
     for name, parameter in state.model.named_parameters():
         for key in names[parameter]:
-            state.optimizer.state[parameter][key] = tensors[f"{name}:{key}"].to(parameter.device)
+            state.optimizer.state[parameter][key] = part_of(tensors[f"{name}:{key}"], parameter)
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    """Whole copies, on rank 0; those that are spread over ranks are collected by all."""
+    every = ((name, whole(tensor)) for name, tensor in tensors.items())
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in every if is_first()}

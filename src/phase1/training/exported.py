@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from phase1.config import ModelConfig
 from phase1.files import read_json
-from phase1.model import LanguageModel
 from phase1.tensor_names import with_present_names
 from phase1.text import one_line
+from phase1.trainable import Trainable, build
 from phase1.training.checkpoint import INDEX, config_from, not_finite, open_tensors, require_shapes
 
 T = TypeVar("T")
@@ -25,7 +25,7 @@ def is_exported(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and not (folder / INDEX).exists()
 
 
-def load_exported(folder: Path) -> tuple[LanguageModel, dict[str, Any]]:
+def load_exported(folder: Path) -> tuple[Trainable, dict[str, Any]]:
     """The model, on the CPU, and of its facts `tokenizer` and `seq_length`, None where the folder does not say.
 
     Raises ValueError, one line, for a folder of another model and a damaged one.
@@ -41,13 +41,15 @@ def load_exported(folder: Path) -> tuple[LanguageModel, dict[str, Any]]:
     names = {field.name for field in fields(ModelConfig)}
     try:
         config = config_from(ModelConfig, {name: value for name, value in content.items() if name in names})
+        if config.model is not None:
+            raise ValueError("it names a model of its own, and no file decides what code runs")
         with open_tensors(folder / WEIGHTS) as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, it is no dict
         require_shapes(config, _of_model(shapes), CONFIG)
         tensors = _of_model(load_file(folder / WEIGHTS))
         if name := not_finite(tensors):
             raise ValueError(f"{name} is not finite")
-        model = LanguageModel(config)
+        model = build(config)
         model.load_state_dict(tensors)
     except (ValueError, OSError, SafetensorError, TypeError, ArithmeticError, MemoryError, RuntimeError) as error:
         raise _misfit(folder, error) from error

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from phase1.signals import forget_terminal, handlers, restore
+from phase1.world import is_first, size
 
+TOGETHER = b"\ninterrupted: all ranks end after this step, with a checkpoint, if none is gone\n"
 NOTICE = b"\ninterrupted: ends after this step, with a checkpoint; once more to end at once\n"
 
 
@@ -26,7 +28,8 @@ def interrupts_wait() -> Iterator[Callable[[], bool]]:
         restore(before)
         forget_terminal(number)
         with suppress(OSError):
-            os.write(2, NOTICE)  # print may be in the middle of a line that it interrupts
+            if is_first():
+                os.write(2, NOTICE if size() == 1 else TOGETHER)  # print may be in the middle of a line that it interrupts
 
     for number in before:
         signal.signal(number, hold)

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,21 @@ from phase1.data import Corpus, Tokenizer, Windows
 from phase1.data.tokenizer_files import TOKENIZER, folder_tokenizer
 from phase1.device import device_type
 from phase1.files import atomic_write
+from phase1.parallel import group
+from phase1.parallel.replicas import equal_start
 from phase1.trainable import build
 from phase1.training.checkpoint import INDEX, check_configs, read_index, resume, save_checkpoint, training_facts
 from phase1.training.interrupts import interrupts_wait
-from phase1.training.progress import Progress
-from phase1.training.step import TrainState, check_finite, make_train_state, skipped_steps, total_steps, train
+from phase1.training.progress import Follower, Progress
+from phase1.training.step import (
+    TrainState,
+    check_finite,
+    make_train_state,
+    skipped_steps,
+    total_steps,
+    train,
+    windows_per_rank,
+)
 from phase1.training.watch import Watch
 from phase1.vocabulary.levels import VECTOR_DIM, levels
 from phase1.vocabulary.statistics import (
@@ -38,7 +49,7 @@ SAVE_SECONDS = 300.0  # between checkpoints of an unfinished run
 
 def train_to_checkpoint(
     model_config: ModelConfig, train_config: TrainConfig, corpus: Corpus, seq_length: int, folder: Path, *, label: str,
-    watch: Watch = UNWATCHED,
+    watch: Watch = UNWATCHED, shard: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Train to the end of the schedule, or go on from `folder`; a finished checkpoint is left as it is.
 
@@ -46,8 +57,13 @@ def train_to_checkpoint(
         The checkpoint's facts: data, seconds, tokens, skipped steps, last loss, and whether it is finished: the time of `watch`
         may be over.
     Raises:
-        ValueError: `folder` holds a checkpoint of another config or of other data.
+        ValueError: `folder` holds a checkpoint of another config or of other data, or ranks cannot share a batch.
+
+    All ranks of a run call it: each has its part of every batch, and rank 0 writes. The checkpoint goes on with any number.
+    shard: each has its part of parameters, gradients and optimizer state too.
     """
+    windows_per_rank(train_config, group.size())
+    require_one_folder(folder)
     data = {"name": corpus.name, "split": "train", "sha256": corpus.splits["train"].sha256}
     steps = total_steps(train_config, seq_length)
     begun = (folder / INDEX).exists()
@@ -62,7 +78,7 @@ def train_to_checkpoint(
         return facts
     windows = Windows(corpus.splits["train"].ids, seq_length, train_config.seed)
     seen = windows.seen(steps * train_config.train_batch_size)
-    state = make_state(model_config, train_config, None if begun else seen)
+    state = make_state(model_config, train_config, None if begun else seen, shard)
     order = torch.from_numpy(frequency_order(token_counts(seen, model_config.vocab_size))).int()
     del seen
     seconds = resume(folder, state)["train_seconds"] if begun else 0.0
@@ -71,9 +87,17 @@ def train_to_checkpoint(
         try:
             facts |= run_schedule(state, windows, steps, folder, facts, label, interrupted, watch, order, corpus.tokenizer)
         except EndsEarly as early:
-            return read_index(folder)["facts"] | {"ended_by": str(early)}
+            reason = str(early)
+            return group.from_first(lambda: read_index(folder)["facts"] | {"ended_by": reason})
         save_checkpoint(folder, state, facts, resumable=False, token_order=order)
-    return facts
+        return group.from_first(lambda: facts)  # the others wait until it is there
+
+
+def require_one_folder(folder: Path) -> None:
+    """Raise ValueError unless all ranks see the same checkpoint in `folder`, or none."""
+    seen = group.gathered((folder / INDEX).read_bytes() if (folder / INDEX).exists() else None)
+    if any(index != seen[0] for index in seen):
+        raise ValueError(f"--out-dir must be a folder that all machines of a run share; got {folder}; give one that they do")
 
 
 def keep_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
@@ -91,16 +115,22 @@ def keep_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     atomic_write(path, tokenizer.to_json().encode())
 
 
-def make_state(model_config: ModelConfig, train_config: TrainConfig, seen: np.ndarray | None) -> TrainState:
-    """A fresh model, ready to train; the same for equal seeds.
+def make_state(
+    model_config: ModelConfig, train_config: TrainConfig, seen: np.ndarray | None, shard: bool = False
+) -> TrainState:
+    """A fresh model, ready to train; the same for equal seeds, and on all ranks. `shard` spreads it over them.
 
     A table that starts from statistics gets those of the tokens `seen` in training and of no others, so that no model of a
     comparison knows more text than another; None where a checkpoint brings them.
     """
     device = device_type()
-    statistics = None if seen is None else start_of(model_config, seen, train_config.seed, device)
+    statistics = None
+    if seen is not None:
+        statistics = group.from_first(partial(start_of, model_config, seen, train_config.seed, device))
     torch.manual_seed(train_config.seed)
-    return make_train_state(build(model_config, statistics), train_config, device)
+    model = build(model_config, statistics)
+    equal_start(model.parameters())
+    return make_train_state(model, train_config, device, shard)
 
 
 def start_of(config: ModelConfig, seen: np.ndarray, seed: int, device: str) -> TokenStatistics | TokenVectors | None:
@@ -135,7 +165,9 @@ def run_schedule(
     """
     config = state.config
     tokens_per_step = config.train_batch_size * windows.seq_length
-    progress = Progress(state, steps, tokens_per_step, folder, watch, seconds=facts["train_seconds"], label=label)
+    ranks, rank, windows_here = group.size(), group.rank(), windows_per_rank(config, group.size())
+    kind = Progress if rank == 0 else Follower
+    progress = kind(state, steps, tokens_per_step, folder, watch, seconds=facts["train_seconds"], label=label)
     saved = time.perf_counter()
     last = torch.zeros(())
 
@@ -147,11 +179,13 @@ def run_schedule(
         nonlocal saved, last
         last = loss
         progress.step(step, loss)
-        stop, end = interrupted(), progress.end
-        if watch.keep_best and progress.is_best(step):
+        stop, end, due, best = group.any_of(
+            interrupted(), progress.end is not None, time.perf_counter() - saved > SAVE_SECONDS, progress.is_best(step)
+        )
+        if watch.keep_best and best:
             save_checkpoint(folder / BEST, state, facts | so_far(), resumable=False, token_order=token_order)
             keep_tokenizer(folder / BEST, tokenizer)
-        if step < steps and (stop or end or time.perf_counter() - saved > SAVE_SECONDS):
+        if step < steps and (stop or end or due):
             check_finite(loss, step)  # no checkpoint to go on from, but an end with the reason
             save_checkpoint(folder, state, facts | so_far())
             progress.keep()
@@ -159,10 +193,10 @@ def run_schedule(
             if stop:
                 raise KeyboardInterrupt
             if end:
-                raise EndsEarly(end)
+                raise EndsEarly(progress.end or "rank 0")
 
     try:
-        train(state, lambda step: windows.batch(step, config.train_batch_size), steps, on_step)
+        train(state, lambda step: windows.batch(step * ranks + rank, windows_here), steps, on_step)
         return so_far()
     finally:
         progress.close()

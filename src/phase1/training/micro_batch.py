@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from phase1.parallel.group import together
 from phase1.trainable import Trainable
 
 WARMUP_RUNS = 3  # before a capture: libraries make their handles, compiled models their kernels
@@ -71,8 +72,10 @@ class GraphedMicroBatch(MicroBatch):
         torch.cuda.current_stream().wait_stream(aside)
         self.model.zero_grad(set_to_none=False)
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._forward):
+        # with other ranks, a thread of NCCL asks for the end of earlier sums meanwhile: no part of this capture
+        mode = "thread_local" if together() else "global"
+        with torch.cuda.graph(self._forward, capture_error_mode=mode):
             objective, loss = super().forward(*inputs)
-        with torch.cuda.graph(self._backward, pool=self._forward.pool()):
+        with torch.cuda.graph(self._backward, pool=self._forward.pool(), capture_error_mode=mode):
             super().backward(objective)
         self._inputs, self._outputs = inputs, (objective.detach(), loss.detach())

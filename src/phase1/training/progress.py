@@ -23,7 +23,43 @@ FIRST = (1, 2, 5, 10)  # steps that are shown, whenever they come
 SAMPLES = "samples.txt"
 
 
-class Progress:
+class Follower:
+    """The course of a training on a rank other than 0: it has its part in the losses that all look at, and shows nothing."""
+
+    end: str | None = None  # rank 0 has the clock and the scores
+    seconds = 0.0
+
+    def __init__(self, state: TrainState, steps: int, tokens_per_step: int, folder: Path, watch: Watch, **_: Any) -> None:
+        self.state, self.steps, self.tokens_per_step, self.folder, self.watch = state, steps, tokens_per_step, folder, watch
+
+    def step(self, step: int, loss: Tensor) -> None:
+        """After optimizer step number `step`, from 1, of mean loss `loss`."""
+        if self._score_due(step):
+            self._score()
+
+    def is_best(self, step: int) -> bool:
+        """Whether the score of `step` is lower than all before it: rank 0 knows."""
+        return False
+
+    def keep(self) -> None:
+        """With every checkpoint."""
+
+    def close(self) -> None:
+        """At the end."""
+
+    def _due(self, step: int, every: int) -> bool:
+        return every > 0 and (step % every == 0 or step == self.steps)
+
+    def _score_due(self, step: int) -> bool:
+        return self._due(step, self.watch.score_every) and self.watch.score is not None
+
+    def _score(self) -> float:
+        assert self.watch.score is not None
+        with torch.compiler.set_stance("force_eager"):
+            return self.watch.score(self.state.model)
+
+
+class Progress(Follower):
     """Called after every step; reads the loss, which waits for the GPU, only about ROWS times in a run.
 
     A terminal gets a bar. Anything else gets lines: at the first steps, then every LINE_SECONDS, and at the end.
@@ -41,7 +77,7 @@ class Progress:
         label: str,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.state, self.steps, self.tokens_per_step, self.folder, self.watch = state, steps, tokens_per_step, folder, watch
+        super().__init__(state, steps, tokens_per_step, folder, watch)
         self.clock, self.earlier_seconds, self.aside_seconds = clock, seconds, 0.0
         self.began = clock()
         self.first_step, self.steady = state.step, (state.step, self.began)
@@ -62,12 +98,12 @@ class Progress:
         )  # fmt: skip
 
     @property
-    def seconds(self) -> float:
+    def seconds(self) -> float:  # type: ignore[override]
         """Seconds of training in all sessions, without the time of scores and samples."""
         return self.earlier_seconds + self.clock() - self.began - self.aside_seconds
 
     @property
-    def end(self) -> str | None:
+    def end(self) -> str | None:  # type: ignore[override]
         """Why the run should end before its last step, if it should."""
         if self.seconds >= self.watch.max_seconds:
             return "time"
@@ -88,7 +124,7 @@ class Progress:
         if self.state.grad_norm is not None:
             self.norms.append(self.state.grad_norm)
         self.bar.update(self.tokens_per_step)
-        score = self._due(step, self.watch.score_every) and self.watch.score is not None
+        score = self._score_due(step)
         sample = self._due(step, self.watch.sample_every) and self.watch.sample is not None
         shown = step in FIRST or step == self.steps or self.clock() - self.line_at >= LINE_SECONDS
         if not (score or sample or shown or step % self.every == 0):
@@ -124,9 +160,6 @@ class Progress:
         for tracker in self.watch.trackers:
             tracker.close()
 
-    def _due(self, step: int, every: int) -> bool:
-        return every > 0 and (step % every == 0 or step == self.steps)
-
     def _look(self) -> tuple[list[float], list[float]]:
         """Losses and gradient norms since the last look."""
         losses, norms = (torch.stack(kept).tolist() if kept else [] for kept in (self.losses, self.norms))
@@ -134,9 +167,7 @@ class Progress:
         return losses, norms
 
     def _score(self) -> float:
-        assert self.watch.score is not None
-        with torch.compiler.set_stance("force_eager"):
-            self.val_loss = self.watch.score(self.state.model)
+        self.val_loss = super()._score()
         return self.val_loss
 
     def _sample(self, step: int) -> str:

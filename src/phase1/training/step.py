@@ -13,6 +13,7 @@ from phase1.config import TrainConfig
 from phase1.errors import Diverged
 from phase1.model import LanguageModel
 from phase1.ops.cross_entropy import IGNORE
+from phase1.parallel.replicas import Alone, replicas_of
 from phase1.trainable import Trainable
 from phase1.training.compiler import compile_losses, require_compiler
 from phase1.training.graphed_pieces import GraphedPieces
@@ -37,6 +38,7 @@ class TrainState:
     grad_clip: float
     config: TrainConfig
     micro_batch: MicroBatch
+    replicas: Alone  # what makes the gradients of all ranks those of one step
     step: int = 0  # optimizer steps taken
     grad_norm: Tensor | None = None  # of the last step, before clipping
 
@@ -48,9 +50,19 @@ def compute_dtype(precision: str, device: torch.device | str) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
-def make_train_state(model: Trainable, config: TrainConfig, device: torch.device | str) -> TrainState:
-    """Move `model` to `device` and give it an optimizer, loss scaling for fp16 and, if asked, a compiled loss."""
+def make_train_state(
+    model: Trainable, config: TrainConfig, device: torch.device | str, shard: bool = False
+) -> TrainState:
+    """Move `model` to `device` and give it an optimizer, loss scaling for fp16 and, if asked, a compiled loss.
+
+    shard: spread it over the ranks, on all of which it is equal.
+    """
     device = torch.device(device)
+    replicas: Alone | None = None
+    if shard:
+        from phase1.parallel.shards import spread  # takes a second to import
+
+        replicas = spread(model, model.get_submodule("blocks").children(), ("losses", "nll"), device)
     model = model.to(device)
     dtype = compute_dtype(config.precision, device)
     if config.compile:
@@ -62,7 +74,8 @@ def make_train_state(model: Trainable, config: TrainConfig, device: torch.device
     if config.cuda_graphs:
         require_gpu_for_graphs(device.type)
     micro_batch = make_micro_batch(model, scaler, dtype, config)
-    return TrainState(model, optimizer, scaler, dtype, device, config.grad_clip, config, micro_batch)
+    replicas = replicas or replicas_of(model.parameters())
+    return TrainState(model, optimizer, scaler, dtype, device, config.grad_clip, config, micro_batch, replicas)
 
 
 def make_micro_batch(model: Trainable, scaler: torch.amp.GradScaler, dtype: torch.dtype, config: TrainConfig) -> MicroBatch:
@@ -88,20 +101,24 @@ def ignore(phase: str) -> None:
 def train_step(state: TrainState, micro_batches: list[Batch], mark: Callable[[str], None] = ignore) -> Tensor:
     """Forward, loss, backward over the micro batches; then clip, optimizer step, gradients freed.
 
-    The one step that training, memory and throughput share. `mark` is called with "start", then "forward" and
-    "backward" after those of each micro batch, and "optimizer" at the end. The losses of micro batches weigh by their
-    scored targets and the penalties of the rank gate by their tokens, so that the split does not change the step.
+    The one step that training, memory and throughput share. Of several ranks each has micro batches of its own, as many tokens
+    as every other, and all take the step together. `mark` is called with "start", then "forward" and
+    "backward" after those of each micro batch, "communication" where there are other ranks, and "optimizer" at the end.
+    The losses of micro batches weigh by their scored targets and the penalties of the rank gate by their tokens, so that the
+    split does not change the step.
 
     Returns:
         The mean cross-entropy in nats per scored target, detached, without the penalty of the rank gate: reading it waits for
         the GPU, so read it rarely.
     """
+    replicas = state.replicas
+    replicas.begin()
     mark("start")
-    tokens = sum(targets.numel() for _, targets in micro_batches)
+    tokens = replicas.size * sum(targets.numel() for _, targets in micro_batches)
     scored = torch.stack([(targets != IGNORE).sum() for _, targets in micro_batches])
     mean = torch.zeros((), device=state.device)
     state.model.train()
-    for (inputs, targets), share in zip(micro_batches, (scored / scored.sum()).to(state.device), strict=True):
+    for (inputs, targets), share in zip(micro_batches, (scored / replicas.total(scored.sum())).to(state.device), strict=True):
         part = torch.full((), targets.numel() / tokens, device=state.device)
         objective, loss = state.micro_batch.forward(inputs.to(state.device), targets.to(state.device), share, part)
         mark("forward")
@@ -109,14 +126,33 @@ def train_step(state: TrainState, micro_batches: list[Batch], mark: Callable[[st
         mean += loss.detach()
         del objective, loss
         mark("backward")
+    mean = replicas.finish(mean)
+    if replicas.size > 1:
+        mark("communication")
     state.scaler.unscale_(state.optimizer)
-    state.grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), state.grad_clip)
+    replicas.overflow(state.scaler, state.optimizer)
+    state.grad_norm = replicas.whole(torch.nn.utils.clip_grad_norm_(state.model.parameters(), state.grad_clip))
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=not state.config.cuda_graphs)  # graphs add to the tensors they were made with
     state.step += 1
     mark("optimizer")
     return mean
+
+
+def windows_per_rank(config: TrainConfig, ranks: int) -> int:
+    """Windows of every step that each of `ranks` ranks trains on: the batch of a step is the same for any number of them.
+
+    Raises ValueError where they cannot share it evenly.
+    """
+    B, micro = config.train_batch_size, config.micro_batch_size
+    if B % ranks:
+        near = max(n for n in range(1, ranks + 1) if B % n == 0)
+        raise ValueError(f"--train-batch-size must be a multiple of the {ranks} ranks; got {B}; start {near}, or change it")
+    if (B // ranks) % micro and micro < B // ranks:
+        expected = f"--micro-batch-size must divide the {B // ranks} windows of a batch that each of {ranks} ranks has"
+        raise ValueError(f"{expected}; got {micro}; give a divisor")
+    return B // ranks
 
 
 def total_steps(config: TrainConfig, seq_length: int) -> int:
@@ -150,7 +186,8 @@ def train(
     """Train from `state.step` to `steps`.
 
     Args:
-        batch_at: inputs and targets (train_batch_size, T) of a step; the same for every model of a comparison.
+        batch_at: inputs and targets (train_batch_size, T) of a step, this rank's part of them where there are others; the
+            same for every model of a comparison.
         on_step: called with the number of steps taken and the loss after each, for progress and checkpoints.
     Returns:
         Seconds spent, waiting for the device at the end.
@@ -161,7 +198,8 @@ def train(
     while state.step < steps:
         for group in state.optimizer.param_groups:
             group["lr"] = group["lr_scale"] * learning_rate(state.config, state.step, steps)
-        loss = train_step(state, list(_micro_batches(batch_at(state.step), state.config.micro_batch_size, state.device)))
+        batch = batch_at(state.step)
+        loss = train_step(state, list(_micro_batches(batch, state.config.micro_batch_size, state.device)))
         if state.step % CHECK_EVERY == 0 or state.step == steps:
             check_finite(loss, state.step)
         on_step(state.step, loss)

@@ -23,6 +23,7 @@ class MemoryCase:
     compiled: bool = False  # the loss; of no effect on an estimate
     chip: Chip | None = None  # the chip that an estimate is for
     piece_length: int | None = None  # tokens of a sequence at a time; None: whole sequences
+    ranks: int = 1  # each of which takes such a step
 
 
 @dataclass(frozen=True)

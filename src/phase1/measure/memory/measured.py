@@ -1,5 +1,6 @@
 """Peak memory of a training step: measured on the GPU in a fresh process, or estimated where there is none."""
 
+import secrets
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
@@ -17,6 +18,8 @@ from phase1.measure.memory.limit import Basis, basis, cap_memory, outside_bytes,
 from phase1.measure.memory.trace import PHASES, Timeline, measured_timeline
 from phase1.measure.memory.tracker import MemoryTracker
 from phase1.measure.workload import make_workload, optimizer_tensors, random_batch
+from phase1.parallel import group
+from phase1.parallel.run import processes
 from phase1.records.schema import MemoryResult, Parameters
 from phase1.training.step import TrainState, train_step
 
@@ -25,16 +28,38 @@ PROBE_SECONDS = 900.0  # for a process of six steps: where they take longer the 
 
 
 def memory_result(role: str, case: MemoryCase) -> MemoryResult:
-    """The record of `case`: measured in a fresh process where there is a GPU, estimated otherwise or for a dry run."""
+    """The record of `case`: measured in a fresh process where there is a GPU, estimated otherwise or for a dry run.
+
+    Every rank has such a process, and all get the record of the one that takes most.
+    """
     found_by = basis(case.vram_limit_bytes, case.dry_run)
-    outcome: Outcome[MemoryPeaks]
+    outcomes: list[Outcome[MemoryPeaks]]
     if found_by == "estimated":
-        outcome = run_here(estimate_memory, case, chip_of(case))
+        outcomes = [group.from_first(lambda: run_here(estimate_memory, case, chip_of(case)))] * group.size()
     else:
-        outcome = run_isolated(measure_memory, case, timeout_s=PROBE_SECONDS)
+        name = group.from_first(lambda: f"memory {secrets.token_hex(4)}")
+        outcomes = group.gathered(run_isolated(measure_rank, case, name, timeout_s=PROBE_SECONDS))
+    outcome = largest(outcomes)
     needed = None if outcome.value is None else outcome.value.needed_bytes
     result = as_result(role, case, within_limit(outcome, needed, case.vram_limit_bytes, found_by), found_by)
+    if outcome.value is not None and case.ranks > 1:
+        peaks = [each.value.peak_allocated_bytes for each in outcomes if each.value is not None]
+        result = result.model_copy(update={"peak_by_rank_bytes": peaks})
     return with_estimate(result, case) if result.status == "oom" and found_by != "estimated" else result
+
+
+def measure_rank(case: MemoryCase, name: str) -> MemoryPeaks:
+    """`measure_memory` with the processes that the other ranks start for it."""
+    with processes("memory", name):
+        return measure_memory(case)
+
+
+def largest(outcomes: list[Outcome[MemoryPeaks]]) -> Outcome[MemoryPeaks]:
+    """That of the rank that ran out of memory, or failed, or took most."""
+    for status in ("oom", "error"):
+        if found := [outcome for outcome in outcomes if outcome.status == status]:
+            return found[0]
+    return max(outcomes, key=lambda outcome: 0 if outcome.value is None else outcome.value.peak_allocated_bytes)
 
 
 def with_estimate(result: MemoryResult, case: MemoryCase) -> MemoryResult:
@@ -107,6 +132,8 @@ def measure_memory(case: MemoryCase) -> MemoryPeaks:
 
     def mark(name: str) -> None:
         nonlocal reserved
+        if name == "communication":  # part of the optimizer's phase
+            return
         if name != "start":
             phase_bytes[name] = max(phase_bytes[name], torch.cuda.max_memory_allocated())
             reserved = max(reserved, torch.cuda.max_memory_reserved())
@@ -154,6 +181,7 @@ def _timeline(case: MemoryCase, state: TrainState, batch: tuple[Tensor, Tensor])
         with MemoryTracker(case.model.vocab_size, "cuda", _CountedCuda()) as tracker:
             tracker.watch(state.model)
             tracker.label(optimizer_tensors(state), "optimizer_state", "(optimizer)")
+            tracker.label(state.replicas.tensors(), "gradients", "(all ranks)")
             tracker.label(batch, "activations", "(batch)")
             train_step(state, [batch], tracker.mark)
     except torch.OutOfMemoryError:

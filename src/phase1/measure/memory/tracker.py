@@ -63,7 +63,9 @@ class MemoryTracker(TorchDispatchMode):
         super().__exit__(*args)
 
     def mark(self, name: str) -> None:
-        """Begin the phase after `name`; "start" begins a new trace."""
+        """Begin the phase after `name`; "start" begins a new trace. Communication is part of the optimizer's phase."""
+        if name == "communication":
+            return
         self.phase = _NEXT_PHASE[name]
         if name == "start":
             self.trace.resident, self.trace.events, self.trace.begins, self.trace.rounding = self.live(), [], {}, []

@@ -10,6 +10,7 @@ import torch
 
 from phase1.config import content_id
 from phase1.ops.cross_entropy import IGNORE
+from phase1.parallel import group
 from phase1.progress import progress
 from phase1.trainable import Trainable
 from phase1.training.pieces import in_pieces
@@ -125,31 +126,48 @@ def evaluate(
     """Score `ids` under `protocol`, on the model's device, autocast to `dtype` (float32: none).
 
     `batch_size` windows at once, `piece_length` tokens of each at a time (None: all); neither changes the result beyond
-    rounding. No progress is shown where `label` is None.
+    rounding. No progress is shown where `label` is None. Ranks take the batches in turn, and all get the result, bit for bit
+    that of one process.
     """
     device = next(model.parameters()).device
     at_once: tuple[Any, ...] = (piece_length,) if piece_length and in_pieces(model.config, piece_length) else ()
     was_training = model.training
     model.eval()
-    losses, places, tokens = [], [], []
-    inputs_seen, rank_sum = 0, None
+
+    def score(inputs: np.ndarray, targets: np.ndarray) -> _Scores:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            batch = torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
+            nll, effective_rank = model.nll(*batch, *at_once)
+        return nll.cpu().numpy()[targets != IGNORE], None if effective_rank is None else effective_rank.item() * inputs.size
+
+    mine: list[_Scores] = []
+    places, tokens, inputs_seen = [], [], 0
     desc = f"evaluate {label}".rstrip()
     with progress(desc=desc, total=target_count(ids, protocol), unit="tok", disable=label is None) as bar:
-        for inputs, targets in windows(ids, protocol, batch_size):
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                batch = torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
-                nll, effective_rank = model.nll(*batch, *at_once)
+        for number, (inputs, targets) in enumerate(windows(ids, protocol, batch_size)):
             scored = targets != IGNORE
-            losses.append(nll.cpu().numpy()[scored])
             places.append(np.nonzero(scored)[1])
             tokens.append(scored.sum(1))
             bar.update(int(scored.sum()))
             inputs_seen += inputs.size
-            if effective_rank is not None:
-                rank_sum = (rank_sum or 0.0) + effective_rank.item() * inputs.size
+            if number % group.size() == group.rank():
+                mine.append(score(inputs, targets))
+    if len(mine) * group.size() < len(tokens):  # ranks that share their parameters call the model together: once more
+        score(inputs, targets)
     model.train(was_training)
-    rank = None if rank_sum is None else rank_sum / inputs_seen
-    return Evaluation(np.concatenate(losses), np.concatenate(places), np.concatenate(tokens), rank)
+    parts = group.gathered(mine)
+    every = [parts[number % len(parts)][number // len(parts)] for number in range(len(tokens))]
+    ranks = [rank for _, rank in every if rank is not None]
+    return Evaluation(
+        losses=np.concatenate([losses for losses, _ in every]),
+        places=np.concatenate(places),
+        tokens=np.concatenate(tokens),
+        effective_rank=sum(ranks) / inputs_seen if ranks else None,
+    )
+
+
+_Scores = tuple[np.ndarray, float | None]
+"""Losses of the scored targets of a batch, and its effective rank times its inputs."""
 
 
 def unigram_entropy(ids: np.ndarray) -> float:

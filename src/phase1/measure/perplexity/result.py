@@ -16,6 +16,7 @@ from phase1.measure.perplexity.candidates import ScoredModel
 from phase1.measure.perplexity.evaluate import LARGEST_NATS, Evaluation, Protocol, evaluate, unigram_entropy
 from phase1.measure.perplexity.loss_parts import loss_by_band, loss_by_position, order_sha256
 from phase1.measure.soundness import require_sound
+from phase1.parallel import group
 from phase1.records.schema import Dataset, Parameters, PerplexityResult, Status
 from phase1.roster import Key
 from phase1.runs import PerplexityRun
@@ -41,6 +42,8 @@ def measure(run: PerplexityRun, model: ScoredModel, texts: list[Text]) -> list[P
     except Diverged as error:
         return [without_number(model, "error", str(error)) for _ in texts]
     except Exception as error:
+        if group.together():  # the other ranks are in the middle of a step
+            raise
         if model.config.model is not None and not is_out_of_memory(error):  # of a user's model, whose faults are its own
             traceback.print_exception(error)
             return [without_number(model, "error", f"{type(error).__name__}: {reason(error)}") for _ in texts]
@@ -55,6 +58,13 @@ def measure(run: PerplexityRun, model: ScoredModel, texts: list[Text]) -> list[P
 
 def train_model(run: PerplexityRun, model: ScoredModel, corpus: Corpus) -> Path:
     """Train `model`, or find it trained by an earlier run on the same config and data; its checkpoint folder."""
+    folder, train_config = training_of(run, model, corpus)
+    train_to_checkpoint(model.config, train_config, corpus, run.seq_length, folder, label=model.key)
+    return folder
+
+
+def training_of(run: PerplexityRun, model: ScoredModel, corpus: Corpus) -> tuple[Path, TrainConfig]:
+    """Where `model` is when it is trained, by all that decides its training; and how it is trained."""
     train_config = replace(part_of(TrainConfig, run), seed=model.seed)
     if model.config.mixer == "attention" if model.config.model is None else Key.parse(model.key).name == "baseline":
         train_config = replace(train_config, learning_rate=run.baseline_learning_rate)
@@ -67,9 +77,7 @@ def train_model(run: PerplexityRun, model: ScoredModel, corpus: Corpus) -> Path:
         "tokens": corpus.splits["train"].sha256,
         "tokenizer": corpus.tokenizer.fingerprint,
     }
-    folder = Path(run.checkpoint_dir) / f"{model.key}-{content_id(identity)}"
-    train_to_checkpoint(model.config, train_config, corpus, run.seq_length, folder, label=model.key)
-    return folder
+    return Path(run.checkpoint_dir) / f"{model.key}-{content_id(identity)}", train_config
 
 
 def evaluate_checkpoint(run: PerplexityRun, scored_model: ScoredModel, folder: Path, text: Text) -> PerplexityResult:

@@ -14,23 +14,26 @@ from torch import Tensor
 from phase1.advice import smaller
 from phase1.config import ModelConfig
 from phase1.machine.environment import free_ram_bytes
-from phase1.machine.isolate import Outcome, run_here
+from phase1.machine.isolate import Outcome
 from phase1.measure.execution import Compiler, compile_loss, execution, forget_compiled, strict_compilation
 from phase1.measure.memory.estimate.allocator import rounded
+from phase1.measure.throughput.ranks import attempt, slowest
 from phase1.measure.throughput.rounds import round_order
 from phase1.measure.throughput.timing import StepTime, Stopwatch, median_step
-from phase1.measure.workload import make_workload, optimizer_tensors, random_batch, scores_bytes
+from phase1.measure.workload import lasting_tensors, make_workload, random_batch, scores_bytes
+from phase1.parallel.group import from_first, gathered, rank, size, together
+from phase1.parallel.replicas import Alone
 from phase1.records.journal import Journal
 from phase1.records.schema import Execution, Measurement, Parameters, Scaling, ThroughputResult
 from phase1.roster import TRANSFORMERS
 from phase1.stats.scaling import fit_scaling
-from phase1.stats.step_times import median, median_interval, with_fastest, with_ratios
+from phase1.stats.step_times import median, median_interval, speed_ratio, with_fastest, with_ratios
 from phase1.training.step import Batch, TrainState, make_micro_batch, train_step
 
 
 @dataclass(frozen=True)
 class ThroughputPlan:
-    """What to run: every model at every length."""
+    """What to run: every model at every length. Of several ranks each has a batch of these sizes."""
 
     seq_lengths: tuple[int, ...]
     batch_size: int
@@ -65,7 +68,8 @@ class TimedModel:
     excluded_seconds: float = 0.0
     measurements: list[Measurement] = field(default_factory=list)
     steps: list[StepTime] = field(default_factory=list)  # of the current length
-    peak_bytes: int = 0  # of the current length
+    alone: list[StepTime] = field(default_factory=list)  # of rank 0 without the others, in the same rounds
+    peak_bytes: int = 0  # of the current length, on this rank
     warmup_seconds: float = 0.0  # of the current length
 
     def fail(self, outcome: Outcome[Any]) -> None:
@@ -78,7 +82,7 @@ class TimedModel:
     def close_length(self, seq_length: int) -> LengthResult:
         """The result of the current length; what is counted for a length is reset for the next one."""
         result = LengthResult(_measurement(self, seq_length), self.warmup_seconds, self.failure)
-        self.steps, self.peak_bytes, self.warmup_seconds, self.ran = [], 0, 0.0, None
+        self.steps, self.alone, self.peak_bytes, self.warmup_seconds, self.ran = [], [], 0, 0.0, None
         return result
 
     def add(self, result: LengthResult) -> None:
@@ -99,6 +103,7 @@ def measure_throughput(
 ) -> dict[str, TimedModel]:
     """Measure every model at every length, shortest first; a model that fails leaves, the others go on.
 
+    Several ranks take every step together, and rank 0 one more without them, so that the two can be compared.
     All models stay on the device and take one step each per round, so that a clock that slows down or a noisy neighbour slows
     all of them; `round_order` says who follows whom. `progress` is called with the tokens of every step, taken or
     skipped, `in_flight` after every launch of a measured step, while the device works on it. A length that `journal` holds is
@@ -134,13 +139,15 @@ def _measure_length(
             for name in round_order(list(models), number):
                 model = models[name]
                 _attempt(model, _step, model, seq_length, None if number < 0 else in_flight)
+                if together():
+                    _attempt(model, _step_alone, model, seq_length, number >= 0)
                 progress(model.batch_size * seq_length)
     return {name: model.close_length(seq_length) for name, model in models.items()}
 
 
 def _attempt(model: TimedModel, function: Callable[..., None], *args: Any) -> None:
     if model.failure is None:
-        outcome = run_here(function, *args)
+        outcome = attempt(function, *args)
         if outcome.status != "ok":
             model.fail(outcome)
 
@@ -202,6 +209,18 @@ def _step(model: TimedModel, seq_length: int, in_flight: Callable[[], object] | 
         model.peak_bytes = max(model.peak_bytes, memory.bytes())
 
 
+def _step_alone(model: TimedModel, seq_length: int, measured: bool) -> None:
+    """One step of rank 0, as if it were the only one, while the others wait."""
+    if rank() > 0:
+        return
+    assert model.state is not None
+    state, device = replace(model.state, replicas=Alone()), model.state.device.type
+    batch, watch = random_batch(model.config.vocab_size, model.batch_size, seq_length, device), Stopwatch(device)
+    train_step(state, [batch], watch.mark)
+    step = watch.step_time()
+    model.alone += [step] * measured
+
+
 def _require_room(model: TimedModel, seq_length: int) -> None:
     """Raise MemoryError before the system ends this process for taking too much, which would lose the other models' results."""
     needed, free = scores_bytes(model.config, model.batch_size, seq_length), free_ram_bytes()
@@ -218,7 +237,7 @@ class _StepPeak:
     """
 
     def __init__(self, state: TrainState, batch: Batch) -> None:
-        self.own = resident_bytes([*state.model.parameters(), *state.model.buffers(), *optimizer_tensors(state), *batch])
+        self.own = resident_bytes([*lasting_tensors(state), *batch])
         self.before = 0
         self.counted = state.device.type == "cuda" and not state.config.cuda_graphs
         if state.device.type == "cuda":
@@ -245,11 +264,13 @@ def _measurement(model: TimedModel, seq_length: int) -> Measurement:
         failed_before = any(m.status != "ok" for m in model.measurements)
         detail = "skipped: a shorter length failed" if failed_before else failure.message + advice
         return Measurement(seq_length=seq_length, batch_size=batch_size, status=failure.status, detail=detail)
-    step = median_step(model.steps)
-    total_ms = [step.total_ms for step in model.steps]
-    launch_ms = [step.launch_ms for step in model.steps if step.launch_ms is not None]
+    steps = slowest(model.steps)
+    step, ranks = median_step(steps), size()
+    total_ms = [step.total_ms for step in steps]
+    launch_ms = [step.launch_ms for step in steps if step.launch_ms is not None]
     interval = median_interval(total_ms)
-    tokens = batch_size * seq_length
+    sequences = ranks * batch_size
+    tokens, peaks = sequences * seq_length, gathered(model.peak_bytes)
     return Measurement(
         seq_length=seq_length,
         batch_size=batch_size,
@@ -259,13 +280,30 @@ def _measurement(model: TimedModel, seq_length: int) -> Measurement:
         total_time_ms=step.total_ms,
         tokens_per_second=tokens / (step.total_ms / 1e3),
         tokens_per_second_ci95=None if interval is None else (tokens / (interval[1] / 1e3), tokens / (interval[0] / 1e3)),
-        samples_per_second=batch_size / (step.total_ms / 1e3),
+        samples_per_second=sequences / (step.total_ms / 1e3),
         launch_time_ms=median(launch_ms) if launch_ms else None,
-        peak_allocated_bytes=model.peak_bytes or None,
+        peak_allocated_bytes=max(peaks) or None,
         ran=model.ran,
         step_times_ms=total_ms,
         status="ok",
+        **(_many_ranks(step, total_ms, model, peaks, tokens) if ranks > 1 else {}),
     )
+
+
+def _many_ranks(
+    step: StepTime, total_ms: list[float], model: TimedModel, peaks: list[int], tokens: int
+) -> dict[str, Any]:
+    """The fields of a measurement that only several ranks have; the steps of rank 0 alone are known there."""
+    alone_ms = from_first(lambda: [step.total_ms for step in model.alone])
+    efficiency, interval = speed_ratio(total_ms, alone_ms)
+    return {
+        "communication_time_ms": step.communication_ms,
+        "tokens_per_second_per_gpu": tokens / len(peaks) / (step.total_ms / 1e3),
+        "one_gpu_tokens_per_second": tokens / len(peaks) / (median(alone_ms) / 1e3),
+        "scaling_efficiency": efficiency,
+        "scaling_efficiency_ci95": interval,
+        "peak_by_rank_bytes": peaks if any(peaks) else None,
+    }
 
 
 def throughput_results(models: Mapping[str, TimedModel]) -> dict[str, ThroughputResult]:

@@ -14,12 +14,13 @@ class StepTime:
     forward_ms: float
     backward_ms: float
     optimizer_ms: float
+    communication_ms: float = 0.0  # with other ranks, and the wait for them
     launch_ms: float | None = None  # until the host had launched all of it; None on the CPU, which launches nothing
 
     @property
     def total_ms(self) -> float:
         """The whole step: its phases follow each other without a gap, and each is counted once."""
-        return self.forward_ms + self.backward_ms + self.optimizer_ms
+        return self.forward_ms + self.backward_ms + self.communication_ms + self.optimizer_ms
 
 
 class Stopwatch:
@@ -46,7 +47,7 @@ class Stopwatch:
         """The phases of the step that was marked, after waiting for the GPU to finish it."""
         if self._cuda:
             torch.cuda.synchronize()
-        spent = {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
+        spent = {"forward": 0.0, "backward": 0.0, "communication": 0.0, "optimizer": 0.0}
         for (_, begin), (name, end) in zip(self._moments, self._moments[1:], strict=False):
             spent[name] += begin.elapsed_time(end) if self._cuda else (end - begin) * 1e3
         launch_ms = (self._launched[-1] - self._launched[0]) * 1e3 if self._cuda else None

@@ -16,6 +16,7 @@ from phase1.measure.memory.estimate.workspaces import ModelledCuda, workspace_by
 from phase1.measure.memory.tracker import MemoryTracker
 from phase1.measure.workload import make_workload, optimizer_tensors, random_batch
 from phase1.ops.ar_ssm import imitated_card
+from phase1.parallel.replicas import Imagined
 from phase1.trainable import Trainable, build
 from phase1.training.pieces import bounds, in_pieces
 from phase1.training.step import TrainState, train_step
@@ -76,10 +77,13 @@ def traced_memory(case: MemoryCase, chip: Chip = CHIP) -> MemoryPeaks:
     operator_memory = ModelledCuda(chip)
     with imitated_cuda(), imitated_card(chip.major), MemoryTracker(case.model.vocab_size, "cpu", operator_memory) as tracker:
         state = make_workload(case.model, "cpu", "fp16", make=_unmoved, piece_length=case.piece_length)
+        if case.ranks > 1:
+            state.replicas = Imagined(state.model.parameters(), case.ranks)
         _make_lasting_tensors(state)
         moved = tracker.label(_moved(state.model), "parameters", "")  # for their order; `watch` names them
         tracker.watch(state.model)
         batch = random_batch(case.model.vocab_size, case.batch_size, case.seq_length, "cpu")
+        moved += tracker.label(state.replicas.tensors(), "gradients", "(all ranks)")
         moved += tracker.label(batch, "activations", "(batch)")
         tracker.label(optimizer_tensors(state), "optimizer_state", "(optimizer)")
         train_step(state, [batch], tracker.mark)
@@ -90,6 +94,7 @@ def traced_memory(case: MemoryCase, chip: Chip = CHIP) -> MemoryPeaks:
         f"per thread), {operator_memory.card.multiprocessors} multiprocessors, "
         f"{CONTEXT_BYTES / 1e9:g} GB outside the allocator, "
         f"PyTorch {torch.__version__.split('+')[0]}{', not compiled' if case.compiled else ''}"
+        f"{f', {case.ranks} ranks without the buffers of NCCL' if case.ranks > 1 else ''}"
     )
     return MemoryPeaks(
         measured="estimated",

@@ -1,0 +1,1 @@
+"""Many GPUs: the processes of torchrun as one run, their gradients as those of one step."""

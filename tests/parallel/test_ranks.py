@@ -1,0 +1,127 @@
+"""A run of 2 and of 4 processes against one; every number of the ranks comes from one torchrun each (worker.py)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from phase1.config import TrainConfig
+from phase1.training.checkpoint import read_index
+from phase1.training.step import windows_per_rank
+from tests.parallel import worker
+
+ROOT = Path(__file__).parents[2]
+
+
+def torchrun(ranks, *command, **options):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *map(str, command)]
+    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        launch, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """With what 2 ranks did, then 4, of jobs that one process had begun or that it ends afterwards."""
+    folder = tmp_path_factory.mktemp("ranks")
+    worker.job(folder / "whole")
+    for name in ("from one", "from one, sharded"):
+        assert worker.job(folder / name, stop=worker.PAUSE) == "paused"
+    for ranks in (2, 4):
+        done = torchrun(ranks, ROOT / "tests" / "parallel" / "worker.py", folder)
+        assert done.returncode == 0, done.stderr[-4000:]
+    for name in ("to one", "sharded, to one"):
+        assert worker.job(folder / name) == "finished"
+    return folder
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def found(request, folder):
+    return json.loads((folder / f"{request.param}.json").read_text()) | {"ranks": request.param}
+
+
+def test_losses_and_gradient_norms_are_those_of_one_process(found):
+    assert set(found["losses"]) >= {"phase1 2", "baseline 2"}
+    for name, ours in found["losses"].items():
+        role, micro = name.split()
+        for loss_and_norm, alone in zip(ours, worker.losses(role, int(micro)), strict=True):
+            assert loss_and_norm == pytest.approx(alone, rel=1e-5)
+
+
+def test_gradients_weigh_by_the_scored_targets_of_all_ranks(found):
+    assert found["uneven"] == pytest.approx(worker.uneven_gradients(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["overflow", "sharded overflow"])
+def test_an_overflow_on_one_rank_skips_the_step_on_all(found, name):
+    for scale, stayed, moved in found.get(name, []):
+        assert (scale, stayed, moved) == (4.0, True, True)
+    assert name in found or found["ranks"] == 4
+
+
+def test_scores_are_those_of_one_process_bit_for_bit(found):
+    (alone,) = worker.scores()
+    assert found["scores"] == [alone] * found["ranks"]
+
+
+def test_a_failure_on_one_rank_is_one_on_all_and_the_next_call_works(found):
+    assert found["failures"] == [["oom", "ok", "oom", "ok"]] * found["ranks"]
+
+
+def test_processes_that_ranks_start_compute_together_and_end_together(folder):
+    well, ill = json.loads((folder / "2.json").read_text())["children"]
+    assert well == [["ok", 3]] * 2 and ill == [["error", None], ["oom", None]]
+
+
+def test_a_step_lasts_as_long_as_on_the_slowest_rank(found):
+    assert found["times"] == [2.0 + found["ranks"], 7.0] and found["first"] == 0
+
+
+def test_only_rank_0_writes(found):
+    assert found["written by others"] == []
+
+
+def test_sharded_losses_are_those_of_one_process(folder):
+    ours = json.loads((folder / "2.json").read_text())["sharded losses"]
+    for loss_and_norm, alone in zip(ours, worker.losses(), strict=True):
+        assert loss_and_norm == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["from one", "to one", "to four", "sharded, to one", "from one, sharded"])
+def test_a_training_goes_on_with_another_number_of_ranks(folder, name):
+    whole, index = read_index(folder / "whole"), read_index(folder / name)
+    assert index["facts"]["finished"] and index["step"] == worker.JOB_STEPS
+    assert index["facts"]["loss"] == pytest.approx(whole["facts"]["loss"], rel=1e-5)
+    assert index["train_config"] == whole["train_config"] and index["model_config"] == whole["model_config"]
+    rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    ours = {row["step"]: row["loss"] for row in rows}
+    alone = [json.loads(line) for line in (folder / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, worker.JOB_STEPS + 1))  # every step once
+    for row in alone:
+        assert ours[row["step"]] == pytest.approx(row["loss"], rel=1e-5)
+
+
+def test_two_runs_of_the_same_ranks_are_equal_bit_for_bit(folder):
+    first, second = json.loads((folder / "2.json").read_text())["equal runs"]
+    assert first == second
+
+
+def test_jobs_ended_as_they_should(folder):
+    jobs = json.loads((folder / "2.json").read_text())["jobs"]
+    paused = {"to one", "to four", "sharded, to one"}
+    assert jobs == {name: "paused" if name in paused else "finished" for name in jobs}
+
+
+@pytest.mark.parametrize("ranks, batch, micro, expected", [(2, 8, 2, 4), (4, 8, 8, 2), (1, 8, 8, 8), (8, 8, 1, 1)])
+def test_ranks_share_a_batch(ranks, batch, micro, expected):
+    assert windows_per_rank(TrainConfig(train_batch_size=batch, micro_batch_size=micro), ranks) == expected
+
+
+@pytest.mark.parametrize("ranks, batch, micro", [(3, 8, 2), (16, 8, 2), (2, 12, 4)])
+def test_ranks_that_cannot_share_a_batch_are_refused(ranks, batch, micro):
+    with pytest.raises(ValueError, match=r"must .*; got \d+; (start \d|give)"):
+        windows_per_rank(TrainConfig(train_batch_size=batch, micro_batch_size=micro), ranks)

@@ -1,0 +1,181 @@
+"""Commands as torchrun starts them: what they print and leave, and how they end."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import psutil
+import pytest
+from torch.distributed import run as torch_run
+
+from phase1.checks.regression import differences
+from phase1.cli import main, parse
+from phase1.commands import perplexity, train
+from phase1.measure.memory.case import MemoryCase
+from phase1.measure.memory.estimate.estimate import estimate_memory
+from phase1.measure.perplexity.candidates import candidates
+from phase1.measure.perplexity.result import train_model, training_of
+from phase1.measure.perplexity.side_by_side import train_side_by_side
+from phase1.records.schema import read_report
+from phase1.roster import model_config
+from phase1.runs import PerplexityRun
+from phase1.training.checkpoint import INDEX, read_index
+from tests.parallel.test_ranks import ROOT, torchrun
+from tests.parallel.worker import TINY
+
+SHAPE = "--vocab-size 300 --d-model 16 --n-layers 1 --n-heads 2 --ar-ssm-min-rank 2 --ar-ssm-window 4 --htt-dense-rows 4 --htt-groups 10"
+RANKS = "--ar-ssm-max-rank 4 --htt-rank 2"
+TRAIN = "--seq-length 8 --train-tokens 640000 --train-batch-size 4 --micro-batch-size 2 --eval-every 0"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "train.txt").write_text("the cat sees the dog . a dog sees the cat .\n" * 40)
+    (folder / "valid.txt").write_text("the dog sees a cat .\n" * 5)
+    return ["--dataset-name", str(folder), "--tokenizer", "bpe", "--cache-dir", str(folder / "cache")]
+
+
+def ours(text):
+    return [line for line in text.splitlines() if line.startswith("phase1 train")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_ends_with_any_of_its_ranks_and_one_line_says_which(data, tmp_path, number):
+    """SIGKILL of a rank; and SIGTERM of torchrun, which interrupts all: they leave a checkpoint."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "phase1", "train"]
+    words = f"{SHAPE} {RANKS} {TRAIN}".split()
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        agent = subprocess.Popen([*command, *words, *data, "--out-dir", str(tmp_path / "out")], stdout=file, stderr=file, env=environment)
+        deadline = time.monotonic() + 120
+        while "step 2/" not in log.read_text():
+            assert agent.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        ranks = {int(p.environ()["RANK"]): p for p in psutil.Process(agent.pid).children() if "RANK" in p.environ()}
+        began = time.monotonic()
+        os.kill(ranks[1].pid if number == signal.SIGKILL else agent.pid, number)
+        assert agent.wait(60) != 0
+    assert time.monotonic() - began < 30
+    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in ranks.values())
+    (line,) = ours(log.read_text())
+    if number == signal.SIGKILL:
+        assert line.startswith("phase1 train: error: rank 1 of 2 was ended")
+    else:
+        assert line == "phase1 train: interrupted; older results are untouched; the same command goes on from its checkpoint"
+        assert not read_index(tmp_path / "out")["facts"]["finished"]
+
+
+def test_memory_that_runs_out_on_one_rank_ends_all_with_its_line(data, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        "from phase1 import cli, world\n"
+        "from phase1.training import step\n"
+        "take = step.train_step\n"
+        "def short(*arguments):\n"
+        "    if world.rank() == 1:\n"
+        "        raise MemoryError('out of memory: 1 GB')\n"
+        "    return take(*arguments)\n"
+        "step.train_step = short\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    done = torchrun(2, script, "train", *f"{SHAPE} {RANKS} {TRAIN}".split(), *data, "--out-dir", tmp_path / "out")
+    (line,) = ours(done.stderr)
+    assert done.returncode and line.startswith("phase1 train (rank 1 of 2): error: out of memory: 1 GB; try --micro-batch-size 1")
+    assert not (tmp_path / "out" / INDEX).exists()
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused_before_there_is_a_model(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train.group, "size", lambda: 2)
+    monkeypatch.setattr(train, "plan", lambda *_: pytest.fail("a plan"))
+    words = f"{SHAPE} {RANKS} {TRAIN} --train-batch-size 3 --micro-batch-size 3".split()
+    assert main(["train", *words, *data, "--out-dir", str(tmp_path)]) == 2
+    assert "--train-batch-size must be a multiple of the 2 ranks; got 3; start 1" in capsys.readouterr().err
+
+
+def test_throughput_of_two_ranks_and_no_comparison_with_one(tmp_path):
+    words = f"throughput {SHAPE} {RANKS} --seq-lengths 8 --batch-size 1 --warmup-steps 1 --measure-steps 5 --no-baseline".split()
+    done = torchrun(2, "-m", "phase1", *words, "--out-dir", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("tokens/s at T =") == 1 and "engine on 2 GPUs at T = 8: " in done.stdout
+    report = read_report(tmp_path / "two" / "phase1_throughput_benchmark.json", "throughput")
+    assert (report.environment["world_size"], report.environment["backend"]) == (2, "gloo")
+    assert report.command.startswith("torchrun --nproc-per-node=2 -m phase1 throughput ")
+    (m,) = report.results["phase1"].measurements
+    phases = (m.forward_time_ms, m.backward_time_ms, m.communication_time_ms, m.optimizer_time_ms)
+    assert all(phase > 0 for phase in phases) and sum(phases) == pytest.approx(m.total_time_ms)
+    assert m.tokens_per_second == pytest.approx(2 * 8 / m.total_time_ms * 1e3)
+    assert m.tokens_per_second_per_gpu == pytest.approx(m.tokens_per_second / 2) and m.scaling_efficiency > 0
+    alone = report.model_copy(update={"environment": {k: v for k, v in report.environment.items() if k != "world_size"}})
+    (difference,) = differences({"throughput": alone}, {"throughput": report})
+    assert difference.reason == "world_size is 1 in OLD and 2 in NEW"
+
+
+def test_an_estimate_for_a_rank_holds_the_gradients_all_through_the_step():
+    case = MemoryCase(model_config("baseline", replace(TINY, vocab_size=40_000)), 1, 8)
+    one, two = estimate_memory(case), estimate_memory(replace(case, ranks=2))
+    gradients = 4 * one.parameters["total"]
+    assert two.phase_bytes["forward"] - one.phase_bytes["forward"] == pytest.approx(gradients, rel=0.01)
+    assert "2 ranks" in two.assumptions and "ranks" not in one.assumptions
+
+
+@pytest.mark.parametrize("command", ["tables", "compare", "generate", "export", "pipeline", "doctor"])
+def test_what_runs_in_one_process_says_so(command, monkeypatch, capsys, tmp_path):
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert main([command, *["a", "b"] * (command == "compare")]) == 2
+    assert f"phase1 {command} runs in one process; got 2 of torchrun" in capsys.readouterr().err
+
+
+def test_models_of_a_grid_train_side_by_side_as_they_would_alone(data, tmp_path, capfd):
+    flags = dict(zip(("dataset_name", "tokenizer", "cache_dir"), data[1::2]))
+    shape = {"vocab_size": 300, "d_model": 16, "n_layers": 1, "n_heads": 2, "ar_ssm_min_rank": 2, "ar_ssm_window": 4}
+    shape |= {"htt_dense_rows": 4, "htt_groups": 10, "test_htt_ranks": (2,), "test_ar_ssm_ranks": (4,)}
+    sizes = {"seq_length": 8, "train_tokens": 64, "train_batch_size": 4, "micro_batch_size": 4}
+    run = PerplexityRun(**flags, **shape, **sizes, checkpoint_dir=str(tmp_path / "checkpoints"), out_dir=str(tmp_path / "out"))
+    (corpus,) = perplexity.corpora_of(run, ("train", "valid"))
+    train_side_by_side(run, candidates(run), corpus, ["0", "1"])
+    folders = {model.key: training_of(run, model, corpus)[0] for model in candidates(run)}
+    trained = {key: (folder / INDEX).read_bytes() for key, folder in folders.items()}
+    assert all(json.loads(index)["facts"]["finished"] for index in trained.values()) and len(trained) == 2
+    err = capfd.readouterr().err
+    assert "[baseline] trains on GPU 0" in err and "[phase1_htt2_ar4] step 2/2 100 %" in err
+    for model in candidates(run):
+        train_model(run, model, corpus)
+    assert trained == {key: (folder / INDEX).read_bytes() for key, folder in folders.items()}
+
+
+def test_gpus_all_needs_gpus(data, tmp_path, capsys):
+    words = f"perplexity {SHAPE} --test-ar-ssm-ranks 4 --test-htt-ranks 2 --gpus all".split()
+    assert main([*words, *data, "--out-dir", str(tmp_path)]) == 2
+    assert "--gpus all needs one process and the GPUs that it sees; got none" in capsys.readouterr().err
+
+
+def test_shard_needs_several_gpus(data, tmp_path, capsys):
+    assert main(["train", *f"{SHAPE} {RANKS} {TRAIN} --shard".split(), *data, "--out-dir", str(tmp_path)]) == 2
+    assert "--shard needs several GPUs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("page", ["docs/multi_gpu.md", "docs/ja/multi_gpu.md"])
+def test_every_command_on_the_page_can_be_typed(page):
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    known = 0
+    for words in (shlex.split(line) for block in blocks for line in block.splitlines()):
+        if words[0] == "torchrun":
+            torch_run.get_args_parser().parse_args(words[1:])
+            words = words[words.index("-m") + 1 :]
+        if words[0] == "sbatch":
+            assert "-m phase1 train" in (ROOT / words[1]).read_text()
+            words = ["phase1", "train", *words[2:]]
+        if words[0] == "phase1":
+            parse(*words[1:2], words[2:])
+            known += 1
+    assert known > 8

@@ -1,0 +1,235 @@
+"""What the ranks do that a test starts: torchrun --nproc-per-node=N worker.py FOLDER; rank 0 writes N.json there."""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from phase1 import world
+from phase1.config import EngineShape, TrainConfig
+from phase1.data import Corpus, Windows
+from phase1.machine.isolate import run_isolated
+from phase1.measure.perplexity.evaluate import Protocol, evaluate
+from phase1.measure.throughput.ranks import attempt, slowest
+from phase1.measure.throughput.timing import StepTime
+from phase1.model import LanguageModel
+from phase1.ops.cross_entropy import IGNORE
+from phase1.parallel import group
+from phase1.parallel.run import processes
+from phase1.roster import model_config
+from phase1.training.job import train_to_checkpoint
+from phase1.training.step import make_train_state, train, train_step, windows_per_rank
+from phase1.training.watch import Watch
+
+TINY = EngineShape(
+    vocab_size=50, d_model=16, n_layers=1, n_heads=2, ar_ssm_max_rank=4, ar_ssm_min_rank=2, ar_ssm_window=4,
+    htt_rank=1, htt_dense_rows=2, htt_groups=6,
+)  # fmt: skip
+T, B, STEPS, JOB_STEPS, PAUSE = 8, 8, 20, 10, 4
+IDS = np.random.default_rng(0).zipf(1.3, 3000).astype(np.int64).clip(max=49).astype(np.uint16)
+CONFIG = TrainConfig(train_tokens=STEPS * B * T, train_batch_size=B, micro_batch_size=2, warmup_steps=3)
+JOB = replace(CONFIG, train_tokens=JOB_STEPS * B * T)
+PROTOCOL = Protocol("", "", "valid", T, 5, 0, 37)
+
+
+def fresh(role="phase1", config=CONFIG, shard=False, **overrides):
+    torch.manual_seed(0)
+    return make_train_state(LanguageModel(model_config(role, TINY, **overrides)), config, "cpu", shard)
+
+
+LOSSES = (("phase1", 1), ("phase1", 2), ("baseline", 2))
+
+
+@cache
+def losses(role="phase1", micro_batch_size=2, shard=False):
+    """Loss and norm of the gradient of STEPS steps of the same batches, whoever takes them."""
+    return trained(role, micro_batch_size, shard)[1]
+
+
+def bits(role, micro_batch_size):
+    """Of all parameters after these steps."""
+    state, _ = trained(role, micro_batch_size, False)
+    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in state.model.parameters())).hexdigest()
+
+
+def trained(role, micro_batch_size, shard):
+    state, windows, found = fresh(role, replace(CONFIG, micro_batch_size=micro_batch_size), shard), Windows(IDS, T, 0), []
+    mine = windows_per_rank(CONFIG, group.size())
+    train(
+        state,
+        lambda step: windows.batch(step * group.size() + group.rank(), mine),
+        STEPS,
+        lambda step, loss: found.append((loss.item(), state.grad_norm.item())),
+    )
+    return state, found
+
+
+def uneven_gradients():
+    """Sum of squares of the gradients of a step whose windows have different numbers of scored targets."""
+    state, (inputs, targets) = fresh(), Windows(IDS, T, 0).batch(0, B)
+    targets = targets.clone()
+    for row in range(B):
+        targets[row, : row % T] = IGNORE
+    mine = slice(group.rank() * B // group.size(), (group.rank() + 1) * B // group.size())
+    sums = []
+
+    def mark(name):
+        if name == ("backward" if group.size() == 1 else "communication"):
+            sums.append([float(p.grad.double().square().sum()) for p in state.model.parameters()])
+
+    loss = train_step(state, list(zip(inputs[mine].split(1), targets[mine].split(1))), mark)
+    return [loss.item(), *sums[-1]]
+
+
+def overflow(shard):
+    """An infinity in the gradients of the last rank: scales of all ranks after it, and whether a parameter has moved."""
+    state = fresh(shard=shard)
+    state.scaler = state.micro_batch.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    windows = Windows(IDS, T, 0)
+    before = whole_parameters(state)
+    batch = [windows.batch(group.rank(), 2)]
+    train_step(state, batch, partial(spoil, state))
+    stayed = all(torch.equal(a, b) for a, b in zip(before, whole_parameters(state)))
+    train_step(state, batch)
+    moved = not all(torch.equal(a, b) for a, b in zip(before, whole_parameters(state)))
+    return group.gathered([state.scaler.get_scale(), stayed, moved])
+
+
+def spoil(state, name):
+    if name == "backward" and group.rank() == group.size() - 1:
+        gradient = next(iter(state.model.blocks.parameters())).grad
+        getattr(gradient, "_local_tensor", gradient).view(-1)[0] = torch.inf
+
+
+def whole_parameters(state):
+    return [p.full_tensor().clone() if hasattr(p, "full_tensor") else p.detach().clone() for p in state.model.parameters()]
+
+
+def scores():
+    """Bits of what `evaluate` finds, here and in a training."""
+    found = evaluate(fresh().model, IDS, PROTOCOL, batch_size=4, dtype=torch.float32)
+    bits = hashlib.sha256(found.losses.tobytes() + found.places.tobytes() + found.tokens.tobytes()).hexdigest()
+    return group.gathered([bits, found.effective_rank])
+
+
+class Stop:
+    """A tracker that interrupts a training as Ctrl-C does."""
+
+    def __init__(self, step):
+        self.at = step
+
+    def log(self, row):
+        if row["step"] == self.at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def sample(self, step, text): ...
+
+    def close(self): ...
+
+
+class FakeTokenizer:
+    fingerprint = "none"
+
+    def to_json(self):
+        return "{}"
+
+
+def job(folder, stop=None, shard=False):
+    """`train_to_checkpoint` to the end, or interrupted after a step."""
+    from phase1.data.corpora import Split
+
+    corpus = Corpus("text", "", None, {"train": Split("train", IDS, "sha")}, FakeTokenizer())
+    watch = Watch(trackers=[Stop(stop)] if stop and world.is_first() else ())
+    try:
+        train_to_checkpoint(model_config("phase1", TINY), JOB, corpus, T, Path(folder), label="x", watch=watch, shard=shard)
+    except KeyboardInterrupt:
+        return "paused"
+    return "finished"
+
+
+def failures():
+    """What every rank hears of a call that fails on one, before or after the gate, and of the next one, which does not."""
+
+    def call(where, error):
+        if where == "before" and group.rank() == group.size() - 1:
+            raise error
+        group.gate()
+        if where == "after" and group.rank() == 0:
+            raise error
+
+    heard = [
+        attempt(call, where, error).status
+        for where, error in (("before", MemoryError()), ("none", None), ("after", MemoryError("out of memory")), ("none", None))
+    ]
+    return group.gathered(heard)
+
+
+def child(name, fails):
+    """In a process that a rank starts: a sum over those of all ranks, or no memory on the last."""
+    with processes("child", name):
+        if fails and group.rank() == group.size() - 1:
+            raise MemoryError
+        return int(group.sum_(torch.tensor(1 + group.rank())))
+
+
+def children():
+    return [
+        [(outcome.status, outcome.value) for outcome in group.gathered(run_isolated(child, f"child {fails}", fails))]
+        for fails in (False, True)
+    ]
+
+
+def times():
+    return [step.total_ms for step in slowest([StepTime(1.0 + group.rank(), 1, 1), StepTime(5.0 - group.rank(), 1, 1)])]
+
+
+def opened_for_writing(found, event, arguments):
+    path, _, how = arguments if event == "open" else (None, None, None)
+    if isinstance(path, str) and how & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and not path.startswith("/dev/"):
+        found.append(path)
+
+
+def main(folder):
+    torch.set_num_threads(1)
+    written = []
+    with world.first_speaks(), processes("worker"):
+        if not world.is_first():
+            sys.addaudithook(partial(opened_for_writing, written))
+        n = group.size()
+        found = {
+            "losses": {f"{role} {micro}": losses(role, micro) for role, micro in LOSSES[(n - 1) // 2 :]},
+            "uneven": uneven_gradients(),
+            "overflow": overflow(shard=False),
+            "scores": scores(),
+            "failures": failures(),
+            "times": times(),
+            "first": group.from_first(lambda: world.rank()),
+        }
+        if n == 2:
+            found["equal runs"] = [bits(*LOSSES[-1]) for _ in range(2)]
+            found["children"] = children()
+            found["sharded losses"] = losses(shard=True)
+            found["sharded overflow"] = overflow(shard=True)
+            found["jobs"] = {
+                "from one": job(folder / "from one"),
+                "to one": job(folder / "to one", stop=PAUSE),
+                "to four": job(folder / "to four", stop=PAUSE),
+                "sharded, to one": job(folder / "sharded, to one", stop=PAUSE, shard=True),
+                "from one, sharded": job(folder / "from one, sharded", shard=True),
+            }
+        else:
+            found["jobs"] = {"to four": job(folder / "to four")}
+        found["written by others"] = [path for paths in group.gathered(written)[1:] for path in paths]
+        if world.is_first():
+            (folder / f"{n}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
