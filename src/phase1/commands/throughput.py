@@ -96,14 +96,14 @@ def way_on_gpu(run: ThroughputRun, wanted: dict[str, ModelConfig]) -> Way:
     """Whether to launch CUDA graphs, and how many sequences: what was asked, unless the GPU cannot or has nothing to do."""
     way = plain_way(run)
     if run.cuda_graphs is None:
-        outcome = run_isolated(graphs_fail, wanted, min(run.seq_lengths), timeout_s=SECONDS)
+        outcome = run_isolated(graphs_fail, wanted, min(run.seq_lengths), run.piece_length, timeout_s=SECONDS)
         why = outcome.message if outcome.value is None else outcome.value
         way["cuda_graphs"] = not why
         way["otherwise"] += [f"without CUDA graphs, so short steps may take the host's time: {why}"] if why else []
     if run.saturate:
         engine, lengths = wanted["phase1"], (min(run.seq_lengths), max(run.seq_lengths))
         sized = {role: config for role, config in wanted.items() if role != "quadratic_control"}
-        arguments = (engine, sized, run.batch_size, *lengths, way["cuda_graphs"])
+        arguments = (engine, sized, run.batch_size, *lengths, way["cuda_graphs"], run.piece_length)
         found = run_isolated(saturating_batch, *arguments, timeout_s=SECONDS)
         batch, why = found.value or (run.batch_size, f"no larger batch was tried: {found.message}")
         way["batch_size"] = batch
@@ -134,7 +134,7 @@ def measured(
     }
     compiled = set(wanted) if run.compile else COMPILED & wanted.keys() if device == "cuda" else set()
     sizes = (run.seq_lengths, way["batch_size"], run.warmup_steps, run.measure_steps)
-    plan = ThroughputPlan(*sizes, frozenset(compiled), way["cuda_graphs"], batch_sizes)
+    plan = ThroughputPlan(*sizes, frozenset(compiled), way["cuda_graphs"], batch_sizes, run.piece_length)
     steps = sum(set(run.seq_lengths)) * (run.warmup_steps + run.measure_steps)
     sequences: list[int] = [batch_sizes.get(role) or way["batch_size"] for role in wanted]
     with progress(total=sum(sequences) * steps, desc=f"throughput on {device}", unit="tok", unit_scale=True) as bar:

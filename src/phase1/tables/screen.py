@@ -258,5 +258,6 @@ def perplexity_numbers(report: Report[PerplexityResult]) -> list[str]:
 
 
 def conditions(report: Report[Any]) -> str:
-    """The hardware, and whether numbers are measured or estimated."""
-    return hardware_of(report)
+    """The hardware, whether numbers are measured or estimated, and the pieces in which the engine trains, if any."""
+    pieces = report.run.get("piece_length")
+    return hardware_of(report) + (f", engine in pieces of {pieces:,}" if pieces else "")
