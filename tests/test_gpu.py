@@ -6,6 +6,7 @@ import torch
 from phase1.config import EngineShape, TrainConfig
 from phase1.model import LanguageModel
 from phase1.roster import ROLES, model_config
+from phase1.training.pieces import Pieces
 from phase1.training.step import make_train_state, train_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -106,3 +107,31 @@ def test_a_replayed_overflow_skips_the_step_and_lowers_the_loss_scale():
     before, scale = {k: v.clone() for k, v in model.state_dict().items()}, state.scaler.get_scale()
     train_step(state, [(ids, targets)])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and state.scaler.get_scale() < scale
+
+
+@pytest.mark.parametrize("how", [{}, {"compile": True}, {"cuda_graphs": True}, {"compile": True, "cuda_graphs": True}], ids=str)
+def test_steps_in_pieces_are_the_steps_of_whole_sequences(how):
+    """In half precision: two micro batches, pieces shorter than the copy head's window, and a first one of another length."""
+    ids, targets = pair("phase1", T=1000)[1:]
+    states = [make_train_state(pair("phase1")[0], TrainConfig(piece_length=length, **more), "cuda") for length, more in
+              ((None, {}), (128, how))]  # fmt: skip
+    batch = [(ids[:1], targets[:1]), (ids[1:], targets[1:])]
+    for step in range(4):
+        states[0].model.load_state_dict(states[1].model.state_dict())
+        (expected, wanted), (loss, gradient) = (loss_and_gradient(state, batch) for state in states)
+        assert loss == pytest.approx(expected, rel=1e-3), step
+        assert (gradient - wanted).norm() <= 0.02 * wanted.norm(), step
+
+
+def test_gradients_in_pieces_are_those_of_float64():
+    model, ids, targets = pair("phase1", T=1000)
+    wanted = torch.autograd.grad(model.double().loss(ids, targets), list(model.parameters()))
+    total = sum(gradient.square().sum() for gradient in wanted) ** 0.5
+    for dtype in EPS:
+        model = model.float().cuda()
+        model.zero_grad()
+        pieces = Pieces(model, torch.amp.GradScaler("cuda", enabled=False), dtype, 300)
+        one = torch.ones((), device="cuda")
+        pieces.backward(pieces.forward(ids.cuda(), targets.cuda(), one * 1024, one * 1024)[0])
+        errors = [(p.grad.double().cpu() / 1024 - g).norm() for p, g in zip(model.parameters(), wanted, strict=True)]
+        assert sum(error**2 for error in errors) ** 0.5 < TOLERANCE_EPS[dtype] * EPS[dtype] * total, dtype

@@ -45,11 +45,13 @@ MAY_IMPORT = {
     "lm_eval": {"hf", "ops"},
     "plots": {"files", "records", "roster", "tables", "text"},
     "page": {"checks", "errors", "plots", "records", "tables", "text"},
-    "measure": LEAVES | SETTINGS | {"data", "generation", "machine", "model", "ops", "parallel", "records", "stats", "trainable", "training"},
+    "measure": LEAVES
+    | SETTINGS
+    | {"data", "generation", "machine", "model", "ops", "parallel", "records", "stats", "trainable", "training"},
     "commands": LEAVES
     | SETTINGS
-    | {"checks", "data", "factory", "generation", "machine", "measure", "model", "page", "parallel", "plots", "records", "stats", "tables"}
-    | {"trainable", "training"},
+    | {"checks", "data", "factory", "generation", "machine", "measure", "model", "page", "parallel", "plots", "records", "stats"}
+    | {"tables", "trainable", "training"},
 }
 WINGS = {
     "execution": set(),

@@ -305,6 +305,11 @@ class TrainConfig(Config):
     train_tokens: int = option(90_000_000, "tokens every model is trained on, in the same order; a shorter text repeats")
     train_batch_size: int = option(64, "windows of T tokens per optimizer step")
     micro_batch_size: int = option(8, "windows per forward/backward; larger is faster, the result the same up to rounding")
+    piece_length: int | None = option(
+        None,
+        "tokens of a sequence at a time, for sequences of any length: exact gradients, in the memory of one piece; whole "
+        "sequences by default, and always with attention",
+    )
     learning_rate: float = option(3e-3, "peak of the schedule: linear warm-up, then --schedule")
     table_learning_rate: float = option(3.0, "learning rate of the token table, as a multiple of the others'")
     optimizer: Literal["adamw", "muon"] = option("adamw", "AdamW, or Muon for the matrices of blocks and AdamW for the rest")
@@ -322,6 +327,8 @@ class TrainConfig(Config):
         require_positive(
             self, "train_tokens", "train_batch_size", "micro_batch_size", "learning_rate", "table_learning_rate", "grad_clip"
         )
+        if self.piece_length is not None:
+            require_positive(self, "piece_length")
         if min(self.seed, self.warmup_steps, self.weight_decay) < 0:
             raise ValueError("--seed, --warmup-steps and --weight-decay must be 0 or more; got a negative number; raise it")
         if self.train_batch_size % self.micro_batch_size and self.micro_batch_size < self.train_batch_size:

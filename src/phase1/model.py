@@ -1,7 +1,7 @@
 """The language model: token table, L blocks of mixer and MLP, tied output, loss."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from phase1.config import ModelConfig
-from phase1.layers.ar_ssm import ARSSM
+from phase1.layers.ar_ssm import ARSSM, from_first_key
 from phase1.layers.attention import Attention
 from phase1.layers.copy_head import CopyHead
 from phase1.layers.mlp import MLP
@@ -59,6 +59,9 @@ TABLES: dict[str, Callable[[ModelConfig, TokenStatistics | TokenVectors | None],
 }
 """The token table for each value of `ModelConfig.embedding`, started from statistics of the text, or at random (None)."""
 
+
+States = list[Any]
+"""What a text leaves for what follows it: the state of every block, then that of the copy head, where there is one."""
 
 OUT = (".out_proj", ".down_proj", ".o_proj")
 """Names of the layers of a block that add to the residual stream; the last is what other people's mixers call theirs."""
@@ -160,29 +163,60 @@ class LanguageModel(nn.Module):
     def rows(self) -> Rows:
         """The token table and the row of every id in it, for `continue_from`."""
         all_ids = torch.arange(self.config.vocab_size, device=self.norm.weight.device)
-        return Rows(self._table(), self.embedding.rows_of(all_ids))
+        return Rows(self.table(), self.embedding.rows_of(all_ids))
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """What training minimises: the cross-entropy of `losses` and, in training, the penalty of the rank gate."""
         loss, penalty = self.losses(ids, targets)
         return loss if penalty is None else loss + penalty
 
-    def losses(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+    def losses(self, ids: Tensor, targets: Tensor, state: States | None = None) -> tuple[Tensor, Tensor | None]:
         """Mean cross-entropy in nats of `targets` (B, T), -100 not scored, and in training the penalty of the rank gate.
 
         With a copy head it is that of the mixture, mean of nll - log(1 - g) - softplus(nll + o); nan if nothing is scored.
+        state: what the text before `ids` has left, or for each part what makes it; None: nothing.
         """
         # Rebuild the table for the output: the (V, D) gradient of a table shared with the lookup would stay allocated
         # through the backward pass of all blocks.
-        shared = None if self.config.checkpointing and torch.is_grad_enabled() else self._table()
-        hidden, _, effective_rank = self._hidden(ids, shared)
-        table = self._table() if shared is None else shared
+        shared = None if self.config.checkpointing and torch.is_grad_enabled() else self.table()
+        hidden, _, effective_rank = self._hidden(ids, shared, state)
+        table = self.table() if shared is None else shared
+        past = None if state is None or self.copy_head is None else state[-1]
+        pointer = None if self.copy_head is None else self.copy_head(hidden, ids, targets, past)[:2]
+        return self._loss(hidden, table, targets, pointer), self._penalty(effective_rank)
+
+    def losses_of_piece(
+        self, ids: Tensor, targets: Tensor, table: Tensor, state: States | None
+    ) -> tuple[Tensor, Tensor | None, States]:
+        """`losses` of a piece of a text that follows the pieces which left `state` (None: none), and the state after it.
+
+        Args:
+            table: what `table()` gives: pieces share it.
+        """
+        past = None if state is None or self.copy_head is None else state[-1]
+        recompute = self.config.checkpointing and torch.is_grad_enabled()
+        hidden, blocks, effective_rank = self._hidden(ids, table, state, keep_states=True, recompute=recompute)
+        pointer, after = None, [from_first_key(block) for block in blocks]
+        if self.copy_head is not None:
+            *pointer, copied = self.copy_head(hidden, ids, targets, past)
+            after.append(copied)
+        return self._loss(hidden, table, targets, pointer), self._penalty(effective_rank), after
+
+    def state_after_piece(self, ids: Tensor, table: Tensor, state: States | None) -> States:
+        """The state of `losses_of_piece` alone, without the output's work."""
+        past = None if state is None or self.copy_head is None else state[-1]
+        hidden, blocks, _ = self._hidden(ids, table, state, keep_states=True)
+        after = [from_first_key(block) for block in blocks]
+        return after if self.copy_head is None else [*after, self.copy_head.state_after(hidden, ids, past)]
+
+    def _loss(self, hidden: Tensor, table: Tensor, targets: Tensor, pointer: Sequence[Tensor] | None) -> Tensor:
+        """Mean cross-entropy; `pointer`: log-odds and gate of the copy head, None without one."""
         op = tied_cross_entropy if self.config.loss == "chunked" else tied_cross_entropy_reference
         output, inner = self.output(hidden, table, targets)
         added = None if inner is None else inner.view(targets.shape)  # terms of each target's loss besides `op`'s
         log_odds = None
-        if self.copy_head is not None:
-            log_odds, gate = self.copy_head(hidden, ids, targets)
+        if pointer is not None:
+            log_odds, gate = pointer
             # -log(p q + exp(o)) = -log q - log(p + exp(o - log q)) for levels p and q
             log_odds = (log_odds if added is None else log_odds + added).flatten()
             added = F.softplus(gate) if added is None else F.softplus(gate) + added
@@ -190,24 +224,44 @@ class LanguageModel(nn.Module):
         if added is not None:
             scored = targets != IGNORE
             loss = loss + (added * scored).sum() / scored.sum().clamp(min=1)
+        return loss
+
+    def _penalty(self, effective_rank: Tensor | None) -> Tensor | None:
         if not self.training or effective_rank is None:
-            return loss, None
-        return loss, self.config.rank_penalty * effective_rank / self.config.ar_ssm_max_rank
+            return None
+        return self.config.rank_penalty * effective_rank / self.config.ar_ssm_max_rank
 
     @torch.no_grad()
-    def nll(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Loss in nats of each target (B, T), 0 where it is -100, and the mean effective rank (None without a gate)."""
-        table = self._table()
-        hidden, _, effective_rank = self._hidden(ids, table)
+    def nll(self, ids: Tensor, targets: Tensor, piece_length: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """Loss in nats of each target (B, T), 0 where it is -100, and the mean effective rank (None without a gate).
+
+        piece_length: tokens of a text at a time, for less memory and the same losses; all of it by default, and with attention.
+        """
+        table, state = self.table(), None
+        size = ids.shape[1] if piece_length is None or self.config.mixer == "attention" else piece_length
+        losses, ranks = [], []
+        for piece, wanted in zip(ids.split(size, 1), targets.split(size, 1)):
+            nll, effective_rank, state = self._nll(piece, wanted, table, state, keep_states=size < ids.shape[1])
+            losses.append(nll)
+            ranks += [] if effective_rank is None else [effective_rank * (piece.shape[1] / ids.shape[1])]
+        return torch.cat(losses, 1), torch.stack(ranks).sum() if ranks else None
+
+    def _nll(
+        self, ids: Tensor, targets: Tensor, table: Tensor, state: States | None, keep_states: bool
+    ) -> tuple[Tensor, Tensor | None, States]:
+        """`nll` of a piece that follows the text which left `state`, and the state after it, if it is to be kept."""
+        past = None if state is None or self.copy_head is None else state[-1]
+        hidden, after, effective_rank = self._hidden(ids, table, state, keep_states)
         output, inner = self.output(hidden, table, targets)
         nll = tied_nll(*output)
         nll = (nll if inner is None else nll + inner).view(targets.shape)
         if self.copy_head is not None:
-            log_odds, gate = self.copy_head(hidden, ids, targets)
+            log_odds, gate, copied = self.copy_head(hidden, ids, targets, past)
+            after.append(copied)
             nll = (nll + F.softplus(gate) - F.softplus(nll + log_odds)).where(targets != IGNORE, 0)
-        return nll, effective_rank
+        return nll, effective_rank, after
 
-    def _table(self) -> Tensor:
+    def table(self) -> Tensor:
         """The token table (V, D), used for the input and, transposed, for the output."""
         return self.embedding.table(_compute_dtype(self.norm.weight))
 
@@ -253,30 +307,35 @@ class LanguageModel(nn.Module):
         return hidden if self.config.logit_scale == 1 else hidden * self.config.logit_scale
 
     def _hidden(
-        self, ids: Tensor, table: Tensor | None, states: list[Any] | None = None, keep_states: bool = False
-    ) -> tuple[Tensor, list[Any], Tensor | None]:
+        self,
+        ids: Tensor,
+        table: Tensor | None,
+        states: States | None = None,
+        keep_states: bool = False,
+        recompute: bool = False,
+    ) -> tuple[Tensor, States, Tensor | None]:
         """Final hidden states (B, T, D), the blocks' states if `keep_states`, and the mean effective rank of all layers.
 
-        If `table` is None, the lookup (which builds a table for itself) and the blocks are recomputed in the backward pass.
+        If `recompute`, the blocks are recomputed in the backward pass. If `table` is None, so is the lookup too, which builds a
+        table for itself.
         """
         self._check(ids)
-        recompute = table is None
-        x = _run(lambda ids: self._embed(ids, table), ids, recompute) * self.input_scale
+        recompute = recompute or table is None
+        x = _run(lambda ids: self._embed(ids, table), ids, table is None) * self.input_scale
         new_states, ranks = [], []
         for i, block in enumerate(self.blocks):
-            if recompute:
-                x, rank = _run(lambda x, block=block: block(x)[::2], x, recompute)
+            past = None if states is None else states[i]
+            if keep_states:  # they hold on to memory in proportion to T
+                x, state, rank = _run(lambda x, block=block, past=past: block(x, past), x, recompute)
+                new_states.append(state)
             else:
-                x, state, rank = block(x, None if states is None else states[i])
-                if keep_states:  # they hold on to memory in proportion to T
-                    new_states.append(state)
-                del state
+                x, rank = _run(lambda x, block=block, past=past: block(x, past)[::2], x, recompute)
             ranks.append(rank)
         effective_rank = None if any(rank is None for rank in ranks) else torch.stack(ranks).mean()
         return self.norm(x), new_states, effective_rank
 
     def _embed(self, ids: Tensor, table: Tensor | None) -> Tensor:
-        rows = F.embedding(self.embedding.rows_of(ids), self._table() if table is None else table)
+        rows = F.embedding(self.embedding.rows_of(ids), self.table() if table is None else table)
         return rows.to(self.norm.weight.dtype)  # blocks add to it: not in half precision
 
     def _check(self, ids: Tensor) -> None:

@@ -20,8 +20,14 @@ ROLES: dict[str, dict[str, Any]] = {
 TRANSFORMERS = tuple(role for role in ROLES if role != "phase1")
 """The roles that the engine is compared with: the plain Transformer, the small one and the fast one."""
 
-COMPILED = frozenset({"baseline_fast"})
-"""Roles that are compiled on a GPU, whatever --compile says: the fastest a Transformer can be made with a flag."""
+FAST = {"phase1_fast": ROLES["phase1"] | {"checkpointing": False}}
+"""The engine as `baseline_fast` is the Transformer: throughput measures it too on a GPU, where both are compiled."""
+
+COMPILED = frozenset({"baseline_fast", *FAST})
+"""Roles that are compiled on a GPU, whatever --compile says: the fastest that flags make a model."""
+
+ENGINES = (*FAST, "phase1")
+"""Roles of the engine, the fastest first."""
 
 CONTROLS: dict[str, dict[str, Any]] = {
     "quadratic_control": ROLES["baseline_optimized"] | {"attention": "math"},
@@ -34,7 +40,7 @@ CONTROLS: dict[str, dict[str, Any]] = {
 def model_config(role: str, shape: ModelShape, **overrides: Any) -> ModelConfig:
     """The model of `role` with the sizes of `shape`, and its ranks if it has any."""
     sizes = {f.name: getattr(shape, f.name) for f in fields(EngineShape) if hasattr(shape, f.name)}
-    return ModelConfig(**(sizes | (ROLES | CONTROLS)[role] | overrides))
+    return ModelConfig(**(sizes | (ROLES | FAST | CONTROLS)[role] | overrides))
 
 
 START: dict[str, Any] = {"dense_start": "statistics"}

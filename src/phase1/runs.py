@@ -21,6 +21,10 @@ from phase1.factory import split
 from phase1.machine.cards import card_for
 from phase1.roster import Variant
 
+PIECES = option(
+    None, "train the engine so many tokens of each sequence at a time, with exact gradients; whole sequences by default"
+)
+
 
 def _names(models: tuple[str, ...]) -> list[str]:
     return [split(text)[0] for text in models]
@@ -51,6 +55,7 @@ class MemoryRun(EngineShape, OutputConfig):
     batch_size: int = option(4, "B, sequences per step")
     seq_length: int = option(2048, "T, tokens per sequence")
     gradient_checkpointing: bool = option(True, "recompute the engine's activations in the backward pass")
+    piece_length: int | None = PIECES
     vram_limit: str | None = option(None, "cap the GPU memory of each model, for example 8GB, 7.2GB, 8GiB or bytes")
     card: str | None = option(
         None,
@@ -64,6 +69,8 @@ class MemoryRun(EngineShape, OutputConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "batch_size", "seq_length")
+        if self.piece_length is not None:
+            require_positive(self, "piece_length")
         if self.card not in (None, "list"):
             card_for(str(self.card))
         if self.ablate and any(name in ("baseline", "phase1") for name in _names(self.model)):
@@ -92,6 +99,7 @@ class ThroughputRun(EngineShape, OutputConfig):
     cuda_graphs: bool | None = option(
         None, "launch forward and backward as two CUDA graphs, so that the host does not limit the speed; by default on a GPU"
     )
+    piece_length: int | None = PIECES
     save_plots: bool = option(False, "write phase1_throughput_comparison.png", affects_results=False)
     decode: bool = option(False, "also measure generation, B = 1: tokens/s and bytes of the state over --decode-contexts")
     decode_contexts: tuple[int, ...] = option(
@@ -107,6 +115,8 @@ class ThroughputRun(EngineShape, OutputConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "seq_lengths", "batch_size", "measure_steps", "warmup_steps", "decode_contexts")
+        if self.piece_length is not None:
+            require_positive(self, "piece_length")
         if self.decode and any(name in ("baseline", "phase1") for name in _names(self.model)):
             raise ValueError("--decode generates with phase1's own models; got --model in place of one; leave one of them out")
 
@@ -210,6 +220,11 @@ class TrainRun(ModelConfig, DataConfig, TrainConfig, WatchConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "seq_length")
+        if self.piece_length is not None and (self.mixer == "attention" or self.model is not None):
+            other = "--mixer attention" if self.model is None else "--model"
+            raise ValueError(f"--piece-length needs a state that does not grow; got {other}; leave one of them out")
+        if self.shard and self.piece_length is not None:
+            raise ValueError("--shard must be without --piece-length; got both; leave one of them out")
         if self.shard and (self.compile or self.cuda_graphs or self.sample_every or self.optimizer == "muon" or self.model):
             expected = "--shard must be without --compile, --cuda-graphs, --sample-every, --optimizer muon and --model"
             raise ValueError(f"{expected}; got one of them; leave it out")

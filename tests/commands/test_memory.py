@@ -180,3 +180,15 @@ def test_the_command_line_takes_its_flags_and_prints_nothing_but_the_report(tmp_
     assert done.stderr == ""  # no progress bar where nobody watches, no warnings
     report = read_report(tmp_path / "phase1_memory_validation.json", "memory")
     assert report.command.startswith("phase1 memory --vocab-size 3000")
+
+
+@needs_no_gpu
+def test_pieces_are_in_the_report_and_on_the_screen_and_take_less(tmp_path, capsys):
+    found = {}
+    for length in (None, 256):
+        memory.main(run(tmp_path, piece_length=length, seq_length=4096, copy_window=64))
+        report = read_report(tmp_path / "phase1_memory_validation.json", "memory")
+        found[length] = {role: result.peak_allocated_bytes for role, result in report.results.items()}
+    assert report.run["piece_length"] == 256 and "engine in pieces of 256" in capsys.readouterr().out
+    assert found[256].pop("phase1") < 0.6 * found[None].pop("phase1")
+    assert found[256] == found[None]

@@ -4,6 +4,7 @@ import torch
 from phase1.checks.throughput import decoding_checks, throughput_checks
 from phase1.commands import throughput
 from phase1.records.schema import Decoding, Scaling, ThroughputResult, exit_code, read_report
+from phase1.roster import COMPILED
 from phase1.runs import ThroughputRun
 from phase1.tables import throughput_comparison
 
@@ -168,3 +169,10 @@ def test_generation_passes_only_if_the_transformer_is_found_to_slow_down(ours, t
 
 def test_without_generation_there_is_no_check_of_it():
     assert decoding_checks({"phase1": engine()}) == []
+
+
+def test_on_a_gpu_both_kinds_of_model_are_measured_as_fast_as_flags_make_them():
+    on_gpu, on_cpu = (throughput.models(ThroughputRun(), device) for device in ("cuda", "cpu"))
+    assert on_gpu.keys() - on_cpu.keys() == {"phase1_fast"} and {"baseline_fast", "phase1_fast"} == COMPILED
+    assert not on_gpu["phase1_fast"].checkpointing and not on_gpu["baseline_fast"].checkpointing
+    assert on_gpu["phase1_fast"].config_id != on_gpu["phase1"].config_id

@@ -141,7 +141,7 @@ def test_without_limit_there_is_none():
 def test_memory_that_runs_out_is_one_line_with_what_to_lower(run, monkeypatch):
     monkeypatch.setattr(train, "train_to_checkpoint", lambda *a, **k: (_ for _ in ()).throw(MemoryError()))
     err = run("a", code=3).err.splitlines()[-1]
-    assert "try --micro-batch-size 2, then --seq-length 4" in err
+    assert "try --micro-batch-size 2, then --piece-length 2" in err  # which does not change the result
 
 
 @pytest.fixture

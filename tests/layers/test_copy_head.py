@@ -43,7 +43,7 @@ def batch(seed=0):
 
 def mixture_by_hand(net, ids):
     """p (B, T, V), token by token, from the formula."""
-    head, table = net.copy_head, net._table()
+    head, table = net.copy_head, net.table()
     hidden = net._hidden(ids, table)[0]
     Wq, W1, W2 = head.qk_proj.weight.split(d)
     p = torch.zeros(*ids.shape, V, dtype=hidden.dtype)
@@ -88,7 +88,7 @@ def test_a_target_that_nothing_matches_has_no_log_odds_and_moves_no_pointer():
     hidden = torch.randn(1, T, D, dtype=torch.float64, requires_grad=True)
     targets = torch.ones_like(ids)
     targets[0, 4], targets[0, 6], ids[0, 0] = IGNORE, 0, 1  # 0 matches, 1 does for the window's length
-    log_odds, _ = head(hidden, ids, targets)
+    log_odds, *_ = head(hidden, ids, targets)
     matched = [t < WINDOW and t != 4 or t == 6 for t in range(T)]
     assert log_odds.isfinite()[0].tolist() == matched
     assert (log_odds[~log_odds.isfinite()] == -torch.inf).all()

@@ -25,7 +25,7 @@ def state(role="baseline", **changes):
 @pytest.fixture
 def traced(monkeypatch):
     """torch.compile without code generation: dynamo alone, whose guards and limits are what matters here."""
-    monkeypatch.setattr(interleaved, "compile_loss", lambda model: compile_loss(model, "eager"))
+    monkeypatch.setattr(interleaved, "compile_loss", lambda state: compile_loss(state, "eager"))
     forget_compiled()
     yield
     forget_compiled()
@@ -34,7 +34,13 @@ def traced(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU has its own kernel of attention")
 def test_attention_type_and_device_are_those_of_the_step():
     assert (found := execution(state(), None)).attention == "flash" and found.otherwise == []
-    assert (found.device, found.precision, found.kernels, found.compiled, found.cuda_graphs) == ("cpu", "float32", "torch", False, False)
+    assert (found.device, found.precision, found.kernels, found.compiled, found.cuda_graphs) == (
+        "cpu",
+        "float32",
+        "torch",
+        False,
+        False,
+    )
     assert execution(state("phase1"), None).attention is None
     math = execution(state(attention="math"), None)
     assert math.attention == "math" and math.otherwise == [], "as asked"
@@ -56,7 +62,7 @@ def test_products_in_another_type_than_asked_are_said():
 
 def test_a_compiled_model_is_counted_and_one_that_is_not_is_said():
     one = state()
-    compiler = compile_loss(one.model, "eager")
+    compiler = compile_loss(one, "eager")
     assert execution(one, compiler).otherwise == ["what was compiled was not called"], "watching compiles nothing"
     train_step(one, [random_batch(300, 1, 16, "cpu")])
     assert compiler.calls == 1 and execution(one, compiler).compiled
@@ -66,7 +72,7 @@ def test_a_compiled_model_is_counted_and_one_that_is_not_is_said():
 def test_more_shapes_than_dynamo_allows_are_an_error_and_not_an_eager_run(monkeypatch):
     monkeypatch.setitem(module.LIMITS, "recompile_limit", 2)
     one = state()
-    compile_loss(one.model, "eager")
+    compile_loss(one, "eager")
     with strict_compilation(), pytest.raises(Exception, match="(?i)limit"):
         for length in (8, 16, 24, 32, 40):
             train_step(one, [random_batch(300, 1, length, "cpu")])

@@ -102,7 +102,8 @@ def cards_text() -> str:
 def cases_of(run: MemoryRun, wanted: dict[str, ModelConfig], limit: int | None, card: Card | None) -> dict[str, MemoryCase]:
     """What is measured, by role."""
     size = (run.batch_size, run.seq_length, limit, run.dry_run)
-    where: dict[str, Any] = {"chip": None if card is None else card.chip, "ranks": group.size()}
+    chip = None if card is None else card.chip
+    where: dict[str, Any] = {"chip": chip, "ranks": group.size(), "piece_length": run.piece_length}
     return {role: MemoryCase(model, *size, compiled=role in COMPILED, **where) for role, model in wanted.items()}
 
 

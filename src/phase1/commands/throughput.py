@@ -9,6 +9,7 @@ from typing import Any, Final
 from phase1.checks.throughput import control_checks, decoding_checks, throughput_checks
 from phase1.config import ModelConfig, flags
 from phase1.device import device_type
+from phase1.factory import split
 from phase1.machine.isolate import run_isolated
 from phase1.measure.throughput.decode import measure_decoding
 from phase1.measure.throughput.disturbances import model_warnings, run_warnings
@@ -22,7 +23,7 @@ from phase1.plots import plot_throughput
 from phase1.progress import progress
 from phase1.records.schema import Decoding, Report, ThroughputResult, exit_code
 from phase1.records.session import Session
-from phase1.roster import COMPILED, CONTROLS, ROLES, TRANSFORMERS, model_config, own_models, sources
+from phase1.roster import COMPILED, CONTROLS, FAST, ROLES, TRANSFORMERS, model_config, own_models, sources
 from phase1.runs import ThroughputRun
 from phase1.stats.scaling import enough_lengths
 from phase1.tables import decoding_comparison
@@ -46,7 +47,7 @@ def main(run: ThroughputRun) -> int:
     device = device_type()
     if run.cuda_graphs:
         require_gpu_for_graphs(device)
-    wanted = models(run)
+    wanted = models(run, device)
     require_built(wanted.values())
     session = Session(run, "throughput", data=sources(wanted))
     gate()  # until all ranks have read what is kept of an earlier run
@@ -95,14 +96,14 @@ def way_on_gpu(run: ThroughputRun, wanted: dict[str, ModelConfig]) -> Way:
     """Whether to launch CUDA graphs, and how many sequences: what was asked, unless the GPU cannot or has nothing to do."""
     way = plain_way(run)
     if run.cuda_graphs is None:
-        outcome = run_isolated(graphs_fail, wanted, min(run.seq_lengths), timeout_s=SECONDS)
+        outcome = run_isolated(graphs_fail, wanted, min(run.seq_lengths), run.piece_length, timeout_s=SECONDS)
         why = outcome.message if outcome.value is None else outcome.value
         way["cuda_graphs"] = not why
         way["otherwise"] += [f"without CUDA graphs, so short steps may take the host's time: {why}"] if why else []
     if run.saturate:
         engine, lengths = wanted["phase1"], (min(run.seq_lengths), max(run.seq_lengths))
         sized = {role: config for role, config in wanted.items() if role != "quadratic_control"}
-        arguments = (engine, sized, run.batch_size, *lengths, way["cuda_graphs"])
+        arguments = (engine, sized, run.batch_size, *lengths, way["cuda_graphs"], run.piece_length)
         found = run_isolated(saturating_batch, *arguments, timeout_s=SECONDS)
         batch, why = found.value or (run.batch_size, f"no larger batch was tried: {found.message}")
         way["batch_size"] = batch
@@ -111,9 +112,10 @@ def way_on_gpu(run: ThroughputRun, wanted: dict[str, ModelConfig]) -> Way:
     return way
 
 
-def models(run: ThroughputRun) -> dict[str, ModelConfig]:
+def models(run: ThroughputRun, device: str) -> dict[str, ModelConfig]:
     """The models to measure, by role."""
     roles = [role for role in ROLES if run.baseline or role == "phase1"]
+    roles += FAST if device == "cuda" and not any(name == "phase1" for name, _ in map(split, run.model)) else []
     roles += ["quadratic_control"] * run.quadratic_control
     roles += ["baseline_again" if run.baseline else "engine_again"] * run.a_a
     usual = {role: model_config(role, run) for role in roles}
@@ -132,7 +134,7 @@ def measured(
     }
     compiled = set(wanted) if run.compile else COMPILED & wanted.keys() if device == "cuda" else set()
     sizes = (run.seq_lengths, way["batch_size"], run.warmup_steps, run.measure_steps)
-    plan = ThroughputPlan(*sizes, frozenset(compiled), way["cuda_graphs"], batch_sizes)
+    plan = ThroughputPlan(*sizes, frozenset(compiled), way["cuda_graphs"], batch_sizes, run.piece_length)
     steps = sum(set(run.seq_lengths)) * (run.warmup_steps + run.measure_steps)
     sequences: list[int] = [batch_sizes.get(role) or way["batch_size"] for role in wanted]
     with progress(total=sum(sequences) * steps, desc=f"throughput on {device}", unit="tok", unit_scale=True) as bar:

@@ -35,6 +35,7 @@ from phase1.text import one_line
 from phase1.trainable import Trainable, build
 from phase1.training.checkpoint import INDEX
 from phase1.training.job import BEST, train_to_checkpoint
+from phase1.training.pieces import in_pieces
 from phase1.training.step import compute_dtype, total_steps, windows_per_rank
 from phase1.training.trackers import tracker
 from phase1.training.watch import Watch
@@ -70,7 +71,10 @@ def main(run: TrainRun) -> int:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        ladder = smaller(batch=("--micro-batch-size", run.micro_batch_size), length=("--seq-length", run.seq_length))
+        shorter = max(1, (run.piece_length or run.seq_length) // 4)
+        pieces = (f"--piece-length {shorter}",) if in_pieces(model_config, shorter) else ()
+        length = None if pieces else ("--seq-length", run.seq_length)
+        ladder = smaller(batch=("--micro-batch-size", run.micro_batch_size), length=length, more=pieces)
         raise Unavailable(f"{reason(error)}; {ladder}") from error
     if not is_first():
         return 0
@@ -84,12 +88,6 @@ def main(run: TrainRun) -> int:
         print(f"phase1 train: {worse}; lower --learning-rate, or train on more tokens", file=sys.stderr)
         return UNDECIDED
     return 0
-
-
-def _texts(run: TrainRun) -> tuple[Corpus, Corpus | None]:
-    """What is trained on, and the valid split where it is looked at."""
-    corpus = load_corpus(run, vocab_size=run.vocab_size, need=("train",), train_tokens=run.train_tokens)
-    return corpus, _valid(run)
 
 
 def screen(
@@ -135,6 +133,12 @@ def _last(rows: list[dict[str, Any]], name: str) -> str:
     return next((f"{row[name]:.3f}" for row in reversed(rows) if row[name] is not None), UNKNOWN)
 
 
+def _texts(run: TrainRun) -> tuple[Corpus, Corpus | None]:
+    """What is trained on, and the valid split where it is looked at."""
+    corpus = load_corpus(run, vocab_size=run.vocab_size, need=("train",), train_tokens=run.train_tokens)
+    return corpus, _valid(run)
+
+
 def _valid(run: TrainRun) -> Corpus | None:
     """The valid split, or None, with a note, where there is none and none was asked for."""
     if run.eval_every == 0:
@@ -164,7 +168,8 @@ def plan(run: TrainRun, model: ModelConfig, corpus: Corpus, valid: Corpus | None
     if valid is not None:
         lines.append(f"loss on {_windows(run, valid) * run.seq_length:,} tokens of the valid split every {_every(run)} steps")
     if device == "cuda" and run.model is None:
-        case = MemoryCase(model, min(run.micro_batch_size, run.train_batch_size), run.seq_length)
+        size = min(run.micro_batch_size, run.train_batch_size), run.seq_length
+        case = MemoryCase(model, *size, piece_length=run.piece_length)
         needed, total = estimate_memory(case, chip_of(case)).needed_bytes, total_gpu_bytes()
         fits = total is None or needed <= total
         remedy = "" if fits else f"; it does not fit: try --micro-batch-size {max(1, case.batch_size // 2)}"
@@ -232,7 +237,8 @@ def scorer(run: TrainRun, valid: Corpus) -> Callable[[Trainable], float]:
 
     def score(model: Trainable) -> float:
         dtype = compute_dtype(run.precision, next(model.parameters()).device)
-        return evaluate(model, split.ids, protocol, batch_size=run.micro_batch_size, dtype=dtype, label=None).loss
+        at_once = {"batch_size": run.micro_batch_size, "piece_length": run.piece_length}
+        return evaluate(model, split.ids, protocol, dtype=dtype, label=None, **at_once).loss  # type: ignore[arg-type]
 
     return score
 

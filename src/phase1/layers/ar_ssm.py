@@ -1,5 +1,6 @@
 """AR-SSM: the adaptive-rank semiseparable sequence layer, y = (local + tril(U Vᵀ)) x per head, in O(T)."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,19 @@ from phase1.layers.rotary import rotary, rotate
 from phase1.ops.ar_ssm import Parameters, State, fused_ar_ssm, fused_runs
 from phase1.ops.semiseparable import semiseparable
 from phase1.ops.window_attention import window_attention
+
+
+def from_first_key(state: State) -> State:
+    """`state` with positions counted from the first key of its window: what follows is the same, for angles are differences.
+
+    States of equal sizes then say the same of where they stand, so that one compiled function, or graph, takes them all.
+    """
+    keys = state.k.shape[2]
+    if not keys:
+        return state._replace(position=0)
+    exact = state.k.to(torch.promote_types(state.k.dtype, torch.float32))
+    turned = rotate(exact, *rotary(exact[:, :1], keys - state.position))
+    return state._replace(position=keys, k=turned.to(state.k.dtype))
 
 
 class Operands(NamedTuple):
@@ -95,9 +109,17 @@ class ARSSM(nn.Module):
         weight = self.in_proj.weight
         fused_runs(weight.new_empty(1, 1, len(weight), dtype=dtype), self.operator_parameters(), self.window)
 
-    def forward(self, h: Tensor, state: State | None = None) -> tuple[Tensor, State, Tensor]:
-        """(B, T, D) -> (B, T, D), the state after the last position, and the effective rank (mean of Σ_r g_r)."""
+    def forward(
+        self, h: Tensor, state: State | Callable[["ARSSM", Tensor], State] | None = None
+    ) -> tuple[Tensor, State, Tensor]:
+        """(B, T, D) -> (B, T, D), the state after the last position, and the effective rank (mean of Σ_r g_r).
+
+        state: before the first position, None at the beginning of a text; or a function that computes it from this layer and
+            the projected inputs, if earlier positions are on other ranks.
+        """
         proj, p = self.in_proj(h), self.operator_parameters()
+        if callable(state):
+            state = state(self, proj)
         graphed = state is not None and isinstance(state.position, Tensor)  # a graph reads it; the kernels take a number
         if not graphed and fused_runs(proj, p, self.window):
             y, state, gate = fused_ar_ssm(proj, p, window=self.window, memory=self.memory, state=state)

@@ -1,6 +1,7 @@
 """Copy head: a pointer to the last tokens of the text, mixed with the output's distribution."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -43,8 +44,10 @@ class CopyHead(nn.Module):
         self.forget = nn.Parameter(torch.zeros(d_model))
         self.forget_bias = nn.Parameter(torch.full((1,), FORGET_BIAS))
 
-    def forward(self, hidden: Tensor, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-odds o and gate logit log(g / (1 - g)), (B, T) each, at least float32, for a text from its beginning.
+    def forward(
+        self, hidden: Tensor, ids: Tensor, targets: Tensor, state: "CopyState | MakesState | None" = None
+    ) -> tuple[Tensor, Tensor, CopyState]:
+        """Log-odds o and gate logit log(g / (1 - g)), (B, T) each, at least float32, and the state after the last position.
 
         o_t = log(g_t / (1 - g_t)) + log Σ_s a_ts [x_s = y_t], -inf where no token matches.
 
@@ -52,39 +55,61 @@ class CopyHead(nn.Module):
             hidden: normed final states h, (B, T, D).
             ids: x, (B, T).
             targets: y, (B, T); -100 matches nothing.
+            state: what the text before has left, None at the beginning; or what makes it, given this, `hidden` and `ids`.
         """
-        q, k, bias, _ = self._pointer(hidden, None)
+        if callable(state):
+            state = state(self, hidden, ids)
+        q, *keys = self.queries_and_keys(hidden, ids, state)
+        k, bias, ids, _ = keys
         gate = self._gate(hidden)
-        return gate + pointer_log_probability(q, k, bias, ids, targets, window=self.window), gate
+        past = k.shape[1] - q.shape[1]
+        copied = pointer_log_probability(q, k, bias, ids, targets, window=self.window, past=past)
+        return gate + copied, gate, self.state_of(*keys)
+
+    def state_after(self, hidden: Tensor, ids: Tensor, state: CopyState | None) -> CopyState:
+        """The state of `forward` alone."""
+        _, *keys = self.queries_and_keys(hidden, ids, state)
+        return self.state_of(*keys)
 
     def mixture(self, hidden: Tensor, ids: Tensor, logits: Tensor, state: CopyState | None) -> tuple[Tensor, CopyState]:
         """log p, (B, n, V), of the last n positions, those of the output's `logits` (B, n, V); and the new state.
 
         `hidden` (B, T, D) and `ids` (B, T) follow the text that left `state`.
         """
-        q, k, bias, prev_key = self._pointer(hidden, state)
+        q, *keys = self.queries_and_keys(hidden, ids, state)
+        k, bias, ids, _ = keys
         first = hidden.shape[1] - logits.shape[1]
-        if state is not None:
-            k, bias, ids = (torch.cat(pair, 1) for pair in ((state.k, k), (state.bias, bias), (state.ids, ids)))
         q, gate = q[:, first:], self._gate(hidden[:, first:])[..., None]
         pointer = pointer_matrix(q, k, bias, k.shape[1] - q.shape[1], self.window).exp()
         logits = logits.to(pointer.dtype)
         copied = torch.zeros_like(logits).scatter_add(2, ids[:, None, :].expand_as(pointer), pointer)
         copied = copied.clamp_min(torch.finfo(copied.dtype).tiny).log()
         log_p = torch.logaddexp(F.logsigmoid(-gate) + logits.log_softmax(-1), F.logsigmoid(gate) + copied)
-        keep = slice(max(0, k.shape[1] - self.window), None)
-        return log_p, CopyState(prev_key, k[:, keep], bias[:, keep] - bias[:, -1:], ids[:, keep])
+        return log_p, self.state_of(*keys)
 
-    def _pointer(self, hidden: Tensor, state: CopyState | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries and keys, (B, T, d) each, Σ_{i≤s} f_i, (B, T), and W2 h of the last position."""
+    def queries_and_keys(
+        self, hidden: Tensor, ids: Tensor, state: CopyState | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Queries (B, T, d); keys, Σ_{i≤s} f_i and ids of the positions in `state` and of these; W2 h of the last position."""
         q, k, prev_key = self.qk_proj(hidden).chunk(3, -1)
         shifted = F.pad(prev_key, (0, 0, 1, 0)) if state is None else torch.cat([state.prev_key, prev_key], 1)
+        k = k + shifted[:, :-1]
         bias = F.softplus(_dot(hidden, self.forget) + self.forget_bias).cumsum(1)
-        return q, k + shifted[:, :-1], bias, shifted[:, -1:]
+        if state is not None:
+            k, bias, ids = (torch.cat(pair, 1) for pair in ((state.k, k), (state.bias, bias), (state.ids, ids)))
+        return q, k, bias, ids, shifted[:, -1:]
+
+    def state_of(self, k: Tensor, bias: Tensor, ids: Tensor, prev_key: Tensor) -> CopyState:
+        """What later positions need of the keys so far."""
+        keep = slice(max(0, k.shape[1] - self.window), None)
+        return CopyState(prev_key, k[:, keep], bias[:, keep] - bias[:, -1:], ids[:, keep])
 
     def _gate(self, hidden: Tensor) -> Tensor:
         """w · h + b, (B, T)."""
         return _dot(hidden, self.gate) + self.gate_bias
+
+
+MakesState = Callable[[CopyHead, Tensor, Tensor], CopyState]
 
 
 def _dot(hidden: Tensor, w: Tensor) -> Tensor:

@@ -11,7 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from phase1.records.schema import Execution
 from phase1.trainable import Trainable
+from phase1.training.compiler import compile_losses
+from phase1.training.graphed_pieces import GraphedPieces
 from phase1.training.micro_batch import GraphedMicroBatch
+from phase1.training.pieces import Pieces
 from phase1.training.step import TrainState
 
 PROBE_TOKENS = 64  # tokens of the forward pass that is watched; which kernels run does not depend on the length
@@ -40,17 +43,13 @@ class Compiler:
         return run
 
 
-def compile_loss(model: Trainable, backend: str = INDUCTOR) -> Compiler:
-    """Compile the loss of `model` as `make_train_state` does, at its first call, for the shapes of that call.
+def compile_loss(state: TrainState, backend: str = INDUCTOR) -> Compiler:
+    """Compile the loss of the model, of whole sequences or of pieces, as `make_train_state` does.
 
     Returns the compiler that will have done it.
     """
-    import torch._dynamo
-
     compiler = Compiler(backend)
-    whole = model.config.model is None  # a user's model may hold what no compiler takes
-    compiled = torch.compile(model.losses, fullgraph=whole, dynamic=False, backend=compiler)
-    model.losses = compiled  # type: ignore[method-assign]
+    compile_losses(state.model, isinstance(state.micro_batch, Pieces), compiler)
     return compiler
 
 
@@ -107,7 +106,8 @@ def execution(state: TrainState, compiler: Compiler | None) -> Execution:
         attention=attention,
         kernels=kernels,
         compiled=compiler is not None and compiler.calls > 0,
-        cuda_graphs=isinstance(state.micro_batch, GraphedMicroBatch),
+        cuda_graphs=isinstance(state.micro_batch, GraphedMicroBatch | GraphedPieces),
+        piece_length=state.micro_batch.length if isinstance(state.micro_batch, Pieces) else None,
     )
     return found.model_copy(update={"otherwise": _otherwise(found, state, compiler)})
 

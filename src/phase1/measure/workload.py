@@ -21,10 +21,11 @@ def make_workload(
     compile: bool = False,
     cuda_graphs: bool = False,
     make: Callable[[ModelConfig], Trainable] = build,
+    piece_length: int | None = None,
 ) -> TrainState:
     """The training state of a new model, made as `phase1 train` makes it."""
     torch.manual_seed(SEED)
-    config = TrainConfig(precision=precision, compile=compile, cuda_graphs=cuda_graphs)
+    config = TrainConfig(precision=precision, compile=compile, cuda_graphs=cuda_graphs, piece_length=piece_length)
     return make_train_state(make(model), config, device)
 
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 # Okabe and Ito: told apart by colour-blind readers and in print
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000", "#999999", "#882255")
 MARKERS = "osD^vPX*"
-ROLE_COLORS = {"baseline": COLORS[1], "baseline_optimized": COLORS[4], "baseline_fast": COLORS[3], "phase1": COLORS[0]}
+ROLE_COLORS = {"baseline": COLORS[1], "baseline_optimized": COLORS[4], "baseline_fast": COLORS[3]}
+ROLE_COLORS |= {"phase1": COLORS[0], "phase1_fast": COLORS[5]}
 OTHER_COLORS = tuple(color for color in COLORS if color not in ROLE_COLORS.values())
 
 

@@ -89,6 +89,7 @@ class Execution(_Record):
     kernels: str = Field(description="triton or torch: of the loss and other operators with a kernel of their own")
     compiled: bool
     cuda_graphs: bool
+    piece_length: int | None = Field(default=None, description="tokens of a sequence at a time; None: whole sequences")
     otherwise: list[str] = Field(default_factory=list, description="what ran otherwise than asked")
 
 

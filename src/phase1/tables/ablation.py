@@ -16,7 +16,8 @@ def memory_ablation(report: Report[MemoryResult], hardware: str | None = None) -
         percent = 100 * row.change_bytes / reference if row.change_bytes is not None and reference else None
         cells = (gigabytes(row.peak_allocated_bytes), gigabytes(row.change_bytes), percent)
         rows.append((row.from_role, row.name, *cells, row.detail))
-    conditions = (setting(report, "B", "batch_size"), setting(report, "T", "seq_length"))
+    sizes = (("B", "batch_size"), ("T", "seq_length"), ("engine in pieces of N", "piece_length"))
+    conditions = (setting(report, symbol, name) for symbol, name in sizes)
     return Table(
         "memory_ablation",
         caption_of("Peak memory with one component changed", report, hardware, *conditions),

@@ -22,7 +22,8 @@ def memory_breakdown(report: Report[MemoryResult], hardware: str | None = None) 
     ):
         rows.append((name, *(gigabytes(getattr(result, field)) for result in done.values())))
     notes = [f"{key}, largest modules at the peak: {_largest(result)}" for key, result in done.items() if result.top_modules]
-    conditions = (setting(report, "B", "batch_size"), setting(report, "T", "seq_length"))
+    sizes = (("B", "batch_size"), ("T", "seq_length"), ("engine in pieces of N", "piece_length"))
+    conditions = (setting(report, symbol, name) for symbol, name in sizes)
     return Table(
         "memory_breakdown",
         caption_of("What the peak of a training step is made of", report, hardware, *conditions),

@@ -82,4 +82,4 @@ def hardware_named(report: Report[Any], hardware: str | None) -> str:
 
 def setting(report: Report[Any], symbol: str, name: str) -> str:
     """`symbol = value` of the run's setting `name`, empty where it has none."""
-    return f"{symbol} = {report.run[name]}" if name in report.run else ""
+    return f"{symbol} = {report.run[name]}" if report.run.get(name) is not None else ""

@@ -54,7 +54,8 @@ def memory_comparison(report: Report[MemoryResult], hardware: str | None = None)
         CONFIG,
     )
     rows = tuple((key, *_memory_cells(key, result, cards), result.config_id) for key, result in report.results.items())
-    conditions = (setting(report, "B", "batch_size"), setting(report, "T", "seq_length"))
+    sizes = (("B", "batch_size"), ("T", "seq_length"), ("engine in pieces of N", "piece_length"))
+    conditions = (setting(report, symbol, name) for symbol, name in sizes)
     note = "Reduction: of peak allocated bytes, against baseline. Fits: reserved bytes with context, against the limit."
     return Table(
         "memory_comparison",

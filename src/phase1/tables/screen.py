@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from phase1.records.schema import Check, MemoryResult, PerplexityResult, Report, ThroughputResult
-from phase1.roster import Key
+from phase1.roster import ENGINES, Key
 from phase1.tables.common import hardware_of
 from phase1.text import one_line
 
@@ -21,6 +21,7 @@ TITLES = {
     "baseline_optimized": "Transformer, small",
     "baseline_fast": "Transformer, fast",
     "phase1": "engine",
+    "phase1_fast": "engine, fast",
 }
 """What people read in place of a key; small: checkpointing and chunked loss; fast: chunked loss, compiled on a GPU."""
 _CLAIMS = {
@@ -201,7 +202,7 @@ def throughput_numbers(report: Report[ThroughputResult]) -> list[str]:
     for key, result in report.results.items():
         speeds = {m.seq_length: m for m in result.measurements}
         lines.append(f"{model_title(key):<24}" + "".join(f"{_speed(speeds.get(length)):>12}" for length in shown))
-    engine = report.results.get("phase1")
+    engine = next((report.results[role] for role in ENGINES if role in report.results), None)
     lines += _together(engine.measurements[-1:] if engine else [], report)
     ratios = {m.seq_length: m for m in engine.measurements if m.ratio_to_fastest is not None} if engine else {}
     if ratios:
@@ -257,5 +258,6 @@ def perplexity_numbers(report: Report[PerplexityResult]) -> list[str]:
 
 
 def conditions(report: Report[Any]) -> str:
-    """The hardware, and whether numbers are measured or estimated."""
-    return hardware_of(report)
+    """The hardware, whether numbers are measured or estimated, and the pieces in which the engine trains, if any."""
+    pieces = report.run.get("piece_length")
+    return hardware_of(report) + (f", engine in pieces of {pieces:,}" if pieces else "")

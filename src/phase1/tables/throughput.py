@@ -59,7 +59,13 @@ def throughput_comparison(report: Report[ThroughputResult], hardware: str | None
             rows.append((*head, *speed, *ratio, *times, *_efficiency(m), gigabytes(m.peak_allocated_bytes), result.config_id))
     return Table(
         "throughput_comparison",
-        caption_of("Training throughput", report, hardware, setting(report, "precision", "precision")),
+        caption_of(
+            "Training throughput",
+            report,
+            hardware,
+            setting(report, "precision", "precision"),
+            setting(report, "engine in pieces of N", "piece_length"),
+        ),
         hardware or hardware_of(report),
         columns,
         tuple(sorted(rows, key=lambda row: cast(int, row[0]))),  # stable: models keep their order within a length

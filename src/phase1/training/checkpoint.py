@@ -30,7 +30,7 @@ C = TypeVar("C", bound=Config)
 
 INDEX = "checkpoint.json"  # written last; names the tensor files that belong together
 MAX_INDEX_BYTES: Final = 2**20
-NO_DIFFERENCE: Final = {"micro_batch_size": TrainConfig.micro_batch_size}
+NO_DIFFERENCE: Final = {"micro_batch_size": TrainConfig.micro_batch_size, "piece_length": TrainConfig.piece_length}
 """Settings that change the result of a training by rounding alone, with the value that stands for all in identities: a training
 that ran out of memory can continue with another value, and a finished one is not repeated."""
 MARK: Final = {"program": "phase1"}  # in the header of every tensor file, with its step

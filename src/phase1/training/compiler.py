@@ -1,8 +1,21 @@
-"""Whether `torch.compile` works here, found out before a run depends on it."""
+"""What of a model is compiled, and whether `torch.compile` works here, found out before a run depends on it."""
+
+from typing import Any
 
 import torch
 
 from phase1.errors import Unavailable, reason
+from phase1.trainable import Trainable
+
+WHOLE = ("losses",)
+IN_PIECES = ("losses_of_piece", "state_after_piece")
+
+
+def compile_losses(model: Trainable, pieces: bool, backend: Any = "inductor") -> None:
+    """Compile what a step calls, of whole sequences or of pieces, at its first call, for the shapes of that call."""
+    whole = model.config.model is None  # a user's model may hold what no compiler takes
+    for name in IN_PIECES if pieces else WHOLE:
+        setattr(model, name, torch.compile(getattr(model, name), fullgraph=whole, dynamic=False, backend=backend))
 
 
 def require_compiler(device: torch.device) -> None:

@@ -87,8 +87,8 @@ def train_to_checkpoint(
         try:
             facts |= run_schedule(state, windows, steps, folder, facts, label, interrupted, watch, order, corpus.tokenizer)
         except EndsEarly as early:
-            ended = {"ended_by": str(early)}
-            return group.from_first(lambda: read_index(folder)["facts"] | ended)
+            reason = str(early)
+            return group.from_first(lambda: read_index(folder)["facts"] | {"ended_by": reason})
         save_checkpoint(folder, state, facts, resumable=False, token_order=order)
         return group.from_first(lambda: facts)  # the others wait until it is there
 
@@ -179,26 +179,21 @@ def run_schedule(
         nonlocal saved, last
         last = loss
         progress.step(step, loss)
-        end = progress.end
-        stop, late, impatient, best, due = group.any_of(
-            interrupted(),
-            end == "time",
-            end == "patience",
-            watch.keep_best and progress.is_best(step),
-            time.perf_counter() - saved > SAVE_SECONDS,
+        stop, end, due, best = group.any_of(
+            interrupted(), progress.end is not None, time.perf_counter() - saved > SAVE_SECONDS, progress.is_best(step)
         )
-        if best:
+        if watch.keep_best and best:
             save_checkpoint(folder / BEST, state, facts | so_far(), resumable=False, token_order=token_order)
             keep_tokenizer(folder / BEST, tokenizer)
-        if step < steps and (stop or late or impatient or due):
+        if step < steps and (stop or end or due):
             check_finite(loss, step)  # no checkpoint to go on from, but an end with the reason
             save_checkpoint(folder, state, facts | so_far())
             progress.keep()
             saved = time.perf_counter()
             if stop:
                 raise KeyboardInterrupt
-            if late or impatient:
-                raise EndsEarly("time" if late else "patience")
+            if end:
+                raise EndsEarly(progress.end or "rank 0")
 
     try:
         train(state, lambda step: windows.batch(step * ranks + rank, windows_here), steps, on_step)

@@ -21,7 +21,7 @@ class MicroBatch:
         The cross-entropy is `share` times the mean over `targets`, 0 if none is scored; the objective is that and `part` times
         the penalty of the rank gate.
         """
-        with torch.autocast(inputs.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with self._autocast(inputs):
             loss, penalty = self.model.losses(inputs, targets)
         loss = torch.where(share > 0, loss, 0.0) * share
         return loss if penalty is None else loss + penalty * part, loss
@@ -29,6 +29,9 @@ class MicroBatch:
     def backward(self, objective: Tensor) -> None:
         """Add the gradients of `objective`, times the loss scale, to those of the parameters."""
         self.scaler.scale(objective).backward()
+
+    def _autocast(self, inputs: Tensor) -> torch.autocast:
+        return torch.autocast(inputs.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
 class GraphedMicroBatch(MicroBatch):

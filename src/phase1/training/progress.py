@@ -26,7 +26,7 @@ SAMPLES = "samples.txt"
 class Follower:
     """The course of a training on a rank other than 0: it has its part in the losses that all look at, and shows nothing."""
 
-    end: str | None = None  # rank 0 has the clock, and decides
+    end: str | None = None  # rank 0 has the clock and the scores
     seconds = 0.0
 
     def __init__(self, state: TrainState, steps: int, tokens_per_step: int, folder: Path, watch: Watch, **_: Any) -> None:
@@ -38,7 +38,7 @@ class Follower:
             self._score()
 
     def is_best(self, step: int) -> bool:
-        """Rank 0 says so."""
+        """Whether the score of `step` is lower than all before it: rank 0 knows."""
         return False
 
     def keep(self) -> None:

@@ -11,12 +11,15 @@ from torch import Tensor
 
 from phase1.config import TrainConfig
 from phase1.errors import Diverged
+from phase1.model import LanguageModel
 from phase1.ops.cross_entropy import IGNORE
 from phase1.parallel.replicas import Alone, replicas_of
 from phase1.trainable import Trainable
-from phase1.training.compiler import require_compiler
+from phase1.training.compiler import compile_losses, require_compiler
+from phase1.training.graphed_pieces import GraphedPieces
 from phase1.training.micro_batch import GraphedMicroBatch, MicroBatch
 from phase1.training.optimizers import make_optimizer
+from phase1.training.pieces import Pieces, in_pieces
 
 CHECK_EVERY = 100  # steps between checks of the loss, because each waits for the GPU
 Batch = tuple[Tensor, Tensor]
@@ -65,16 +68,24 @@ def make_train_state(
     if config.compile:
         require_compiler(device)
         model.prove_kernels(dtype)  # kernels cannot run their self-check inside a compiled graph
-        whole = model.config.model is None  # a user's model may hold what no compiler takes
-        model.losses = torch.compile(model.losses, fullgraph=whole, dynamic=False)  # type: ignore[method-assign]
+        compile_losses(model, in_pieces(model.config, config.piece_length))
     optimizer = make_optimizer(model, config, device.type)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    micro_batch = MicroBatch(model, scaler, dtype)
     if config.cuda_graphs:
         require_gpu_for_graphs(device.type)
-        micro_batch = GraphedMicroBatch(micro_batch)
+    micro_batch = make_micro_batch(model, scaler, dtype, config)
     replicas = replicas or replicas_of(model.parameters())
     return TrainState(model, optimizer, scaler, dtype, device, config.grad_clip, config, micro_batch, replicas)
+
+
+def make_micro_batch(model: Trainable, scaler: torch.amp.GradScaler, dtype: torch.dtype, config: TrainConfig) -> MicroBatch:
+    """How `config` has micro batches run: whole or in pieces, as they are or as CUDA graphs."""
+    if not in_pieces(model.config, config.piece_length):
+        whole = MicroBatch(model, scaler, dtype)
+        return GraphedMicroBatch(whole) if config.cuda_graphs else whole
+    assert config.piece_length is not None and isinstance(model, LanguageModel)
+    pieces = Pieces(model, scaler, dtype, config.piece_length)
+    return GraphedPieces(pieces) if config.cuda_graphs else pieces
 
 
 def require_gpu_for_graphs(device_type: str) -> None:

@@ -235,7 +235,7 @@ def measured_by_script(monkeypatch, role: str):
     """`measure_memory` on the CPU, with the counters of a scripted GPU."""
     fake = FakeAllocator([20_000_000, 30_000_000, 10_000_000, 7])  # forward, backward, optimizer, between steps
     fake.install(monkeypatch)
-    monkeypatch.setattr(memory, "make_workload", lambda model, device: make_workload(model, "cpu"))
+    monkeypatch.setattr(memory, "make_workload", lambda model, device, **how: make_workload(model, "cpu", **how))
     monkeypatch.setattr(memory, "random_batch", lambda v, b, t, device: random_batch(v, b, t, "cpu"))
     monkeypatch.setattr(memory, "MemoryTracker", lambda v, device, around: MemoryTracker(v, "cpu", around))
     return measure_memory(case(role, 1, 16)), fake

@@ -102,6 +102,17 @@ def test_a_text_read_as_one_stream_has_the_losses_of_one_long_window(role):
     np.testing.assert_allclose(whole.losses, losses, rtol=1e-10)
 
 
+@pytest.mark.parametrize("role", ["baseline", "phase1"])
+def test_losses_in_pieces_are_those_of_whole_windows(role):
+    """Attention, whose state grows, takes windows whole."""
+    net, ids = model(role), text(128)
+    whole, pieces = (
+        evaluate(net, ids, protocol(seq_length=100), batch_size=2, dtype=torch.float32, piece_length=n) for n in (None, 13)
+    )
+    np.testing.assert_allclose(pieces.losses, whole.losses, rtol=1e-10)
+    assert pieces.effective_rank == (None if role == "baseline" else pytest.approx(whole.effective_rank, rel=1e-10))
+
+
 def test_no_tensor_of_tokens_times_vocabulary_is_made_at_long_windows(monkeypatch):
     """T x V float32 logits of T = 16384 at V = 50257 would be 3.3 GB; here the limit is 20 tokens of float64 logits at once."""
     monkeypatch.setattr(chunked, "CHUNK_BYTES", 20 * 8 * TINY.vocab_size)

@@ -38,6 +38,12 @@ def test_flops_from_one_and_two_blocks_are_those_of_all(role):
     assert step_flops(config, 4, 64) == efficiency._counted(config, 4, 64)
 
 
+def test_the_count_of_a_long_sequence_follows_from_shorter_ones(monkeypatch):
+    counted = step_flops(CONFIG, 1, 3 * efficiency.LINEAR_FROM)
+    monkeypatch.setattr(efficiency, "FAR", 2)
+    assert step_flops(CONFIG, 1, 3 * efficiency.LINEAR_FROM) == pytest.approx(counted, rel=1e-3)
+
+
 def test_four_times_the_length_takes_the_engine_four_times_the_flops_and_the_transformer_more():
     growth = {
         role: step_flops(model_config(role, SHAPE), 4, 256) / step_flops(model_config(role, SHAPE), 4, 64) for role in ROLES

@@ -22,6 +22,7 @@ class MemoryCase:
     dry_run: bool = False
     compiled: bool = False  # the loss; of no effect on an estimate
     chip: Chip | None = None  # the chip that an estimate is for
+    piece_length: int | None = None  # tokens of a sequence at a time; None: whole sequences
     ranks: int = 1  # each of which takes such a step
 
 

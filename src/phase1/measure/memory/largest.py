@@ -10,16 +10,18 @@ import torch
 from phase1.machine.isolate import run_here, run_isolated
 from phase1.measure.execution import compile_loss
 from phase1.measure.memory.case import MemoryCase
-from phase1.measure.memory.estimate.estimate import WARMUP_STEPS, estimate_memory
+from phase1.measure.memory.estimate.estimate import WARMUP_STEPS, estimate_memory, pieces_to_trace
 from phase1.measure.memory.limit import basis, cap_memory, outside_bytes, within_limit
 from phase1.measure.memory.measured import PROBE_SECONDS, chip_of
 from phase1.measure.memory.search import Probe, edge, largest_size
 from phase1.measure.workload import make_workload, random_batch
 from phase1.records.schema import Fit, FitProbe, MemoryResult
+from phase1.training.pieces import in_pieces
 from phase1.training.step import train_step
 
 BATCH_BOUND = 4096  # sequences
 TOKENS_BOUND = 2**20  # tokens of one step
+PIECES_BOUND = 2**24  # tokens of one step in pieces
 LENGTH_STEP = 64  # tokens
 FIT_SECONDS = 120.0  # for both searches of one model on a GPU, where a probe is a process and some steps
 BATCH_SHARE = 0.6  # share of FIT_SECONDS for the search of the batch
@@ -33,9 +35,10 @@ def fit_sizes(case: MemoryCase, known: MemoryResult, card_bytes: int | None, on_
     card_bytes: memory of the card; where `case` has no limit, it places the probes, and no verdict depends on it.
     on_probe: called after every probe, with its size and how it ended.
 
-    On a GPU a search that takes longer than its part of FIT_SECONDS ends with the largest size that has trained until then.
+    On a GPU a search ends with the largest size that has trained before another probe might take it past its part of
+    FIT_SECONDS.
     """
-    began, timed = time.monotonic(), basis(case.vram_limit_bytes, case.dry_run) != "estimated"
+    longest, began, timed = 0.0, time.monotonic(), basis(case.vram_limit_bytes, case.dry_run) != "estimated"
     limit = card_bytes if case.vram_limit_bytes is None else case.vram_limit_bytes
     resident, measured = _probes_of(known)
 
@@ -49,13 +52,15 @@ def fit_sizes(case: MemoryCase, known: MemoryResult, card_bytes: int | None, on_
         sized: Callable[[int], MemoryCase], start: int, bound: int, more: dict[int, Probe], share: float
     ) -> dict[int, Probe]:
         def counted(size: int) -> Probe:
-            one = sized(size)
+            nonlocal longest
+            one, before = sized(size), time.monotonic()
             probe = probe_size(one)
+            longest = max(longest, time.monotonic() - before)
             on_probe(f"{one.batch_size} x {one.seq_length}: {'trains' if probe.status == 'ok' else probe.status}")
             return probe
 
         def out_of_time() -> bool:
-            return timed and time.monotonic() - began > share * FIT_SECONDS
+            return timed and time.monotonic() - began + longest > share * FIT_SECONDS
 
         return largest_size(counted, min(start, bound), bound, limit, resident | more, out_of_time)
 
@@ -63,7 +68,7 @@ def fit_sizes(case: MemoryCase, known: MemoryResult, card_bytes: int | None, on_
     usable = case.batch_size <= bound and measured.status != "error"  # a crash is worth a second try
     probes = search(batch, case.batch_size, bound, {case.batch_size: measured} if usable else {}, BATCH_SHARE)
     batches = _as_fit("batch_size", batch, 1, bound, probes)
-    bound = TOKENS_BOUND // LENGTH_STEP
+    bound = (PIECES_BOUND if in_pieces(case.model, case.piece_length) else TOKENS_BOUND) // LENGTH_STEP
     tokens = (batches.batch_size or 1) * case.seq_length  # a step of as many tokens is a good first guess
     probes = search(length, max(1, tokens // LENGTH_STEP), bound, {}, 1.0)
     return [batches, _as_fit("seq_length", length, LENGTH_STEP, bound, probes)]
@@ -87,12 +92,14 @@ def probe_size(case: MemoryCase) -> Probe:
 def train_briefly(case: MemoryCase) -> int:
     """Train as many steps as memory needs to reach its peak; the bytes of the card that took. In a fresh process."""
     cap_memory(case.model, case.vram_limit_bytes)
-    state = make_workload(case.model, "cuda")
+    state = make_workload(case.model, "cuda", piece_length=case.piece_length)
     if case.compiled:
-        compile_loss(state.model)
+        compile_loss(state)
     batch = random_batch(case.model.vocab_size, case.batch_size, case.seq_length, "cuda")
-    for _ in range(WARMUP_STEPS + 1):
-        train_step(state, [batch])
+    few = pieces_to_trace(case)  # of many pieces some are enough for all but the peak itself
+    warmup = batch if few is None else (batch[0][:, : few[0]], batch[1][:, : few[0]])
+    for step in [*[warmup] * WARMUP_STEPS, batch]:
+        train_step(state, [step])
     torch.cuda.synchronize()
     return torch.cuda.max_memory_reserved() + outside_bytes()
 

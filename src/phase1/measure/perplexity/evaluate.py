@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from phase1.ops.cross_entropy import IGNORE
 from phase1.parallel import group
 from phase1.progress import progress
 from phase1.trainable import Trainable
+from phase1.training.pieces import in_pieces
 
 LARGEST_NATS: Final = 700.0  # e^709 is the end of float64
 
@@ -119,20 +120,24 @@ def windows(ids: np.ndarray, protocol: Protocol, batch_size: int) -> Iterator[tu
 
 @torch.no_grad()
 def evaluate(
-    model: Trainable, ids: np.ndarray, protocol: Protocol, *, batch_size: int, dtype: torch.dtype, label: str | None = ""
-) -> Evaluation:
+    model: Trainable, ids: np.ndarray, protocol: Protocol, *, batch_size: int, dtype: torch.dtype, label: str | None = "",
+    piece_length: int | None = None,
+) -> Evaluation:  # fmt: skip
     """Score `ids` under `protocol`, on the model's device, autocast to `dtype` (float32: none).
 
-    `batch_size` windows at once; it does not change the result beyond rounding. No progress is shown where `label` is None.
-    Ranks take the batches in turn, and all get the result, bit for bit that of one process.
+    `batch_size` windows at once, `piece_length` tokens of each at a time (None: all); neither changes the result beyond
+    rounding. No progress is shown where `label` is None. Ranks take the batches in turn, and all get the result, bit for bit
+    that of one process.
     """
     device = next(model.parameters()).device
+    at_once: tuple[Any, ...] = (piece_length,) if piece_length and in_pieces(model.config, piece_length) else ()
     was_training = model.training
     model.eval()
 
     def score(inputs: np.ndarray, targets: np.ndarray) -> _Scores:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            nll, effective_rank = model.nll(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device))
+            batch = torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
+            nll, effective_rank = model.nll(*batch, *at_once)
         return nll.cpu().numpy()[targets != IGNORE], None if effective_rank is None else effective_rank.item() * inputs.size
 
     mine: list[_Scores] = []

@@ -68,9 +68,11 @@ def training_of(run: PerplexityRun, model: ScoredModel, corpus: Corpus) -> tuple
     train_config = replace(part_of(TrainConfig, run), seed=model.seed)
     if model.config.mixer == "attention" if model.config.model is None else Key.parse(model.key).name == "baseline":
         train_config = replace(train_config, learning_rate=run.baseline_learning_rate)
+    train = asdict(train_config) | NO_DIFFERENCE
+    del train["piece_length"]  # younger than trainings that are there
     identity = {
         "model": model.config.config_id,
-        "train": asdict(train_config) | NO_DIFFERENCE,
+        "train": train,
         "seq_length": run.seq_length,
         "tokens": corpus.splits["train"].sha256,
         "tokenizer": corpus.tokenizer.fingerprint,
@@ -91,7 +93,8 @@ def evaluate_checkpoint(run: PerplexityRun, scored_model: ScoredModel, folder: P
     dtype = compute_dtype(run.precision, device)
     if model.config.model is not None:
         require_sound(model.to(device), run.seq_length, dtype)
-    evaluation = evaluate(model.to(device), scored.ids, protocol, batch_size=run.batch_size, dtype=dtype, label=key)
+    sizes = {"batch_size": run.batch_size, "piece_length": run.piece_length}
+    evaluation = evaluate(model.to(device), scored.ids, protocol, dtype=dtype, label=key, **sizes)  # type: ignore[arg-type]
     if not evaluation.loss <= LARGEST_NATS:
         raise Diverged(f"{folder} gives a loss of {evaluation.loss} nats; expected at most {LARGEST_NATS:.0f}; train again")
     ids = scored.ids[: len(evaluation.losses)]

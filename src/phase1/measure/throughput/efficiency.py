@@ -17,6 +17,8 @@ from phase1.records.schema import Measurement, ThroughputResult
 from phase1.trainable import LanguageModel, build
 
 ADAMW_BYTES = 28  # per float32 parameter: weight, gradient and two moments read (16), weight and moments written (12)
+LINEAR_FROM = 8192  # tokens of a sequence
+FAR = 16  # times that length: to count what is longer takes minutes
 
 
 def step_flops(config: ModelConfig, batch_size: int, seq_length: int) -> int:
@@ -25,8 +27,12 @@ def step_flops(config: ModelConfig, batch_size: int, seq_length: int) -> int:
     A product (m, k) x (k, n) is 2 m k n; nothing else is counted, nor what checkpointing computes again. Attention counts as
     its two products over all T x T pairs, the masked half too (PaLM, arXiv 2204.02311, appendix B): for the Transformer
     6 N B T + 12 L D B T^2, N being the weights of all matrices, the tied table once. Counted on tensors without contents, with
-    1 and 2 blocks: blocks are alike, so more of them follow.
+    1 and 2 blocks: blocks are alike, so more of them follow. So do lengths far past the windows of an AR-SSM model.
     """
+    past_windows = max(LINEAR_FROM, 2 * config.copy_window, 2 * config.ar_ssm_window)
+    if config.mixer == "ar_ssm" and seq_length > FAR * past_windows:
+        start, double = (step_flops(config, batch_size, times * past_windows) for times in (1, 2))
+        return start + (seq_length - past_windows) * (double - start) // past_windows
     # a fused kernel hides its products; materialised logits have columns of padding
     config = replace(config, checkpointing=False, attention="math", loss="chunked")
     if config.model is not None:  # whose layers may differ, or not depend on --n-layers

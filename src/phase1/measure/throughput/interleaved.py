@@ -28,8 +28,7 @@ from phase1.records.schema import Execution, Measurement, Parameters, Scaling, T
 from phase1.roster import TRANSFORMERS
 from phase1.stats.scaling import fit_scaling
 from phase1.stats.step_times import median, median_interval, speed_ratio, with_fastest, with_ratios
-from phase1.training.micro_batch import MicroBatch
-from phase1.training.step import Batch, TrainState, train_step
+from phase1.training.step import Batch, TrainState, make_micro_batch, train_step
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,7 @@ class ThroughputPlan:
     compiled: frozenset[str] = frozenset()  # models whose loss is compiled
     cuda_graphs: bool = False
     batch_sizes: Mapping[str, int] = field(default_factory=dict)  # of the models that do not use `batch_size`
+    piece_length: int | None = None  # of the models that train in pieces
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,9 @@ def _attempt(model: TimedModel, function: Callable[..., None], *args: Any) -> No
 
 def _make(model: TimedModel, device: str, plan: ThroughputPlan, compiled: bool) -> None:
     began = time.perf_counter()
-    model.state = make_workload(model.config, device, cuda_graphs=plan.cuda_graphs)
-    model.compiler = compile_loss(model.state.model) if compiled else None
+    graphs, piece_length = plan.cuda_graphs, plan.piece_length
+    model.state = make_workload(model.config, device, cuda_graphs=graphs, piece_length=piece_length)
+    model.compiler = compile_loss(model.state) if compiled else None
     model.parameters = model.state.model.parameter_counts()
     model.excluded_seconds += time.perf_counter() - began
 
@@ -172,8 +173,9 @@ def _prepare(model: TimedModel, seq_length: int) -> None:
     if model.compiler is not None:
         model.compiler.calls = 0
     if state.config.cuda_graphs:
-        micro_batch = MicroBatch(state.model, state.scaler, state.dtype)
-        eager = replace(state, micro_batch=micro_batch, config=replace(state.config, cuda_graphs=False))
+        config = replace(state.config, cuda_graphs=False)
+        micro_batch = make_micro_batch(state.model, state.scaler, state.dtype, config)
+        eager = replace(state, micro_batch=micro_batch, config=config)
         batch = random_batch(model.config.vocab_size, model.batch_size, seq_length, state.device.type)
         for _ in range(2):
             memory = _StepPeak(eager, batch)

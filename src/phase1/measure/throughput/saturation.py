@@ -36,33 +36,40 @@ def busy_batch(asked: int, seconds: Callable[[int], float], fits: Callable[[int]
 
 
 def saturating_batch(
-    engine: ModelConfig, models: Mapping[str, ModelConfig], asked: int, shortest: int, longest: int, cuda_graphs: bool
+    engine: ModelConfig,
+    models: Mapping[str, ModelConfig],
+    asked: int,
+    shortest: int,
+    longest: int,
+    cuda_graphs: bool,
+    piece_length: int | None = None,
 ) -> tuple[int, str]:
     """`busy_batch` of `engine` at the shortest length, on the first GPU; all `models` must train it at the longest.
 
     Call it in a fresh process: it leaves its memory behind.
     """
-    state = make_workload(engine, "cuda", cuda_graphs=cuda_graphs)
+    state = make_workload(engine, "cuda", cuda_graphs=cuda_graphs, piece_length=piece_length)
     free = torch.cuda.mem_get_info()[0]
 
     def fits(batch: int) -> bool:
-        peaks = [run_here(_peak_bytes, config, batch, longest).value for config in models.values()]
+        peaks = [run_here(_peak_bytes, config, batch, longest, piece_length).value for config in models.values()]
         return all(peak is not None for peak in peaks) and sum(peak or 0 for peak in peaks) <= SHARE * free
 
     return busy_batch(asked, lambda batch: _seconds(state, engine.vocab_size, batch, shortest), fits)
 
 
-def graphs_fail(models: Mapping[str, ModelConfig], seq_length: int) -> str:
+def graphs_fail(models: Mapping[str, ModelConfig], seq_length: int, piece_length: int | None = None) -> str:
     """Why a step of one of `models` cannot be captured as CUDA graphs, empty if all can. In a fresh process."""
     for role, config in models.items():
-        outcome = run_here(_captured_step, config, seq_length)
+        outcome = run_here(_captured_step, config, seq_length, piece_length)
         if outcome.status == "error":
             return f"{role}: {outcome.message}"
     return ""
 
 
-def _captured_step(config: ModelConfig, seq_length: int) -> None:
-    train_step(make_workload(config, "cuda", cuda_graphs=True), [random_batch(config.vocab_size, 1, seq_length, "cuda")])
+def _captured_step(config: ModelConfig, seq_length: int, piece_length: int | None) -> None:
+    state = make_workload(config, "cuda", cuda_graphs=True, piece_length=piece_length)
+    train_step(state, [random_batch(config.vocab_size, 1, seq_length, "cuda")])
     torch.cuda.synchronize()
 
 
@@ -78,13 +85,13 @@ def _seconds(state: TrainState, vocab_size: int, batch: int, seq_length: int) ->
     return min(times)
 
 
-def _peak_bytes(config: ModelConfig, batch: int, seq_length: int) -> int:
+def _peak_bytes(config: ModelConfig, batch: int, seq_length: int, piece_length: int | None) -> int:
     """Bytes that the allocator takes for two steps of a model, which is made and dropped here."""
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    state = make_workload(config, "cuda")
+    state = make_workload(config, "cuda", piece_length=piece_length)
     for _ in range(2):
         train_step(state, [random_batch(config.vocab_size, batch, seq_length, "cuda")])
     torch.cuda.synchronize()

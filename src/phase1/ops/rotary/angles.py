@@ -9,9 +9,9 @@ BASE = 10000.0
 
 
 def rotary_angles_reference(like: Tensor, length: int, half: int, start: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of (start + t) · 10000^(-j / half), (length, half) each, float32 on the device of `like`.
+    """cos and sin of (start + t) · 10000^(-j / half), (length, half) each, on the device of `like`, float64 if that is.
 
-    Angles are float64 inside: in float32 those of far positions are off by their rounding.
+    They are float32 otherwise. Angles are float64 inside: in float32 those of far positions are off by their rounding.
 
     Source: Su et al. 2021, "RoFormer", section 3.2.
     """
@@ -19,7 +19,8 @@ def rotary_angles_reference(like: Tensor, length: int, half: int, start: int) ->
     frequency = BASE ** (torch.arange(half, **exact) / -half)  # type: ignore[call-overload]
     position = start + torch.arange(length, **exact)  # type: ignore[call-overload]  # `start` may be a tensor: it is not read
     angle = position[:, None] * frequency
-    return angle.cos().float(), angle.sin().float()
+    wide = torch.promote_types(like.dtype, torch.float32)
+    return angle.cos().to(wide), angle.sin().to(wide)
 
 
 rotary_angles = torch.library.custom_op("phase1::rotary_angles", rotary_angles_reference, mutates_args=())
@@ -28,7 +29,8 @@ rotary_angles = torch.library.custom_op("phase1::rotary_angles", rotary_angles_r
 
 @rotary_angles.register_fake
 def _(like: Tensor, length: int, half: int, start: int) -> tuple[Tensor, Tensor]:
-    cos, sin = (like.new_empty(length, half, dtype=torch.float32) for _ in range(2))
+    wide = torch.promote_types(like.dtype, torch.float32)
+    cos, sin = (like.new_empty(length, half, dtype=wide) for _ in range(2))
     return cos, sin
 
 
@@ -39,6 +41,8 @@ if find_spec("triton"):
 
     @rotary_angles.register_kernel("cuda")
     def _(like: Tensor, length: int, half: int, start: int) -> tuple[Tensor, Tensor]:
+        if like.dtype == torch.float64:
+            return rotary_angles_reference(like, length, half, start)
         from phase1.ops.rotary.kernel import write_angles  # Triton takes a second to import
 
         cos, sin = (torch.empty(length, half, dtype=torch.float32, device=like.device) for _ in range(2))

@@ -1,7 +1,7 @@
 """Make fake CPU tensors take the memory that the same program takes on CUDA."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -57,10 +57,12 @@ class _CudaAutocast(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if func is torch.autograd.backward:
+            return self._backward(*args)
         if name not in _CHANGED or not args or not isinstance(args[0], Tensor):
             return func(*args, **kwargs)
         if func is Tensor.backward:
-            return self._backward(args[0])
+            return self._backward([args[0]], *[[gradient] for gradient in args[1:]])
         if torch.is_autocast_enabled("cpu") and args[0].dtype in _HALF:
             if name in _CUDA_FLOAT32 or (name == "rms_norm" and _RMS_NORM_IN_FLOAT32):
                 args = (args[0].float(), *args[1:])
@@ -75,11 +77,12 @@ class _CudaAutocast(TorchFunctionMode):
             return y
         return func(*args, **kwargs)
 
-    def _backward(self, loss: Tensor) -> None:
-        """`loss.backward()` with this mode on, for what is recomputed: a mode is off while it handles a function."""
+    def _backward(self, ends: Sequence[Tensor], gradients: Sequence[Tensor | None] | None = None) -> None:
+        """`torch.autograd.backward` with this mode on, for what is recomputed: a mode is off while it handles a function."""
         with self:
-            seed = torch.ones_like(loss)
-            torch.autograd.graph._engine_run_backward((loss,), (seed,), False, False, (), True, True)
+            given = zip(ends, gradients or [None] * len(ends), strict=True)
+            seeds = tuple(torch.ones_like(end) if gradient is None else gradient for end, gradient in given)
+            torch.autograd.graph._engine_run_backward(tuple(ends), seeds, False, False, (), True, True)
 
 
 def _fused_rms_norm(x: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:

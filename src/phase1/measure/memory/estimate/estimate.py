@@ -1,6 +1,8 @@
 """Peak memory of a training step without a GPU: fake tensors, followed through PyTorch's CUDA allocator, simulated."""
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from phase1.measure.workload import make_workload, optimizer_tensors, random_bat
 from phase1.ops.ar_ssm import imitated_card
 from phase1.parallel.replicas import Imagined
 from phase1.trainable import Trainable, build
+from phase1.training.pieces import bounds, in_pieces
 from phase1.training.step import TrainState, train_step
 
 CONTEXT_BYTES = 500_000_000  # assumed for CUDA context and libraries, which take 0.3 to 0.6 GB on most cards
@@ -24,6 +27,42 @@ WARMUP_STEPS = 2  # optimizer state exists after the first, the allocator has it
 
 
 def estimate_memory(case: MemoryCase, chip: Chip = CHIP) -> MemoryPeaks:
+    """Peaks of a training step without a GPU and without its memory; of many pieces of a sequence, those of the first few.
+
+    Every further piece then adds the same: its ids and the state before it.
+    """
+    traced = pieces_to_trace(case)
+    if traced is None:
+        return traced_memory(case, chip)
+    fewer, more = (traced_memory(replace(case, seq_length=length), chip) for length in traced)
+    return extended(fewer, more, (case.seq_length - traced[1]) // (traced[1] - traced[0]))
+
+
+def pieces_to_trace(case: MemoryCase) -> tuple[int, int] | None:
+    """Two lengths, a piece apart, past which all pieces are alike; None where `case` is no longer."""
+    N, T = case.piece_length, case.seq_length
+    if N is None or not in_pieces(case.model, N):
+        return None
+    window = max(case.model.ar_ssm_window, case.model.copy_window if case.model.copy_head else 0)
+    first = bounds(T, N)[1] + (math.ceil(window / N) + 1) * N
+    return (first, first + N) if first + N < T else None
+
+
+def extended(fewer: MemoryPeaks, more: MemoryPeaks, times: int) -> MemoryPeaks:
+    """`more` with `times` times what it has more than `fewer`, which is alive all the step."""
+    grown = {name: size + times * max(0, size - fewer.phase_bytes[name]) for name, size in more.phase_bytes.items()}
+    added = max(grown.values()) - more.peak_allocated_bytes
+    return replace(
+        more,
+        phase_bytes=grown,
+        peak_reserved_bytes=more.peak_reserved_bytes + added,
+        breakdown=more.breakdown | {"activations": more.breakdown["activations"] + added},
+        timeline=None,
+        assumptions=f"{more.assumptions}, pieces of a sequence alike",
+    )
+
+
+def traced_memory(case: MemoryCase, chip: Chip = CHIP) -> MemoryPeaks:
     """Peaks of a training step on tensors that have sizes and no contents, so no GPU and no memory is needed.
 
     It imitates the GPU's run (cuda_autocast.py): FP16 autocast, FP32 gradients, loss scaling, fused AdamW with its state;
@@ -37,7 +76,7 @@ def estimate_memory(case: MemoryCase, chip: Chip = CHIP) -> MemoryPeaks:
     """
     operator_memory = ModelledCuda(chip)
     with imitated_cuda(), imitated_card(chip.major), MemoryTracker(case.model.vocab_size, "cpu", operator_memory) as tracker:
-        state = make_workload(case.model, "cpu", "fp16", make=_unmoved)
+        state = make_workload(case.model, "cpu", "fp16", make=_unmoved, piece_length=case.piece_length)
         if case.ranks > 1:
             state.replicas = Imagined(state.model.parameters(), case.ranks)
         _make_lasting_tensors(state)
