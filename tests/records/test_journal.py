@@ -255,7 +255,7 @@ class Steps:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), Unavailable("no network")], ids=["interrupt", "error"])
-def test_a_resumed_pipeline_runs_the_step_that_did_not_end_and_the_tables(tmp_path, monkeypatch, error):
+def test_a_resumed_pipeline_runs_the_step_that_did_not_end_and_what_comes_of_all(tmp_path, monkeypatch, error):
     first, second = Steps(error, "perplexity"), Steps()
     monkeypatch.setattr(pipeline, "_run_step", first)
     settings = {"out_dir": str(tmp_path), "preset": "smoke"}
@@ -263,7 +263,7 @@ def test_a_resumed_pipeline_runs_the_step_that_did_not_end_and_the_tables(tmp_pa
         assert pipeline.main(PipelineRun(**settings)) == 3
     monkeypatch.setattr(pipeline, "_run_step", second)
     assert pipeline.main(PipelineRun(**settings, resume=True)) == 3
-    assert second.begun == [("perplexity", True), ("tables", None)]
+    assert second.begun == [("perplexity", True), ("tables", None), ("report", None)]
     assert sorted(path.name for path in tmp_path.iterdir()) == [pipeline.LOG, pipeline.SUMMARY]
 
 

@@ -223,7 +223,11 @@ class HTTTable(nn.Module):
 
     def table(self, dtype: torch.dtype) -> Tensor:
         """All rows, (V, D), the most frequent token's first."""
-        own = [self.rows, *(self.band.coordinates if self.band else ()), *([self.tail.table(dtype)] if self.tail else ())]
+        own = [self.rows]  # by statements: PyTorch 2.11 compiles no list with a conditional part
+        if self.band is not None:
+            own += list(self.band.coordinates)
+        if self.tail is not None:
+            own.append(self.tail.table(dtype))
         if not len(self.anchors):
             return own[-1].to(dtype)
         inverse = InverseIndex(*(getattr(self, f"inverse_{name}") for name in InverseIndex._fields))
