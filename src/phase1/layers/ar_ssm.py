@@ -22,10 +22,10 @@ def from_first_key(state: State) -> State:
     """
     keys = state.k.shape[2]
     if not keys:
-        return state._replace(position=0)
+        return State(0, state.conv, state.S, state.k, state.x)  # PyTorch 2.11 compiles no _replace
     exact = state.k.to(torch.promote_types(state.k.dtype, torch.float32))
     turned = rotate(exact, *rotary(exact[:, :1], keys - state.position))
-    return state._replace(position=keys, k=turned.to(state.k.dtype))
+    return State(keys, state.conv, state.S, turned.to(state.k.dtype), state.x)
 
 
 class Operands(NamedTuple):
