@@ -75,7 +75,7 @@ def test_an_error_other_than_too_little_memory_ends_the_run(monkeypatch, error):
 
     run = PerplexityRun()
     model = candidates(run)[0]
-    monkeypatch.setattr(one_case, "train_candidate", fails)
+    monkeypatch.setattr(one_case, "train_model", fails)
     with pytest.raises(type(error)):
         one_case.measure(run, model, [one_case.Text(None, None)])
 
@@ -90,6 +90,6 @@ def test_models_with_attention_have_their_own_learning_rate(monkeypatch, tmp_pat
     )
     corpus = SimpleNamespace(splits={"train": SimpleNamespace(sha256="0")}, tokenizer=SimpleNamespace(fingerprint="0"))
     for model in candidates(run):
-        one_case.train_candidate(run, model, corpus)
+        one_case.train_model(run, model, corpus)
     rates = {key: train.learning_rate for key, train in seen.items()}
     assert rates == {"baseline": 2e-3, "attention_htt": 2e-3, "phase1_htt16_ar32": 1e-3, "ar_ssm_dense": 1e-3}
