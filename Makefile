@@ -12,7 +12,7 @@ validate: .venv/installed
 test: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q --cov --cov-report=term
+	$(BIN)/pytest -q -n 2 --dist loadfile --cov --cov-report=term
 
 # Exported models in transformers, PEFT and lm-eval, which `make test` does without.
 test-hf: .venv/installed-test-hf
