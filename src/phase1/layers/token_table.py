@@ -223,7 +223,7 @@ class HTTTable(nn.Module):
 
     def table(self, dtype: torch.dtype) -> Tensor:
         """All rows, (V, D), the most frequent token's first."""
-        own = [self.rows]  # by statements: PyTorch 2.11 compiles no list with a conditional part
+        own: list[Tensor] = [self.rows]  # by statements: PyTorch 2.11 compiles no list with a conditional part
         if self.band is not None:
             own += list(self.band.coordinates)
         if self.tail is not None:
