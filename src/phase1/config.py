@@ -12,13 +12,17 @@ from typing import Any, Final, Literal, TypeVar
 from phase1.factory import split
 
 
-def option(default: Any, help: str, *, spellings: tuple[str, ...] = (), affects_results: bool = True) -> Any:
+def option(
+    default: Any, help: str, *, spellings: tuple[str, ...] = (), affects_results: bool = True, is_prose: bool = False
+) -> Any:
     """A field that is also a command-line flag: one line holds its name, default and help.
 
     spellings: other flags that mean the same.
     affects_results: false for a setting that changes no number of a report, so that --resume accepts another value.
+    is_prose: true for a text that is never a path, in which ~ is no home folder.
     """
-    return field(default=default, metadata={"help": help, "spellings": spellings, "affects_results": affects_results})
+    more = {"spellings": spellings, "affects_results": affects_results, "is_prose": is_prose}
+    return field(default=default, metadata={"help": help} | more)
 
 
 def argument(help: str) -> Any:
@@ -60,7 +64,10 @@ class Config:
     def __post_init__(self) -> None:
         """Raise ValueError (expected, got, remedy) for a value out of range; subclasses call super first."""
         for setting in fields(self):
-            value = with_home(getattr(self, setting.name))
+            value = getattr(self, setting.name)
+            if setting.metadata.get("is_prose"):
+                continue
+            value = with_home(value)
             object.__setattr__(self, setting.name, value)
             for item in value if isinstance(value, tuple) else (value,):
                 if isinstance(item, int | float) and not abs(item) <= LARGEST:
@@ -281,7 +288,7 @@ class WatchConfig(Config):
     eval_every: int | None = option(None, "steps between losses on the valid split; 0 is never, by default 20 times a run")
     eval_tokens: int | None = option(None, "tokens that each of these losses is of; by default a 500th of --train-tokens")
     sample_every: int = option(0, "steps between texts that the model writes, into samples.txt; 0 is never")
-    prompt: str = option("", "beginning of these texts; by default that of a document")
+    prompt: str = option("", "beginning of these texts; by default that of a document", is_prose=True)
     max_hours: float | None = option(None, "hours of training, of all sessions, after which it saves a checkpoint and stops")
     keep_best: bool = option(False, "keep the weights of the lowest loss on the valid split too, in best/ of the folder")
     patience: int | None = option(None, "losses on the valid split in a row without a new lowest that end the training")

@@ -257,7 +257,7 @@ class GenerateRun(Config):
     """Text from a trained model, printed as it comes."""
 
     checkpoint: str = option("results/checkpoints/train", "folder of the checkpoint, or one that phase1 export wrote")
-    prompt: str | None = option(None, "text to go on from; without one the beginning of a document")
+    prompt: str | None = option(None, "text to go on from; without one the beginning of a document", is_prose=True)
     prompt_file: str | None = option(None, "file with the text to go on from, UTF-8; - is standard input")
     max_tokens: int = option(200, "tokens per sample; fewer where the model ends the document")
     samples: int = option(1, "texts to generate, each independent of the others")
