@@ -124,3 +124,10 @@ def test_text_comes_as_it_is_made(checkpoint):  # noqa: F811
     assert process.poll() is None and time.monotonic() - began < 60
     process.kill()
     process.communicate()
+
+
+def test_the_compiler_which_takes_a_second_to_import_is_not_loaded(checkpoint):  # noqa: F811
+    script = "import sys; from phase1.cli import main; main(sys.argv[1:]); assert 'torch._dynamo' not in sys.modules"
+    command = [sys.executable, "-c", script, "generate", "--checkpoint", str(checkpoint), "--max-tokens", "3"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

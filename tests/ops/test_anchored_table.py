@@ -170,3 +170,11 @@ def test_wrong_shapes_and_levels_are_named():
                 form(parts, w, a, [5, 9], torch.float64)
         with pytest.raises(ValueError, match="levels must rise"):
             form([own], weights, anchors, [5, 11, 9], torch.float64)
+
+
+def test_without_a_gradient_to_come_the_table_is_the_same(monkeypatch):
+    levels = [4, 8, 30]
+    own, weights, anchors = operands(levels, 3, 12, torch.float32, (5, 12))
+    with_operator = fast(own, weights, anchors, levels, torch.float32)
+    with torch.no_grad():
+        assert torch.equal(fast(own, weights, anchors, levels, torch.float32), with_operator)

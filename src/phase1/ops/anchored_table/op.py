@@ -24,8 +24,17 @@ def anchored_table(
         inverse: `inverse_index(anchors, levels)`, which a caller keeps for all its calls.
     """
     check_arguments(own, weights, anchors, levels)
-    table: Tensor = _table(_within_levels(own, levels), weights, anchors, list(levels), list(inverse), dtype)
+    parts = _within_levels(own, levels)
+    if _without_operator(weights):
+        return bags.table(parts, weights, anchors, levels, dtype)
+    table: Tensor = _table(parts, weights, anchors, list(levels), list(inverse), dtype)
     return table
+
+
+def _without_operator(weights: Tensor) -> bool:
+    """Whether nothing asks for an operator: on a CPU its first call imports the compiler, which takes a second of generation."""
+    plain = type(weights) in (Tensor, torch.nn.Parameter) and weights.device.type == "cpu"
+    return plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _within_levels(own: Sequence[Tensor], levels: Sequence[int]) -> list[Tensor]:
