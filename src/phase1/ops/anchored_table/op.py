@@ -32,7 +32,7 @@ def anchored_table(
 
 
 def _without_operator(weights: Tensor) -> bool:
-    """Whether nothing asks for an operator: on a CPU its first call imports the compiler, which takes a second of generation."""
+    """Whether nothing asks for an operator, whose first call on a CPU imports the compiler: a second of every generation."""
     plain = type(weights) in (Tensor, torch.nn.Parameter) and weights.device.type == "cpu"
     return plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
