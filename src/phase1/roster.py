@@ -26,7 +26,7 @@ FAST = {"phase1_fast": ROLES["phase1"] | {"checkpointing": False}}
 COMPILED = frozenset({"baseline_fast", *FAST})
 """Roles that are compiled on a GPU, whatever --compile says: the fastest that flags make a model."""
 
-ENGINES = (*FAST, "phase1")
+ENGINE_ROLES = (*FAST, "phase1")
 """Roles of the engine, the fastest first."""
 
 CONTROLS: dict[str, dict[str, Any]] = {

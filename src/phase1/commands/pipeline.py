@@ -18,7 +18,7 @@ from phase1.records.collect import read_reports
 from phase1.records.journal import open_journal
 from phase1.records.schema import Check, Report
 from phase1.records.session import require_writable
-from phase1.roster import ENGINES
+from phase1.roster import ENGINE_ROLES
 from phase1.runs import MemoryRun, PerplexityRun, PipelineRun, ReportRun, TablesRun, ThroughputRun
 from phase1.tables.screen import Screen, conditions, model_title, text
 
@@ -91,7 +91,7 @@ def _numbers(reports: dict[str, Report[Any]]) -> Iterator[str]:
         peaks = {key: r.peak_allocated_bytes for key, r in reports["memory"].results.items() if r.peak_allocated_bytes}
         yield "memory      " + "; ".join(f"{model_title(key)} {peak / 1e9:.2f} GB" for key, peak in peaks.items())
     timed = reports["throughput"].results if "throughput" in reports else {}
-    if engine := next((timed[role] for role in ENGINES if role in timed), None):
+    if engine := next((timed[role] for role in ENGINE_ROLES if role in timed), None):
         ratios = [(m.seq_length, m.ratio_to_fastest) for m in engine.measurements if m.ratio_to_fastest]
         ends = [ratios[0], ratios[-1]] if len(ratios) > 1 else ratios
         said = ", ".join(f"{ratio:.2f} x at T = {length:,}" for length, ratio in ends) or "no Transformer ran"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from phase1.records.schema import Check, MemoryResult, PerplexityResult, Report, ThroughputResult
-from phase1.roster import ENGINES, Key
+from phase1.roster import ENGINE_ROLES, Key
 from phase1.tables.common import hardware_of
 from phase1.text import one_line
 
@@ -202,7 +202,7 @@ def throughput_numbers(report: Report[ThroughputResult]) -> list[str]:
     for key, result in report.results.items():
         speeds = {m.seq_length: m for m in result.measurements}
         lines.append(f"{model_title(key):<24}" + "".join(f"{_speed(speeds.get(length)):>12}" for length in shown))
-    engine = next((report.results[role] for role in ENGINES if role in report.results), None)
+    engine = next((report.results[role] for role in ENGINE_ROLES if role in report.results), None)
     lines += _together(engine.measurements[-1:] if engine else [], report)
     ratios = {m.seq_length: m for m in engine.measurements if m.ratio_to_fastest is not None} if engine else {}
     if ratios:

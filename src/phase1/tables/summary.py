@@ -5,7 +5,7 @@ from typing import Any
 
 from phase1.records.collect import read_reports
 from phase1.records.schema import MemoryResult, PerplexityResult, Report, Result, ThroughputResult
-from phase1.roster import ENGINES, TRANSFORMERS, Key
+from phase1.roster import ENGINE_ROLES, TRANSFORMERS, Key
 from phase1.tables.rows import benchmark
 
 WORDS: dict[str, dict[str, str]] = {
@@ -109,7 +109,7 @@ def _speeds_of_report(content: dict[str, Any]) -> list[dict[int, float]]:
 
     others = [speeds(role) for role in TRANSFORMERS if role != "baseline"]
     fastest = {T: max(s.get(T, 0.0) for s in others) for T in sorted(set().union(*others))}
-    return [speeds("baseline"), fastest, next(filter(None, map(speeds, ENGINES)), {})]
+    return [speeds("baseline"), fastest, next(filter(None, map(speeds, ENGINE_ROLES)), {})]
 
 
 def _speeds_of_steps(content: Any) -> list[dict[int, float]]:
