@@ -1,9 +1,8 @@
 """The fixed words of the page, in English and Japanese. What records and tables say stays as they say it."""
 
-import re
 from collections.abc import Callable
 
-from phase1.tables.screen import claim
+from phase1.tables.screen import ClaimWords, claim
 
 Words = Callable[[str], str]
 JAPANESE = {
@@ -69,16 +68,14 @@ def japanese(key: str) -> str:
     return JAPANESE[key]
 
 
+JAPANESE_CLAIMS = ClaimWords(
+    CLAIMS,
+    size=lambda gb: f"{gb} GB のカードに収まる",
+    card=lambda name: f"{name} に収まる",
+    perplexity=lambda model, mean: f"{model}：パープレキシティ{'（シード平均）' if mean else ''}",
+)
+
+
 def claim_in(language: str, name: str) -> str:
     """What the check `name` claims."""
-    if language == "en":
-        return claim(name)
-    if name in CLAIMS:
-        return CLAIMS[name]
-    if found := re.fullmatch(r"fits_(\d+)gb", name):
-        return f"{found[1]} GB のカードに収まる"
-    if name.startswith("fits_"):
-        return f"{name.removeprefix('fits_').replace('_', ' ')} に収まる"
-    if found := re.fullmatch(r"(\w+?)(_mean_of_seeds)?_within_(-?[\d.]+)_percent", name):
-        return f"{found[1]}：パープレキシティ{'（シード平均）' if found[2] else ''}"
-    return name.replace("_", " ")
+    return claim(name) if language == "en" else claim(name, JAPANESE_CLAIMS)

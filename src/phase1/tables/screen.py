@@ -2,10 +2,10 @@
 
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from phase1.records.schema import Check, MemoryResult, PerplexityResult, Report, ThroughputResult
 from phase1.roster import ENGINE_ROLES, Key
@@ -101,16 +101,33 @@ def _count(checks: Iterable[Check]) -> str:
     return ", ".join(f"{statuses.count(status)} {WORDS[status]}" for status in WORDS if status in statuses)
 
 
-def claim(name: str) -> str:
+class ClaimWords(NamedTuple):
+    """The names of checks in one language."""
+
+    fixed: Mapping[str, str]  # of checks that have one name
+    size: Callable[[str], str]  # fits a card of so many GB
+    card: Callable[[str], str]  # fits the card of that name
+    perplexity: Callable[[str, bool], str]  # of a model; whether it is the mean of seeds
+
+
+ENGLISH_CLAIMS = ClaimWords(
+    _CLAIMS,
+    size=lambda gb: f"fits {'an' if gb == '8' else 'a'} {gb} GB card",
+    card=lambda name: f"fits the {name}",
+    perplexity=lambda model, mean: f"{model_title(model)}: perplexity{', mean of seeds' if mean else ''}",
+)
+
+
+def claim(name: str, words: ClaimWords = ENGLISH_CLAIMS) -> str:
     """The name of a check in words."""
-    if name in _CLAIMS:
-        return _CLAIMS[name]
+    if name in words.fixed:
+        return words.fixed[name]
     if found := re.fullmatch(r"fits_(\d+)gb", name):
-        return f"fits {'an' if found[1] == '8' else 'a'} {found[1]} GB card"
+        return words.size(found[1])
     if name.startswith("fits_"):
-        return f"fits the {name.removeprefix('fits_').replace('_', ' ')}"
+        return words.card(name.removeprefix("fits_").replace("_", " "))
     if found := re.fullmatch(r"(\w+?)(_mean_of_seeds)?_within_(-?[\d.]+)_percent", name):
-        return f"{model_title(found[1])}: perplexity{', mean of seeds' if found[2] else ''}"
+        return words.perplexity(found[1], bool(found[2]))
     return name.replace("_", " ")
 
 
