@@ -65,7 +65,8 @@ def compare(size, dtype, rows=None, strided=False):
     names = [name for name, t in zip(NAMES, (proj, *p)) if t is not None] + ["conv", "S", "k", "x"] * (state is not None)
     for name, a, b in zip(["out", "gate", "conv'", "S'", "k'", "x'", *names], [*got, *of_got], [*want, *of_want]):
         limit = (OF_DECAYS if name in ("dt_bias", "A_log") else TOLERANCE)[dtype]
-        error = (a.double() - b).norm() / b.norm().clamp(min=1e-2 * b.numel() ** 0.5)  # q_scale's is 0 for a single key
+        least = 1e-2 if (name, T) == ("q_scale", 1) else 1e-4  # of a single key its gradient is 0
+        error = (a.double() - b).norm() / b.norm().clamp(min=least * b.numel() ** 0.5)
         assert error <= limit, (name, float(error))
 
 
