@@ -13,8 +13,8 @@ pytest.importorskip("triton")
 from phase1.ops.pointer import kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Relative, of a whole tensor. Half precision: its weights of keys and its gradients are rounded once each.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+# Relative, of a whole tensor. Single precision: sums over a window of 2,048 keys. Half precision: its weights of keys and its gradients are rounded once each.
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 DTYPES = list(TOLERANCE) if DEVICE == "cuda" else [torch.float32, torch.float16]  # the interpreter has no products in bfloat16
 EVERYWHERE = [
     # B, T, past, window, d

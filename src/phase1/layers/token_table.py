@@ -71,10 +71,6 @@ class CoordinateBand(nn.Module):
         for part, start in zip(self.coordinates, rows.split([len(part) for part in self.coordinates]), strict=True):
             part.copy_(_to_width(start, part.shape[1]))
 
-    def factors(self, hidden: Tensor, n_levels: int) -> list[tuple[Tensor, Tensor]]:
-        """The logits of the first `n_levels` levels as products of ρ columns: of `hidden` (…, D), and the coefficients."""
-        return [(hidden[..., : part.shape[1]], part) for part in list(self.coordinates)[:n_levels]]
-
 
 class TensorTrainTail(nn.Module):
     """n rows as a holographic tensor train of r terms on a grid of `groups` x ceil(n / groups) (ops/htt/reference.py)."""
@@ -158,7 +154,6 @@ class HTTTable(nn.Module):
         band, tail = [level for level in all_levels if level.rank], [level for level in all_levels if not level.rank]
         self.band = CoordinateBand(band, d_model) if band else None
         self.tail = TensorTrainTail(tail[0], d_model, 2 * rank, groups) if tail else None
-        self.n_unanchored_levels = sum(not level.anchors for level in band)
         self.groups: Groups | None = None
         if two_level:
             if self.tail is None:
@@ -234,12 +229,8 @@ class HTTTable(nn.Module):
         return anchored_table(own, self.weights, self.anchors, self.levels, inverse, dtype)
 
     def factors(self, hidden: Tensor, table: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The logits as products, side by side: hidden (N, D) and `table()` (V, D), but ρ columns of each for band rows
-        without anchors."""
-        if not self.n_unanchored_levels:
-            return [(hidden, table)]
-        assert self.band is not None
-        return [(hidden, self.rows), *self.band.factors(hidden, self.n_unanchored_levels), (hidden, table[self.levels[0] :])]
+        """The logits as one product: hidden (N, D) and `table()` (V, D)."""
+        return [(hidden, table)]
 
     def levels_of_output(self, hidden: Tensor, table: Tensor) -> OutputLevels:
         """The operands of both softmaxes, for hidden (N, D) and `table()` (V, D)."""
@@ -247,11 +238,7 @@ class HTTTable(nn.Module):
         sizes = [len(table) - self.groups.n, self.groups.n]
         (before, tail), (bias, tail_bias) = table.split(sizes), self.output_bias.split(sizes)
         rows, group_bias = self.groups.first_level(tail, tail_bias)
-        factors, first = [], 0
-        if self.n_unanchored_levels:
-            assert self.band is not None
-            factors, first = [(hidden, self.rows), *self.band.factors(hidden, self.n_unanchored_levels)], self.levels[0]
-        factors.append((hidden, torch.cat([before[first:], rows])))
+        factors = [(hidden, torch.cat([before, rows]))]
         return OutputLevels(factors, torch.cat([bias, group_bias]), self.groups, tail, tail_bias)
 
 

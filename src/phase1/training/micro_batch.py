@@ -77,5 +77,17 @@ class GraphedMicroBatch(MicroBatch):
         with torch.cuda.graph(self._forward, capture_error_mode=mode):
             objective, loss = super().forward(*inputs)
         with torch.cuda.graph(self._backward, pool=self._forward.pool(), capture_error_mode=mode):
-            super().backward(objective)
+            add_gradients(self.scaler.scale(objective), self.model)
         self._inputs, self._outputs = inputs, (objective.detach(), loss.detach())
+
+
+def add_gradients(objective: Tensor, model: torch.nn.Module) -> None:
+    """`objective.backward()` for parameters that have gradients already: all are added to at once, in few launches."""
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    new = torch.autograd.grad(objective, parameters, allow_unused=True)
+    pairs = [(parameter.grad, gradient) for parameter, gradient in zip(parameters, new) if gradient is not None]
+    whole = [(old, gradient) for old, gradient in pairs if gradient.is_contiguous()]  # one that is not would split them all
+    torch._foreach_add_([old for old, _ in whole], [gradient for _, gradient in whole])
+    for old, gradient in pairs:
+        if not gradient.is_contiguous():
+            old.add_(gradient)

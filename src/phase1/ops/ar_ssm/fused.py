@@ -21,6 +21,7 @@ COLUMNS = 128  # of the convolution, at a time
 TILES = 32  # of BACKWARD_ROWS positions in a program of the convolution's gradient
 NORM_ROWS = 2  # of the gated norm's gradient, at a time: one warp holds a whole row
 PROGRAMS = 264  # that add up the gradients of parameters
+ANY_ROWS = (torch.Tag.flexible_layout,)  # a compiler may align rows, as it does to 128 bytes: the kernels take any stride of rows
 
 
 class Sizes(NamedTuple):
@@ -56,7 +57,7 @@ def _operand_blocks(s: Sizes) -> dict[str, int]:
     return {"H": s.H, "R": s.R, "P": s.P, "HEADS": pad(s.H), "HB": pad(s.R // 2), "BC": COLUMNS}
 
 
-@torch.library.custom_op("phase1::ar_ssm", mutates_args=())
+@torch.library.custom_op("phase1::ar_ssm", mutates_args=(), tags=ANY_ROWS)
 def fused_forward(
     proj: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A_log: Tensor, skip: Tensor, q_scale: Tensor,
     state_scale: Tensor, norm: Tensor, gate_bias: Tensor | None, gate_weight: Tensor | None, gate_out: Tensor | None,
@@ -104,7 +105,7 @@ def fused_forward(
     return [out, gate.mean(dtype=torch.float32), core.states, k, x, gate, u, v, q, dt, log_a, core.y, core.lse, total, cos, sin]
 
 
-@torch.library.custom_op("phase1::ar_ssm_backward", mutates_args=())
+@torch.library.custom_op("phase1::ar_ssm_backward", mutates_args=(), tags=ANY_ROWS)
 def fused_backward(
     d_out: Tensor, d_mean: Tensor | None, d_last: Tensor | None, d_k: Tensor | None, d_x: Tensor | None,
     proj: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A_log: Tensor, skip: Tensor, q_scale: Tensor,

@@ -74,6 +74,7 @@ def _compute(
     with torch.autocast(targets.device.type, enabled=False):
         shards = _shards(states, tables)
         ones = ALIGNMENT if wanted[-2] else 0  # columns of ones beside the states: one product gives d_table and d_bias
+        factors = [F.pad(h, (0, ones), value=1.0) if ones else h for h in states]
         d_states = [h.new_empty(h.shape) if needed else None for h, needed in zip(states, wanted[:n])]
         sums = [
             rows.new_zeros(len(rows), rows.shape[1] + ones, dtype=acc_dtype) if needed or ones else None
@@ -85,13 +86,12 @@ def _compute(
             z = _logits(shards, chunk, buffer)  # softmax_rows overwrites them by their gradient
             odds = None if log_odds is None else log_odds[chunk]
             softmax_rows(z[:, :V], bias, target[chunk], target_log_prob[chunk], scored[chunk], odds)
-            for shard, d_h, total in zip(shards, d_states, sums, strict=True):
+            for shard, factor, d_h, total in zip(shards, factors, d_states, sums, strict=True):
                 d_z = shard.columns(z)
                 if d_h is not None:
                     torch.mm(d_z, shard.rows, out=d_h[chunk])
                 if total is not None:
-                    factors = shard.states[chunk]
-                    add_product(total, d_z.T, F.pad(factors, (0, ones), value=1.0) if ones else factors)
+                    add_product(total, d_z.T, factor[chunk])
         del buffer
     d_odds = -(log_odds - target_log_prob).sigmoid() * scored if log_odds is not None and wanted[-1] else None
     if log_odds is not None:
