@@ -1,12 +1,18 @@
+from dataclasses import asdict
+
 import pytest
 import torch
 
 from phase1.checks.throughput import decoding_checks, throughput_checks
-from phase1.commands import throughput
-from phase1.records.schema import Decoding, Scaling, ThroughputResult, exit_code, read_report
+from phase1.commands import compare, throughput
+from phase1.commands import report as report_command
+from phase1.records.schema import Decoding, Scaling, ThroughputResult, exit_code, read_report, write_report
 from phase1.roster import COMPILED
-from phase1.runs import ThroughputRun
+from phase1.runs import CompareRun, ReportRun, ThroughputRun
 from phase1.tables import throughput_comparison
+from phase1.tables.console import throughput_text
+from phase1.tables.screen import text
+from tests.reports import throughput_report, throughput_result
 
 SIZES = {
     "vocab_size": 300, "d_model": 32, "n_layers": 1, "n_heads": 2, "htt_dense_rows": 64, "htt_groups": 16, "htt_rank": 4,
@@ -176,3 +182,22 @@ def test_on_a_gpu_both_kinds_of_model_are_measured_as_fast_as_flags_make_them():
     assert on_gpu.keys() - on_cpu.keys() == {"phase1_fast"} and {"baseline_fast", "phase1_fast"} == COMPILED
     assert not on_gpu["phase1_fast"].checkpointing and not on_gpu["baseline_fast"].checkpointing
     assert on_gpu["phase1_fast"].config_id != on_gpu["phase1"].config_id
+
+
+def test_every_model_that_is_measured_on_a_gpu_has_its_place_in_report_screen_table_page_and_plot(tmp_path, capsys):
+    settings = ThroughputRun(a_a=True, quadratic_control=True, model=("mine=json:loads",), out_dir=str(tmp_path))
+    wanted = throughput.models(settings, "cuda")
+    assert {"phase1_fast", "baseline_fast", "mine"} <= set(wanted)
+    one = throughput_result("phase1", [0.02, 0.046, 0.116, 0.228])
+    results = {
+        role: one.model_copy(update={"model_name": role, "config": asdict(config), "config_id": config.config_id})
+        for role, config in wanted.items()
+    }
+    report = throughput_report(results=results)
+    write_report(report, path := tmp_path / "phase1_throughput_benchmark.json")
+    assert list(read_report(path, "throughput").results) == list(wanted)
+    assert "PASS" in text(throughput.screen(settings, report, [path]))
+    assert "engine, fastest" in throughput_text(report)
+    assert throughput.plot_throughput(report, tmp_path / throughput.PLOT).stat().st_size > 1000
+    assert report_command.main(ReportRun(results_dir=str(tmp_path), out=str(tmp_path / "page.html"))) == 0
+    assert compare.main(CompareRun(old=str(path), new=str(path))) == 0
