@@ -1,7 +1,6 @@
 """Losses of an output and the copy head's pointer on a GPU: gradients against float64 first, then times. Writes losses.json.
 
-Cases that an earlier version of the package does not have may be left out (--cases dense flat), so that it can be measured
-too: run this file with its folder src first in PYTHONPATH. Exit status 0 if every form of this package is right, 1 if one is
+Exit status 0 if every form of this package is right, 1 if one is
 wrong. Other libraries' forms are measured where they are installed: liger-kernel, cut-cross-entropy (without its filter),
 torch.nn.functional.linear_cross_entropy.
 """
@@ -54,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--d-model", type=int, default=512)
     parser.add_argument("--vocab-size", type=int, default=50257)
-    parser.add_argument("--dense-rows", type=int, default=1024, help="K of the HTT table: stretches end at K, 2K, 4K, 16K")
+    parser.add_argument("--dense-rows", type=int, default=1024, help="K of the HTT table: its tail begins at 16K")
     parser.add_argument("--groups", type=int, default=512)
     parser.add_argument("--precision", choices=("fp16", "bf16", "fp32"), default="fp16")
     parser.add_argument("--repeats", type=int, default=20)
@@ -90,34 +89,33 @@ def line(row: Row) -> str:
 
 def measured(options: argparse.Namespace, device: str, dtype: torch.dtype) -> Iterator[Row]:
     print(line(Row("case", "form", None, None, None, None, "error, ms forward, ms forward + backward, peak")))
-    V, D, K = options.vocab_size, options.d_model, options.dense_rows
-    flat = [(K, D), (K, 11 * D // 32), (2 * K, D // 4), (V - 4 * K, D)]
+    V, D = options.vocab_size, options.d_model
     if "dense" in options.cases:
         yield from compared("dense", dense_forms(), dense_exact, lambda n: dense_inputs(n, V, D, device, dtype), options)
     if "flat" in options.cases:
         yield from compared(
-            "HTT flat", {"phase1": factored}, factored_exact, lambda n: inputs_of(n, flat, device, dtype), options
+            "HTT flat", {"phase1": biased}, biased_exact, lambda n: biased_inputs(n, V, D, device, dtype), options
         )
     if "two_level" in options.cases:
-        yield from two_levels(options, device, dtype, flat)
+        yield from two_levels(options, device, dtype)
     if "pointer" in options.cases:
         yield from pointers(options, device, dtype)
     if options.sweep:
-        yield from swept(options, device, dtype, flat)
+        yield from swept(options, device, dtype)
 
 
-def two_levels(options: argparse.Namespace, device: str, dtype: torch.dtype, flat: list[tuple[int, int]]) -> Iterator[Row]:
+def two_levels(options: argparse.Namespace, device: str, dtype: torch.dtype) -> Iterator[Row]:
     """Both levels, and the second alone."""
     ops = importlib.import_module("phase1.ops.group_nll")
     D, K = options.d_model, options.dense_rows
     n_tail = options.vocab_size - 16 * K
     size = -(-n_tail // options.groups)
-    two = [*flat[:3], (12 * K + -(-n_tail // size), D)]
+    rows = 16 * K + -(-n_tail // size)  # and a row a group
 
     def inputs(n: int) -> Inputs:
         inside = torch.randint(n_tail, (n,), device=device).masked_fill(torch.rand(n, device=device) > SHARE_IN_TAIL, -1)
         tail, bias = torch.randn(n_tail, D, device=device).to(dtype) * D**-0.5, torch.randn(n_tail, device=device)
-        return inputs_of(n, two, device, dtype) | {"tail": leaf(tail), "tail_bias": leaf(bias), "inside": inside}
+        return biased_inputs(n, rows, D, device, dtype) | {"tail": leaf(tail), "tail_bias": leaf(bias), "inside": inside}
 
     def second(x: Inputs) -> Tensor:
         return ops.group_nll(x["states"], x["tail"], x["tail_bias"], x["inside"], size)
@@ -127,11 +125,11 @@ def two_levels(options: argparse.Namespace, device: str, dtype: torch.dtype, fla
 
     def both(x: Inputs) -> Tensor:
         inner = second(x)
-        return factored(x, x["odds"] + inner) + inner.mean()
+        return biased(x, x["odds"] + inner) + inner.mean()
 
     def both_exact(x: Inputs) -> Tensor:
         inner = second_exact(x)
-        return factored_exact(x, x["odds"] + inner) + inner.mean()
+        return biased_exact(x, x["odds"] + inner) + inner.mean()
 
     yield from compared("HTT two-level", {"phase1": both}, both_exact, inputs, options)
     yield from compared(
@@ -150,11 +148,11 @@ def pointers(options: argparse.Namespace, device: str, dtype: torch.dtype) -> It
         yield from compared(f"pointer {B} x {max(1, options.tokens // B)}", forms, pointer_exact, texts, options)
 
 
-def swept(options: argparse.Namespace, device: str, dtype: torch.dtype, flat: list[tuple[int, int]]) -> Iterator[Row]:
+def swept(options: argparse.Namespace, device: str, dtype: torch.dtype) -> Iterator[Row]:
     """Other sizes of chunks, and other settings of the softmax kernel, for the dense table and the HTT table."""
     cases: tuple[tuple[str, Form, Inputs], ...] = (
         ("dense", phase1_dense, dense_inputs(options.tokens, options.vocab_size, options.d_model, device, dtype)),
-        ("HTT flat", factored, inputs_of(options.tokens, flat, device, dtype)),
+        ("HTT flat", biased, biased_inputs(options.tokens, options.vocab_size, options.d_model, device, dtype)),
     )
     usual = chunked.CHUNK_BYTES
     for case, form, inputs in cases:
@@ -165,22 +163,22 @@ def swept(options: argparse.Namespace, device: str, dtype: torch.dtype, flat: li
     if device == "cuda":
         kernel = importlib.import_module("phase1.ops.cross_entropy.kernel")
         before = kernel.BLOCK, kernel.STEPS, kernel.WARPS
-        for biased in (False, True):
+        for with_bias in (False, True):
             for setting in SOFTMAX:
                 kernel.BLOCK, kernel.STEPS, kernel.WARPS = setting
-                yield softmax_row(options, dtype, setting, biased)
+                yield softmax_row(options, dtype, setting, with_bias)
         kernel.BLOCK, kernel.STEPS, kernel.WARPS = before
 
 
-def softmax_row(options: argparse.Namespace, dtype: torch.dtype, setting: tuple[int, int, int], biased: bool) -> Row:
+def softmax_row(options: argparse.Namespace, dtype: torch.dtype, setting: tuple[int, int, int], with_bias: bool) -> Row:
     """The softmax kernel alone on one chunk, as milliseconds for all tokens."""
     V = options.vocab_size
     n = chunked._chunk_tokens(torch.empty(0, dtype=dtype).element_size(), V)
     logits = torch.randn(n, V + -V % chunked.LINE, device="cuda", dtype=dtype)[:, :V]
     column, weights = torch.randint(V, (n,), device="cuda"), torch.ones(n, dtype=torch.bool, device="cuda")
-    picked, bias = torch.empty(n, device="cuda"), torch.randn(V, device="cuda") if biased else None
+    picked, bias = torch.empty(n, device="cuda"), torch.randn(V, device="cuda") if with_bias else None
     ms = milliseconds(lambda: chunked.softmax_rows(logits, bias, column, picked, weights, None), options.repeats)
-    name = "block {}, {} steps, {} warps".format(*setting) + (", bias" if biased else "")
+    name = "block {}, {} steps, {} warps".format(*setting) + (", bias" if with_bias else "")
     return Row("softmax kernel", name, None, None, ms * options.tokens / n, None)
 
 
@@ -197,27 +195,21 @@ def dense_inputs(n: int, V: int, D: int, device: str, dtype: torch.dtype) -> Inp
     return {"states": leaf(states), "table": leaf(table), "targets": torch.randint(V, (n,), device=device)}
 
 
-def inputs_of(n: int, stretches: list[tuple[int, int]], device: str, dtype: torch.dtype) -> Inputs:
-    """States, the rows of stretches (rows, width) on their leading coordinates, bias, log-odds."""
-    D, V = max(width for _, width in stretches), sum(rows for rows, _ in stretches)
-    states, targets = torch.randn(n, D, device=device).to(dtype), torch.randint(V, (n,), device=device)
-    inputs = {"states": leaf(states), "targets": targets}
-    for i, (m, width) in enumerate(stretches):
-        inputs[f"rows{i}"] = leaf(torch.randn(m, width, device=device).to(dtype) * width**-0.5)
-    return inputs | {"bias": leaf(torch.randn(V, device=device)), "odds": leaf(torch.randn(n, device=device) - 10)}
+def biased_inputs(n: int, V: int, D: int, device: str, dtype: torch.dtype) -> Inputs:
+    """States and a table of one type, as an HTT table is built, with bias and log-odds."""
+    states, table = torch.randn(n, D, device=device).to(dtype), (torch.randn(V, D, device=device) * D**-0.5).to(dtype)
+    bias, odds = torch.randn(V, device=device), torch.randn(n, device=device) - 10
+    return {name: leaf(x) for name, x in (("states", states), ("table", table), ("bias", bias), ("odds", odds))} | {
+        "targets": torch.randint(V, (n,), device=device)
+    }
 
 
-def stretches_of(x: Inputs) -> list[tuple[Tensor, Tensor]]:
-    rows = [x[name] for name in sorted(x) if name.startswith("rows")]
-    return [(x["states"][:, : part.shape[1]], part) for part in rows]
+def biased(x: Inputs, odds: Tensor | None = None) -> Tensor:
+    return tied_cross_entropy(x["states"], x["table"], x["targets"], x["bias"], x["odds"] if odds is None else odds)
 
 
-def factored(x: Inputs, odds: Tensor | None = None) -> Tensor:
-    return tied_cross_entropy(stretches_of(x), x["targets"], x["bias"], x["odds"] if odds is None else odds)
-
-
-def factored_exact(x: Inputs, odds: Tensor | None = None) -> Tensor:
-    return tied_cross_entropy_reference(stretches_of(x), x["targets"], x["bias"], x["odds"] if odds is None else odds)
+def biased_exact(x: Inputs, odds: Tensor | None = None) -> Tensor:
+    return tied_cross_entropy_reference(x["states"], x["table"], x["targets"], x["bias"], x["odds"] if odds is None else odds)
 
 
 def dense_exact(x: Inputs) -> Tensor:
@@ -225,13 +217,13 @@ def dense_exact(x: Inputs) -> Tensor:
 
 
 def phase1_dense(x: Inputs) -> Tensor:
-    return tied_cross_entropy([(x["states"], x["table"])], x["targets"])
+    return tied_cross_entropy(x["states"], x["table"], x["targets"])
 
 
 def dense_forms() -> dict[str, Form]:
     """This package's, and those of other libraries that are installed; they take states, a table of their type and targets."""
     forms: dict[str, Form] = {"phase1": phase1_dense}
-    forms["all logits in memory"] = lambda x: tied_cross_entropy_reference([(x["states"], x["table"])], x["targets"])
+    forms["all logits in memory"] = lambda x: tied_cross_entropy_reference(x["states"], x["table"], x["targets"])
     others: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
     if hasattr(F, "linear_cross_entropy"):
         others["F.linear_cross_entropy"] = F.linear_cross_entropy

@@ -15,7 +15,7 @@ from phase1.layers.attention import Attention
 from phase1.layers.copy_head import CopyHead
 from phase1.layers.mlp import MLP
 from phase1.layers.token_table import DenseTable, HTTTable, OutputLevels
-from phase1.ops.cross_entropy import IGNORE, Factors, tied_cross_entropy, tied_cross_entropy_reference, tied_nll
+from phase1.ops.cross_entropy import IGNORE, tied_cross_entropy, tied_cross_entropy_reference, tied_nll
 from phase1.vocabulary.statistics import TokenStatistics, TokenVectors
 
 Choice = TypeVar("Choice")
@@ -267,8 +267,8 @@ class LanguageModel(nn.Module):
 
     def output(
         self, hidden: Tensor, table: Tensor, targets: Tensor
-    ) -> tuple[tuple[Factors, Tensor, Tensor | None], Tensor | None]:
-        """Arguments of the cross-entropy: its factors, the targets' rows (N,) and the output bias (V,); and None.
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor | None], Tensor | None]:
+        """Arguments of the cross-entropy: states (N, D), table (V, D), the targets' rows (N,), output bias (V,); and None.
 
         For a two-level output the arguments are the first level's, and instead of None comes the loss of each target in the
         second, (N,), 0 for targets before the tail.
@@ -276,29 +276,29 @@ class LanguageModel(nn.Module):
         states = self._scaled(hidden).flatten(0, 1).to(_compute_dtype(hidden))
         rows = self.embedding.rows_of(targets).flatten()
         if not self.two_level:
-            return (self.embedding.factors(states, table), rows, self.embedding.output_bias), None
-        levels = self._levels(states, table)
+            return (states, table, rows, self.embedding.output_bias), None
+        levels = self._levels(table)
         start = len(table) - levels.groups.n
         inside = rows - start
         columns = torch.where(inside < 0, rows, start + inside // levels.groups.size)
         fused = self.config.loss == "chunked"
         inner = levels.groups.nll(levels.groups.states(states), levels.tail, levels.tail_bias, inside, fused)
-        return (levels.factors, columns, levels.bias), inner
+        return (states, levels.rows, columns, levels.bias), inner
 
     def _logits(self, hidden: Tensor, table: Tensor) -> Tensor:
         """Logits (B, T, V) in the order of rows; log-probabilities if the output has two levels."""
         if not self.two_level:
             logits = hidden @ table.T
             return logits if self.embedding.output_bias is None else logits + self.embedding.output_bias
-        levels = self._levels(hidden, table)
-        first = torch.cat([h @ rows.to(h.dtype).T for h, rows in levels.factors], -1) + levels.bias
+        levels = self._levels(table)
+        first = hidden @ levels.rows.to(hidden.dtype).T + levels.bias
         head, of_groups = first.log_softmax(-1).split([len(table) - levels.groups.n, len(levels.groups.rows)], -1)
         states = levels.groups.states(hidden)
         return torch.cat([head, levels.groups.log_probabilities(of_groups, states, levels.tail, levels.tail_bias)], -1)
 
-    def _levels(self, hidden: Tensor, table: Tensor) -> OutputLevels:
+    def _levels(self, table: Tensor) -> OutputLevels:
         assert isinstance(self.embedding, HTTTable)
-        return self.embedding.levels_of_output(hidden, table)
+        return self.embedding.levels_of_output(table)
 
     def _scaled(self, hidden: Tensor) -> Tensor:
         """`hidden` times the factor of the logits."""

@@ -59,7 +59,7 @@ def pointer(form, window, past):
 
 
 def whole(form):
-    return lambda h, table, bias, odds, targets: form([(h, table)], targets, bias, odds)
+    return lambda h, table, bias, odds, targets: form(h, table, targets, bias, odds)
 
 
 def cases(dtype):

@@ -9,6 +9,7 @@ from phase1.errors import Unavailable
 from phase1.model import LanguageModel
 from phase1.roster import model_config
 from phase1.training.checkpoint import load_model, resume, save_checkpoint
+from phase1.training.micro_batch import add_gradients
 from phase1.training.step import learning_rate, make_train_state, total_steps, train, train_step
 
 TINY = EngineShape(
@@ -203,3 +204,18 @@ def test_a_training_that_ran_out_of_memory_goes_on_with_smaller_micro_batches(tm
     train(first, batch_at, STEPS)
     for a, b in zip(parameters(first), parameters(second), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("role", ["baseline", "phase1"])
+def test_gradients_that_are_added_at_once_are_those_of_backward(role):
+    model = state(role=role).model
+    ids, targets = batch_at(0)
+    model.loss(ids, targets).backward()
+    expected = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    buffers = [p.grad for p in model.parameters()]
+    for times in (2, 3):  # they are added to the same tensors
+        add_gradients(model.loss(ids, targets), model)
+        for parameter, once, buffer in zip(model.parameters(), expected, buffers, strict=True):
+            assert parameter.grad is buffer
+            if once is not None:
+                torch.testing.assert_close(parameter.grad, times * once)

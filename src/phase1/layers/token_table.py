@@ -49,10 +49,6 @@ class DenseTable(nn.Module):
         """All rows (V, D): the parameter itself, not cast to `dtype`, which the operators do."""
         return self.rows
 
-    def factors(self, hidden: Tensor, table: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The logits as one product: hidden (N, D) and `table()` (V, D)."""
-        return [(hidden, table)]
-
 
 class CoordinateBand(nn.Module):
     """Rows that are zero past their first ρ coordinates, with a smaller ρ for each level of rarer tokens."""
@@ -101,7 +97,7 @@ class TensorTrainTail(nn.Module):
 class OutputLevels(NamedTuple):
     """What the two softmaxes of a two-level output are computed from."""
 
-    factors: list[tuple[Tensor, Tensor]]  # first level: products whose results are the logits of rows and groups
+    rows: Tensor  # first level: the rows before the tail, then one a group, (V - n + G, D)
     bias: Tensor  # first level
     groups: Groups  # second level
     tail: Tensor  # second level: the rows inside the groups, (n, D)
@@ -228,18 +224,13 @@ class HTTTable(nn.Module):
         inverse = InverseIndex(*(getattr(self, f"inverse_{name}") for name in InverseIndex._fields))
         return anchored_table(own, self.weights, self.anchors, self.levels, inverse, dtype)
 
-    def factors(self, hidden: Tensor, table: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The logits as one product: hidden (N, D) and `table()` (V, D)."""
-        return [(hidden, table)]
-
-    def levels_of_output(self, hidden: Tensor, table: Tensor) -> OutputLevels:
-        """The operands of both softmaxes, for hidden (N, D) and `table()` (V, D)."""
+    def levels_of_output(self, table: Tensor) -> OutputLevels:
+        """The operands of both softmaxes, for `table()` (V, D)."""
         assert self.groups is not None
         sizes = [len(table) - self.groups.n, self.groups.n]
         (before, tail), (bias, tail_bias) = table.split(sizes), self.output_bias.split(sizes)
         rows, group_bias = self.groups.first_level(tail, tail_bias)
-        factors = [(hidden, torch.cat([before, rows]))]
-        return OutputLevels(factors, torch.cat([bias, group_bias]), self.groups, tail, tail_bias)
+        return OutputLevels(torch.cat([before, rows]), torch.cat([bias, group_bias]), self.groups, tail, tail_bias)
 
 
 def _start_std(level: Level, d_model: int) -> float:

@@ -83,11 +83,11 @@ class GraphedMicroBatch(MicroBatch):
 
 def add_gradients(objective: Tensor, model: torch.nn.Module) -> None:
     """`objective.backward()` for parameters that have gradients already: all are added to at once, in few launches."""
-    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    new = torch.autograd.grad(objective, parameters, allow_unused=True)
-    pairs = [(parameter.grad, gradient) for parameter, gradient in zip(parameters, new) if gradient is not None]
-    whole = [(old, gradient) for old, gradient in pairs if gradient.is_contiguous()]  # one that is not would split them all
+    held = [(parameter, parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
+    new = torch.autograd.grad(objective, [parameter for parameter, _ in held], allow_unused=True)
+    pairs = [(old, gradient) for (_, old), gradient in zip(held, new, strict=True) if gradient is not None]
+    whole = [(old, gradient) for old, gradient in pairs if gradient.is_contiguous()]
     torch._foreach_add_([old for old, _ in whole], [gradient for _, gradient in whole])
     for old, gradient in pairs:
-        if not gradient.is_contiguous():
+        if not gradient.is_contiguous():  # among the others it would split them all
             old.add_(gradient)

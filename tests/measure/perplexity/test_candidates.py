@@ -25,10 +25,10 @@ def test_every_variant_changes_one_thing_of_the_engine():
         assert replace(changed, **{field: getattr(ENGINE, field) for field in changes}) == ENGINE
 
 
-def test_the_transformer_with_a_copy_head_is_the_baseline_with_that_changed():
+def test_the_transformer_with_a_copy_head_is_the_baseline_with_that_changed_and_the_same_loss_in_chunks():
     run = PerplexityRun(variants=("transformer_copy",))
     baseline, changed = (candidate.config for candidate in candidates(run) if candidate.key in ("baseline", "transformer_copy"))
-    assert changed == replace(baseline, copy_head=True)
+    assert changed == replace(baseline, copy_head=True, loss="chunked")
 
 
 def test_where_even_one_layer_is_too_many_equal_parameters_says_so():

@@ -35,7 +35,7 @@ class FixedModel(torch.nn.Module):
         for token in ids.unbind(1):
             state = 0.8 * state + self.rows[token]
             states.append(state)
-        return tied_nll([(torch.stack(states, 1).flatten(0, 1), self.table)], targets.flatten()).view(targets.shape), None
+        return tied_nll(torch.stack(states, 1).flatten(0, 1), self.table, targets.flatten()).view(targets.shape), None
 
 
 def ours(ids, rolling, batch_size=3):

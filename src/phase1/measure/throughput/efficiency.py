@@ -51,8 +51,7 @@ def _counted(config: ModelConfig, batch_size: int, seq_length: int) -> int:
         if not isinstance(model, LanguageModel):
             return int(counter.get_total_flops())
         hidden, table = torch.zeros(1, 1, config.d_model), model.embedding.table(torch.float32)
-        (factors, *_), _ = model.output(hidden, table, ids[:1, :1])
-        rows = factors[-1][1]
+        (_, rows, *_), _ = model.output(hidden, table, ids[:1, :1])
         padding = -len(rows) % ALIGNMENT * rows.shape[1]  # rows of zeros, in all three products of the output
     return int(counter.get_total_flops()) - 3 * 2 * ids.numel() * padding
 

@@ -21,7 +21,7 @@ COLUMNS = 128  # of the convolution, at a time
 TILES = 32  # of BACKWARD_ROWS positions in a program of the convolution's gradient
 NORM_ROWS = 2  # of the gated norm's gradient, at a time: one warp holds a whole row
 PROGRAMS = 264  # that add up the gradients of parameters
-ANY_ROWS = (torch.Tag.flexible_layout,)  # a compiler may align rows, as it does to 128 bytes: the kernels take any stride of rows
+ANY_ROWS = (torch.Tag.flexible_layout,)  # without it a compiler that aligns rows to 128 bytes copies proj, twice a layer
 
 
 class Sizes(NamedTuple):
