@@ -149,8 +149,11 @@ class PerplexityRun(ModelShape, DataConfig, TrainConfig, OutputConfig):
     also_evaluate: tuple[str, ...] = option(
         (), "further data sets whose validation texts every model is scored on; reports in folders of their names in --out-dir"
     )
-    gpus: Literal["one", "all"] = option(
-        "one", "all trains the models side by side, one per GPU, and then goes on as one does", affects_results=False
+    gpus: tuple[str, ...] = option(
+        (),
+        "train the models side by side, each in a process of its own: all is one on every GPU, 0 0 1 two on the first at a "
+        "time and one on the second; by default one after the other",
+        affects_results=False,
     )
     checkpoint_dir: str = option("results/checkpoints", "trained models, by hash of config and data; reused by later runs")
 
@@ -159,6 +162,8 @@ class PerplexityRun(ModelShape, DataConfig, TrainConfig, OutputConfig):
         require_positive(self, "seq_length", "batch_size", "test_htt_ranks", "test_ar_ssm_ranks", "repeats")
         require_positive(self, "baseline_learning_rate")
         _names(self.model)
+        if self.gpus != ("all",) and not all(gpu.isdecimal() for gpu in self.gpus):
+            raise ValueError(f"--gpus must be all, or numbers of GPUs; got {' '.join(self.gpus)}; try --gpus all")
         if not (self.engine or self.baseline or self.variants or self.model or self.checkpoint):
             raise ValueError("--no-engine and --no-baseline leave no model; got no --variants and no --model; give one")
         for name in ("max_samples", "stride"):

@@ -142,21 +142,41 @@ def test_models_of_a_grid_train_side_by_side_as_they_would_alone(data, tmp_path,
     sizes = {"seq_length": 8, "train_tokens": 64, "train_batch_size": 4, "micro_batch_size": 4}
     run = PerplexityRun(**flags, **shape, **sizes, checkpoint_dir=str(tmp_path / "checkpoints"), out_dir=str(tmp_path / "out"))
     (corpus,) = perplexity.corpora_of(run, ("train", "valid"))
-    train_side_by_side(run, candidates(run), corpus, ["0", "1"])
+    trained_in_turn = list(train_side_by_side(run, candidates(run), corpus, ["0", "0"]))
+    assert sorted(model.key for model in trained_in_turn) == sorted(model.key for model in candidates(run))
     folders = {model.key: training_of(run, model, corpus)[0] for model in candidates(run)}
     trained = {key: (folder / INDEX).read_bytes() for key, folder in folders.items()}
     assert all(json.loads(index)["facts"]["finished"] for index in trained.values()) and len(trained) == 2
     err = capfd.readouterr().err
     assert "[baseline] trains on GPU 0" in err and "[phase1_htt2_ar4] step 2/2 100 %" in err
+    assert list(train_side_by_side(run, candidates(run), corpus, ["0"])) == candidates(run)  # nothing is left to train
+    assert "trains on GPU" not in capfd.readouterr().err
     for model in candidates(run):
         train_model(run, model, corpus)
     assert trained == {key: (folder / INDEX).read_bytes() for key, folder in folders.items()}
 
 
-def test_gpus_all_needs_gpus(data, tmp_path, capsys):
-    words = f"perplexity {SHAPE} --test-ar-ssm-ranks 4 --test-htt-ranks 2 --gpus all".split()
-    assert main([*words, *data, "--out-dir", str(tmp_path)]) == 2
-    assert "--gpus all needs one process and the GPUs that it sees; got none" in capsys.readouterr().err
+def test_models_that_a_journal_has_are_not_trained_again(data, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("phase1.measure.perplexity.side_by_side._start", lambda *_: pytest.fail("a training"))
+    flags = dict(zip(("dataset_name", "tokenizer", "cache_dir"), data[1::2]))
+    run = PerplexityRun(**flags, checkpoint_dir=str(tmp_path), d_model=16, n_heads=2, ar_ssm_min_rank=2, test_htt_ranks=(2,), test_ar_ssm_ranks=(4,))
+    models = candidates(run)
+    assert list(train_side_by_side(run, models, None, ["0"], done={model.key for model in models})) == models
+
+
+@pytest.mark.parametrize(
+    "gpus, words",
+    [
+        ("all", "--gpus all needs one process and the GPUs that it names; got 0 GPUs"),
+        ("0 0", "--gpus 0 0 needs one process and the GPUs that it names; got 0 GPUs"),
+        ("both", "--gpus must be all, or numbers of GPUs; got both"),
+        ("-1", "--gpus"),
+    ],
+)
+def test_gpus_must_be_there(data, tmp_path, capsys, gpus, words):
+    command = f"perplexity {SHAPE} --test-ar-ssm-ranks 4 --test-htt-ranks 2 --gpus {gpus}".split()
+    assert main([*command, *data, "--out-dir", str(tmp_path)]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_shard_needs_several_gpus(data, tmp_path, capsys):

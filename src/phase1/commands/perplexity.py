@@ -1,7 +1,7 @@
 """`phase1 perplexity`: train what is not trained yet, evaluate all on the same targets, compare."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -44,25 +44,27 @@ def main(run: PerplexityRun) -> int:
     folders = folders_of(run, [one.corpus.name for one in texts])
     session = Session(run, "perplexity", data=data_identity(models, texts))
     group.gate()  # until all ranks have read what is kept of an earlier run
-    if run.gpus == "all":
-        train_side_by_side(run, models, corpora[0], gpus_of_this_run())
-    kept = {model.key: session.case(model.key, list[PerplexityResult], partial(measure, run, model, texts)) for model in models}
+    ready: Iterable[ScoredModel] = models
+    if run.gpus:
+        ready = train_side_by_side(run, models, corpora[0], gpus_of_this_run(run.gpus), done=session.journal)
+    kept = {model.key: session.case(model.key, list[PerplexityResult], partial(measure, run, model, texts)) for model in ready}
     if not is_first():
         return 0
     checks = []
     for i, (scored, folder) in enumerate(zip(texts, folders, strict=True)):
-        checks += report_on(run, scored, {key: results[i] for key, results in kept.items()}, folder, session)
+        checks += report_on(run, scored, {model.key: kept[model.key][i] for model in models}, folder, session)
     session.close()
     return exit_code(checks)
 
 
-def gpus_of_this_run() -> list[str]:
-    """The GPUs of --gpus all. Raises ValueError where there is none, or a process has one already."""
+def gpus_of_this_run(asked: tuple[str, ...]) -> list[str]:
+    """The GPUs of --gpus, as CUDA_VISIBLE_DEVICES names them. ValueError for one that is not there, and under torchrun."""
     gpus = visible_gpus()
-    if group.together() or not gpus:
-        got = f"{group.size()} ranks of torchrun" if group.together() else "none"
-        raise ValueError(f"--gpus all needs one process and the GPUs that it sees; got {got}; leave it out")
-    return gpus
+    wanted = range(max(1, len(gpus))) if asked == ("all",) else [int(gpu) for gpu in asked]
+    if group.together() or max(wanted) >= len(gpus):
+        got = f"{group.size()} ranks of torchrun" if group.together() else f"{len(gpus)} GPUs"
+        raise ValueError(f"--gpus {' '.join(asked)} needs one process and the GPUs that it names; got {got}; leave it out")
+    return [gpus[gpu] for gpu in wanted]
 
 
 def corpora_of(run: PerplexityRun, need: tuple[str, ...]) -> list[Corpus]:

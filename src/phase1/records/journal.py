@@ -53,7 +53,7 @@ class Journal:
         atomic_write(self.path, (json.dumps(content, allow_nan=False) + "\n").encode())
         return value
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self._cases
 
     def close(self) -> None:

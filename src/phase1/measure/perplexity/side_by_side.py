@@ -1,4 +1,4 @@
-"""The trainings of a perplexity run, one model a GPU, each a `phase1 train` of its own."""
+"""The trainings of a perplexity run side by side on its GPUs, each a `phase1 train` of its own."""
 
 import os
 import shlex
@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import IO
@@ -22,33 +22,38 @@ from phase1.training.checkpoint import INDEX, read_index
 LOOK_SECONDS = 0.2
 
 
-def train_side_by_side(run: PerplexityRun, models: Sequence[ScoredModel], corpus: Corpus, gpus: Sequence[str]) -> None:
-    """Train what is not trained yet of `models`, on `gpus` as CUDA_VISIBLE_DEVICES names them, one model on each at a time.
+def train_side_by_side(
+    run: PerplexityRun, models: Sequence[ScoredModel], corpus: Corpus, gpus: Sequence[str], done: Container[str] = ()
+) -> Iterator[ScoredModel]:
+    """All `models`, each as soon as it is trained; those in training run on, on `gpus` as CUDA_VISIBLE_DEVICES names them.
 
-    A model of the user's own trains afterwards, when it is asked for. Who asks for the others then finds their checkpoints; one
-    that failed is tried again there, and says why. When this is interrupted the trainings are too: each ends with a checkpoint
-    to go on from.
+    Each of `gpus` has one training at a time; a GPU named twice has two. Models called in `done` are not trained. A model of
+    the user's own trains where it is asked for, and one that failed is tried again there, and says why. When this is
+    interrupted the trainings are too: each ends with a checkpoint to go on from.
     """
-    ours = [model for model in models if model.checkpoint is None and model.config.model is None]
-    waiting = [model for model in ours if not _finished(run, model, corpus)]
-    free, running = list(gpus), dict[str, tuple[ScoredModel, subprocess.Popen[str]]]()
+    waiting = [model for model in models if _to_train(run, model, corpus, done)]
+    yield from (model for model in models if model not in waiting and model.config.model is None)
+    free, running = list(gpus), dict[int, tuple[str, ScoredModel, subprocess.Popen[str]]]()
     try:
         while waiting or running:
+            ended = [number for number, (_, _, process) in running.items() if process.poll() is not None]
+            finished = [running.pop(number) for number in ended]
+            free += [gpu for gpu, _, _ in finished]
             while free and waiting:
                 gpu, model = free.pop(0), waiting.pop(0)
-                running[gpu] = model, _start(train_command(run, model, corpus), model.key, gpu)
-            for gpu, (model, process) in list(running.items()):
-                if process.poll() is not None:
-                    del running[gpu]
-                    free.append(gpu)
-                    how = "is trained" if process.returncode == 0 else f"ended with exit status {process.returncode}"
-                    print(f"[{model.key}] {how}; {len(waiting)} wait, {len(running)} train", file=sys.stderr, flush=True)
+                process = _start(train_command(run, model, corpus), model.key, gpu)
+                running[process.pid] = gpu, model, process
+            for _, model, process in finished:
+                how = "is trained" if process.returncode == 0 else f"ended with exit status {process.returncode}"
+                print(f"[{model.key}] {how}; {len(waiting)} wait, {len(running)} train", file=sys.stderr, flush=True)
+                yield model
             time.sleep(LOOK_SECONDS)
     finally:
-        for _, process in running.values():
+        for _, _, process in running.values():
             process.terminate()
-        for _, process in running.values():
+        for _, _, process in running.values():
             process.wait()
+    yield from (model for model in models if model.config.model is not None)
 
 
 def train_command(run: PerplexityRun, model: ScoredModel, corpus: Corpus) -> TrainRun:
@@ -59,9 +64,11 @@ def train_command(run: PerplexityRun, model: ScoredModel, corpus: Corpus) -> Tra
     return TrainRun(**settings, seq_length=run.seq_length, out_dir=str(folder), eval_every=0)
 
 
-def _finished(run: PerplexityRun, model: ScoredModel, corpus: Corpus) -> bool:
+def _to_train(run: PerplexityRun, model: ScoredModel, corpus: Corpus, done: Container[str]) -> bool:
+    if model.key in done or model.checkpoint is not None or model.config.model is not None:
+        return False
     folder, _ = training_of(run, model, corpus)
-    return (folder / INDEX).exists() and bool(read_index(folder)["facts"].get("finished"))
+    return not ((folder / INDEX).exists() and read_index(folder)["facts"].get("finished"))
 
 
 def _start(command: TrainRun, key: str, gpu: str) -> "subprocess.Popen[str]":
