@@ -18,9 +18,9 @@ test: .venv/installed-test
 test-hf: .venv/installed-test-hf
 	$(BIN)/pytest -q tests/hf
 
-# Results that survive: 1,000 SIGKILLs at random moments, where `make test` does 60.
+# Results that survive: 1,000 SIGKILLs at random moments, where `make test` does 60; kernels compiled for more cards.
 torture: .venv/installed-test
-	PHASE1_TORTURE=1000 $(BIN)/pytest -q tests/test_killed.py
+	PHASE1_TORTURE=1000 $(BIN)/pytest -q tests/test_killed.py tests/ops/test_compile_ahead.py
 
 # What documents show of records, flags and fields; tests compare.
 documents: .venv/installed

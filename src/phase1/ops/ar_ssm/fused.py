@@ -148,6 +148,7 @@ def fused_backward(
         proj, dt_bias, A_log, gate_bias, gate_weight, gate, g.dt, g.log_a, d_gate_u, d_gate_v,
         d_mean if d_mean is not None else proj, 1 / max(1, n * s.R), d_proj, gate_sums, n, s.T, *strides, **_gate_blocks(s),
         TOTAL=sum(sizes[3:8]), MEAN_USED=d_mean is not None, num_warps=4,
+        num_stages=3 if s.R <= 64 else 1,  # Ampere and Ada have 99 KiB of shared memory
     )  # fmt: skip
     d_past = torch.empty_like(past_conv) if past_conv is not None else proj.new_empty(0)
     stretches = triton.cdiv(s.T + (TAPS - 1 if past_conv is not None else 0), BACKWARD_ROWS * TILES)

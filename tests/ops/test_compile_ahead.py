@@ -1,0 +1,26 @@
+"""The kernels fit cards that are not here: compiled ahead for Ampere, Ada and Hopper."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+KIB = 1024
+MOST = {86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB}  # shared memory of a program, CUDA C++ Programming Guide, table 30
+DEFAULT = "R 32, P 64, FP16"
+CASES = [(86, ())] + [(capability, (DEFAULT,)) for capability in (89, 90) if os.environ.get("PHASE1_TORTURE")]
+
+
+@pytest.mark.parametrize("capability, cases", CASES)
+def test_every_kernel_compiles_within_the_shared_memory_of_the_card(capability, cases):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("ahead.py")
+    done = subprocess.run([sys.executable, script, str(capability), *cases], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    kernels = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
+    assert len({name for name, _, _ in kernels}) >= (16 if cases else 24)
+    too_large = [(name, int(shared), sizes) for name, shared, sizes in kernels if int(shared) > MOST[capability]]
+    assert not too_large
