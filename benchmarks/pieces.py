@@ -48,6 +48,7 @@ class Training:
     micro: int | None = None
     capped: bool = True
     compile: bool = False
+    graphs: bool = True
     shape: EngineShape = field(default_factory=EngineShape)
     overrides: dict[str, Any] = field(default_factory=dict)
 
@@ -61,7 +62,7 @@ def speed(case: Training, limit: int) -> dict[str, Any]:
     if case.capped:
         cap_memory(model, limit)
     torch.manual_seed(0)
-    config = TrainConfig(compile=case.compile, cuda_graphs=True, piece_length=case.piece_length)
+    config = TrainConfig(compile=case.compile, cuda_graphs=case.graphs, piece_length=case.piece_length)
     state = make_train_state(LanguageModel(model), config, "cuda")
     ids, targets = random_batch(model.vocab_size, case.B, case.T, "cuda")
     size = case.micro or case.B
@@ -108,9 +109,9 @@ CASES: dict[str, Case] = {
     "1M": partial(speed, Training(1, 2**20, 4096)),
     "1M_8k": partial(speed, Training(1, 2**20, 8192)),
     "1M_two_level": partial(speed, Training(1, 2**20, 4096, overrides=TWO_LEVEL)),
-    "16M": partial(speed, Training(1, 2**24, 4096)),
+    "16M": partial(speed, Training(1, 2**24, 8192, compile=True, graphs=False)),
     "whole_64x512_compiled": partial(speed, Training(64, 512, capped=False, compile=True)),
-    "1M_compiled": partial(speed, Training(1, 2**20, 4096, compile=True)),
+    "1M_compiled": partial(speed, Training(1, 2**20, 8192, compile=True, graphs=False)),
     "large_uncapped": partial(speed, Training(64, 512, capped=False, shape=LARGE)),
     "large_micro": partial(speed, Training(64, 512, micro=8, shape=LARGE)),
     "large_pieces": partial(speed, Training(1, 32768, 4096, shape=LARGE)),
