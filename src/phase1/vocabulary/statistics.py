@@ -198,7 +198,7 @@ def neighbour_vectors(
 
     generator = torch.Generator().manual_seed(seed)
     width = min(dim + OVERSAMPLING, *table.shape)
-    start = torch.randn(2 * contexts, width, generator=generator, dtype=torch.float64).to(device)
+    start = torch.randn(table.shape[1], width, generator=generator, dtype=torch.float64).to(device)
     basis = torch.linalg.qr(times(start)).Q
     for _ in range(SUBSPACE_ITERATIONS):
         basis = torch.linalg.qr(times(torch.linalg.qr(transposed_times(basis)).Q)).Q
