@@ -1,0 +1,86 @@
+"""The table of targets: what was set as a number before it was measured, what the records say, and whether it holds."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from phase1.tables.rows import benchmark, value_at
+from phase1.tables.table import Column, Table
+
+COLUMNS = (Column("What"), Column("Required"), Column("Goal"), Column("Measured"), Column("Verdict"))
+NOT_MEASURED = "not measured"
+
+
+def targets_table(folder: Path, entry: dict[str, Any]) -> Table:
+    """The table of the `targets` that `entry` lists, of records in `folder`.
+
+    A target has `what`, a limit `at_least` or `at_most`, perhaps a `goal` beyond it and a `unit`, and places of its `value`.
+    With places `over` it is the ratio of the two; with `percent`, how many percent the value is above the other. Of several
+    places, as many on both sides, it is the geometric mean. A place is a `record` and the dotted `key` of a number in it, or of
+    a number in the one row of its `rows` that has all `where` says; `scale` multiplies the number.
+    Raises ValueError (one line) for a place that fits no row or several.
+    """
+    rows = tuple(_row(folder, target) for target in entry["targets"])
+    return Table(entry["name"], entry["caption"], "", COLUMNS, rows)
+
+
+def _row(folder: Path, target: dict[str, Any]) -> tuple[str, str, str | None, str, str]:
+    least = "at_least" in target
+    limit, unit = target["at_least" if least else "at_most"], target.get("unit", "")
+    sign = "≥" if least else "≤"
+    value = _value(folder, target)
+    goal = f"{sign} {_text(target['goal'], unit)}" if "goal" in target else None
+    if value is None:
+        return target["what"], f"{sign} {_text(limit, unit)}", goal, NOT_MEASURED, NOT_MEASURED
+    held = value >= limit if least else value <= limit
+    return target["what"], f"{sign} {_text(limit, unit)}", goal, _text(value, unit), "PASS" if held else "FAIL"
+
+
+def _value(folder: Path, target: dict[str, Any]) -> float | None:
+    """The number of a target, None if a record or a row of it is not there."""
+    values = _numbers(folder, target["value"])
+    others = _numbers(folder, target["over"]) if "over" in target else [1.0] * len(values)
+    if not values or None in values or None in others:
+        return None
+    ratios = [value / other for value, other in zip(values, others, strict=True) if value is not None and other is not None]
+    mean = ratios[0] if len(ratios) == 1 else math.exp(sum(map(math.log, ratios)) / len(ratios))
+    return 100 * (mean - 1) if target.get("percent") else mean
+
+
+def _numbers(folder: Path, places: Any) -> list[float | None]:
+    return [_number(folder, place) for place in (places if isinstance(places, list) else [places])]
+
+
+def _number(folder: Path, place: dict[str, Any]) -> float | None:
+    path = folder / place["record"]
+    if not path.exists():
+        return None
+    found = benchmark(path)
+    if "where" in place:
+        rows = [row for row in value_at(found, place["rows"]) if _fits(row, place["where"])]
+        if len(rows) > 1:
+            raise ValueError(f"{place['record']}: expected one row where {place['where']}; got {len(rows)}; say more of it")
+        if not rows:
+            return None
+        found = rows[0]
+    value = _at(found, place["key"])
+    return None if value is None else float(value) * place.get("scale", 1)
+
+
+def _fits(row: Any, where: dict[str, Any]) -> bool:
+    """Whether a row has all that `where` says; a table must be equal, so {} is one without settings."""
+    return all(_at(row, key) == value for key, value in where.items())
+
+
+def _at(content: Any, key: str) -> Any:
+    """What is at a dotted key, None if nothing is."""
+    for part in key.split("."):
+        if not isinstance(content, dict):
+            return None
+        content = content.get(part)
+    return content
+
+
+def _text(number: float, unit: str) -> str:
+    rounded = f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"
+    return f"{rounded} {unit}".strip()
