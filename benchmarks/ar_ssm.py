@@ -1,20 +1,27 @@
-"""Time of every kernel of the fused AR-SSM operator, forward and backward, at several shapes: python benchmarks/ar_ssm.py
+"""Time of every kernel of the fused AR-SSM operator, forward and backward, at several shapes, and of a whole mixer layer.
 
-Needs a GPU; the operator is checked against float64 first. Writes ar_ssm.json into --out-dir.
+    python benchmarks/ar_ssm.py
+
+The core is the semiseparable part with its window; the layer has both projections too, and is replayed as a CUDA graph. Needs a
+GPU; the operator is checked against float64 first. Writes ar_ssm.json into --out-dir.
 """
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from phase1.layers.ar_ssm import ARSSM
 from phase1.machine.environment import current_command, environment
 from phase1.ops.ar_ssm import fused_ar_ssm, self_check
 
 SHAPES = ((64, 512), (4, 8192), (1, 131072))
-REPEATS = 5
+REPEATS, GRAPH_REPEATS = 5, 20
+CORE = ("state_kernel", "carry_kernel", "forward_kernel", "far_backward", "near_backward")
+HEADS = 8
 
 
 def main() -> None:
@@ -30,9 +37,15 @@ def main() -> None:
         for B, T in SHAPES:
             kernels = times(B, T, R, options.head_dim, options.window, device)
             total = sum(kernels.values())
-            rows.append({"rank": R, "batch_size": B, "seq_length": T, "worst_error": error, "microseconds": kernels})
-            per_token = 1e3 * total / (B * T)
-            print(f"R {R}, {B} x {T}: {total:.0f} µs, {per_token:.2f} ns a token, error {error:.1e}", flush=True)
+            core = sum(spent for name, spent in kernels.items() if name.startswith(CORE))
+            row = {"rank": R, "batch_size": B, "seq_length": T, "worst_error": error, "total_us": total, "core_us": core}
+            row |= {"core_ns_per_token": 1e3 * core / (B * T), "layer_ms": layer_ms(B, T, R, options.head_dim, options.window)}
+            rows.append(row | {"microseconds": kernels})
+            print(
+                f"R {R}, {B} x {T}: kernels {total:.0f} µs, core {core:.0f} µs, {row['core_ns_per_token']:.2f} ns a token, "
+                f"layer {row['layer_ms']:.3f} ms, error {error:.1e}",
+                flush=True,
+            )
     settings = {name: value for name, value in vars(options).items() if name != "out_dir"}
     facts = {"environment": environment(), "command": current_command(), "options": settings, "rows": rows}
     file = Path(options.out_dir) / "ar_ssm.json"
@@ -42,8 +55,8 @@ def main() -> None:
 
 def times(B: int, T: int, R: int, P: int, window: int, device: torch.device) -> dict[str, float]:
     """Microseconds of each kernel of one forward and backward pass in FP16."""
-    proj, p = self_check.operands(B, T, 8, R, P, 64, 8, torch.float16, device)
-    weights = torch.randn(B, T, 8 * P, device=device, dtype=torch.float16)
+    proj, p = self_check.operands(B, T, HEADS, R, P, 64, 8, torch.float16, device)
+    weights = torch.randn(B, T, HEADS * P, device=device, dtype=torch.float16)
 
     def step() -> None:
         out, _, _ = fused_ar_ssm(proj, p, window=window, memory=1000.0)
@@ -62,6 +75,39 @@ def times(B: int, T: int, R: int, P: int, window: int, device: torch.device) -> 
             name = event.name.split("(")[0][:60]
             kernels[name] = kernels.get(name, 0.0) + event.device_time / REPEATS
     return kernels
+
+
+def layer_ms(B: int, T: int, R: int, P: int, window: int) -> float:
+    """Milliseconds of a mixer layer with its projections, forward and backward in FP16 autocast, as a CUDA graph."""
+    torch.manual_seed(0)
+    layer = ARSSM(HEADS * P, HEADS, R, min(8, R), window, 512).cuda()
+    h = torch.randn(B, T, HEADS * P, device="cuda", dtype=torch.float16).requires_grad_()
+    weights = torch.randn_like(h)
+    leaves = [h, *layer.parameters()]
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.float16, cache_enabled=False):
+            out = layer(h)[0]
+        torch.autograd.grad(out, leaves, weights, allow_unused=True)
+
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    spent = []
+    for _ in range(GRAPH_REPEATS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        spent.append(begin.elapsed_time(end))
+    return statistics.median(spent)
 
 
 if __name__ == "__main__":

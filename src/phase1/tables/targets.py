@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from phase1.tables.rows import benchmark, value_at
+from phase1.tables.rows import benchmark
 from phase1.tables.table import Column, Table
 
 COLUMNS = (Column("What"), Column("Required"), Column("Goal"), Column("Measured"), Column("Verdict"))
@@ -16,8 +16,9 @@ def targets_table(folder: Path, entry: dict[str, Any]) -> Table:
 
     A target has `what`, a limit `at_least` or `at_most`, perhaps a `goal` beyond it and a `unit`, and places of its `value`.
     With places `over` it is the ratio of the two; with `percent`, how many percent the value is above the other. Of several
-    places, as many on both sides, it is the geometric mean. A place is a `record` and the dotted `key` of a number in it, or of
-    a number in the one row of its `rows` that has all `where` says; `scale` multiplies the number.
+    places, as many on both sides, it is the geometric mean. A place is a `record` and the dotted `key` of a number in it, or
+    in the one row of its `rows` that has all `where` says and begins as `starts` says; of several rows the `least` number, if
+    that is true. `scale` multiplies it.
     Raises ValueError (one line) for a place that fits no row or several.
     """
     rows = tuple(_row(folder, target) for target in entry["targets"])
@@ -56,20 +57,20 @@ def _number(folder: Path, place: dict[str, Any]) -> float | None:
     if not path.exists():
         return None
     found = benchmark(path)
-    if "where" in place:
-        rows = [row for row in value_at(found, place["rows"]) if _fits(row, place["where"])]
-        if len(rows) > 1:
-            raise ValueError(f"{place['record']}: expected one row where {place['where']}; got {len(rows)}; say more of it")
-        if not rows:
-            return None
-        found = rows[0]
-    value = _at(found, place["key"])
-    return None if value is None else float(value) * place.get("scale", 1)
+    if "rows" not in place:
+        values = [_at(found, place["key"])]
+    else:
+        values = [_at(row, place["key"]) for row in _at(found, place["rows"]) or [] if _fits(row, place)]
+    values = [float(value) for value in values if value is not None]
+    if len(values) > 1 and not place.get("least"):
+        raise ValueError(f"{place['record']}: expected one row where {place['where']}; got {len(values)}; say more of it")
+    return min(values) * place.get("scale", 1) if values else None
 
 
-def _fits(row: Any, where: dict[str, Any]) -> bool:
-    """Whether a row has all that `where` says; a table must be equal, so {} is one without settings."""
-    return all(_at(row, key) == value for key, value in where.items())
+def _fits(row: Any, place: dict[str, Any]) -> bool:
+    """Whether a place means a row; a table in `where` must be equal, so {} is one without settings."""
+    begins = all(str(_at(row, key)).startswith(text) for key, text in place.get("starts", {}).items())
+    return begins and all(_at(row, key) == value for key, value in place["where"].items())
 
 
 def _at(content: Any, key: str) -> Any:
