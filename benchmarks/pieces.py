@@ -78,6 +78,9 @@ def speed(case: Training, limit: int) -> dict[str, Any]:
         loss = train_step(state, batch).item()
         seconds.append(time.perf_counter() - began)
     return {
+        "B": case.B,
+        "T": case.T,
+        "capped": case.capped,
         "seconds": seconds,
         "tokens_per_s": case.B * case.T / sorted(seconds)[len(seconds) // 2],
         "loss": loss,

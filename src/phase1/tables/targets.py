@@ -17,8 +17,8 @@ def targets_table(folder: Path, entry: dict[str, Any]) -> Table:
     A target has `what`, a limit `at_least` or `at_most`, perhaps a `goal` beyond it and a `unit`, and places of its `value`.
     With places `over` it is the ratio of the two; with `percent`, how many percent the value is above the other. Of several
     places, as many on both sides, it is the geometric mean. A place is a `record` and the dotted `key` of a number in it, or
-    in the one row of its `rows` that has all `where` says and begins as `starts` says; of several rows the `least` number, if
-    that is true. `scale` multiplies it.
+    in the one row of its `rows` that has all that `where` says and begins as `starts` says; of several rows the "least" or
+    the "most", as `pick` says. `scale` multiplies it.
     Raises ValueError (one line) for a place that fits no row or several.
     """
     rows = tuple(_row(folder, target) for target in entry["targets"])
@@ -60,11 +60,14 @@ def _number(folder: Path, place: dict[str, Any]) -> float | None:
     if "rows" not in place:
         values = [_at(found, place["key"])]
     else:
-        values = [_at(row, place["key"]) for row in _at(found, place["rows"]) or [] if _fits(row, place)]
+        rows = _at(found, place["rows"]) or []
+        rows = rows.values() if isinstance(rows, dict) else rows
+        values = [_at(row, place["key"]) for row in rows if _fits(row, place)]
     values = [float(value) for value in values if value is not None]
-    if len(values) > 1 and not place.get("least"):
+    if len(values) > 1 and "pick" not in place:
         raise ValueError(f"{place['record']}: expected one row where {place['where']}; got {len(values)}; say more of it")
-    return min(values) * place.get("scale", 1) if values else None
+    pick = max if place.get("pick") == "most" else min
+    return pick(values) * place.get("scale", 1) if values else None
 
 
 def _fits(row: Any, place: dict[str, Any]) -> bool:
@@ -74,8 +77,8 @@ def _fits(row: Any, place: dict[str, Any]) -> bool:
 
 
 def _at(content: Any, key: str) -> Any:
-    """What is at a dotted key, None if nothing is."""
-    for part in key.split("."):
+    """What is at a dotted key, None if nothing is; "" is all of it."""
+    for part in filter(None, key.split(".")):
         if not isinstance(content, dict):
             return None
         content = content.get(part)
