@@ -18,7 +18,7 @@ from phase1.ops.rotary.kernel import write_angles
 ROWS, BACKWARD_ROWS = 16, 8  # positions of a tile in front of the core, and in its backward pass
 GATE_ROWS = 32  # tokens of a tile of the gate
 COLUMNS = 128  # of the convolution, at a time
-TILES = 32  # of BACKWARD_ROWS positions in a program of the convolution's gradient
+CONV_ROWS = 64  # positions of a program of the convolution's gradient: a multiple of 4
 NORM_ROWS = 2  # of the gated norm's gradient, at a time: one warp holds a whole row
 PROGRAMS = 264  # that add up the gradients of parameters
 ANY_ROWS = (torch.Tag.flexible_layout,)  # without it a compiler that aligns rows to 128 bytes copies proj, twice a layer
@@ -151,12 +151,12 @@ def fused_backward(
         num_stages=3 if s.R <= 64 else 1,  # Ampere and Ada have 99 KiB of shared memory
     )  # fmt: skip
     d_past = torch.empty_like(past_conv) if past_conv is not None else proj.new_empty(0)
-    stretches = triton.cdiv(s.T + (TAPS - 1 if past_conv is not None else 0), BACKWARD_ROWS * TILES)
+    stretches = triton.cdiv(s.T + (TAPS - 1 if past_conv is not None else 0), CONV_ROWS)
     conv_sums = wide(s.B * stretches, (TAPS + 1) * s.conv)
     columns = triton.cdiv(D, COLUMNS) + 2 * triton.cdiv(s.H * s.R, COLUMNS)
     conv_backward_kernel[(stretches, columns, s.B)](
         g.u, g.v, g.x, proj, first, d_proj, d_past, conv_weight, conv_sums, s.T, L, *strides,
-        H=s.H, R=s.R, P=s.P, BC=COLUMNS, BT=BACKWARD_ROWS, TILES=TILES, PAST=past_conv is not None, num_warps=4,
+        H=s.H, R=s.R, P=s.P, BC=COLUMNS, ROWS=CONV_ROWS, PAST=past_conv is not None, num_warps=1,
     )  # fmt: skip
     flat = sums_of_rows((conv_sums, scale_sums, gate_sums, norm_sums, g.scale_and_skip))
     if not window:

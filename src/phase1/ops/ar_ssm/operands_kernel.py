@@ -244,13 +244,88 @@ def operands_backward_kernel(  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
+@triton.jit
+def _input_row(proj, past, t, T, stride, columns, mc, CONV: tl.constexpr, PAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The convolution's input at position t, float32: zero from T on, and before 0, but for the 3 rows of `past`."""
+    row = tl.load(proj + t * stride + columns, mask=_if((t >= 0) & (t < T), mc), other=0.0).to(tl.float32)
+    if PAST:
+        early = _if((t < 0) & (t >= 1 - TAPS), mc)
+        row += tl.load(past + (t + TAPS - 1) * CONV + columns, mask=early, other=0.0).to(tl.float32)
+    return row
+
+
+@triton.jit
+def _if(here, mc):  # type: ignore[no-untyped-def]
+    """The mask `mc` where a number is true, else nothing; the interpreter takes no product of a number and a mask for one."""
+    return tl.where(here, mc, mc != mc)
+
+
+@triton.jit
+def _gradient_row(d, t, T, step, mc):  # type: ignore[no-untyped-def]
+    """Row t of `step` numbers, from the columns' pointers `d`; zero outside of the T positions."""
+    return tl.load(d + t * step, mask=_if((t >= 0) & (t < T), mc), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _conv_backward(  # type: ignore[no-untyped-def]
+    d, step: tl.constexpr, proj, past, d_proj, d_past, weight, sums, columns, mc, begin, b, T, stride, d_stride,
+    CONV: tl.constexpr, ROWS: tl.constexpr, PAST: tl.constexpr,
+):  # fmt: skip
+    """For columns whose gradients begin at `d` and are `step` numbers apart from row to row; ROWS positions from `begin` on.
+
+    Rows pass through registers, each read once: 4 rows of gradients, from t to t + 3, and of inputs, from t - 3 to t.
+    """
+    w0 = tl.load(weight + columns, mask=mc, other=0.0).to(tl.float32)
+    w1 = tl.load(weight + CONV + columns, mask=mc, other=0.0).to(tl.float32)
+    w2 = tl.load(weight + 2 * CONV + columns, mask=mc, other=0.0).to(tl.float32)
+    w3 = tl.load(weight + 3 * CONV + columns, mask=mc, other=0.0).to(tl.float32)
+    a0 = tl.zeros([columns.shape[0]], tl.float32)
+    a1 = tl.zeros([columns.shape[0]], tl.float32)
+    a2 = tl.zeros([columns.shape[0]], tl.float32)
+    a3 = tl.zeros([columns.shape[0]], tl.float32)
+    a4 = tl.zeros([columns.shape[0]], tl.float32)
+    p3 = _input_row(proj, past, begin - 3, T, stride, columns, mc, CONV, PAST)
+    p2 = _input_row(proj, past, begin - 2, T, stride, columns, mc, CONV, PAST)
+    p1 = _input_row(proj, past, begin - 1, T, stride, columns, mc, CONV, PAST)
+    d0 = _gradient_row(d, begin, T, step, mc)
+    d1 = _gradient_row(d, begin + 1, T, step, mc)
+    d2 = _gradient_row(d, begin + 2, T, step, mc)
+    for i in range(0, ROWS, 4):
+        t = begin + i
+        e0 = _gradient_row(d, t + 3, T, step, mc)  # of four rows at once, so that the next ones are on their way
+        e1 = _gradient_row(d, t + 4, T, step, mc)
+        e2 = _gradient_row(d, t + 5, T, step, mc)
+        e3 = _gradient_row(d, t + 6, T, step, mc)
+        q0 = _input_row(proj, past, t, T, stride, columns, mc, CONV, PAST)
+        q1 = _input_row(proj, past, t + 1, T, stride, columns, mc, CONV, PAST)
+        q2 = _input_row(proj, past, t + 2, T, stride, columns, mc, CONV, PAST)
+        q3 = _input_row(proj, past, t + 3, T, stride, columns, mc, CONV, PAST)
+        _put_row(d_proj, d_past, b, t, T, d_stride, columns, mc, d0 * w3 + d1 * w2 + d2 * w1 + e0 * w0, CONV, PAST)
+        _put_row(d_proj, d_past, b, t + 1, T, d_stride, columns, mc, d1 * w3 + d2 * w2 + e0 * w1 + e1 * w0, CONV, PAST)
+        _put_row(d_proj, d_past, b, t + 2, T, d_stride, columns, mc, d2 * w3 + e0 * w2 + e1 * w1 + e2 * w0, CONV, PAST)
+        _put_row(d_proj, d_past, b, t + 3, T, d_stride, columns, mc, e0 * w3 + e1 * w2 + e2 * w1 + e3 * w0, CONV, PAST)
+        a0 += d0 * p3 + d1 * p2 + d2 * p1 + e0 * q0
+        a1 += d0 * p2 + d1 * p1 + d2 * q0 + e0 * q1
+        a2 += d0 * p1 + d1 * q0 + d2 * q1 + e0 * q2
+        a3 += d0 * q0 + d1 * q1 + d2 * q2 + e0 * q3
+        a4 += d0 + d1 + d2 + e0
+        p3, p2, p1 = q1, q2, q3
+        d0, d1, d2 = e1, e2, e3
+    sums += columns
+    tl.store(sums, a0, mask=mc)
+    tl.store(sums + CONV, a1, mask=mc)
+    tl.store(sums + 2 * CONV, a2, mask=mc)
+    tl.store(sums + 3 * CONV, a3, mask=mc)
+    tl.store(sums + 4 * CONV, a4, mask=mc)
+
+
 @triton.jit(do_not_specialize=["T", "L"])
 def conv_backward_kernel(  # type: ignore[no-untyped-def]
     du, dv, dx, proj, past, d_proj, d_past, weight, sums, T, L, stride_b, stride: tl.constexpr, d_stride_b,
-    d_stride: tl.constexpr, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr,
-    TILES: tl.constexpr, PAST: tl.constexpr,
+    d_stride: tl.constexpr, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr,
+    PAST: tl.constexpr,
 ):  # fmt: skip
-    """From the gradients of its output, d input = Σ_j weight_j d_{t+3-j}, for BC columns and TILES tiles of BT positions.
+    """From the gradients of its output, d input_t = Σ_j weight_j d_{t+3-j}, for BC columns and ROWS positions in a row.
 
     `sums` (programs, 5 CONV): what they add to the gradients of the taps and of the bias. Columns run over x, then u and v,
     each padded to whole blocks.
@@ -260,63 +335,36 @@ def conv_backward_kernel(  # type: ignore[no-untyped-def]
     NX: tl.constexpr = (H * P + BC - 1) // BC
     NU: tl.constexpr = (H * R + BC - 1) // BC
     o = tl.arange(0, BC)
-    if i_c < NX:
-        inside = i_c * BC + o
-        mc, columns = inside < H * P, inside
-        d = dx + ((b * H + inside // P) * L + L - T) * P + inside % P
-        step = P
-    else:
-        inside = ((i_c - NX) % NU) * BC + o
-        mc = inside < H * R
-        o_u = (b * H + inside // R) * T * R + inside % R
-        step = R
-        if i_c < NX + NU:
-            columns = H * P + inside
-            d = du + o_u
-        else:
-            columns = H * P + H * R + inside
-            d = dv + o_u
-    begin = i_s.to(tl.int64) * TILES * BT
+    begin = i_s.to(tl.int64) * ROWS
     if PAST:
         begin -= TAPS - 1
     proj += b * stride_b
     past += b * (TAPS - 1) * CONV
-    w0 = tl.load(weight + columns, mask=mc, other=0.0).to(tl.float32)[None, :]
-    w1 = tl.load(weight + CONV + columns, mask=mc, other=0.0).to(tl.float32)[None, :]
-    w2 = tl.load(weight + 2 * CONV + columns, mask=mc, other=0.0).to(tl.float32)[None, :]
-    w3 = tl.load(weight + 3 * CONV + columns, mask=mc, other=0.0).to(tl.float32)[None, :]
-    a0 = tl.zeros([BT, BC], tl.float32)
-    a1 = tl.zeros([BT, BC], tl.float32)
-    a2 = tl.zeros([BT, BC], tl.float32)
-    a3 = tl.zeros([BT, BC], tl.float32)
-    a4 = tl.zeros([BT, BC], tl.float32)
-    for i in range(TILES):
-        t = begin + i * BT + tl.arange(0, BT)
-        m = t < T
-        if PAST:
-            m = m & (t >= 0)
-        b_d = _row_of(d, t, T, step, mc)
-        d_in = b_d * w3 + _row_of(d, t + 1, T, step, mc) * w2 + _row_of(d, t + 2, T, step, mc) * w1
-        d_in += _row_of(d, t + 3, T, step, mc) * w0
-        a0 += b_d * _shifted(proj, past, t - 3, m, T, stride, columns, mc, CONV, PAST)
-        a1 += b_d * _shifted(proj, past, t - 2, m, T, stride, columns, mc, CONV, PAST)
-        a2 += b_d * _shifted(proj, past, t - 1, m, T, stride, columns, mc, CONV, PAST)
-        a3 += b_d * _shifted(proj, past, t, m, T, stride, columns, mc, CONV, PAST)
-        a4 += b_d
-        _put(d_proj, b * d_stride_b + t[:, None] * d_stride + columns[None, :], m[:, None] & mc[None, :], d_in)
-        if PAST:
-            early = ((t < 0) & (t >= 1 - TAPS))[:, None] & mc[None, :]
-            _put(d_past, (b * (TAPS - 1) + t + TAPS - 1)[:, None] * CONV + columns[None, :], early, d_in)
-    sums += (b * tl.num_programs(0) + i_s) * (TAPS + 1) * CONV + columns
-    tl.store(sums, tl.sum(a0, 0), mask=mc)
-    tl.store(sums + CONV, tl.sum(a1, 0), mask=mc)
-    tl.store(sums + 2 * CONV, tl.sum(a2, 0), mask=mc)
-    tl.store(sums + 3 * CONV, tl.sum(a3, 0), mask=mc)
-    tl.store(sums + 4 * CONV, tl.sum(a4, 0), mask=mc)
+    d_proj += b * d_stride_b
+    sums += (b * tl.num_programs(0) + i_s) * (TAPS + 1) * CONV
+    if i_c < NX:
+        inside = i_c * BC + o
+        d = dx + ((b * H + inside // P) * L + L - T) * P + inside % P
+        _conv_backward(
+            d, P, proj, past, d_proj, d_past, weight, sums, inside, inside < H * P, begin, b, T, stride, d_stride,
+            CONV, ROWS, PAST,
+        )  # fmt: skip
+    else:
+        inside = ((i_c - NX) % NU) * BC + o
+        columns = H * P + inside + (0 if i_c < NX + NU else H * R)
+        d = (du if i_c < NX + NU else dv) + (b * H + inside // R) * T * R + inside % R
+        _conv_backward(
+            d, R, proj, past, d_proj, d_past, weight, sums, columns, inside < H * R, begin, b, T, stride, d_stride,
+            CONV, ROWS, PAST,
+        )  # fmt: skip
 
 
 @triton.jit
-def _row_of(d, t, T, step, mc):  # type: ignore[no-untyped-def]
-    """Rows t of `step` numbers, from the columns' pointers `d`; zero outside of the T positions."""
-    mask = ((t >= 0) & (t < T))[:, None] & mc[None, :]
-    return tl.load(d[None, :] + t[:, None] * step, mask=mask, other=0.0).to(tl.float32)
+def _put_row(  # type: ignore[no-untyped-def]
+    d_proj, d_past, b, t, T, stride, columns, mc, value, CONV: tl.constexpr, PAST: tl.constexpr
+):  # fmt: skip
+    """Writes the gradient of the convolution's input at position t, of the rows before 0 into `d_past`."""
+    _put(d_proj, t * stride + columns, _if((t >= 0) & (t < T), mc), value)
+    if PAST:
+        early = _if((t < 0) & (t >= 1 - TAPS), mc)
+        _put(d_past, (b * (TAPS - 1) + t + TAPS - 1) * CONV + columns, early, value)
