@@ -19,6 +19,7 @@ from phase1.config import (
 )
 from phase1.factory import split
 from phase1.machine.cards import card_for
+from phase1.presets import Preset
 from phase1.roster import Variant
 
 PIECES = option(
@@ -180,7 +181,7 @@ class TablesRun(Config):
     hardware: str | None = option(None, "name to print for the hardware; by default the one in the result files")
     formats: tuple[Literal["markdown", "csv", "latex"], ...] = option(("markdown", "csv", "latex"), "formats to write")
     results_page: bool = option(
-        False, "in a checkout, and instead of all else: write docs/results.md and the results in both READMEs from its records"
+        False, "in a checkout, instead of all else: write docs/results.md and the results in READMEs and guides from records"
     )
     verbose: bool = option(False, "print every table, not only what was written")
 
@@ -296,7 +297,7 @@ class ExportRun(Config):
 class PipelineRun(OutputConfig):
     """Memory, throughput, perplexity, tables and report, one after the other."""
 
-    preset: Literal["rtx3080-10g", "rtx3080m-8g", "rtx4090-24g", "smoke"] = option("rtx3080-10g", "sizes of every step")
+    preset: Preset = option("rtx3080-10g", "sizes of every step")
     dataset_name: str | None = option(
         None,
         "data set of the perplexity step (see phase1 perplexity --help); wikitext, with --preset smoke builtin, by default",

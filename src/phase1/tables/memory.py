@@ -124,7 +124,7 @@ def fit_comparison(report: Report[MemoryResult], hardware: str | None = None) ->
         (
             key,
             fits[0].measured,
-            *(_size(fit) for fit in fits),
+            *(size_cell(fit) for fit in fits),
             sum(len(fit.probes) for fit in fits),
             report.results[key].config_id,
         )
@@ -161,14 +161,15 @@ def _card_row(report: Report[MemoryResult], models: list[str]) -> tuple[Cell, ..
     fits = [report.results[key].fit if key in report.results else [] for key in models]
     limit = next((fit.limit_bytes for found in fits for fit in found), None)
     sizes = [
-        next((_size(fit) for fit in found if fit.searched == what), None)
+        next((size_cell(fit) for fit in found if fit.searched == what), None)
         for what in ("batch_size", "seq_length")
         for found in fits
     ]
     return (str(report.run["card_name"]), gigabytes(limit), *sizes)
 
 
-def _size(fit: Fit) -> Cell:
+def size_cell(fit: Fit) -> Cell:
+    """The largest size of a search, or why there is none."""
     size = fit.batch_size if fit.searched == "batch_size" else fit.seq_length
     if fit.status != "ok" or size is None:
         return FAILED.get(fit.status)
