@@ -67,7 +67,7 @@ def test_the_verdict_on_the_engine_is_that_of_its_check():
 
 
 def test_estimated_numbers_and_verdicts_say_so():
-    results = {key: r.model_copy(update={"measured": "estimated"}) for key, r in memory_report().results.items()}
+    results = {key: r.model_copy(update={"basis": "estimated"}) for key, r in memory_report().results.items()}
     table = memory_comparison(memory_report(results=results))
     assert {row["Basis"] for row in records(table)} == {"estimated"}
     assert [row["Fits 8 GB"] for row in records(table)] == ["FAIL (estimated)", "PASS (estimated)", "PASS (estimated)"]

@@ -119,10 +119,10 @@ def test_a_wrong_line_is_named_and_nothing_is_written(root, monkeypatch, change,
 
 def of_card(name, batch, seq_length=2048, card="rtx4060"):
     report = all_reports()["memory"]
-    common = {"status": "ok", "step": 1, "bound": 4096, "limit_bytes": 7_200_000_000, "measured": "estimated", "probes": []}
+    common = {"status": "ok", "step": 1, "bound": 4096, "limit_bytes": 7_200_000_000, "basis": "estimated", "probes": []}
     fits = [Fit(searched="batch_size", batch_size=batch, seq_length=2048, **common)]
     fits.append(Fit(searched="seq_length", batch_size=1, seq_length=64 * batch, **common))
-    update = {"fit": fits, "measured": "estimated"}
+    update = {"fit": fits, "basis": "estimated"}
     results = {role: report.results[role].model_copy(update=update) for role in ("baseline", "baseline_optimized", "phase1")}
     return report.model_copy(update={"results": results, "run": {"seq_length": seq_length, "card": card, "card_name": name}})
 

@@ -17,7 +17,7 @@ BASIS = Column("Basis")
 def hardware_of(report: Report[Any]) -> str:
     """The GPU, or the processor, that the record names."""
     facts = report.environment
-    if report.results and all(result.measured == "estimated" for result in report.results.values()):
+    if report.results and all(result.basis == "estimated" for result in report.results.values()):
         card = report.run.get("card_name")
         return f"{f'{card}, ' if card else ''}estimated on {_processor(report)}"
     memory = facts.get("gpu_memory_bytes")
@@ -34,7 +34,7 @@ def _processor(report: Report[Any]) -> str:
 
 def basis_of(results: Iterable[Result]) -> str:
     """How the results are known: measured, estimated or emulated, or several of these."""
-    return ", ".join(sorted({result.measured for result in results})) or "no result"
+    return ", ".join(sorted({result.basis for result in results})) or "no result"
 
 
 def gigabytes(count: int | None) -> float | None:

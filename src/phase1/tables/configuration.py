@@ -60,7 +60,7 @@ def _configuration_cells(row: Row, reports: Mapping[str, Report[Any]]) -> tuple[
 def _memory_summary(result: Result | None) -> tuple[Cell, ...]:
     if not isinstance(result, MemoryResult):
         return (None,) * 3
-    return (headline(result, gigabytes(result.peak_allocated_bytes)), result.measured, result.memory_reduction_percent)
+    return (headline(result, gigabytes(result.peak_allocated_bytes)), result.basis, result.memory_reduction_percent)
 
 
 def _speed_summary(result: Result | None, report: Report[ThroughputResult] | None) -> tuple[Cell, ...]:
@@ -70,9 +70,9 @@ def _speed_summary(result: Result | None, report: Report[ThroughputResult] | Non
     verdict = result.scaling.verdict if result.scaling else None
     measured = [m for m in result.measurements if m.status == "ok" and m.tokens_per_second]
     if not measured:
-        return (headline(result, "FAIL"), None, result.measured, None, verdict)
+        return (headline(result, "FAIL"), None, result.basis, None, verdict)
     longest = max(measured, key=lambda m: m.seq_length)
-    return (longest.tokens_per_second, longest.seq_length, result.measured, ratio_to_baseline(report, longest), verdict)
+    return (longest.tokens_per_second, longest.seq_length, result.basis, ratio_to_baseline(report, longest), verdict)
 
 
 def _quality_summary(result: Result | None, label: str) -> tuple[Cell, ...]:

@@ -82,7 +82,7 @@ def _breakdown_notes(report: Report[MemoryResult]) -> list[str]:
 def _memory_cells(key: str, result: MemoryResult, cards: list[Check]) -> tuple[Cell, ...]:
     peak, reserved, outside = result.peak_allocated_bytes, result.peak_reserved_bytes, result.outside_allocator_bytes
     needed = result.estimated_needed_bytes if reserved is None or outside is None else reserved + outside
-    basis = "estimated" if reserved is None and needed is not None else result.measured
+    basis = "estimated" if reserved is None and needed is not None else result.basis
     suffix = "" if basis == "measured" else f" ({basis})"
 
     def fits(check: Check) -> Cell:
@@ -93,7 +93,7 @@ def _memory_cells(key: str, result: MemoryResult, cards: list[Check]) -> tuple[C
         return VERDICT[needed <= check.limit] + suffix
 
     return (
-        result.measured,
+        result.basis,
         headline(result, gigabytes(peak)),
         headline(result, None if peak is None else peak / 2**30),
         gigabytes(reserved),
@@ -123,7 +123,7 @@ def fit_comparison(report: Report[MemoryResult], hardware: str | None = None) ->
     rows = tuple(
         (
             key,
-            fits[0].measured,
+            fits[0].basis,
             *(size_cell(fit) for fit in fits),
             sum(len(fit.probes) for fit in fits),
             report.results[key].config_id,

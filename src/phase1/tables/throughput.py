@@ -52,7 +52,7 @@ def throughput_comparison(report: Report[ThroughputResult], hardware: str | None
     rows = []
     for key, result in report.results.items():
         for m in result.measurements:
-            head: tuple[Cell, ...] = (m.seq_length, key, m.batch_size, result.measured)
+            head: tuple[Cell, ...] = (m.seq_length, key, m.batch_size, result.basis)
             speed = (FAILED.get(m.status, m.tokens_per_second), *(m.tokens_per_second_ci95 or (None, None)))
             ratio = (ratio_to_baseline(report, m), *(m.ratio_ci95 or (None, None)))
             times = (m.total_time_ms, m.forward_time_ms, m.backward_time_ms, m.optimizer_time_ms)
@@ -127,7 +127,7 @@ def scaling_comparison(report: Report[ThroughputResult], hardware: str | None = 
     )
     rows, reasons = [], []
     for key, result in report.results.items():
-        rows.append((key, result.measured, _lengths(result), *_scaling_cells(result), result.config_id))
+        rows.append((key, result.basis, _lengths(result), *_scaling_cells(result), result.config_id))
         if result.scaling and result.scaling.detail:
             reasons.append(f"{key}: {result.scaling.detail}")
     definition = (

@@ -104,7 +104,7 @@ def evaluate_checkpoint(run: PerplexityRun, scored_model: ScoredModel, folder: P
         config=asdict(model.config),
         config_id=model.config.config_id,
         status="ok",
-        measured="measured",
+        basis="measured",
         parameters=Parameters(**model.parameter_counts()),
         perplexity=evaluation.perplexity,
         avg_loss=evaluation.loss,
@@ -165,6 +165,6 @@ def without_number(model: ScoredModel, status: Status, detail: str) -> Perplexit
         config=asdict(model.config),
         config_id=model.config.config_id,
         status=status,
-        measured="measured",
+        basis="measured",
         detail=detail,
     )
