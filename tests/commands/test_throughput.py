@@ -87,7 +87,7 @@ def test_warnings_of_the_run_and_of_models_are_written_printed_and_in_the_tables
     assert report.warnings == ["the room is on fire: leave"] and report.results["phase1"].warnings == ["slow: hurry"]
     out = capsys.readouterr().out
     assert out.count("WARNING the room is on fire: leave") == 1 and out.count("WARNING phase1: slow: hurry") == 1
-    notes = throughput_comparison(report).notes
+    notes = throughput_comparison(report).printed_notes
     assert {"WARNING the room is on fire: leave", "WARNING phase1: slow: hurry"} <= set(notes)
 
 

@@ -8,7 +8,7 @@ from phase1.roster import CONTROLS
 from phase1.tables.common import CONFIG, MODEL, gigabytes, hardware_named, headline
 from phase1.tables.join import Row, joined_rows
 from phase1.tables.perplexity import perplexity_cells
-from phase1.tables.table import Cell, Column, Table
+from phase1.tables.table import Cell, Column, Provenance, Table
 from phase1.tables.throughput import ratio_to_baseline
 
 
@@ -39,10 +39,11 @@ def configuration_comparison(reports: Mapping[str, Report[Any]], hardware: str |
     notes = [
         "A row is one configuration against one baseline; numbers of others are in other rows; n/a: not measured.",
         *([f"Not measured: {', '.join(missing)}."] if missing else []),
-        *(f"Command, {kind}: {report.command} ({report.created_utc})" for kind, report in reports.items()),
     ]
+    commands = tuple(f"Command, {kind}: {report.command} ({report.created_utc})" for kind, report in reports.items())
     rows = tuple(_configuration_cells(row, reports) for row in joined_rows(reports) if row.label not in CONTROLS)
-    return Table("configuration_comparison", f"Configurations: {label}", label, columns, rows, tuple(notes))
+    provenance = Provenance(commands=commands)
+    return Table("configuration_comparison", f"Configurations: {label}", label, columns, rows, tuple(notes), provenance)
 
 
 def _configuration_cells(row: Row, reports: Mapping[str, Report[Any]]) -> tuple[Cell, ...]:

@@ -14,10 +14,11 @@ from phase1.tables.common import (
     VERDICT,
     basis_of,
     caption_of,
+    failures_of,
     gigabytes,
     hardware_of,
     headline,
-    notes_of,
+    provenance_of,
     setting,
 )
 from phase1.tables.table import Cell, Column, Table
@@ -63,7 +64,8 @@ def memory_comparison(report: Report[MemoryResult], hardware: str | None = None)
         hardware or hardware_of(report),
         columns,
         rows,
-        (note, *_breakdown_notes(report), *notes_of(report)),
+        (note, *_breakdown_notes(report), *failures_of(report)),
+        provenance_of(report),
     )
 
 

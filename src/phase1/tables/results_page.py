@@ -10,11 +10,11 @@ from typing import Any, Final
 from phase1.records.collect import read_reports
 from phase1.records.schema import Check, MemoryResult, Report, read_report
 from phase1.tables import build_tables
-from phase1.tables.common import WARNING, hardware_of, notes_of
+from phase1.tables.common import hardware_of
 from phase1.tables.memory import cards_comparison
 from phase1.tables.rows import benchmark, rows_table
 from phase1.tables.summary import summary
-from phase1.tables.table import Column, Table, markdown
+from phase1.tables.table import Column, Provenance, Table, markdown
 from phase1.tables.your_card import your_card
 from phase1.text import one_line
 
@@ -99,14 +99,14 @@ def _record(root: Path, entry: dict[str, Any]) -> Iterator[str]:
         return
     ((_, report),) = read_reports(path).items()
     tables = {table.name: table for table in build_tables({report.kind: report})}
-    told = set(notes_of(report))  # below the tables, once
     for name in entry["tables"]:
         if name not in tables:
             raise ValueError(f"{entry['record']} must allow one of {', '.join(tables)}; got {name}; correct {LIST}")
         title = f"{entry['title']}: " if "title" in entry else ""
         table = tables[name]
-        notes = tuple(note for note in table.notes if note not in told)
-        yield markdown(replace(table, caption=title + _begin(table.caption, bool(title)), notes=notes))
+        of_models = tuple(text for text in table.provenance.warnings if text not in report.warnings)
+        provenance = Provenance(warnings=of_models)  # the rest is below the tables, once
+        yield markdown(replace(table, caption=title + _begin(table.caption, bool(title)), provenance=provenance))
     yield from _checks(report)
     yield _made_by_report(entry, report)
 
@@ -121,7 +121,7 @@ def _checks(report: Report[Any]) -> Iterator[str]:
         columns = (Column("Check"), Column("Value", digits=4), Column("Limit", digits=4), Column("Verdict"), Column("Detail"))
         rows = tuple((check.name, *_sides(check), check.status.upper(), check.detail) for check in report.checks)
         yield markdown(Table(name="checks", caption="", hardware="", columns=columns, rows=rows)).removeprefix("### \n\n")
-    yield from (f"{WARNING.strip().capitalize()}: {one_line(text, 2000)}.\n" for text in report.warnings)
+    yield from (f"Warning: {one_line(text, 2000)}.\n" for text in report.warnings)
 
 
 def _sides(check: Check) -> tuple[str | None, str | None]:
