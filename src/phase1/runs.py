@@ -36,11 +36,17 @@ class OutputConfig(Config):
     """Where results go."""
 
     out_dir: str = option("results/benchmarks", "folder of the result files", affects_results=False)
-    baseline: bool = option(True, "measure the Transformer baselines too")
     resume: bool = option(
         False, "keep the finished cases of an interrupted run of the same config, code and data", affects_results=False
     )
     verbose: bool = option(False, "print every table, not only the answer", affects_results=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonConfig(Config):
+    """What the engine is compared with."""
+
+    baseline: bool = option(True, "measure the Transformer baselines too")
 
 
 OWN_HELP = (
@@ -50,7 +56,7 @@ OWN_HELP = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemoryRun(EngineShape, OutputConfig):
+class MemoryRun(EngineShape, ComparisonConfig, OutputConfig):
     """Peak memory of a training step: engine, FP16 Transformer and optimised Transformer, each in a fresh process."""
 
     batch_size: int = option(4, "B, sequences per step")
@@ -81,7 +87,7 @@ class MemoryRun(EngineShape, OutputConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ThroughputRun(EngineShape, OutputConfig):
+class ThroughputRun(EngineShape, ComparisonConfig, OutputConfig):
     """Training throughput over sequence lengths, and whether the time is linear in the length."""
 
     seq_lengths: tuple[int, ...] = option(
@@ -123,7 +129,7 @@ class ThroughputRun(EngineShape, OutputConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerplexityRun(ModelShape, DataConfig, TrainConfig, OutputConfig):
+class PerplexityRun(ModelShape, DataConfig, TrainConfig, ComparisonConfig, OutputConfig):
     """Perplexity of trained models on one evaluation text, engine against the FP16 Transformer."""
 
     baseline_learning_rate: float = option(1.5e-3, "--learning-rate of models with attention, whose best value differs")
@@ -294,7 +300,7 @@ class ExportRun(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PipelineRun(OutputConfig):
+class PipelineRun(ComparisonConfig, OutputConfig):
     """Memory, throughput, perplexity, tables and report, one after the other."""
 
     preset: Preset = option("rtx3080-10g", "sizes of every step")

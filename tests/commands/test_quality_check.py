@@ -77,7 +77,7 @@ def test_an_error_other_than_too_little_memory_ends_the_run(monkeypatch, error):
     model = candidates(run)[0]
     monkeypatch.setattr(one_case, "train_model", fails)
     with pytest.raises(type(error)):
-        one_case.measure(run, model, [one_case.Text(None, None)])
+        one_case.measure(run, model, [one_case.ScoredText(None, None)])
 
 
 def test_models_with_attention_have_their_own_learning_rate(monkeypatch, tmp_path):

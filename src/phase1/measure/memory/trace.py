@@ -15,7 +15,7 @@ TOP_MODULES = 10
 
 
 @dataclass
-class Block:
+class MemoryBlock:
     """One piece of memory: the bytes asked for, what they are for, and the module that asked."""
 
     size: int
@@ -27,7 +27,7 @@ class Block:
 class Trace:
     """The blocks of one step. Event i >= 0 allocates block i, event ~i frees it."""
 
-    blocks: list[Block] = field(default_factory=list)
+    blocks: list[MemoryBlock] = field(default_factory=list)
     resident: list[int] = field(default_factory=list)  # alive when the step began, oldest first
     events: list[int] = field(default_factory=list)
     begins: dict[str, int] = field(default_factory=dict)  # events before each phase
