@@ -29,6 +29,7 @@ documents: .venv/installed
 	$(BIN)/python -m phase1.records.json_schema
 
 .venv/installed: pyproject.toml constraints.txt
+	@echo 'Installing PyTorch and the rest into .venv: some gigabytes, a few minutes.'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt -e .
 	touch $@

@@ -28,7 +28,7 @@ DEPTHS = (50, 200, 400, 600, 800, 900, 950, 1000, 2000, 10_000, 100_000)
 FOREIGN = [
     b"", b" ", b"\n", b"null", b"[]", b"{}", b"3", b'"x"', b"\xef\xbb\xbf{}", b"\xff\xfe{\x00}\x00", b"\x00" * 100, b"PK\x03\x04",
     b"\x89PNG\r\n\x1a\n", b"<html></html>", b"a,b\n1,2\n", b'{"name": "x", "version": "1.0"}', b'{"schema_version": 1}',
-    b'{"schema_version": 2, "kind": "memory"}', b'{"schema_version": 1e400, "kind": "memory"}', b'{"kind": []}',
+    b'{"schema_version": 3, "kind": "memory"}', b'{"schema_version": 1e400, "kind": "memory"}', b'{"kind": []}',
     b'{"schema_version": 1, "kind": "memory"}', b'{"schema_version": 1, "kind": {}, "results": []}', b"{}{}", b"{} x",
     b'{"cells": [], "nbformat": 4}', b"---\na: 1\n", b"\x80\x04\x95.", b"{" * 100_000, b'{"a":' * 100_000, b"[" * 100_000,
     b"{" + b",".join(b'"k%d": 1' % i for i in range(30_000)) + b', "k29999": 2}',

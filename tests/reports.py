@@ -41,7 +41,7 @@ def common(role: str, **changes: Any) -> dict[str, Any]:
         "config": MODELS[role],
         "config_id": f"id-{role}",
         "status": "ok",
-        "measured": "measured",
+        "basis": "measured",
         "parameters": PARAMETERS[role],
     } | changes
 

@@ -25,7 +25,7 @@ from phase1 import cli
 from phase1.cli import COMMANDS, main, parse
 from phase1.config import flags, to_toml
 from phase1.data.cache import cache_folder
-from phase1.errors import Unavailable
+from phase1.errors import Diverged, Unavailable
 from phase1.presets import PRESETS
 from phase1.records.schema import Check
 from phase1.runs import CompareRun, GenerateRun, TrainRun
@@ -242,9 +242,9 @@ LIBRARY = [
 
 @pytest.mark.parametrize(
     "raised, code",
-    [(lambda run: OURS(), 2), (Unavailable("no network"), 3), (KeyboardInterrupt(), 130), (OSError(28, "No space left"), 4),
+    [(lambda run: OURS(), 2), (Unavailable("no network"), 3), (Diverged("the loss is nan"), 3), (KeyboardInterrupt(), 130), (OSError(28, "No space left"), 4),
      (MemoryError("x"), 3), (RuntimeError("CUDA out of memory."), 3)],
-    ids=["2", "3", "130", "4", "memory", "GPU memory"],
+    ids=["2", "3", "diverged", "130", "4", "memory", "GPU memory"],
 )  # fmt: skip
 def test_errors_become_one_line_and_their_exit_status(raised, code, monkeypatch, capsys):
     monkeypatch.setattr(cli.importlib, "import_module", lambda name: raising(raised))

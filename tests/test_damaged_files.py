@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save
 from phase1.config import ModelConfig
 from phase1.data.local import file_text, read_token_file, split_file
 from phase1.errors import Diverged
-from phase1.measure.perplexity.result import Text, evaluate_checkpoint
+from phase1.measure.perplexity.result import ScoredText, evaluate_checkpoint
 from phase1.model import LanguageModel
 from phase1.records.journal import open_journal
 from phase1.records.schema import FILES, MemoryResult, read_report
@@ -238,14 +238,14 @@ def test_a_checkpoint_with_damaged_facts_is_refused_in_one_line(tmp_path, name):
     for wrong in (None, "\x1b[2J" if name != "tokenizer" else 3, [], {}, {"name": 1, "split": "x", "sha256": "x"}):
         save_checkpoint(tmp_path, state(), FACTS | {name: wrong}, resumable=False)
         with pytest.raises(ValueError, match=f"{INDEX} must say .* no such value for {name}") as error:
-            evaluate_checkpoint(PerplexityRun(), "baseline", tmp_path, Text(None, None))
+            evaluate_checkpoint(PerplexityRun(), "baseline", tmp_path, ScoredText(None, None))
         assert str(error.value).isprintable()
     save_checkpoint(tmp_path, state(), FACTS | {"skipped_steps": "many"}, resumable=False)
     with pytest.raises(ValueError, match="no such value for skipped_steps"):
-        evaluate_checkpoint(PerplexityRun(), "baseline", tmp_path, Text(None, None))
+        evaluate_checkpoint(PerplexityRun(), "baseline", tmp_path, ScoredText(None, None))
     save_checkpoint(tmp_path, state(), {key: value for key, value in FACTS.items() if key != name}, resumable=False)
     with pytest.raises(ValueError, match=f"value for {name}; train again"):
-        evaluate_checkpoint(PerplexityRun(), "baseline", tmp_path, Text(None, None))
+        evaluate_checkpoint(PerplexityRun(), "baseline", tmp_path, ScoredText(None, None))
 
 
 @pytest.fixture

@@ -230,7 +230,7 @@ def test_the_repository_keeps_records_and_the_pictures_that_documents_show():
     assert not [f for f in files if f.name.endswith(".partial.json")], "a journal of an unfinished run"
     listed = tomllib.loads(text_of(LIST))
     entries = [entry for section in listed["section"] for entry in section["table"]]
-    drawn = [name for entry in entries for name in entry.get("cards", [entry.get("record")])] + list(listed["summary"].values())
+    drawn = [entry["record"] for entry in entries if "record" in entry] + listed["cards"] + list(listed["summary"].values())
     assert all((ROOT / "results" / name).exists() and not name.startswith("archive/") for name in drawn)
     left = {str(f.relative_to(ROOT / "results")) for f in files if f.suffix in (".json", ".jsonl")} - set(drawn)
     assert not [name for name in left if not name.startswith("archive/")], "records that the page does not show: list or archive them"

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from phase1.config import ModelConfig, TrainConfig
     from phase1.generation import Decoder, load
+    from phase1.machine.cards import card_for
+    from phase1.measure.memory.case import MemoryCase
+    from phase1.measure.memory.estimate.estimate import estimate_memory
     from phase1.model import LanguageModel
     from phase1.records.schema import Report, read_report
     from phase1.roster import Key
@@ -22,9 +25,12 @@ __all__ = [
     "Decoder",
     "Key",
     "LanguageModel",
+    "MemoryCase",
     "ModelConfig",
     "Report",
     "TrainConfig",
+    "card_for",
+    "estimate_memory",
     "fit_scaling",
     "load",
     "load_model",
@@ -37,6 +43,9 @@ _HOMES = {
     "TrainConfig": "config",
     "Decoder": "generation",
     "load": "generation",
+    "card_for": "machine.cards",
+    "MemoryCase": "measure.memory.case",
+    "estimate_memory": "measure.memory.estimate.estimate",
     "LanguageModel": "model",
     "Report": "records.schema",
     "read_report": "records.schema",

@@ -41,6 +41,7 @@ GROUPS: dict[type[Config], str] = {
     config.DataConfig: "data",
     config.TrainConfig: "training",
     config.WatchConfig: "watching",
+    runs.ComparisonConfig: "comparison",
     runs.OutputConfig: "output",
 }
 """Heading of the flags that a class declares; those of the command itself come first, under its name."""

@@ -20,11 +20,11 @@ class Gone(Unavailable):
     """Another process of the same run ended without a word: this one says so for it."""
 
 
-class Diverged(Unavailable):
-    """A training whose loss is no longer a finite number."""
+class Diverged(RuntimeError):
+    """A training whose loss or weights are no longer finite numbers: it ran as told, and has no result."""
 
 
-FAILURES: dict[type[Exception], int] = {ValueError: 2, Unavailable: 3, OSError: 4}
+FAILURES: dict[type[Exception], int] = {ValueError: 2, Unavailable: 3, Diverged: 3, OSError: 4}
 """Expected failures of a command, each one line on stderr, and their exit status."""
 INTERNAL = 5  # exit status of every other failure: a fault of this program, or of a module that a user plugs in
 

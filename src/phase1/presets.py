@@ -1,6 +1,6 @@
 """Sizes for a card, per command: what `--preset` means."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 SMOKE_SHAPE: dict[str, Any] = {
     "vocab_size": 2048,
@@ -11,6 +11,11 @@ SMOKE_SHAPE: dict[str, Any] = {
     "copy_window": 64,
     "htt_dense_rows": 64,
     "htt_groups": 64,
+}
+_12_GB: dict[str, dict[str, Any]] = {
+    "memory": {"batch_size": 4, "seq_length": 2048},
+    "throughput": {"batch_size": 1, "seq_lengths": (256, 512, 1024, 2048, 4096)},
+    "perplexity": {"batch_size": 16, "micro_batch_size": 16, "seq_length": 512},
 }
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "rtx3080-10g": {
@@ -29,6 +34,15 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "throughput": {"batch_size": 8, "seq_lengths": (512, 1024, 2048, 4096, 8192), "quadratic_control": True},
         "perplexity": {"batch_size": 16, "micro_batch_size": 16, "seq_length": 1024},
     },
+    # Sizes that the original guide does not have. By the estimate all models of a command fit the card together, since CUDA
+    # graphs keep the memory of every model of a throughput run; there is no room for a quadratic control beside them.
+    "rtx3060-12g": _12_GB,
+    "rtx4060-8g": {
+        "memory": {"batch_size": 2, "seq_length": 2048},
+        "throughput": {"batch_size": 1, "seq_lengths": (128, 256, 512, 1024)},
+        "perplexity": {"batch_size": 8, "seq_length": 512},
+    },
+    "rtx4070-12g": _12_GB,
     "smoke": {  # six minutes on two CPU cores; memory is only estimated there, so its sizes can be the documented ones
         "memory": {},
         "throughput": SMOKE_SHAPE
@@ -39,3 +53,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 """Defaults that a hardware preset replaces, per command; a flag on the command line wins over both."""
+
+if TYPE_CHECKING:
+    Preset = str
+else:
+    Preset = Literal[tuple(PRESETS)]

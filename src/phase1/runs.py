@@ -19,6 +19,7 @@ from phase1.config import (
 )
 from phase1.factory import split
 from phase1.machine.cards import card_for
+from phase1.presets import Preset
 from phase1.roster import Variant
 
 PIECES = option(
@@ -35,11 +36,17 @@ class OutputConfig(Config):
     """Where results go."""
 
     out_dir: str = option("results/benchmarks", "folder of the result files", affects_results=False)
-    baseline: bool = option(True, "measure the Transformer baselines too")
     resume: bool = option(
         False, "keep the finished cases of an interrupted run of the same config, code and data", affects_results=False
     )
     verbose: bool = option(False, "print every table, not only the answer", affects_results=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonConfig(Config):
+    """What the engine is compared with."""
+
+    baseline: bool = option(True, "measure the Transformer baselines too")
 
 
 OWN_HELP = (
@@ -49,7 +56,7 @@ OWN_HELP = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemoryRun(EngineShape, OutputConfig):
+class MemoryRun(EngineShape, ComparisonConfig, OutputConfig):
     """Peak memory of a training step: engine, FP16 Transformer and optimised Transformer, each in a fresh process."""
 
     batch_size: int = option(4, "B, sequences per step")
@@ -80,7 +87,7 @@ class MemoryRun(EngineShape, OutputConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ThroughputRun(EngineShape, OutputConfig):
+class ThroughputRun(EngineShape, ComparisonConfig, OutputConfig):
     """Training throughput over sequence lengths, and whether the time is linear in the length."""
 
     seq_lengths: tuple[int, ...] = option(
@@ -122,7 +129,7 @@ class ThroughputRun(EngineShape, OutputConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerplexityRun(ModelShape, DataConfig, TrainConfig, OutputConfig):
+class PerplexityRun(ModelShape, DataConfig, TrainConfig, ComparisonConfig, OutputConfig):
     """Perplexity of trained models on one evaluation text, engine against the FP16 Transformer."""
 
     baseline_learning_rate: float = option(1.5e-3, "--learning-rate of models with attention, whose best value differs")
@@ -185,7 +192,7 @@ class TablesRun(Config):
     hardware: str | None = option(None, "name to print for the hardware; by default the one in the result files")
     formats: tuple[Literal["markdown", "csv", "latex"], ...] = option(("markdown", "csv", "latex"), "formats to write")
     results_page: bool = option(
-        False, "in a checkout, and instead of all else: write docs/results.md and the results in both READMEs from its records"
+        False, "in a checkout, instead of all else: write docs/results.md and the results in READMEs and guides from records"
     )
     verbose: bool = option(False, "print every table, not only what was written")
 
@@ -298,10 +305,10 @@ class ExportRun(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PipelineRun(OutputConfig):
+class PipelineRun(ComparisonConfig, OutputConfig):
     """Memory, throughput, perplexity, tables and report, one after the other."""
 
-    preset: Literal["rtx3080-10g", "rtx3080m-8g", "rtx4090-24g", "smoke"] = option("rtx3080-10g", "sizes of every step")
+    preset: Preset = option("rtx3080-10g", "sizes of every step")
     dataset_name: str | None = option(
         None,
         "data set of the perplexity step (see phase1 perplexity --help); wikitext, with --preset smoke builtin, by default",

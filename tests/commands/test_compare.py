@@ -119,7 +119,7 @@ TEXT = Dataset(name="other", split="train", sha256="cd" * 32)
         (peak(1000, run=CONDITIONS | {"batch_size": 8}), "peak:+2%", "batch_size is 4 in OLD and 8 in NEW"),
         (peak(1000, run=CONDITIONS | {"seq_length": 1024}), "peak:+2%", "at T = 1024: not in OLD"),
         (memory_report(results={"phase1": memory_result("phase1", 1000, config_id="x\x1b[2J")}), "peak:+2%", "config_id is id-phase1 in OLD and x?[2J in NEW"),
-        (memory_report(results={"phase1": memory_result("phase1", 1000, measured="estimated")}), "peak:+2%", "measured is measured in OLD and estimated in NEW"),
+        (memory_report(results={"phase1": memory_result("phase1", 1000, basis="estimated")}), "peak:+2%", "basis is measured in OLD and estimated in NEW"),
         (memory_report(results={"other": memory_result("baseline", 1000)}), "peak:+2%", "of other at T = 2048: not in OLD"),
         (perplexity(30.0, protocol_hash="fedcba987654"), "perplexity:+1%", "protocol_hash is 0123456789ab in OLD and fedcba987654 in NEW"),
         (perplexity(30.0, trained_tokens=1), "perplexity:+1%", "trained_tokens is 90000000 in OLD and 1 in NEW"),

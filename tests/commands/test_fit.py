@@ -48,7 +48,7 @@ def test_fit_writes_and_prints_the_largest_sizes_of_every_model(tmp_path, capsys
     for result in written.results.values():
         assert [found.searched for found in result.fit] == ["batch_size", "seq_length"]
         for found in result.fit:
-            assert (found.status, found.measured, found.limit_bytes) == ("ok", "estimated", 540_000_000)
+            assert (found.status, found.basis, found.limit_bytes) == ("ok", "estimated", 540_000_000)
             tried = {getattr(probe, found.searched): probe for probe in found.probes}
             best = getattr(found, found.searched)
             assert (tried[best].status, tried[best + found.step].status) == ("ok", "oom")
@@ -111,8 +111,8 @@ def test_on_a_gpu_a_limit_larger_than_the_card_is_refused_before_anything_is_mea
     assert memory.limit_of(MemoryRun(fit=True)) is None
 
 
-def engine(status="ok", fits=(), measured="emulated", **fields) -> MemoryResult:
-    common = {"model_name": "m", "config": {}, "config_id": "0", "status": status, "measured": measured, "detail": "why"}
+def engine(status="ok", fits=(), basis="emulated", **fields) -> MemoryResult:
+    common = {"model_name": "m", "config": {}, "config_id": "0", "status": status, "basis": basis, "detail": "why"}
     parameters = {"total": 1, "embedding": 1, "mixer": 0, "mlp": 0}
     sizes = {"peak_allocated_bytes": 1, "peak_reserved_bytes": 1, "outside_allocator_bytes": 1} if status == "ok" else {}
     return MemoryResult.model_validate(common | {"parameters": parameters, "fit": list(fits)} | sizes | fields)
@@ -120,7 +120,7 @@ def engine(status="ok", fits=(), measured="emulated", **fields) -> MemoryResult:
 
 def found(status, **fields) -> Fit:
     return Fit(**({
-        "searched": "batch_size", "status": status, "step": 1, "bound": 512, "limit_bytes": 7_200_000_000, "measured": "emulated",
+        "searched": "batch_size", "status": status, "step": 1, "bound": 512, "limit_bytes": 7_200_000_000, "basis": "emulated",
         "probes": [], "detail": "" if status == "ok" else "why",
     } | fields))  # fmt: skip
 

@@ -26,7 +26,7 @@ def run(tmp_path, **overrides) -> MemoryRun:
 
 
 def result(**fields) -> MemoryResult:
-    common = {"model_name": "m", "config": {}, "config_id": "0", "status": "ok", "measured": "measured", "detail": "why"}
+    common = {"model_name": "m", "config": {}, "config_id": "0", "status": "ok", "basis": "measured", "detail": "why"}
     parameters = {"total": 1, "embedding": 1, "mixer": 0, "mlp": 0}
     return MemoryResult.model_validate(common | {"parameters": parameters, "outside_allocator_bytes": 0} | fields)
 
@@ -45,7 +45,7 @@ def test_without_a_gpu_it_writes_estimates_for_engine_and_transformers(tmp_path,
     report = read_report(tmp_path / "phase1_memory_validation.json", "memory")
     assert list(report.results) == ["baseline", "baseline_optimized", "baseline_fast", "phase1"]
     for role, one in report.results.items():
-        assert (one.model_name, one.status, one.measured) == (role, "ok", "estimated")
+        assert (one.model_name, one.status, one.basis) == (role, "ok", "estimated")
         assert sum(one.breakdown.values()) == one.peak_allocated_bytes
         assert one.peak_allocated_bytes == max(one.peak_forward_bytes, one.peak_backward_bytes, one.peak_optimizer_bytes)
     base, engine = report.results["baseline"], report.results["phase1"]
@@ -75,7 +75,7 @@ def test_a_dry_run_measures_nothing_where_there_is_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
     monkeypatch.setattr(session, "environment", lambda: {"gpu": "a card"})
     memory.main(run(tmp_path, dry_run=True, baseline=False))
-    assert read_report(tmp_path / "phase1_memory_validation.json", "memory").results["phase1"].measured == "estimated"
+    assert read_report(tmp_path / "phase1_memory_validation.json", "memory").results["phase1"].basis == "estimated"
 
 
 @needs_no_gpu

@@ -68,6 +68,11 @@ def test_without_a_baseline_there_is_nothing_to_compare():
     assert checked(engine, None).detail == "no baseline in this run"
 
 
+def test_a_failure_of_the_model_itself_is_said_before_the_missing_baseline():
+    engine, _ = pair(engine={"status": "error", "detail": "a loss of 1e9 nats"})
+    assert checked(engine, None).detail.endswith("a loss of 1e9 nats")
+
+
 @pytest.mark.parametrize("error", [ValueError("no"), RuntimeError("an illegal memory access"), KeyboardInterrupt()], ids=repr)
 def test_an_error_other_than_too_little_memory_ends_the_run(monkeypatch, error):
     def fails(*args):
@@ -77,7 +82,7 @@ def test_an_error_other_than_too_little_memory_ends_the_run(monkeypatch, error):
     model = candidates(run)[0]
     monkeypatch.setattr(one_case, "train_model", fails)
     with pytest.raises(type(error)):
-        one_case.measure(run, model, [one_case.Text(None, None)])
+        one_case.measure(run, model, [one_case.ScoredText(None, None)])
 
 
 def test_models_with_attention_have_their_own_learning_rate(monkeypatch, tmp_path):

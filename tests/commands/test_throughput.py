@@ -29,7 +29,7 @@ def engine(verdict="linear", r_squared=0.999, lengths=4, exponent=1.0) -> Throug
     measurement = {"batch_size": 1, "status": "ok", "total_time_ms": 1.0, "tokens_per_second": 1.0}
     return ThroughputResult.model_validate(
         {
-            "model_name": "phase1", "config": {}, "config_id": "0", "status": "ok", "measured": "measured",
+            "model_name": "phase1", "config": {}, "config_id": "0", "status": "ok", "basis": "measured",
             "parameters": {"total": 1, "embedding": 1, "mixer": 0, "mlp": 0},
             "measurements": [measurement | {"seq_length": 2**i} for i in range(lengths)],
             "scaling": Scaling(verdict=verdict, r_squared=r_squared, exponent=exponent),
@@ -43,7 +43,7 @@ def test_it_writes_every_model_and_length_with_plot_and_checks(tmp_path, capsys)
     assert list(report.results) == ["baseline", "baseline_optimized", "baseline_fast", "phase1"]
     for one in report.results.values():
         assert [m.seq_length for m in one.measurements] == [8, 16, 32, 64]
-        assert one.measured == "measured" and one.excluded_seconds > 0 and one.scaling is not None
+        assert one.basis == "measured" and one.excluded_seconds > 0 and one.scaling is not None
     assert report.environment["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
     assert report.run["precision"] == ("float16" if torch.cuda.is_available() else "float32")
     assert [check.name for check in report.checks] == ["scaling_linear", "r_squared"]
@@ -93,7 +93,7 @@ def test_warnings_of_the_run_and_of_models_are_written_printed_and_in_the_tables
     assert report.warnings == ["the room is on fire: leave"] and report.results["phase1"].warnings == ["slow: hurry"]
     out = capsys.readouterr().out
     assert out.count("WARNING the room is on fire: leave") == 1 and out.count("WARNING phase1: slow: hurry") == 1
-    notes = throughput_comparison(report).notes
+    notes = throughput_comparison(report).printed_notes
     assert {"WARNING the room is on fire: leave", "WARNING phase1: slow: hurry"} <= set(notes)
 
 
@@ -120,7 +120,7 @@ def test_r_squared_must_exceed_its_limit_over_enough_lengths(r_squared, lengths,
 
 def test_an_engine_that_was_measured_nowhere_decides_nothing():
     nowhere = ThroughputResult(
-        model_name="phase1", config={}, config_id="0", status="oom", measured="measured", detail="out of memory"
+        model_name="phase1", config={}, config_id="0", status="oom", basis="measured", detail="out of memory"
     )
     assert [check.status for check in throughput_checks(nowhere)] == ["inconclusive", "inconclusive"]
 

@@ -63,6 +63,14 @@ def test_memory_bars_are_as_high_as_what_the_card_must_hold(tmp_path, drawn):
     assert "7.2 GB" in words(drawn[0]) and "9.0 GB" in words(drawn[0])
 
 
+def test_names_below_the_bars_do_not_overlap(tmp_path, drawn):
+    roles = ("baseline", "baseline_optimized", "baseline_fast", "phase1")
+    plot_memory(memory_report(results={role: memory_result(role, 10**9) for role in roles}), tmp_path / "plot.png")
+    boxes = [label.get_window_extent() for label in drawn[0].axes[0].get_xticklabels()]
+    assert all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:]))
+    assert "baseline_\noptimized" in words(drawn[0])
+
+
 def test_the_limits_drawn_are_those_of_the_checks(tmp_path, drawn):
     check = Check(name="fits_16gb", value=1.0, limit=14.4e9, status="pass")
     plot_memory(memory_report(checks=[check, check.model_copy(update={"name": "reduction", "limit": 50.0})]), tmp_path / "plot.png")

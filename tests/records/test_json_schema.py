@@ -134,3 +134,32 @@ def test_a_newer_version_is_one_line_and_exit_2(tmp_path, capsys, kind):
     assert make_tables(tmp_path / "in") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"expected schema_version up to {SCHEMA_VERSION}; got {SCHEMA_VERSION + 1}; update phase1" in error
+
+
+def test_version_3_says_basis_where_version_2_said_measured():
+    content = json.loads((FIXTURES / "v2" / FILES["memory"]).read_text())
+    report = read_report(FIXTURES / "v2" / FILES["memory"], "memory")
+    assert {key: result.basis for key, result in report.results.items()} == {
+        key: result["measured"] for key, result in content["results"].items()
+    }
+    assert [fit.basis for fit in report.results["phase1"].fit] == ["emulated", "emulated"]
+    assert "measured" not in report.model_dump()["results"]["phase1"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content.update(results=[]),
+        lambda content: content["results"].update(phase1=None),
+        lambda content: content["results"]["phase1"].update(fit=7),
+        lambda content: content["results"]["phase1"].update(basis="measured"),
+        lambda content: content["results"]["phase1"]["fit"].append("x"),
+    ],
+)
+def test_a_damaged_file_of_version_2_is_refused_in_one_line(tmp_path, damage):
+    content = json.loads((FIXTURES / "v2" / FILES["memory"]).read_text())
+    damage(content)
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="expected a phase1 memory report; got") as error:
+        read_report(tmp_path / "a.json", "memory")
+    assert "\n" not in str(error.value)

@@ -48,11 +48,11 @@ def test_a_report_reads_back_as_it_was_written(tmp_path, kind):
 def test_the_file_has_the_keys_of_the_schema(tmp_path):
     write_report(memory_report(), tmp_path / "a.json")
     content = json.loads((tmp_path / "a.json").read_text())
-    assert content["schema_version"] == 2
+    assert content["schema_version"] == 3
     assert {"kind", "environment", "command", "results", "checks"} <= set(content)
     assert set(content["checks"][0]) == {"name", "value", "limit", "status", "detail"}
     phase1 = content["results"]["phase1"]
-    assert {"model_name", "config", "config_id", "status", "measured", "parameters", "peak_allocated_bytes"} <= set(phase1)
+    assert {"model_name", "config", "config_id", "status", "basis", "parameters", "peak_allocated_bytes"} <= set(phase1)
     assert set(phase1["parameters"]) == {"total", "embedding", "mixer", "mlp", "copy_head"}
 
 
@@ -127,7 +127,7 @@ def test_a_result_of_another_kind_is_refused():
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"schema_version": 3}, ["schema_version up to 2", "got 3", "update phase1"]),
+        ({"schema_version": 4}, ["schema_version up to 3", "got 4", "update phase1"]),
         ({"schema_version": 0}, ["schema_version 0"]),
         ({"schema_version": True}, ["schema_version True"]),
         ({"schema_version": 1.0}, ["schema_version 1.0"]),

@@ -67,7 +67,7 @@ def test_the_verdict_on_the_engine_is_that_of_its_check():
 
 
 def test_estimated_numbers_and_verdicts_say_so():
-    results = {key: r.model_copy(update={"measured": "estimated"}) for key, r in memory_report().results.items()}
+    results = {key: r.model_copy(update={"basis": "estimated"}) for key, r in memory_report().results.items()}
     table = memory_comparison(memory_report(results=results))
     assert {row["Basis"] for row in records(table)} == {"estimated"}
     assert [row["Fits 8 GB"] for row in records(table)] == ["FAIL (estimated)", "PASS (estimated)", "PASS (estimated)"]
@@ -111,10 +111,10 @@ def test_the_ratio_of_the_record_its_intervals_and_the_efficiency_are_in_the_tab
     report.results["phase1"] = engine.model_copy(update=changes)
     table = throughput_comparison(report)
     row, older = records(table)[1], records(table)[3]
-    assert (row["95 % from (tokens/s)"], row["95 % to (tokens/s)"]) == (90_000.0, 99_000.0)
-    assert (row["Ratio to baseline (x)"], row["95 % from (x)"], row["95 % to (x)"]) == (0.951, 0.94, 0.962)
+    assert row["95 % (tokens/s)"] == (90_000.0, 99_000.0)
+    assert (row["Ratio to baseline (x)"], row["95 % (x)"]) == (0.951, (0.94, 0.962))
     assert (row["Model FLOPs (GFLOP/s)"], row["MFU (%)"], row["Optimizer traffic (GB/s)"]) == (3e5, pytest.approx(31.4), 1200.0)
-    assert older["Ratio to baseline (x)"] == pytest.approx(46 / 41) and older["95 % from (x)"] is None
+    assert older["Ratio to baseline (x)"] == pytest.approx(46 / 41) and older["95 % (x)"] is None
     assert "Peak: 1e15 FP16 FLOP/s." in table.notes
 
 
@@ -158,13 +158,13 @@ def test_scaling_shows_order_fit_interval_share_and_verdict():
     row = row_of(scaling_comparison(throughput_report()), "phase1")
     assert (row["Order"], row["Verdict"], row["Lengths (tokens)"]) == ("O(N)", "linear", "512 to 4096 (4)")
     assert row["Coefficient (µs per position)"] == pytest.approx(39.06, abs=0.01)
-    assert row["95 % from"] <= row["Exponent"] <= row["95 % to"]
+    assert row["95 %"].low <= row["Exponent"] <= row["95 %"].high
     assert row["Quadratic share (%)"] == pytest.approx(0, abs=0.1)
 
 
 def test_perplexity_shows_quality_tokens_and_verdict():
     row = row_of(perplexity_comparison(perplexity_report()), "phase1_htt16_ar32")
-    assert (row["Perplexity"], row["Degradation (%)"], row["95 % from (%)"], row["95 % to (%)"]) == (37.06, 6.2, 5.4, 7.0)
+    assert (row["Perplexity"], row["Degradation (%)"], row["95 % (%)"]) == (37.06, 6.2, (5.4, 7.0))
     assert (row["Within 5 %"], row["Trained on (tokens)"], row["In the table"]) == ("FAIL", 90_000_000, 2_900_000)
     assert row_of(perplexity_comparison(perplexity_report()), "baseline")["Within 5 %"] is None
 
@@ -337,8 +337,8 @@ def test_every_check_stands_in_the_notes_with_its_verdict():
     tables = [t for t in build_tables(all_reports()) if t.name not in ("memory_breakdown", "configuration_comparison")]
     assert len(tables) == 4
     for table in tables:
-        assert any(note.startswith(("PASS", "FAIL")) for note in table.notes)
-    notes = memory_comparison(memory_report()).notes
+        assert any(note.startswith(("PASS", "FAIL")) for note in table.printed_notes)
+    notes = memory_comparison(memory_report()).printed_notes
     assert "PASS fits_8gb: value 2,810,000,000, limit 7,200,000,000; measured: reserved bytes" in notes
 
 

@@ -5,15 +5,19 @@ import json
 import pytest
 
 from phase1.commands.tables import main
+from phase1.machine.cards import card_for
+from phase1.presets import PRESETS
 from phase1.records.schema import FILES, Fit, write_report
 from phase1.runs import TablesRun
 from phase1.tables.memory import cards_comparison
-from phase1.tables.results_page import READMES, generated
+from phase1.tables.results_page import GUIDES, READMES, generated
 from phase1.tables.rows import benchmark, rows_table
 from phase1.tables.summary import WORDS, speed_row
 from tests.reports import all_reports
 
 LIST = """
+cards = ["card/phase1_memory_validation.json"]
+
 [summary]
 memory = "m/phase1_memory_validation.json"
 speed = "m/phase1_throughput_benchmark.json"
@@ -60,9 +64,12 @@ def root(tmp_path):
     (tmp_path / "results/steps.jsonl").write_text(
         "".join(json.dumps({"role": role, "bytes": 2 * 10**9, "commit": "abc", "device": "H9"}) + "\n" for role in ("a", "b"))
     )
-    (tmp_path / "docs").mkdir()
+    write_report(of_card("RTX 4060 8 GB", 7), tmp_path / "results/card" / FILES["memory"])
+    (tmp_path / "docs/ja").mkdir(parents=True)
     for name in READMES:
         (tmp_path / name).write_text(MARKS)
+    for name in GUIDES:
+        (tmp_path / name).write_text("a\n<!-- cards: begin -->\n<!-- cards: end -->\nb\n")
     return tmp_path
 
 
@@ -83,13 +90,13 @@ def test_both_readmes_have_the_first_table_in_their_language_and_the_screen(root
     assert WORDS["ja"]["linear"] in japanese and WORDS["en"]["linear"] in english
     numbers = [line.split("|")[2:5] for line in english.splitlines() if line.startswith("| peak")]
     assert len(numbers) == 1 and numbers == [line.split("|")[2:5] for line in japanese.splitlines() if "ピークメモリ、" in line]
-    assert {file for file in files} == {root / "docs/results.md", *(root / name for name in READMES)}
+    assert {file for file in files} == {root / "docs/results.md", *(root / name for name in (*READMES, *GUIDES))}
 
 
 def test_the_command_writes_them_and_does_so_again_to_the_byte(root, monkeypatch, capsys):
     monkeypatch.chdir(root)
     assert main(TablesRun(results_page=True)) == 0
-    assert "3 documents written" in capsys.readouterr().out
+    assert "5 documents written" in capsys.readouterr().out
     before = {path: path.read_bytes() for path in root.rglob("*.md")}
     assert main(TablesRun(results_page=True)) == 0
     assert before == {path: path.read_bytes() for path in root.rglob("*.md")}
@@ -110,24 +117,38 @@ def test_a_wrong_line_is_named_and_nothing_is_written(root, monkeypatch, change,
     assert (root / "README.md").read_text() == MARKS and not (root / "docs/results.md").exists()
 
 
-def of_card(name, batch, seq_length=2048):
+def of_card(name, batch, seq_length=2048, card="rtx4060"):
     report = all_reports()["memory"]
-    common = {"status": "ok", "step": 1, "bound": 4096, "limit_bytes": 7_200_000_000, "measured": "estimated", "probes": []}
+    common = {"status": "ok", "step": 1, "bound": 4096, "limit_bytes": 7_200_000_000, "basis": "estimated", "probes": []}
     fits = [Fit(searched="batch_size", batch_size=batch, seq_length=2048, **common)]
     fits.append(Fit(searched="seq_length", batch_size=1, seq_length=64 * batch, **common))
-    results = {"phase1": report.results["phase1"].model_copy(update={"fit": fits, "measured": "estimated"})}
-    return report.model_copy(update={"results": results, "run": {"seq_length": seq_length, "card_name": name}})
+    update = {"fit": fits, "basis": "estimated"}
+    results = {role: report.results[role].model_copy(update=update) for role in ("baseline", "baseline_optimized", "phase1")}
+    return report.model_copy(update={"results": results, "run": {"seq_length": seq_length, "card": card, "card_name": name}})
+
+
+@pytest.mark.parametrize("card, preset", [("rtx4060", "`rtx4060-8g`"), ("rtx2060", "none; `--card rtx2060 --fit`")])
+def test_a_guide_says_the_preset_of_a_card_and_what_trains_on_it(root, card, preset):
+    write_report(of_card("RTX Z", 7, card=card), root / "results/card" / FILES["memory"])
+    english, japanese = (generated(root)[root / name] for name in GUIDES)
+    assert f"| RTX Z | {preset} | 7 | 7 | 7 |" in english and "| RTX Z |" in japanese
+    assert "Largest batch of 2,048 tokens" in english and english.startswith("a\n<!-- cards: begin -->\n") and english.endswith("b\n")
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "smoke"])
+def test_every_preset_of_a_card_has_that_card(preset):
+    assert card_for(preset).gigabytes == int(preset.split("-")[1].removesuffix("g"))
 
 
 def test_cards_stand_in_one_table(root):
     for name, batch in (("RTX 1", 3), ("RTX 2", 4096)):
         write_report(of_card(name, batch), root / "results" / name / "memory.json")
-    listed = '[[section.table]]\ncards = ["RTX 1/memory.json", "RTX 2/memory.json"]\n'
-    (root / "results/page.toml").write_text(LIST + listed)
+    listed = LIST.replace('["card/phase1_memory_validation.json"]', '["RTX 1/memory.json", "RTX 2/memory.json"]')
+    (root / "results/page.toml").write_text(listed + "[[section.table]]\ncards = true\n")
     page = generated(root)[root / "docs/results.md"]
     assert "### Largest sizes that train (estimated)" in page
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| RTX")]
-    assert rows == [["RTX 1", "7.2", "3", "192"], ["RTX 2", "7.2", r"\>= 4,096", "262,144"]]
+    assert rows == [["RTX 1", "7.2", *["3"] * 3, *["192"] * 3], ["RTX 2", "7.2", *[r"\>= 4,096"] * 3, *["262,144"] * 3]]
     with pytest.raises(ValueError, match="one --seq-length"):
         cards_comparison([of_card("a", 1), of_card("b", 1, seq_length=512)])
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from phase1.records.collect import read_reports
 from phase1.tables import SUFFIXES, Column, Table, build_tables, render
 from phase1.tables.console import console
+from phase1.tables.table import Interval, Provenance
 from tests.reports import all_reports
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -98,14 +99,35 @@ def test_the_markdown_of_every_comparison_has_a_cell_per_column_in_every_line(bu
 @pytest.mark.parametrize("built", TABLES, ids=lambda t: t.name)
 def test_the_csv_of_every_comparison_has_its_numbers_in_full(built):
     head, *rows = csv_rows(render(built, "csv"))
-    assert head == [column.heading for column in built.columns] + ["Hardware"]
+    assert head == [heading for column in built.columns for heading in column.csv_headings] + ["Hardware"]
     assert len(rows) == len(built.rows)
     for row, cells in zip(rows, built.rows):
-        for text, cell in zip(row, cells):
+        whole = [ends for column, cell in zip(built.columns, cells) for ends in ((cell or (None, None)) if column.interval else (cell,))]
+        assert len(row) == len(whole) + 1
+        for text, cell in zip(row, whole):
             if isinstance(cell, int | float):
                 assert float(text) == cell
             elif cell is None:
                 assert text == "n/a"
+
+
+def test_an_interval_is_one_cell_for_people_and_two_columns_in_csv():
+    columns = (Column("Model"), Column("95 %", "x", 1, interval=True))
+    built = Table("t", "c", "", columns, (("a", Interval(0.94, 1234.5)), ("b", None)))
+    assert csv_rows(render(built, "csv"))[:2] == [["Model", "95 % from (x)", "95 % to (x)", "Hardware"], ["a", "0.94", "1234.5", ""]]
+    assert csv_rows(render(built, "csv"))[2] == ["b", "n/a", "n/a", ""]
+    for form in ("markdown", "latex"):
+        assert "0.9 to 1,234.5" in render(built, form)
+    assert "0.9 to 1,234.5" in console(built)
+
+
+def test_provenance_is_in_files_and_not_on_a_terminal():
+    provenance = Provenance(("hot",), ("PASS it: why",), ("Command: phase1",))
+    built = Table("t", "c", "", (Column("Model"), Column("Files", console=False)), (("a", "b"),), ("defined so",), provenance)
+    assert render(built, "markdown").endswith("- defined so\n- WARNING hot\n- PASS it: why\n- Command: phase1\n")
+    latex = render(built, "latex")
+    assert "% Command: phase1" in latex and latex.count("Command") == 1 and "WARNING hot" in latex and "PASS it" in latex
+    assert not any(word in console(built) for word in ("Files", "hot", "PASS", "Command"))
 
 
 FOLDERS = [RESULTS / "h200", RESULTS / "archive/h100", RESULTS / "h200/perplexity_coordinates/pareto"]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from phase1.config import EngineShape, TrainConfig
-from phase1.errors import Unavailable
+from phase1.errors import Diverged, Unavailable
 from phase1.model import LanguageModel
 from phase1.roster import model_config
 from phase1.training.checkpoint import load_model, resume, save_checkpoint
@@ -123,7 +123,7 @@ def test_a_diverged_run_ends_with_one_line():
     s = state()
     with torch.no_grad():
         s.model.norm.weight.fill_(torch.nan)
-    with pytest.raises(Unavailable, match="lower --learning-rate"):
+    with pytest.raises(Diverged, match="lower --learning-rate"):
         train(s, batch_at, STEPS)
 
 

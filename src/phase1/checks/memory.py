@@ -48,7 +48,7 @@ def memory_checks(
 def _one_sequence(engine: MemoryResult) -> Check:
     """Whether --fit found a batch at all."""
     batch = engine.fit[0]
-    name, detail = "one_sequence_trains", f"{batch.measured}: largest batch at this sequence length"
+    name, detail = "one_sequence_trains", f"{batch.basis}: largest batch at this sequence length"
     if batch.status == "ok":
         return Check(name=name, value=batch.batch_size, limit=1, status="pass", detail=detail)
     if batch.status == "oom":
@@ -59,20 +59,20 @@ def _one_sequence(engine: MemoryResult) -> Check:
 def _fits(name: str, limit: float, engine: MemoryResult, free_bytes: int | None) -> Check:
     value = needed_bytes(engine)
     if value is not None and (engine.peak_reserved_bytes is not None or value > limit):
-        basis = engine.measured if engine.peak_reserved_bytes is not None else "estimated"
+        basis = engine.basis if engine.peak_reserved_bytes is not None else "estimated"
         detail = f"{basis}: bytes reserved by the allocator at the peak, plus those outside it"
         return Check.at_most(name, value, limit, detail)
     if engine.status == "oom" and free_bytes is not None and free_bytes >= limit:
-        detail = f"{engine.measured}: out of memory with {free_bytes / 1e9:.2f} GB of the card to use"
+        detail = f"{engine.basis}: out of memory with {free_bytes / 1e9:.2f} GB of the card to use"
         return Check(name=name, value=None, limit=limit, status="fail", detail=detail)
-    return Check.undecided(name, f"{engine.measured}: the engine's peak is not known ({engine.status}: {engine.detail})", limit)
+    return Check.undecided(name, f"{engine.basis}: the engine's peak is not known ({engine.status}: {engine.detail})", limit)
 
 
 def _reduction(engine: MemoryResult, baseline: MemoryResult | None) -> Check:
     name, limit = "reduction_50_percent", REDUCTION_LIMIT
     value = engine.memory_reduction_percent
     if value is not None and baseline is not None:
-        detail = f"{engine.measured}: percent less peak_allocated_bytes than baseline"
+        detail = f"{engine.basis}: percent less peak_allocated_bytes than baseline"
         needed = needed_bytes(baseline)
         if baseline.status == "oom" and needed is not None:
             detail += f", which does not fit: it needs {needed / 1e9:.1f} GB by the estimate"
@@ -83,4 +83,4 @@ def _reduction(engine: MemoryResult, baseline: MemoryResult | None) -> Check:
         why = f"no reduction can be stated: the baseline ended with {baseline.status} ({baseline.detail})"
     else:
         why = f"no reduction can be stated: the engine ended with {engine.status} ({engine.detail})"
-    return Check.undecided(name, f"{engine.measured}: {why}", limit)
+    return Check.undecided(name, f"{engine.basis}: {why}", limit)

@@ -48,13 +48,14 @@ def degradation(result: PerplexityResult, reference: PerplexityResult) -> tuple[
 
 def why_not_comparable(result: PerplexityResult, baseline: PerplexityResult | None) -> str:
     """Empty if a ratio of the two perplexities means something, else the reason."""
-    if baseline is None:
-        return "no baseline in this run"
     for side in (result, baseline):
+        if side is None:
+            return "no baseline in this run"
         if side.status != "ok":
             return f"{side.model_name}: {side.detail}"
         if side.untrained:
             return f"{side.model_name} has not beaten the unigram entropy: train it on more tokens"
+    assert baseline is not None
     for what in ("trained_tokens", "trained_on", "trained_seq_length", "protocol_hash"):
         if getattr(result, what) != getattr(baseline, what):
             return f"{what} differ: {getattr(result, what)} and {getattr(baseline, what)}"

@@ -146,7 +146,7 @@ def _numbers(reports: Mapping[str, Report[Any]]) -> dict[Key, Number]:
         for model, result in report.results.items():
             if model in CONTROLS:  # they test the measurement, and nobody's change makes them better or worse
                 continue
-            conditions = {"config_id": result.config_id, "hardware": _hardware(report), "measured": result.measured}
+            conditions = {"config_id": result.config_id, "hardware": _hardware(report), "basis": result.basis}
             world_size = {"world_size": report.environment.get("world_size", 1)}
             if isinstance(result, MemoryResult):
                 conditions |= world_size | {"batch_size": run.get("batch_size"), "seq_length": run.get("seq_length")}

@@ -13,7 +13,7 @@ from phase1.data import Corpus, load_corpus
 from phase1.machine.environment import settings
 from phase1.measure.perplexity.candidates import ScoredModel, candidates
 from phase1.measure.perplexity.evaluate import Protocol
-from phase1.measure.perplexity.result import Text, measure
+from phase1.measure.perplexity.result import ScoredText, measure
 from phase1.measure.perplexity.side_by_side import train_side_by_side
 from phase1.parallel import group
 from phase1.parallel.run import visible_gpus
@@ -84,7 +84,7 @@ def further_texts(run: PerplexityRun, first: Corpus) -> Iterator[Corpus]:
         yield corpus
 
 
-def text_of(run: PerplexityRun, corpus: Corpus) -> Text:
+def text_of(run: PerplexityRun, corpus: Corpus) -> ScoredText:
     """The validation split of `corpus`, with the protocol that `run` asks for."""
     scored = corpus.splits["valid"]
     protocol = Protocol(
@@ -96,7 +96,7 @@ def text_of(run: PerplexityRun, corpus: Corpus) -> Text:
         prefix=corpus.tokenizer.end_of_text,
         max_windows=run.max_samples,
     )
-    return Text(corpus, protocol)
+    return ScoredText(corpus, protocol)
 
 
 def folders_of(run: PerplexityRun, names: list[str]) -> list[Path]:
@@ -111,7 +111,7 @@ def folders_of(run: PerplexityRun, names: list[str]) -> list[Path]:
 
 
 def report_on(
-    run: PerplexityRun, scored: Text, results: dict[str, PerplexityResult], folder: Path, session: Session
+    run: PerplexityRun, scored: ScoredText, results: dict[str, PerplexityResult], folder: Path, session: Session
 ) -> list[Check]:
     """Compare the models on one text, write the report and its plots into `folder`, and print the answer; its checks.
 
@@ -151,7 +151,7 @@ def conditions(run: PerplexityRun) -> dict[str, Any]:
     return {name: value for name, value in settings(run).items() if name not in elsewhere}
 
 
-def data_identity(models: list[ScoredModel], texts: list[Text]) -> dict[str, str]:
+def data_identity(models: list[ScoredModel], texts: list[ScoredText]) -> dict[str, str]:
     """What the cases of a run depend on besides its settings: tokens, tokenizer and given checkpoints, by their hashes."""
     first = texts[0].corpus
     identity = {name: split.sha256 for name, split in first.splits.items()} | {"tokenizer": first.tokenizer.fingerprint}

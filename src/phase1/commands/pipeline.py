@@ -101,7 +101,7 @@ def _numbers(reports: dict[str, Report[Any]]) -> Iterator[str]:
         yield "perplexity  " + (
             "; ".join(f"{model_title(key)} {value:,.2f}" for key, value in scored.items()) or "no trained model"
         )
-    if any(result.measured == "estimated" for report in reports.values() for result in report.results.values()):
+    if any(result.basis == "estimated" for report in reports.values() for result in report.results.values()):
         yield "without a GPU memory is estimated; small sizes say little about speed and quality at full size"
 
 

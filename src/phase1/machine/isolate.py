@@ -52,10 +52,10 @@ def run_here(function: Callable[..., T], *args: Any) -> Outcome[T]:
 def run_isolated(function: Callable[..., T], *args: Any, timeout_s: float | None = None) -> Outcome[T]:
     """Call `function(*args)` in a process of its own, so that memory peaks are its own and a crash harms nobody.
 
-    It is forked from a server that has imported the module of `function` and done nothing else, so that no call but the
-    first waits for imports; where a system has no such server it starts from nothing. The process leads a group of its own,
-    and however this ends, by a value, a crash, after `timeout_s` seconds or by an interrupt, every process of that group is
-    gone within KILL_SECONDS; it is too when this process is killed.
+    A fork server that has imported the module of `function` starts it, so that only the first call waits for imports; where a
+    system has none, the process is spawned. The process leads a group of its own. However the call ends (with a value, a
+    crash, after `timeout_s` seconds, by an interrupt, or because this process is killed), every process of that group is gone
+    within KILL_SECONDS.
 
     `function`, its arguments and its value are pickled, over a pipe between the two; the caller's main module must be
     importable (a guard `if __name__ == "__main__"` in scripts).

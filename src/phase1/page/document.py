@@ -15,7 +15,6 @@ from phase1.records.collect import KINDS
 from phase1.records.schema import Check, Report
 from phase1.tables import Column, Table, build_tables, render
 from phase1.tables.common import basis_of, hardware_of
-from phase1.tables.console import without_common_notes
 from phase1.tables.screen import values_of
 from phase1.tables.training import Training, training_comparison, training_tables
 
@@ -134,7 +133,7 @@ def _warnings(reports: Mapping[str, Report[Any]]) -> Html:
 def _of_kind(report: Report[Any], kind: str, words: Words) -> Html:
     """The plots of a report and every table of it alone; the first table is open."""
     plots = [_drawn(draw, report, f"{kind}{i}", words) for i, draw in enumerate(plots_of(report))]
-    tables = [without_common_notes(made, report) for made in build_tables({kind: report})[:-1]]
+    tables = build_tables({kind: report})[:-1]
     first, *others = [tag("div", tag("h3", made.caption), table(made), _notes(made), class_="table") for made in tables]
     return joined(first, *plots, *(folded(made.caption, content) for made, content in zip(tables[1:], others)))
 

@@ -55,6 +55,7 @@ def in_own_style(plot: Callable[..., Path]) -> Callable[..., Path]:
 
 
 def limit_line(axes: "Axes", label: str, height: float) -> None:
+    """Draw a dashed line at `height`, with its label at the right end."""
     axes.axhline(height, color="#444444", linestyle="--", linewidth=1, zorder=0.5)
     axes.annotate(
         label, (1, height), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points", fontsize=8,
@@ -63,10 +64,12 @@ def limit_line(axes: "Axes", label: str, height: float) -> None:
 
 
 def color_of(key: str, index: int) -> str:
+    """The colour of a role everywhere; of other models one by their place."""
     return ROLE_COLORS.get(key, OTHER_COLORS[index % len(OTHER_COLORS)])
 
 
 def trained_on(report: Report[PerplexityResult]) -> str:
+    """How much training the models had, and the text they are scored on."""
     trained = {result.trained_tokens for result in report.results.values() if result.trained_tokens}
     names = {result.dataset.name for result in report.results.values() if result.dataset}
     return f"trained on {', '.join(f'{count:,}' for count in sorted(trained))} tokens, scored on {', '.join(sorted(names))}"
@@ -82,12 +85,14 @@ def log_ticks(axis: Any) -> None:
 
 
 def conditions(report: Report[Any]) -> str:
+    """Sizes, hardware and how the numbers are known, for a title."""
     symbols = {"B": "batch_size", "T": "seq_length"}
     sizes = ", ".join(f"{symbol} = {report.run[name]}" for symbol, name in symbols.items() if name in report.run)
     return f"{sizes}\n{hardware_of(report)} ({basis_of(report.results.values())})"
 
 
 def new_figure(width: float, height: float, title: str) -> "Figure":
+    """An empty figure in inches; matplotlib is imported here, without its window system."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
@@ -101,6 +106,7 @@ def escaped(text: str) -> str:
 
 
 def clean(axes: "Axes") -> None:
+    """Take away the frame, and put a light grid behind the data."""
     axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

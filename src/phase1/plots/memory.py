@@ -1,6 +1,7 @@
 """Plot of every model's peak memory, by part, against the limits of the cards."""
 
 import re
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ GREY_PARTS = {
     "fragmentation: reserved, not allocated": "#C8C8C8",
     "context, outside the allocator": "#E2E2E2",
 }
+LABEL_CHARS = 12  # of a line below a bar, of four beside each other
 
 
 @in_own_style
@@ -43,7 +45,7 @@ def plot_memory(report: Report[MemoryResult], path: Path | str) -> Path:
         card = report.run.get("card_name") or "--vram-limit" if card == name else f"the {card}"
         limit_line(axes, escaped(f"{limit:.1f} GB: limit of {card}"), limit)
     axes.set_xlim(-0.5, len(keys) - 0.1)
-    axes.set_xticks(range(len(keys)), [escaped(key) for key in keys])
+    axes.set_xticks(range(len(keys)), [_in_lines(key) for key in keys])
     axes.set_ylabel("memory (GB)")
     clean(axes)
     if axes.get_legend_handles_labels()[0]:
@@ -64,6 +66,12 @@ def _memory_parts(report: Report[MemoryResult]) -> dict[str, dict[str, int]]:
             parts.setdefault("fragmentation: reserved, not allocated", {})[key] = reserved - result.peak_allocated_bytes
             parts.setdefault("context, outside the allocator", {})[key] = result.outside_allocator_bytes or 0
     return parts
+
+
+def _in_lines(key: str) -> str:
+    """`key`, broken after underscores where it is wider than its bar."""
+    lines = textwrap.wrap(key.replace("_", "_ "), LABEL_CHARS)
+    return "\n".join(escaped(line.replace("_ ", "_")) for line in lines)
 
 
 def _bar_label(axes: "Axes", x: int, top: float, result: MemoryResult) -> None:

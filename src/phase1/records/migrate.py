@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 
 
 def _from_1(content: dict[str, Any]) -> dict[str, Any]:
@@ -11,7 +11,25 @@ def _from_1(content: dict[str, Any]) -> dict[str, Any]:
     return content | {"schema_version": 2}
 
 
-STEPS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}
+def _from_2(content: dict[str, Any]) -> dict[str, Any]:
+    """Version 3 calls `basis` what was called `measured`, of results and of their searches for the largest size."""
+    results = content.get("results")
+    if isinstance(results, dict):
+        content = content | {"results": {key: _with_basis(result) for key, result in results.items()}}
+    return content | {"schema_version": 3}
+
+
+def _with_basis(record: Any) -> Any:
+    """`record` with its `measured` called `basis`; what is no record, or has both, is left for the reader to refuse."""
+    if not isinstance(record, dict):
+        return record
+    if "measured" in record and "basis" not in record:
+        record = {"basis" if name == "measured" else name: value for name, value in record.items()}
+    fits = record.get("fit")
+    return record | {"fit": [_with_basis(fit) for fit in fits]} if isinstance(fits, list) else record
+
+
+STEPS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2}
 """For each version, the pure function that turns its reports into those of the next. Whoever raises SCHEMA_VERSION adds a step,
 and fixtures of the version before, as tests/fixtures/v1 are."""
 

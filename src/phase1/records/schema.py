@@ -22,6 +22,7 @@ FILES = {
 
 Kind = Literal["memory", "throughput", "perplexity"]
 Status = Literal["ok", "oom", "error"]
+Basis = Literal["measured", "estimated", "emulated"]
 Verdict = Literal["linear", "not linear", "inconclusive"]
 ComplexityOrder = Literal["O(N)", "O(N log N)", "O(N^2)"]
 
@@ -110,7 +111,7 @@ class Result(_Record):
     config: JsonObject
     config_id: str
     status: Status
-    measured: Literal["measured", "estimated", "emulated"]
+    basis: Basis
     parameters: Parameters | None = None
     detail: str = Field(default="", description="of a failed result: the message, and the sizes to try next")
 
@@ -153,7 +154,7 @@ class Fit(_Record):
     step: int = Field(description="the searched size is a multiple of it; one step more does not train, unless at the bound")
     bound: int = Field(description="the search goes no further: an answer equal to it is a lower limit")
     limit_bytes: int | None = Field(description="of the card, for allocator and all else; None where a whole card was used")
-    measured: Literal["measured", "estimated", "emulated"]
+    basis: Basis
     probes: list[FitProbe] = Field(description="every size that was tried, in order")
     detail: str = ""
 
@@ -379,7 +380,7 @@ class Ablation(_Record):
 class Report(_Record, Generic[R]):
     """One result file: the models of one run, its conditions, and the checks it made."""
 
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[3] = SCHEMA_VERSION
     kind: Kind
     created_utc: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     environment: dict[str, str | int | float | bool | None]

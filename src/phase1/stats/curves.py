@@ -73,6 +73,7 @@ class Fits:
 
 
 def fit_all(T: Array, t: Array) -> Fits:
+    """Fit t with every candidate, and with a mixture of T and T^2."""
     rss, curves = {}, {}
     for order, term in CANDIDATES.items():
         parts, rss[order] = fit(T, t, term)

@@ -4,10 +4,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from phase1.records.schema import Check, Report, Result
-from phase1.tables.table import Cell, Column
+from phase1.tables.table import Cell, Column, Provenance
 
 FAILED = {"oom": "OOM", "error": "FAIL"}
-WARNING = "WARNING "  # beginning of a note about something that makes numbers doubtful
 VERDICT = {True: "PASS", False: "FAIL", None: "INCONCLUSIVE"}
 MODEL = Column("Model")
 CONFIG = Column("Config id")
@@ -17,7 +16,7 @@ BASIS = Column("Basis")
 def hardware_of(report: Report[Any]) -> str:
     """The GPU, or the processor, that the record names."""
     facts = report.environment
-    if report.results and all(result.measured == "estimated" for result in report.results.values()):
+    if report.results and all(result.basis == "estimated" for result in report.results.values()):
         card = report.run.get("card_name")
         return f"{f'{card}, ' if card else ''}estimated on {_processor(report)}"
     memory = facts.get("gpu_memory_bytes")
@@ -34,7 +33,7 @@ def _processor(report: Report[Any]) -> str:
 
 def basis_of(results: Iterable[Result]) -> str:
     """How the results are known: measured, estimated or emulated, or several of these."""
-    return ", ".join(sorted({result.measured for result in results})) or "no result"
+    return ", ".join(sorted({result.basis for result in results})) or "no result"
 
 
 def gigabytes(count: int | None) -> float | None:
@@ -60,11 +59,15 @@ def _number(number: float) -> str:
     return f"{number:,.0f}" if abs(number) >= 1e5 else f"{number:.5g}"
 
 
-def notes_of(report: Report[Any]) -> tuple[str, ...]:
-    """Failures with their reasons, what disturbed the run, checks with their numbers, and the command."""
-    failures = [f"{key}: {FAILED[r.status]}, {r.detail}" for key, r in report.results.items() if r.status != "ok"]
-    warnings = [f"{WARNING}{text}" for text in report.warnings]
-    return (*failures, *warnings, *_check_notes(report.checks), f"Command: {report.command} ({report.created_utc})")
+def failures_of(report: Report[Any]) -> tuple[str, ...]:
+    """Every model that failed, with its reason."""
+    return tuple(f"{key}: {FAILED[r.status]}, {r.detail}" for key, r in report.results.items() if r.status != "ok")
+
+
+def provenance_of(report: Report[Any], warnings: Iterable[str] = ()) -> Provenance:
+    """What disturbed the run, after `warnings` of single models; checks with their numbers; and the command."""
+    command = f"Command: {report.command} ({report.created_utc})"
+    return Provenance((*warnings, *report.warnings), tuple(_check_notes(report.checks)), (command,))
 
 
 def caption_of(title: str, report: Report[Any], hardware: str | None, *conditions: str) -> str:

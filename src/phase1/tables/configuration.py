@@ -8,7 +8,7 @@ from phase1.roster import CONTROLS
 from phase1.tables.common import CONFIG, MODEL, gigabytes, hardware_named, headline
 from phase1.tables.join import Row, joined_rows
 from phase1.tables.perplexity import perplexity_cells
-from phase1.tables.table import Cell, Column, Table
+from phase1.tables.table import Cell, Column, Provenance, Table
 from phase1.tables.throughput import ratio_to_baseline
 
 
@@ -39,10 +39,11 @@ def configuration_comparison(reports: Mapping[str, Report[Any]], hardware: str |
     notes = [
         "A row is one configuration against one baseline; numbers of others are in other rows; n/a: not measured.",
         *([f"Not measured: {', '.join(missing)}."] if missing else []),
-        *(f"Command, {kind}: {report.command} ({report.created_utc})" for kind, report in reports.items()),
     ]
+    commands = tuple(f"Command, {kind}: {report.command} ({report.created_utc})" for kind, report in reports.items())
     rows = tuple(_configuration_cells(row, reports) for row in joined_rows(reports) if row.label not in CONTROLS)
-    return Table("configuration_comparison", f"Configurations: {label}", label, columns, rows, tuple(notes))
+    provenance = Provenance(commands=commands)
+    return Table("configuration_comparison", f"Configurations: {label}", label, columns, rows, tuple(notes), provenance)
 
 
 def _configuration_cells(row: Row, reports: Mapping[str, Report[Any]]) -> tuple[Cell, ...]:
@@ -60,7 +61,7 @@ def _configuration_cells(row: Row, reports: Mapping[str, Report[Any]]) -> tuple[
 def _memory_summary(result: Result | None) -> tuple[Cell, ...]:
     if not isinstance(result, MemoryResult):
         return (None,) * 3
-    return (headline(result, gigabytes(result.peak_allocated_bytes)), result.measured, result.memory_reduction_percent)
+    return (headline(result, gigabytes(result.peak_allocated_bytes)), result.basis, result.memory_reduction_percent)
 
 
 def _speed_summary(result: Result | None, report: Report[ThroughputResult] | None) -> tuple[Cell, ...]:
@@ -70,9 +71,9 @@ def _speed_summary(result: Result | None, report: Report[ThroughputResult] | Non
     verdict = result.scaling.verdict if result.scaling else None
     measured = [m for m in result.measurements if m.status == "ok" and m.tokens_per_second]
     if not measured:
-        return (headline(result, "FAIL"), None, result.measured, None, verdict)
+        return (headline(result, "FAIL"), None, result.basis, None, verdict)
     longest = max(measured, key=lambda m: m.seq_length)
-    return (longest.tokens_per_second, longest.seq_length, result.measured, ratio_to_baseline(report, longest), verdict)
+    return (longest.tokens_per_second, longest.seq_length, result.basis, ratio_to_baseline(report, longest), verdict)
 
 
 def _quality_summary(result: Result | None, label: str) -> tuple[Cell, ...]:

@@ -13,58 +13,27 @@ from phase1.tables import (
     scaling_comparison,
     throughput_comparison,
 )
-from phase1.tables.common import WARNING
 from phase1.tables.grid import grid
 from phase1.tables.table import is_wide
 from phase1.text import one_line
 
-# the table files have them
-_NOT_PRINTED = ("Basis", "Forward", "Backward", "Optimizer", "Model FLOPs", "Optimizer traffic", "Config id", "95 % to")
-
 
 def memory_text(report: Report[MemoryResult]) -> str:
     """The peaks of every model and whether they fit, what they are made of, who saves what, and what is largest."""
-    return "\n\n".join(_console(table, report) for table in memory_tables(report))
+    return "\n\n".join(console(table) for table in memory_tables(report))
 
 
 def throughput_text(report: Report[ThroughputResult]) -> str:
     """The speeds at every length without the parts of a step, how the times scale, and what makes them doubtful."""
-    speeds = _merge_interval_columns(throughput_comparison(report))
-    keep = [i for i, column in enumerate(speeds.columns) if column.title not in _NOT_PRINTED]
-    speeds = replace(
-        speeds, columns=tuple(speeds.columns[i] for i in keep), rows=tuple(tuple(row[i] for i in keep) for row in speeds.rows)
-    )
-    warnings = [note for note in speeds.notes if note.startswith(WARNING)]
-    return "\n".join([_console(speeds, report), "", _console(scaling_comparison(report), report), *map(_paragraph, warnings)])
-
-
-def _merge_interval_columns(table: Table) -> Table:
-    """The table with both ends of an interval as text in the column "95 %", in place of "95 % from"."""
-    columns, rows = list(table.columns), [list(row) for row in table.rows]
-    for i, column in enumerate(columns):
-        if column.title == "95 % from":
-            columns[i] = replace(column, title="95 %")
-            for row in rows:
-                low, high = row[i : i + 2]
-                if isinstance(low, float) and isinstance(high, float):
-                    row[i] = f"{low:,.{column.digits}f} to {high:,.{column.digits}f}"
-    return replace(table, columns=tuple(columns), rows=tuple(tuple(row) for row in rows))
+    speeds = throughput_comparison(report)
+    warnings = (_paragraph(f"WARNING {text}") for text in speeds.provenance.warnings)
+    return "\n".join([console(speeds), "", console(scaling_comparison(report)), *warnings])
 
 
 def perplexity_text(report: Report[PerplexityResult]) -> str:
     """The quality of every model, then where it loses."""
     losses = loss_comparison(report)
-    return _console(perplexity_comparison(report), report) + (f"\n\n{console(losses)}" if losses.rows else "")
-
-
-def _console(table: Table, report: Report) -> str:
-    return console(without_common_notes(table, report))
-
-
-def without_common_notes(table: Table, report: Report) -> Table:
-    """Without the checks, which stand by themselves, warnings, and the command, which the user has typed."""
-    elsewhere = tuple(f"{check.status.upper()} {check.name}: " for check in report.checks) + ("Command: ", WARNING)
-    return replace(table, notes=tuple(note for note in table.notes if not note.startswith(elsewhere)))
+    return console(perplexity_comparison(report)) + (f"\n\n{console(losses)}" if losses.rows else "")
 
 
 def checks_text(checks: Iterable[Check]) -> str:
@@ -91,7 +60,11 @@ def _wrapped(text: str) -> str:
 
 
 def console(table: Table) -> str:
-    """The table for a terminal: caption, rows (a few models with many numbers stand side by side) and notes."""
+    """The table for a terminal: caption, rows (a few models with many numbers stand side by side) and notes.
+
+    Its provenance is not here: the user has typed the command, and a command prints checks and warnings once.
+    """
+    table = _without_columns_of_files(table)
     headings = [column.heading for column in table.columns]
     rows = table.texts(one_line)
     if is_wide(table):
@@ -103,3 +76,9 @@ def console(table: Table) -> str:
         right = [table.is_numeric(i) for i in range(len(headings))]
     body = grid(headings, rows, right)
     return "\n".join([one_line(table.caption), "", body, *(f"- {one_line(note)}" for note in table.notes)])
+
+
+def _without_columns_of_files(table: Table) -> Table:
+    keep = [i for i, column in enumerate(table.columns) if column.console]
+    rows = tuple(tuple(row[i] for i in keep) for row in table.rows)
+    return replace(table, columns=tuple(table.columns[i] for i in keep), rows=rows)

@@ -2,7 +2,7 @@
 
 from phase1.records.schema import Report, ThroughputResult
 from phase1.tables.common import MODEL, caption_of, hardware_of
-from phase1.tables.table import Cell, Column, Table
+from phase1.tables.table import Cell, Column, Interval, Table
 
 
 def decoding_comparison(report: Report[ThroughputResult], hardware: str | None = None) -> Table:
@@ -13,8 +13,8 @@ def decoding_comparison(report: Report[ThroughputResult], hardware: str | None =
         if result.decoding is None:
             continue
         for point in result.decoding.points:
-            low, high = point.decode_tokens_per_second_ci95 or (None, None)
-            speeds = (point.prefill_tokens_per_second, point.decode_tokens_per_second, low, high)
+            decode = (point.decode_tokens_per_second, Interval.of(point.decode_tokens_per_second_ci95))
+            speeds = (point.prefill_tokens_per_second, *decode)
             rows.append((key, point.context, *speeds, point.state_bytes / 1e6))
         interval = result.decoding.speed_ratio_ci95
         between = "" if interval is None else f" (95 %: {interval[0]:.3f} to {interval[1]:.3f})"
@@ -25,7 +25,7 @@ def decoding_comparison(report: Report[ThroughputResult], hardware: str | None =
         hardware or hardware_of(report),
         (
             MODEL, Column("Context", "tokens"), Column("Prefill", "tokens/s", 0), Column("Decode", "tokens/s", 1),
-            Column("95 % from", "tokens/s", 1), Column("95 % to", "tokens/s", 1), Column("State", "MB", 3),
+            Column("95 %", "tokens/s", 1, interval=True), Column("State", "MB", 3),
         ),
         tuple(rows),
         tuple(notes),

@@ -14,10 +14,11 @@ from phase1.tables.common import (
     VERDICT,
     basis_of,
     caption_of,
+    failures_of,
     gigabytes,
     hardware_of,
     headline,
-    notes_of,
+    provenance_of,
     setting,
 )
 from phase1.tables.table import Cell, Column, Table
@@ -63,7 +64,8 @@ def memory_comparison(report: Report[MemoryResult], hardware: str | None = None)
         hardware or hardware_of(report),
         columns,
         rows,
-        (note, *_breakdown_notes(report), *notes_of(report)),
+        (note, *_breakdown_notes(report), *failures_of(report)),
+        provenance_of(report),
     )
 
 
@@ -82,7 +84,7 @@ def _breakdown_notes(report: Report[MemoryResult]) -> list[str]:
 def _memory_cells(key: str, result: MemoryResult, cards: list[Check]) -> tuple[Cell, ...]:
     peak, reserved, outside = result.peak_allocated_bytes, result.peak_reserved_bytes, result.outside_allocator_bytes
     needed = result.estimated_needed_bytes if reserved is None or outside is None else reserved + outside
-    basis = "estimated" if reserved is None and needed is not None else result.measured
+    basis = "estimated" if reserved is None and needed is not None else result.basis
     suffix = "" if basis == "measured" else f" ({basis})"
 
     def fits(check: Check) -> Cell:
@@ -93,7 +95,7 @@ def _memory_cells(key: str, result: MemoryResult, cards: list[Check]) -> tuple[C
         return VERDICT[needed <= check.limit] + suffix
 
     return (
-        result.measured,
+        result.basis,
         headline(result, gigabytes(peak)),
         headline(result, None if peak is None else peak / 2**30),
         gigabytes(reserved),
@@ -123,8 +125,8 @@ def fit_comparison(report: Report[MemoryResult], hardware: str | None = None) ->
     rows = tuple(
         (
             key,
-            fits[0].measured,
-            *(_size(fit) for fit in fits),
+            fits[0].basis,
+            *(size_cell(fit) for fit in fits),
             sum(len(fit.probes) for fit in fits),
             report.results[key].config_id,
         )
@@ -161,14 +163,15 @@ def _card_row(report: Report[MemoryResult], models: list[str]) -> tuple[Cell, ..
     fits = [report.results[key].fit if key in report.results else [] for key in models]
     limit = next((fit.limit_bytes for found in fits for fit in found), None)
     sizes = [
-        next((_size(fit) for fit in found if fit.searched == what), None)
+        next((size_cell(fit) for fit in found if fit.searched == what), None)
         for what in ("batch_size", "seq_length")
         for found in fits
     ]
     return (str(report.run["card_name"]), gigabytes(limit), *sizes)
 
 
-def _size(fit: Fit) -> Cell:
+def size_cell(fit: Fit) -> Cell:
+    """The largest size of a search, or why there is none."""
     size = fit.batch_size if fit.searched == "batch_size" else fit.seq_length
     if fit.status != "ok" or size is None:
         return FAILED.get(fit.status)

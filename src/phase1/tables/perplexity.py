@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from phase1.records.schema import PerplexityResult, Report
 from phase1.roster import Key
-from phase1.tables.common import CONFIG, MODEL, VERDICT, caption_of, hardware_of, headline, notes_of, setting
-from phase1.tables.table import Cell, Column, Table
+from phase1.tables.common import CONFIG, MODEL, VERDICT, caption_of, failures_of, hardware_of, headline, provenance_of, setting
+from phase1.tables.table import Cell, Column, Interval, Table
 
 DEFINITIONS = (
     "Degradation: of perplexity, against the baseline of the same seed, from paired windows. "
@@ -25,8 +25,7 @@ def perplexity_comparison(report: Report[PerplexityResult], hardware: str | None
         Column("Bits per byte", "", 4),
         Column("Word perplexity"),
         Column("Degradation", "%"),
-        Column("95 % from", "%"),
-        Column("95 % to", "%"),
+        Column("95 %", "%", interval=True),
         Column("Within 5 %"),
         Column("Effective rank", "", 1),
         Column("Pareto"),
@@ -52,7 +51,8 @@ def perplexity_comparison(report: Report[PerplexityResult], hardware: str | None
         hardware or hardware_of(report),
         columns,
         rows,
-        (*sorted(texts), DEFINITIONS, *notes_of(report)),
+        (*sorted(texts), DEFINITIONS, *failures_of(report)),
+        provenance_of(report),
     )
 
 
@@ -75,15 +75,13 @@ class PerplexityCells(NamedTuple):
     bits_per_byte: Cell
     word_perplexity: Cell
     degradation: Cell
-    degradation_low: Cell
-    degradation_high: Cell
+    degradation_interval: Cell
     verdict: Cell
     effective_rank: Cell
 
 
 def perplexity_cells(key: str, result: PerplexityResult) -> PerplexityCells:
     """Cells of a result; n/a where the model is untrained or has failed."""
-    low, high = result.degradation_ci95 or (None, None)
     verdict = None if Key.parse(key).is_baseline else VERDICT[result.passes_5_percent_threshold]
     known = result.status == "ok" and not result.untrained
     return PerplexityCells(
@@ -94,8 +92,7 @@ def perplexity_cells(key: str, result: PerplexityResult) -> PerplexityCells:
         result.bits_per_byte if known else None,
         result.word_perplexity if known else None,
         result.ppl_degradation_percent if known else None,
-        low if known else None,
-        high if known else None,
+        Interval.of(result.degradation_ci95) if known else None,
         verdict,
         result.effective_rank,
     )

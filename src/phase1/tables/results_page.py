@@ -1,4 +1,4 @@
-"""docs/results.md and what the READMEs show of it, made from the records that results/page.toml lists."""
+"""docs/results.md and what READMEs and guides show of it, made from the records that results/page.toml lists."""
 
 import re
 import tomllib
@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import Any, Final
 
 from phase1.records.collect import read_reports
-from phase1.records.schema import Check, Report
+from phase1.records.schema import Check, MemoryResult, Report, read_report
 from phase1.tables import build_tables
-from phase1.tables.common import WARNING, hardware_of, notes_of
+from phase1.tables.common import hardware_of
 from phase1.tables.memory import cards_comparison
 from phase1.tables.rows import benchmark, rows_table
 from phase1.tables.summary import summary
-from phase1.tables.table import Column, Table, markdown
+from phase1.tables.table import Column, Provenance, Table, markdown
+from phase1.tables.your_card import your_card
 from phase1.text import one_line
 
 PAGE: Final = "docs/results.md"
 LIST: Final = "results/page.toml"
 READMES: Final = {"README.md": "en", "README.ja.md": "ja"}
+GUIDES: Final = {"docs/benchmarking.md": "en", "docs/ja/benchmarking.md": "ja"}
 HEAD: Final = """# Results
 
 Every table here is made from the records under `results/` by `phase1 tables --results-page`; what it shows is listed in
@@ -29,7 +31,7 @@ Every table here is made from the records under `results/` by `phase1 tables --r
 
 
 def generated(root: Path) -> dict[Path, str]:
-    """The content of every file with generated results in the checkout at `root`: the page, and both READMEs.
+    """The content of every file with generated results in the checkout at `root`: the page, both READMEs, both guides.
 
     Raises ValueError (one line) where `root` is no checkout of this project, or a record or a marker is missing.
     """
@@ -44,6 +46,9 @@ def generated(root: Path) -> dict[Path, str]:
             shown = (root / "results" / file).read_text(encoding="utf-8")
             text = between(text, screen, f"```text\n{shown.strip()}\n```", name)
         files[root / name] = text
+    for name, language in GUIDES.items():
+        text = (root / name).read_text(encoding="utf-8")
+        files[root / name] = between(text, "cards", your_card(list(_cards(root, listed["cards"]).values()), language), name)
     return files
 
 
@@ -63,19 +68,29 @@ def _page(root: Path, listed: dict[str, Any]) -> str:
         parts += [f"## {section['title']}\n"]
         parts += [section["text"].strip() + "\n"] if "text" in section else []
         parts += [f"![{section['alt']}](../results/{section['picture']})\n"] if "picture" in section else []
-        parts += [part for entry in section["table"] for part in _record(root, entry)]
+        parts += [part for entry in section["table"] for part in _shown(root, entry, listed["cards"])]
     return "\n".join(parts)
 
 
+def _shown(root: Path, entry: dict[str, Any], cards: list[str]) -> Iterator[str]:
+    """What the list says of one table: that of the cards, or those of a record."""
+    return _card_table(_cards(root, cards)) if entry.get("cards") else _record(root, entry)
+
+
+def _cards(root: Path, names: list[str]) -> dict[str, Report[MemoryResult]]:
+    """The records of some cards, by their name below results/."""
+    return {name: read_report(root / "results" / name, "memory") for name in names}
+
+
+def _card_table(records: dict[str, Report[MemoryResult]]) -> Iterator[str]:
+    yield markdown(cards_comparison(list(records.values())))
+    for name, report in records.items():
+        yield "- " + _made_by_report({"record": name}, report).removesuffix("\n")
+    yield ""
+
+
 def _record(root: Path, entry: dict[str, Any]) -> Iterator[str]:
-    """The tables of one record, its checks, and what made it; or the one table of the records of some `cards`."""
-    if "cards" in entry:
-        records = {name: next(iter(read_reports(root / "results" / name).values())) for name in entry["cards"]}
-        yield markdown(cards_comparison(list(records.values())))
-        for name, report in records.items():
-            yield "- " + _made_by_report({"record": name}, report).removesuffix("\n")
-        yield ""
-        return
+    """The tables of one record, its checks, and what made it."""
     path = root / "results" / entry["record"]
     if "columns" in entry:
         content = benchmark(path)
@@ -84,14 +99,14 @@ def _record(root: Path, entry: dict[str, Any]) -> Iterator[str]:
         return
     ((_, report),) = read_reports(path).items()
     tables = {table.name: table for table in build_tables({report.kind: report})}
-    told = set(notes_of(report))  # below the tables, once
     for name in entry["tables"]:
         if name not in tables:
             raise ValueError(f"{entry['record']} must allow one of {', '.join(tables)}; got {name}; correct {LIST}")
         title = f"{entry['title']}: " if "title" in entry else ""
         table = tables[name]
-        notes = tuple(note for note in table.notes if note not in told)
-        yield markdown(replace(table, caption=title + _begin(table.caption, bool(title)), notes=notes))
+        of_models = tuple(text for text in table.provenance.warnings if text not in report.warnings)
+        provenance = Provenance(warnings=of_models)  # the rest is below the tables, once
+        yield markdown(replace(table, caption=title + _begin(table.caption, bool(title)), provenance=provenance))
     yield from _checks(report)
     yield _made_by_report(entry, report)
 
@@ -106,7 +121,7 @@ def _checks(report: Report[Any]) -> Iterator[str]:
         columns = (Column("Check"), Column("Value", digits=4), Column("Limit", digits=4), Column("Verdict"), Column("Detail"))
         rows = tuple((check.name, *_sides(check), check.status.upper(), check.detail) for check in report.checks)
         yield markdown(Table(name="checks", caption="", hardware="", columns=columns, rows=rows)).removeprefix("### \n\n")
-    yield from (f"{WARNING.strip().capitalize()}: {one_line(text, 2000)}.\n" for text in report.warnings)
+    yield from (f"Warning: {one_line(text, 2000)}.\n" for text in report.warnings)
 
 
 def _sides(check: Check) -> tuple[str | None, str | None]:

@@ -5,31 +5,65 @@ import io
 import re
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from phase1.text import one_line
 
-Cell = str | float | int | None  # None: not measured, not applicable
+
+class Interval(NamedTuple):
+    """Both ends of an interval: one cell for people, two columns in CSV."""
+
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, ends: tuple[float, float] | None) -> "Interval | None":
+        """That of a record, which may have none."""
+        return None if ends is None else cls(*ends)
+
+
+Cell = str | float | int | Interval | None  # None: not measured, not applicable
 MISSING = "n/a"
-COMMAND = "Command"  # first word of the note with the command that made the numbers; a comment in LaTeX
 
 
 @dataclass(frozen=True)
 class Column:
-    """A heading with its unit, and how its numbers are rounded where people read them (CSV has them in full)."""
+    """A heading with its unit, and how its numbers are rounded where people read them (CSV has them in full).
+
+    console: false for a column that only the files have. interval: whether its cells are intervals.
+    """
 
     title: str
     unit: str = ""
     digits: int = 2
+    console: bool = True
+    interval: bool = False
 
     @property
     def heading(self) -> str:
         return one_line(f"{self.title} ({self.unit})" if self.unit else self.title)
 
+    @property
+    def csv_headings(self) -> list[str]:
+        """Those of its columns in CSV."""
+        if not self.interval:
+            return [self.heading]
+        return [replace(self, title=f"{self.title} {end}").heading for end in ("from", "to")]
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What made the numbers of a table and how far to trust them: notes in its files, said elsewhere on a screen or page."""
+
+    warnings: tuple[str, ...] = ()  # of what makes numbers doubtful
+    checks: tuple[str, ...] = ()
+    commands: tuple[str, ...] = ()  # comments in LaTeX
+
 
 @dataclass(frozen=True)
 class Table:
-    """`name` is the name of its file; `notes` say under which conditions the numbers hold."""
+    """`name` is the name of its file; `notes` say what its numbers mean and under which conditions they hold."""
 
     name: str
     caption: str
@@ -37,22 +71,30 @@ class Table:
     columns: tuple[Column, ...]
     rows: tuple[tuple[Cell, ...], ...]
     notes: tuple[str, ...] = ()
+    provenance: Provenance = Provenance()
 
     def __post_init__(self) -> None:
         assert all(len(row) == len(self.columns) for row in self.rows), f"{self.name}: a row does not have a cell per column"
+
+    @property
+    def printed_notes(self) -> tuple[str, ...]:
+        """All that is said below the table in a document, but for the commands."""
+        return (*self.notes, *(f"WARNING {text}" for text in self.provenance.warnings), *self.provenance.checks)
 
     def texts(self, escape: Callable[[str], str]) -> list[list[str]]:
         """The rows as people read them: rounded, thousands separated, `escape`d."""
         return [[escape(_readable(cell, column)) for cell, column in zip(row, self.columns)] for row in self.rows]
 
     def is_numeric(self, index: int) -> bool:
-        """Whether column `index` holds a number; it is then aligned right."""
-        return any(isinstance(row[index], int | float) for row in self.rows)
+        """Whether column `index` holds numbers; it is then aligned right."""
+        return any(isinstance(row[index], int | float | Interval) for row in self.rows)
 
 
 def _readable(cell: Cell, column: Column) -> str:
     if cell is None:
         return MISSING
+    if isinstance(cell, Interval):
+        return " to ".join(_readable(float(end), column) for end in cell)
     if isinstance(cell, float):
         return f"{cell:,.{column.digits}f}" if abs(cell) < 1e15 else f"{cell:.3e}"
     return f"{cell:,}" if isinstance(cell, int) else one_line(cell)
@@ -68,7 +110,8 @@ def markdown(table: Table) -> str:
         for row in rows
     ]
     rule = "|" + "|".join("-" * (w + 1) + (":" if r else "-") for w, r in zip(widths, right)) + "|"
-    notes = "".join(f"- {_markdown(one_line(note))}\n" for note in table.notes)
+    told = (*table.printed_notes, *table.provenance.commands)
+    notes = "".join(f"- {_markdown(one_line(note))}\n" for note in told)
     head = f"### {_markdown(one_line(table.caption))}\n\n"
     return head + "\n".join([lines[0], rule, *lines[1:]]) + "\n" + (f"\n{notes}" if notes else "")
 
@@ -82,13 +125,19 @@ def csv_text(table: Table) -> str:
     """One line of headings, one per row; numbers plain and in full, the unit in the heading, the hardware last."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([_csv(column.heading) for column in table.columns] + ["Hardware"])
+    writer.writerow([_csv(heading) for column in table.columns for heading in column.csv_headings] + ["Hardware"])
     for row in table.rows:
-        writer.writerow([_csv(MISSING if cell is None else cell) for cell in row] + [_csv(table.hardware)])
+        cells = [cell for column, whole in zip(table.columns, row) for cell in (_ends(whole) if column.interval else (whole,))]
+        writer.writerow([_csv(MISSING if cell is None else cell) for cell in cells] + [_csv(table.hardware)])
     return file.getvalue()
 
 
-def _csv(cell: str | float | int) -> str | float | int:
+def _ends(cell: Cell) -> tuple[float | None, float | None]:
+    assert cell is None or isinstance(cell, Interval)
+    return cell or (None, None)
+
+
+def _csv(cell: Any) -> Any:
     """Put an apostrophe before text that begins with = + - or @, which a spreadsheet would run as a formula."""
     if not isinstance(cell, str):
         return cell
@@ -119,9 +168,9 @@ def _environment(table: Table, matrix: list[list[str]], right: list[bool], part:
     lines = ["    " + " & ".join(row) + r" \\" for row in [headings, *rows]]
     of_all = f" ({index + 1} of {count})" if count > 1 else ""
     label = table.name.replace("_", "-") + (f"-{index + 1}" if index else "")
-    told = [note for note in table.notes if not note.startswith(COMMAND)]
-    comments = [f"% {_latex(one_line(note, 2000))}" for note in table.notes if note.startswith(COMMAND)]
-    notes = "".join(f"\n  \\par\\smallskip {{\\sloppy\\footnotesize {_latex(one_line(note))}\\par}}" for note in told)
+    comments = [f"% {_latex(one_line(command, 2000))}" for command in table.provenance.commands]
+    told = [rf"\par\smallskip {{\sloppy\footnotesize {_latex(one_line(note))}\par}}" for note in table.printed_notes]
+    notes = "".join(f"\n  {note}" for note in told)
     return "\n".join(
         [
             *([r"% needs \usepackage{booktabs}", *comments] if not index else []),

@@ -1,5 +1,6 @@
 """The throughput table, and the scaling table from the same report."""
 
+from dataclasses import replace
 from typing import cast
 
 from phase1.records.schema import Measurement, Report, ThroughputResult
@@ -8,15 +9,15 @@ from phase1.tables.common import (
     CONFIG,
     FAILED,
     MODEL,
-    WARNING,
     caption_of,
+    failures_of,
     gigabytes,
     hardware_of,
     headline,
-    notes_of,
+    provenance_of,
     setting,
 )
-from phase1.tables.table import Cell, Column, Table
+from phase1.tables.table import Cell, Column, Interval, Table
 
 DEFINITIONS = (
     "Throughput: B T / median step, with its 95 % interval; a step is forward, loss, backward, clipping and optimizer.",
@@ -32,29 +33,27 @@ def throughput_comparison(report: Report[ThroughputResult], hardware: str | None
         Column("T", "tokens"),
         MODEL,
         Column("Batch"),
-        BASIS,
+        replace(BASIS, console=False),
         Column("Throughput", "tokens/s", 0),
-        Column("95 % from", "tokens/s", 0),
-        Column("95 % to", "tokens/s", 0),
+        Column("95 %", "tokens/s", 0, interval=True),
         Column("Ratio to baseline", "x", 3),
-        Column("95 % from", "x", 3),
-        Column("95 % to", "x", 3),
+        Column("95 %", "x", 3, interval=True),
         Column("Step", "ms"),
-        Column("Forward", "ms"),
-        Column("Backward", "ms"),
-        Column("Optimizer", "ms"),
-        Column("Model FLOPs", "GFLOP/s", 0),
+        Column("Forward", "ms", console=False),
+        Column("Backward", "ms", console=False),
+        Column("Optimizer", "ms", console=False),
+        Column("Model FLOPs", "GFLOP/s", 0, console=False),
         Column("MFU", "%", 1),
-        Column("Optimizer traffic", "GB/s", 0),
+        Column("Optimizer traffic", "GB/s", 0, console=False),
         Column("Peak allocated", "GB"),
-        CONFIG,
+        replace(CONFIG, console=False),
     )
     rows = []
     for key, result in report.results.items():
         for m in result.measurements:
-            head: tuple[Cell, ...] = (m.seq_length, key, m.batch_size, result.measured)
-            speed = (FAILED.get(m.status, m.tokens_per_second), *(m.tokens_per_second_ci95 or (None, None)))
-            ratio = (ratio_to_baseline(report, m), *(m.ratio_ci95 or (None, None)))
+            head: tuple[Cell, ...] = (m.seq_length, key, m.batch_size, result.basis)
+            speed = (FAILED.get(m.status, m.tokens_per_second), Interval.of(m.tokens_per_second_ci95))
+            ratio = (ratio_to_baseline(report, m), Interval.of(m.ratio_ci95))
             times = (m.total_time_ms, m.forward_time_ms, m.backward_time_ms, m.optimizer_time_ms)
             rows.append((*head, *speed, *ratio, *times, *_efficiency(m), gigabytes(m.peak_allocated_bytes), result.config_id))
     return Table(
@@ -69,7 +68,8 @@ def throughput_comparison(report: Report[ThroughputResult], hardware: str | None
         hardware or hardware_of(report),
         columns,
         tuple(sorted(rows, key=lambda row: cast(int, row[0]))),  # stable: models keep their order within a length
-        (*DEFINITIONS, *_remarks(report), *notes_of(report)),
+        (*DEFINITIONS, *_remarks(report), *failures_of(report)),
+        provenance_of(report, [f"{key}: {text}" for key, result in report.results.items() for text in result.warnings]),
     )
 
 
@@ -83,7 +83,7 @@ def _efficiency(m: Measurement) -> tuple[Cell, ...]:
 
 
 def _remarks(report: Report[ThroughputResult]) -> list[str]:
-    """The peaks behind MFU, failed lengths, and warnings of single models."""
+    """The peaks behind MFU, and failed lengths."""
     results = report.results
     peaks = sorted({f"Peak: {result.peak_basis}." for result in results.values() if result.peak_basis})
     failures = [
@@ -92,7 +92,7 @@ def _remarks(report: Report[ThroughputResult]) -> list[str]:
         for m in result.measurements
         if m.status != "ok"
     ]
-    return peaks + failures + [f"{WARNING}{key}: {text}" for key, result in results.items() for text in result.warnings]
+    return peaks + failures
 
 
 def ratio_to_baseline(report: Report[ThroughputResult], m: Measurement) -> float | None:
@@ -119,15 +119,14 @@ def scaling_comparison(report: Report[ThroughputResult], hardware: str | None = 
         Column("R²", "", 4),
         Column("Coefficient", "µs per position", 3),
         Column("Exponent", "", 3),
-        Column("95 % from", "", 3),
-        Column("95 % to", "", 3),
+        Column("95 %", "", 3, interval=True),
         Column("Quadratic share", "%", 1),
         Column("Verdict"),
         CONFIG,
     )
     rows, reasons = [], []
     for key, result in report.results.items():
-        rows.append((key, result.measured, _lengths(result), *_scaling_cells(result), result.config_id))
+        rows.append((key, result.basis, _lengths(result), *_scaling_cells(result), result.config_id))
         if result.scaling and result.scaling.detail:
             reasons.append(f"{key}: {result.scaling.detail}")
     definition = (
@@ -140,7 +139,8 @@ def scaling_comparison(report: Report[ThroughputResult], hardware: str | None = 
         hardware or hardware_of(report),
         columns,
         tuple(rows),
-        (definition, *reasons, *notes_of(report)),
+        (definition, *reasons, *failures_of(report)),
+        provenance_of(report),
     )
 
 
@@ -152,8 +152,7 @@ def _lengths(result: ThroughputResult) -> str:
 def _scaling_cells(result: ThroughputResult) -> tuple[Cell, ...]:
     fit = result.scaling
     if fit is None:
-        return (None,) * 7 + (headline(result, "inconclusive"),)
-    low, high = fit.exponent_ci95 or (None, None)
+        return (None,) * 6 + (headline(result, "inconclusive"),)
     slope = None if fit.scaling_coefficient is None else fit.scaling_coefficient * 1e6
     share = None if fit.quadratic_share is None else fit.quadratic_share * 100
-    return (fit.complexity_order, fit.r_squared, slope, fit.exponent, low, high, share, fit.verdict)
+    return (fit.complexity_order, fit.r_squared, slope, fit.exponent, Interval.of(fit.exponent_ci95), share, fit.verdict)

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,8 @@ def train_to_checkpoint(
     facts = {"data": data, "seq_length": seq_length, "tokenizer": corpus.tokenizer.fingerprint, "train_seconds": seconds}
     with interrupts_wait() as interrupted:
         try:
-            facts |= run_schedule(state, windows, steps, folder, facts, label, interrupted, watch, order, corpus.tokenizer)
+            kept = (folder, facts, label, watch, order, corpus.tokenizer)
+            facts |= Schedule(state, windows, steps, *kept, interrupted=interrupted).run()
         except EndsEarly as early:
             reason = str(early)
             return group.from_first(lambda: read_index(folder)["facts"] | {"ended_by": reason})
@@ -146,57 +148,74 @@ class EndsEarly(Exception):
     """The time or the patience of the watch is over; the checkpoint is there to go on from."""
 
 
-def run_schedule(
-    state: TrainState,
-    windows: Windows,
-    steps: int,
-    folder: Path,
-    facts: dict[str, Any],
-    label: str,
-    interrupted: Callable[[], bool],
-    watch: Watch,
-    token_order: Tensor,
-    tokenizer: Tokenizer,
-) -> dict[str, Any]:
-    """Train to `steps`, watched, with a checkpoint every SAVE_SECONDS; what the run adds to the facts.
+@dataclass
+class Schedule:
+    """A training on the way to its last step, watched, with a checkpoint every SAVE_SECONDS.
 
-    Raises KeyboardInterrupt after the step in which `interrupted` becomes true, and EndsEarly after that in which the time or
-    the patience of `watch` is over, with a checkpoint of it; after the last step there is none to go on from.
+    facts: of the checkpoints, without what the training adds to them. token_order, tokenizer: kept with the best weights.
+    interrupted: asked after every step, whether to stop.
     """
-    config = state.config
-    tokens_per_step = config.train_batch_size * windows.seq_length
-    ranks, rank, windows_here = group.size(), group.rank(), windows_per_rank(config, group.size())
-    kind = Progress if rank == 0 else Follower
-    progress = kind(state, steps, tokens_per_step, folder, watch, seconds=facts["train_seconds"], label=label)
-    saved = time.perf_counter()
-    last = torch.zeros(())
 
-    def so_far() -> dict[str, Any]:
-        done = {"trained_tokens": state.step * tokens_per_step, "finished": state.step == steps}
-        return done | {"train_seconds": progress.seconds, "loss": last.item(), "skipped_steps": skipped_steps(state)}
+    state: TrainState
+    windows: Windows
+    steps: int
+    folder: Path
+    facts: dict[str, Any]
+    label: str
+    watch: Watch
+    token_order: Tensor
+    tokenizer: Tokenizer
+    interrupted: Callable[[], bool]
+    saved: float = field(default_factory=time.perf_counter)
+    last: Tensor = field(default_factory=lambda: torch.zeros(()))  # loss
+    progress: Progress | Follower = field(init=False)
 
-    def on_step(step: int, loss: Tensor) -> None:
-        nonlocal saved, last
-        last = loss
-        progress.step(step, loss)
+    def run(self) -> dict[str, Any]:
+        """Train to the last step; what the training adds to the facts.
+
+        Raises KeyboardInterrupt after the step in which `interrupted` becomes true, and EndsEarly after that in which the time
+        or the patience of `watch` is over, with a checkpoint of it; after the last step there is none to go on from.
+        """
+        ranks, rank, here = group.size(), group.rank(), windows_per_rank(self.state.config, group.size())
+        kind, seconds = Progress if rank == 0 else Follower, self.facts["train_seconds"]
+        place = (self.steps, self.tokens_per_step, self.folder, self.watch)
+        self.progress = kind(self.state, *place, seconds=seconds, label=self.label)
+        try:
+            train(self.state, lambda step: self.windows.batch(step * ranks + rank, here), self.steps, self.after_step)
+            return self.so_far()
+        finally:
+            self.progress.close()
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.state.config.train_batch_size * self.windows.seq_length
+
+    def so_far(self) -> dict[str, Any]:
+        """What the training has added to the facts by now."""
+        done = {"trained_tokens": self.state.step * self.tokens_per_step, "finished": self.state.step == self.steps}
+        times = {"train_seconds": self.progress.seconds, "skipped_steps": skipped_steps(self.state)}
+        return done | times | {"loss": self.last.item()}
+
+    def after_step(self, step: int, loss: Tensor) -> None:
+        """Report the step, save where it is time, and raise what ends the training; all ranks decide the same."""
+        self.last = loss
+        self.progress.step(step, loss)
         stop, end, due, best = group.any_of(
-            interrupted(), progress.end is not None, time.perf_counter() - saved > SAVE_SECONDS, progress.is_best(step)
+            self.interrupted(),
+            self.progress.end is not None,
+            time.perf_counter() - self.saved > SAVE_SECONDS,
+            self.progress.is_best(step),
         )
-        if watch.keep_best and best:
-            save_checkpoint(folder / BEST, state, facts | so_far(), resumable=False, token_order=token_order)
-            keep_tokenizer(folder / BEST, tokenizer)
-        if step < steps and (stop or end or due):
+        if self.watch.keep_best and best:
+            now = self.facts | self.so_far()
+            save_checkpoint(self.folder / BEST, self.state, now, resumable=False, token_order=self.token_order)
+            keep_tokenizer(self.folder / BEST, self.tokenizer)
+        if step < self.steps and (stop or end or due):
             check_finite(loss, step)  # no checkpoint to go on from, but an end with the reason
-            save_checkpoint(folder, state, facts | so_far())
-            progress.keep()
-            saved = time.perf_counter()
+            save_checkpoint(self.folder, self.state, self.facts | self.so_far())
+            self.progress.keep()
+            self.saved = time.perf_counter()
             if stop:
                 raise KeyboardInterrupt
             if end:
-                raise EndsEarly(progress.end or "rank 0")
-
-    try:
-        train(state, lambda step: windows.batch(step * ranks + rank, windows_here), steps, on_step)
-        return so_far()
-    finally:
-        progress.close()
+                raise EndsEarly(self.progress.end or "rank 0")

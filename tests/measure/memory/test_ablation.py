@@ -14,7 +14,7 @@ COST = {"loss": {"materialized": 500}, "checkpointing": {False: 300}, "mixer": {
 
 
 def result(role, peak, **changes):
-    fields = {"model_name": role, "config": {}, "config_id": "0", "status": "ok", "measured": "measured"}
+    fields = {"model_name": role, "config": {}, "config_id": "0", "status": "ok", "basis": "measured"}
     fields |= {"parameters": {"total": 1, "embedding": 1, "mixer": 0, "mlp": 0}, "peak_allocated_bytes": peak}
     return MemoryResult.model_validate(fields | {"breakdown": {"optimizer_state": 7}} | changes)
 

@@ -49,7 +49,7 @@ def test_what_is_found_fits_and_one_step_more_does_not(role):
     assert (batch.searched, batch.seq_length, batch.step) == ("batch_size", 128, 1)
     assert (length.searched, length.batch_size, length.step) == ("seq_length", 1, 64) and length.seq_length % 64 == 0
     for found in (batch, length):
-        assert (found.status, found.measured, found.limit_bytes) == ("ok", "estimated", LIMIT)
+        assert (found.status, found.basis, found.limit_bytes) == ("ok", "estimated", LIMIT)
         assert all((probe.needed_bytes <= LIMIT) == (probe.status == "ok") for probe in found.probes)
         tried = {getattr(probe, found.searched): probe for probe in found.probes}
         best = getattr(found, found.searched)
@@ -154,7 +154,7 @@ def test_on_a_gpu_a_probe_gives_the_same_answer_after_an_oom_one():
 def test_on_a_gpu_the_largest_batch_trains_and_one_more_does_not():
     one = MemoryCase(model_config("baseline", MemoryRun()), 1, 1024, 4 * 10**9)
     batch, length = fit_sizes(one, memory_result("baseline", one), None, lambda size: None)
-    assert (batch.status, batch.measured) == ("ok", "emulated"), batch.detail
+    assert (batch.status, batch.basis) == ("ok", "emulated"), batch.detail
     assert run_isolated(train_briefly, replace(one, batch_size=batch.batch_size)).status == "ok"
     assert run_isolated(train_briefly, replace(one, batch_size=batch.batch_size + 2)).status == "oom"
     assert length.status == "ok" and length.seq_length > 1024

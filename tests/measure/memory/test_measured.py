@@ -52,7 +52,7 @@ def test_the_breakdown_sums_to_the_peak_which_is_that_of_the_highest_phase(role)
     assert sum(peaks.breakdown.values()) == peaks.peak_allocated_bytes == max(peaks.phase_bytes.values())
     assert peaks.unattributed_bytes == 0 and min(peaks.breakdown.values()) >= 0
     assert peaks.breakdown["workspace"] == 2 * (2**23 + 2**17)  # the RTX 30 series, a thread forward and one back
-    assert peaks.measured == "estimated" and "8.6" in peaks.assumptions
+    assert peaks.basis == "estimated" and "8.6" in peaks.assumptions
     assert peaks.peak_allocated_bytes <= peaks.peak_reserved_bytes
     assert peaks.peak_reserved_bytes % 2**21 == 0
 
@@ -107,7 +107,7 @@ def test_without_a_gpu_a_result_is_labelled_estimated():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     result = memory_result("phase1", case("phase1"))
-    assert (result.status, result.measured) == ("ok", "estimated")
+    assert (result.status, result.basis) == ("ok", "estimated")
     assert result.model_name == "phase1" and result.config_id == MODELS["phase1"].config_id
     assert result.parameters.total == estimate_memory(case("phase1")).parameters["total"]
     assert result.peak_allocated_bytes == peak("phase1")
@@ -139,7 +139,7 @@ def test_a_dry_run_is_an_estimate_also_where_there_is_a_gpu(monkeypatch):
     chip = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
     result = memory_result("phase1", replace(case("phase1", 1, 16), dry_run=True))
-    assert (result.status, result.measured) == ("ok", "estimated")
+    assert (result.status, result.basis) == ("ok", "estimated")
     assert "9.0" in result.assumptions and result.breakdown["workspace"] == 2 * 2**25
 
 
@@ -294,7 +294,7 @@ def test_on_a_gpu_the_breakdown_sums_to_the_measured_peak_and_the_estimate_is_cl
     torch.cuda.empty_cache()
     result = memory_result(role, large)
     assert result.status == "ok", result.detail
-    assert result.measured == "measured"
+    assert result.basis == "measured"
     assert sum(result.breakdown.values()) + result.unattributed_bytes == result.peak_allocated_bytes
     assert abs(result.unattributed_bytes) < 0.01 * result.peak_allocated_bytes
     assert result.breakdown["workspace"] > 0 and result.top_modules

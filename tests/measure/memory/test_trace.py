@@ -4,7 +4,7 @@ import pytest
 
 from phase1.measure.memory.estimate.allocator import MIB
 from phase1.measure.memory.estimate.simulate import simulated_timeline
-from phase1.measure.memory.trace import PARTS, Block, Timeline, Trace, downsampled, measured_timeline
+from phase1.measure.memory.trace import PARTS, MemoryBlock, Timeline, Trace, downsampled, measured_timeline
 
 WEIGHT, STATE, ACTIVATION, WORKSPACE, GRADIENT, SCRATCH, LOSS = range(7)
 
@@ -13,13 +13,13 @@ WEIGHT, STATE, ACTIVATION, WORKSPACE, GRADIENT, SCRATCH, LOSS = range(7)
 def trace():
     return Trace(
         blocks=[
-            Block(3 * MIB, "parameters", "table"),
-            Block(6 * MIB, "optimizer_state", "(optimizer)"),
-            Block(5 * MIB, "activations", "blocks.0"),
-            Block(8 * MIB, "workspace", "(forward)"),
-            Block(3 * MIB, "gradients", "table"),
-            Block(MIB, "temporary", "(optimizer)"),
-            Block(4, "activations", "(forward)"),
+            MemoryBlock(3 * MIB, "parameters", "table"),
+            MemoryBlock(6 * MIB, "optimizer_state", "(optimizer)"),
+            MemoryBlock(5 * MIB, "activations", "blocks.0"),
+            MemoryBlock(8 * MIB, "workspace", "(forward)"),
+            MemoryBlock(3 * MIB, "gradients", "table"),
+            MemoryBlock(MIB, "temporary", "(optimizer)"),
+            MemoryBlock(4, "activations", "(forward)"),
         ],
         resident=[WEIGHT, STATE],
         events=[WORKSPACE, ACTIVATION, LOSS, GRADIENT, ~ACTIVATION, SCRATCH, ~SCRATCH, ~GRADIENT],

@@ -190,7 +190,7 @@ def test_an_interrupt_passes(calls):
 
 def test_a_result_holds_the_model_its_parameters_and_its_fit(measured):
     result = throughput_result("phase1", measured["phase1"])
-    assert (result.model_name, result.status, result.measured) == ("phase1", "ok", "measured")
+    assert (result.model_name, result.status, result.basis) == ("phase1", "ok", "measured")
     assert result.config_id == MODELS["phase1"].config_id and result.parameters.total > 0
     assert result.scaling.verdict == "inconclusive"  # two lengths
     assert result.measurements[0].peak_allocated_bytes is None  # the CPU's allocator keeps no count

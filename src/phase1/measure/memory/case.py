@@ -30,7 +30,7 @@ class MemoryCase:
 class MemoryPeaks:
     """What one case took; all fields as in `MemoryResult`."""
 
-    measured: Literal["measured", "estimated"]
+    basis: Literal["measured", "estimated"]
     parameters: dict[str, int]
     phase_bytes: dict[str, int]
     peak_reserved_bytes: int

@@ -134,7 +134,7 @@ def _as_fit(
         "step": step,
         "bound": bound * step,
         "limit_bytes": limit,
-        "measured": basis(limit, dry_run),
+        "basis": basis(limit, dry_run),
         "probes": [FitProbe(batch_size=c.batch_size, seq_length=c.seq_length, **asdict(probe)) for c, probe in tried],
     }
     if failed is not None:

@@ -2,7 +2,7 @@
 
 import gc
 import re
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -10,10 +10,10 @@ from phase1.config import ModelConfig
 from phase1.machine.cards import card_for
 from phase1.machine.isolate import Outcome
 from phase1.measure.workload import make_workload, random_batch
+from phase1.records.schema import Basis
 from phase1.training.step import train_step
 
 T = TypeVar("T")
-Basis = Literal["measured", "emulated", "estimated"]
 
 _UNITS = {"": 1} | {f"{prefix}b": 1000**i for i, prefix in enumerate(("", "k", "m", "g", "t"))}
 _UNITS |= {f"{prefix}ib": 1024**i for i, prefix in enumerate(("k", "m", "g", "t"), 1)}

@@ -14,13 +14,13 @@ from phase1.machine.isolate import Outcome, run_here, run_isolated
 from phase1.measure.execution import compile_loss, execution, strict_compilation
 from phase1.measure.memory.case import MemoryCase, MemoryPeaks, timeline_record
 from phase1.measure.memory.estimate.estimate import CHIP, WARMUP_STEPS, estimate_memory
-from phase1.measure.memory.limit import Basis, basis, cap_memory, outside_bytes, within_limit
+from phase1.measure.memory.limit import basis, cap_memory, outside_bytes, within_limit
 from phase1.measure.memory.trace import PHASES, Timeline, measured_timeline
 from phase1.measure.memory.tracker import MemoryTracker
 from phase1.measure.workload import make_workload, optimizer_tensors, random_batch
 from phase1.parallel import group
 from phase1.parallel.run import processes
-from phase1.records.schema import MemoryResult, Parameters
+from phase1.records.schema import Basis, MemoryResult, Parameters
 from phase1.training.step import TrainState, train_step
 
 MEASURED_STEPS = 3
@@ -82,14 +82,14 @@ def chip_of(case: MemoryCase) -> Chip:
     return Chip(properties.major, properties.minor, properties.multi_processor_count)
 
 
-def as_result(role: str, case: MemoryCase, outcome: Outcome[MemoryPeaks], measured: Basis) -> MemoryResult:
+def as_result(role: str, case: MemoryCase, outcome: Outcome[MemoryPeaks], found_by: Basis) -> MemoryResult:
     """The record of an outcome, whether it is a measurement, out of memory or a failure."""
     common: dict[str, Any] = {
         "model_name": role,
         "config": asdict(case.model),
         "config_id": case.model.config_id,
         "status": outcome.status,
-        "measured": measured,
+        "basis": found_by,
     }
     peaks = outcome.value
     advice = f"; {sizes_to_try(case)}" if outcome.status == "oom" else ""
@@ -147,7 +147,7 @@ def measure_memory(case: MemoryCase) -> MemoryPeaks:
     # the operators of a compiled block are not those that its parts are named by
     timeline = None if case.compiled else _timeline(case, state, batch)
     return MemoryPeaks(
-        measured="measured",
+        basis="measured",
         parameters=state.model.parameter_counts(),
         phase_bytes=phase_bytes,
         peak_reserved_bytes=reserved,

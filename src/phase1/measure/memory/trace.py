@@ -15,7 +15,7 @@ TOP_MODULES = 10
 
 
 @dataclass
-class Block:
+class MemoryBlock:
     """One piece of memory: the bytes asked for, what they are for, and the module that asked."""
 
     size: int
@@ -27,7 +27,7 @@ class Block:
 class Trace:
     """The blocks of one step. Event i >= 0 allocates block i, event ~i frees it."""
 
-    blocks: list[Block] = field(default_factory=list)
+    blocks: list[MemoryBlock] = field(default_factory=list)
     resident: list[int] = field(default_factory=list)  # alive when the step began, oldest first
     events: list[int] = field(default_factory=list)
     begins: dict[str, int] = field(default_factory=dict)  # events before each phase
@@ -72,8 +72,9 @@ def measured_timeline(trace: Trace, workspace: int) -> Timeline:
     rows = []
     for index, parts in enumerate(live_parts(trace)):
         sample = min(bisect.bisect_left(counted, index), len(counted) - 1)  # of the operator that this event is part of
-        rounding = trace.rounding[sample][1] if counted else 0
-        rows.append([*parts[:-2], parts[-2] + workspace, rounding])
+        parts[PARTS.index("workspace")] += workspace
+        parts[PARTS.index("rounding")] = trace.rounding[sample][1] if counted else 0
+        rows.append(parts)
     return timeline_of(trace, rows)
 
 
@@ -93,6 +94,7 @@ def live_parts(trace: Trace, without: set[int] | None = None) -> Iterator[list[i
 
 
 def timeline_of(trace: Trace, rows: list[list[int]]) -> Timeline:
+    """The timeline of `rows`, bytes by part after every event, with its phases and the largest modules at its peak."""
     phases = {name: range(span.start, span.stop + 1) for name in trace.begins for span in [trace.phase(name)]}
     timeline = Timeline(rows, phases, {})
     return Timeline(rows, phases, _top_modules(trace, timeline.peak))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from phase1.measure.memory.trace import Block, Part, Trace
+from phase1.measure.memory.trace import MemoryBlock, Part, Trace
 
 _NEXT_PHASE = {"start": "forward", "forward": "backward", "backward": "optimizer", "optimizer": "idle"}
 
@@ -162,7 +162,7 @@ class MemoryTracker(TorchDispatchMode):
         return alive.index
 
     def _block(self, size: int, part: Part) -> int:
-        self.trace.blocks.append(Block(size, part, self._modules[-1] if self._modules else f"({self.phase})"))
+        self.trace.blocks.append(MemoryBlock(size, part, self._modules[-1] if self._modules else f"({self.phase})"))
         return len(self.trace.blocks) - 1
 
     def _part_of(self, tensor: Tensor) -> Part:

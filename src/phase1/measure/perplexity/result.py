@@ -27,14 +27,14 @@ from phase1.training.step import compute_dtype
 BYTES_PER_WORD: Final = 40  # a text of longer words has no white space between them; Malayalam's average is below 30
 
 
-class Text(NamedTuple):
+class ScoredText(NamedTuple):
     """A text that models are scored on, and the protocol."""
 
     corpus: Corpus
     protocol: Protocol
 
 
-def measure(run: PerplexityRun, model: ScoredModel, texts: list[Text]) -> list[PerplexityResult]:
+def measure(run: PerplexityRun, model: ScoredModel, texts: list[ScoredText]) -> list[PerplexityResult]:
     """Train `model` if necessary and score it on every text; out of memory and divergence are results too."""
     try:
         folder = model.checkpoint or train_model(run, model, texts[0].corpus)
@@ -80,7 +80,7 @@ def training_of(run: PerplexityRun, model: ScoredModel, corpus: Corpus) -> tuple
     return Path(run.checkpoint_dir) / f"{model.key}-{content_id(identity)}", train_config
 
 
-def evaluate_checkpoint(run: PerplexityRun, scored_model: ScoredModel, folder: Path, text: Text) -> PerplexityResult:
+def evaluate_checkpoint(run: PerplexityRun, scored_model: ScoredModel, folder: Path, text: ScoredText) -> PerplexityResult:
     """Score the model in `folder`; perplexities of a model below the unigram entropy are marked untrained."""
     corpus, protocol = text
     index = read_index(folder)
@@ -104,7 +104,7 @@ def evaluate_checkpoint(run: PerplexityRun, scored_model: ScoredModel, folder: P
         config=asdict(model.config),
         config_id=model.config.config_id,
         status="ok",
-        measured="measured",
+        basis="measured",
         parameters=Parameters(**model.parameter_counts()),
         perplexity=evaluation.perplexity,
         avg_loss=evaluation.loss,
@@ -165,6 +165,6 @@ def without_number(model: ScoredModel, status: Status, detail: str) -> Perplexit
         config=asdict(model.config),
         config_id=model.config.config_id,
         status=status,
-        measured="measured",
+        basis="measured",
         detail=detail,
     )

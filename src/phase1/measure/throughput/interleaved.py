@@ -326,7 +326,7 @@ def throughput_result(role: str, model: TimedModel) -> ThroughputResult:
         config=asdict(model.config),
         config_id=model.config.config_id,
         status="ok" if measured else failed[0].status,
-        measured="measured",
+        basis="measured",
         parameters=None if model.parameters is None else Parameters(**model.parameters),
         detail=f"T={failed[0].seq_length}: {failed[0].detail}" if failed else "",
         measurements=model.measurements,

@@ -97,7 +97,7 @@ def traced_memory(case: MemoryCase, chip: Chip = CHIP) -> MemoryPeaks:
         f"{f', {case.ranks} ranks without the buffers of NCCL' if case.ranks > 1 else ''}"
     )
     return MemoryPeaks(
-        measured="estimated",
+        basis="estimated",
         parameters=parameters,
         phase_bytes=timeline.phase_peaks,
         peak_reserved_bytes=reserved,

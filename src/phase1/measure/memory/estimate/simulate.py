@@ -1,7 +1,7 @@
 """The memory of a traced step over time, as the caching allocator of a GPU would give it."""
 
 from phase1.measure.memory.estimate.allocator import CachingAllocator
-from phase1.measure.memory.trace import Timeline, Trace, live_parts, timeline_of
+from phase1.measure.memory.trace import PARTS, Timeline, Trace, live_parts, timeline_of
 
 
 def simulated_timeline(trace: Trace, moved: list[int], warmup_steps: int) -> tuple[Timeline, int]:
@@ -32,7 +32,7 @@ def simulated_timeline(trace: Trace, moved: list[int], warmup_steps: int) -> tup
     workspace = sum(trace.blocks[block].size for block in kept)
     rows = []
     for total, parts in zip(allocated, live_parts(trace, without=kept), strict=True):
-        parts[-2] = workspace
-        parts[-1] = total - sum(parts[:-1])
+        parts[PARTS.index("workspace")] = workspace
+        parts[PARTS.index("rounding")] += total - sum(parts)
         rows.append(parts)
     return timeline_of(trace, rows), allocator.reserved_bytes
