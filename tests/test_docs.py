@@ -225,11 +225,12 @@ def test_the_repository_keeps_records_and_the_pictures_that_documents_show():
     files = [ROOT / name for name in listing.stdout.splitlines() if (ROOT / name).exists()]
     pictures = {file for file in files if file.suffix == ".png"}
     assert pictures <= shown(), "a picture that no document shows"
-    others = {str(f.relative_to(ROOT)) for f in files if f.suffix not in (".json", ".jsonl", ".png")}
-    assert others == {LIST, *(f"results/{name}" for name in tomllib.loads(text_of(LIST))["screens"].values())}
-    assert not [f for f in files if f.name.endswith(".partial.json")], "a journal of an unfinished run"
     listed = tomllib.loads(text_of(LIST))
     entries = [entry for section in listed["section"] for entry in section["table"]]
+    others = {str(f.relative_to(ROOT)) for f in files if f.suffix not in (".json", ".jsonl", ".png")}
+    texts = [*listed["screens"].values(), *(entry["targets"] for entry in entries if "targets" in entry)]
+    assert others == {LIST, *(f"results/{name}" for name in texts)}
+    assert not [f for f in files if f.name.endswith(".partial.json")], "a journal of an unfinished run"
     drawn = [entry["record"] for entry in entries if "record" in entry] + listed["cards"] + list(listed["summary"].values())
     assert all((ROOT / "results" / name).exists() and not name.startswith("archive/") for name in drawn)
     left = {str(f.relative_to(ROOT / "results")) for f in files if f.suffix in (".json", ".jsonl")} - set(drawn)

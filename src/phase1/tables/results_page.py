@@ -15,6 +15,7 @@ from phase1.tables.memory import cards_comparison
 from phase1.tables.rows import benchmark, rows_table
 from phase1.tables.summary import summary
 from phase1.tables.table import Column, Provenance, Table, markdown
+from phase1.tables.targets import targets_table
 from phase1.tables.your_card import your_card
 from phase1.text import one_line
 
@@ -73,7 +74,10 @@ def _page(root: Path, listed: dict[str, Any]) -> str:
 
 
 def _shown(root: Path, entry: dict[str, Any], cards: list[str]) -> Iterator[str]:
-    """What the list says of one table: that of the cards, or those of a record."""
+    """What the list says of one table: that of the cards, of the targets in a file, or those of a record."""
+    if "targets" in entry:
+        targets = tomllib.loads((root / "results" / entry["targets"]).read_text(encoding="utf-8"))
+        return iter([markdown(targets_table(root / "results", entry | targets))])
     return _card_table(_cards(root, cards)) if entry.get("cards") else _record(root, entry)
 
 
