@@ -15,10 +15,10 @@ from phase1.ops.ar_ssm.reference import TAPS
 from phase1.ops.ar_ssm.sum_kernel import sums_of_rows
 from phase1.ops.rotary.kernel import write_angles
 
-ROWS, BACKWARD_ROWS = 16, 8  # positions of a tile in front of the core, and in its backward pass
+ROWS = 16  # positions of a tile in front of the core
 GATE_ROWS = 32  # tokens of a tile of the gate
 COLUMNS = 128  # of the convolution, at a time
-CONV_ROWS = 64  # positions of a program of the convolution's gradient: a multiple of 4
+STRETCH, STRETCHES = 64, 1024  # positions of a program of a backward pass, or more where there are so many stretches
 NORM_ROWS = 2  # of the gated norm's gradient, at a time: one warp holds a whole row
 PROGRAMS = 264  # that add up the gradients of parameters
 ANY_ROWS = (torch.Tag.flexible_layout,)  # without it a compiler that aligns rows to 128 bytes copies proj, twice a layer
@@ -44,6 +44,11 @@ def _sizes(proj: Tensor, q_scale: Tensor, state_scale: Tensor, gate_weight: Tens
     (H, R), P = q_scale.shape, state_scale.shape[1]
     N, fixed = (0, R) if gate_weight is None else (gate_weight.shape[1], R - gate_weight.shape[0])
     return Sizes(proj.shape[0], proj.shape[1], H, R, P, N, fixed)
+
+
+def _rows_of_a_stretch(s: Sizes) -> int:
+    """Positions that a program in front of the core takes in the backward pass, a multiple of 4: few leave many sums behind."""
+    return max(STRETCH, triton.next_power_of_2(triton.cdiv(s.B * s.T, STRETCHES)))
 
 
 def _gate_blocks(s: Sizes) -> dict[str, int]:
@@ -134,14 +139,13 @@ def fused_backward(
     if d_x is not None:
         g.x.add_(d_x)
     sizes = parameter_sizes(s)
-    first, tiles = past_conv if past_conv is not None else proj, triton.cdiv(s.T, BACKWARD_ROWS)
-    programs = min(tiles, max(1, 2 * PROGRAMS // s.B))
-    scale_sums = wide(s.B * programs, s.H * s.R)
+    first, rows = past_conv if past_conv is not None else proj, _rows_of_a_stretch(s)
+    stretches = triton.cdiv(s.T, rows)
+    scale_sums = wide(s.B * stretches, s.H * s.R)
     d_gate_u, d_gate_v = (wide(s.B, s.T, s.R) for _ in range(2))
-    operands_backward_kernel[(programs, 3, s.B)](
+    operands_backward_kernel[(stretches, 2 + triton.cdiv(D, COLUMNS), s.B)](
         proj, first, conv_weight, conv_bias, q_scale, gate, cos, sin, g.u, g.v, g.q, g.k, g.x, d_gate_u, d_gate_v, scale_sums,
-        s.T, L, *strides[:2], tiles, eps, **_operand_blocks(s), BT=BACKWARD_ROWS, PAST=past_conv is not None,
-        WINDOWED=window > 0, num_warps=4,
+        s.T, L, *strides[:2], rows, eps, **_operand_blocks(s), PAST=past_conv is not None, WINDOWED=window > 0, num_warps=1,
     )  # fmt: skip
     gate_sums = wide(min(triton.cdiv(n, GATE_ROWS), PROGRAMS), sum(sizes[3:8]))
     gate_backward_kernel[(len(gate_sums),)](
@@ -151,12 +155,12 @@ def fused_backward(
         num_stages=3 if s.R <= 64 else 1,  # Ampere and Ada have 99 KiB of shared memory
     )  # fmt: skip
     d_past = torch.empty_like(past_conv) if past_conv is not None else proj.new_empty(0)
-    stretches = triton.cdiv(s.T + (TAPS - 1 if past_conv is not None else 0), CONV_ROWS)
+    stretches = triton.cdiv(s.T + (TAPS - 1 if past_conv is not None else 0), rows)
     conv_sums = wide(s.B * stretches, (TAPS + 1) * s.conv)
     columns = triton.cdiv(D, COLUMNS) + 2 * triton.cdiv(s.H * s.R, COLUMNS)
     conv_backward_kernel[(stretches, columns, s.B)](
-        g.u, g.v, g.x, proj, first, d_proj, d_past, conv_weight, conv_sums, s.T, L, *strides,
-        H=s.H, R=s.R, P=s.P, BC=COLUMNS, ROWS=CONV_ROWS, PAST=past_conv is not None, num_warps=1,
+        g.u, g.v, g.x, proj, first, d_proj, d_past, conv_weight, conv_sums, s.T, L, rows, *strides,
+        H=s.H, R=s.R, P=s.P, BC=COLUMNS, PAST=past_conv is not None, num_warps=1,
     )  # fmt: skip
     flat = sums_of_rows((conv_sums, scale_sums, gate_sums, norm_sums, g.scale_and_skip))
     if not window:

@@ -139,66 +139,93 @@ def operands_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _norm_backward(d1, d2, n1, n2, r, R: tl.constexpr, HEADS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Through n = c r, r = rsqrt(mean(c²) + eps), of two halves of all heads."""
-    mean = _head_means(d1 * n1 + d2 * n2, R, HEADS)
-    return r * (d1 - n1 * mean), r * (d2 - n2 * mean)
+def _convolved(x3, x2, x1, x0, weight, bias, columns, mc, CONV: tl.constexpr):  # type: ignore[no-untyped-def]
+    """bias + Σ_j weight_j of four rows of inputs, the oldest first: the convolution's output at the last one."""
+    c = tl.load(bias + columns, mask=mc, other=0.0).to(tl.float32)
+    c += x3 * tl.load(weight + columns, mask=mc, other=0.0).to(tl.float32)
+    c += x2 * tl.load(weight + CONV + columns, mask=mc, other=0.0).to(tl.float32)
+    c += x1 * tl.load(weight + 2 * CONV + columns, mask=mc, other=0.0).to(tl.float32)
+    return c + x0 * tl.load(weight + 3 * CONV + columns, mask=mc, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _mean_of_head(x, R: tl.constexpr, HEADS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The sum over the channels of each head, divided by R, in all of the head's columns: (HEADS n) as given."""
+    n: tl.constexpr = x.shape[0] // HEADS
+    sums = tl.sum(tl.reshape(x, [HEADS, n]), 1) / R
+    return tl.reshape(tl.broadcast_to(sums[:, None], [HEADS, n]), [HEADS * n])
 
 
 @triton.jit
 def _values_backward(  # type: ignore[no-untyped-def]
-    proj, past, weight, bias, dx, b, i_p, T, L, stride, tiles, H: tl.constexpr, P: tl.constexpr, BT: tl.constexpr,
-    BC: tl.constexpr, CONV: tl.constexpr, PAST: tl.constexpr,
+    proj, past, weight, bias, dx, columns, begin, rows, b, T, L, stride, H: tl.constexpr, P: tl.constexpr,
+    CONV: tl.constexpr, PAST: tl.constexpr,
 ):  # fmt: skip
-    """Over dx: the gradient of what silu was taken of."""
-    for i in range(i_p, tiles, tl.num_programs(0)):
-        t = tl.arange(0, BT).to(tl.int64) + i * BT
-        m = t < T
-        for first in range(0, H * P, BC):
-            columns = first + tl.arange(0, BC)
-            mc = columns < H * P
-            c = _conv(proj, past, t, m, T, stride, columns, mc, weight, bias, CONV, PAST)
-            s = 1.0 / (1.0 + tl.exp(-c))
-            o = ((b * H + columns // P) * L * P + columns % P)[None, :] + ((L - T) + t)[:, None] * P
-            mask = m[:, None] & mc[None, :]
-            _put(dx, o, mask, _get(dx, o, mask) * s * (1.0 + c * (1.0 - s)))
+    """Over dx: the gradient of what silu was taken of, of some columns."""
+    mc = columns < H * P
+    o = ((b * H + columns // P) * L + L - T) * P + columns % P
+    x3 = _input_row(proj, past, begin - 3, T, stride, columns, mc, CONV, PAST)
+    x2 = _input_row(proj, past, begin - 2, T, stride, columns, mc, CONV, PAST)
+    x1 = _input_row(proj, past, begin - 1, T, stride, columns, mc, CONV, PAST)
+    for i in range(rows):
+        t = begin + i
+        m = _if(t < T, mc)
+        x0 = _input_row(proj, past, t, T, stride, columns, mc, CONV, PAST)
+        d = _get(dx, o + t * P, m)
+        c = _convolved(x3, x2, x1, x0, weight, bias, columns, mc, CONV)
+        s = 1.0 / (1.0 + tl.exp(-c))
+        _put(dx, o + t * P, m, d * s * (1.0 + c * (1.0 - s)))
+        x3, x2, x1 = x2, x1, x0
 
 
 @triton.jit
 def _heads_backward(  # type: ignore[no-untyped-def]
-    proj, past, weight, bias, scale, gate, cos, sin, d, d_turned, d_gate, sums, first, past_rows, b, i_p, T, stride, tiles,
-    eps: tl.constexpr, H: tl.constexpr, R: tl.constexpr, HEADS: tl.constexpr, HB: tl.constexpr, BT: tl.constexpr,
+    proj, past, weight, bias, scale, gate, cos, sin, d, d_turned, d_gate, sums, first, past_rows, begin, rows, b, T, stride,
+    eps: tl.constexpr, H: tl.constexpr, R: tl.constexpr, HEADS: tl.constexpr, HB: tl.constexpr,
     CONV: tl.constexpr, PAST: tl.constexpr, WINDOWED: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Over the gradient `d` of u or v: that of what the norm was taken of. `d_gate` (B, T, R): what they add to the gate's."""
     HALF: tl.constexpr = R // 2
-    o_c = tl.arange(0, HEADS * HB)
+    o_c, o_j = tl.arange(0, HEADS * HB), tl.arange(0, HB)
     head, j = o_c // HB, o_c % HB
-    mc = (head < H) & (j < HALF)
+    mc, mj = (head < H) & (j < HALF), o_j < HALF
+    left = first + head * R + j
+    right = left + HALF
     if SCALED:
-        scale1 = tl.load(scale + head * R + j, mask=mc, other=0.0)[None, :]
-        scale2 = tl.load(scale + head * R + HALF + j, mask=mc, other=0.0)[None, :]
-        d_scale1 = tl.zeros([BT, HEADS * HB], tl.float32)
-        d_scale2 = tl.zeros([BT, HEADS * HB], tl.float32)
-    for i in range(i_p, tiles, tl.num_programs(0)):
-        t = tl.arange(0, BT).to(tl.int64) + i * BT
-        m = t < T
-        mask = m[:, None] & mc[None, :]
-        n1, n2, r = _halves(proj, past, t, m, T, stride, first + head * R + j, mc, weight, bias, eps, R, HEADS, CONV, PAST)
-        o = (b * H + head)[None, :] * T * R + t[:, None] * R + j[None, :]
-        d1, d2 = _get(d, o, mask), _get(d, o + HALF, mask)
-        o_j = tl.arange(0, HB)
-        o_g, mg = (b * T + t)[:, None] * R + o_j[None, :], m[:, None] & (o_j < HALF)[None, :]
-        _put(d_gate, o_g, mg, _over_heads(d1 * n1, HEADS))
-        _put(d_gate, o_g + HALF, mg, _over_heads(d2 * n2, HEADS))
-        o_g = (b * T + t)[:, None] * R + j[None, :]
-        d1 *= _get(gate, o_g, mask)
-        d2 *= _get(gate, o_g + HALF, mask)
+        scale1 = tl.load(scale + head * R + j, mask=mc, other=0.0)
+        scale2 = tl.load(scale + head * R + HALF + j, mask=mc, other=0.0)
+        d_scale1 = tl.zeros([HEADS * HB], tl.float32)
+        d_scale2 = tl.zeros([HEADS * HB], tl.float32)
+    x3 = _input_row(proj, past, begin - 3, T, stride, left, mc, CONV, PAST)
+    x2 = _input_row(proj, past, begin - 2, T, stride, left, mc, CONV, PAST)
+    x1 = _input_row(proj, past, begin - 1, T, stride, left, mc, CONV, PAST)
+    y3 = _input_row(proj, past, begin - 3, T, stride, right, mc, CONV, PAST)
+    y2 = _input_row(proj, past, begin - 2, T, stride, right, mc, CONV, PAST)
+    y1 = _input_row(proj, past, begin - 1, T, stride, right, mc, CONV, PAST)
+    for i in range(rows):
+        t = begin + i
+        m, m_gate = _if(t < T, mc), _if(t < T, mj)
+        x0 = _input_row(proj, past, t, T, stride, left, mc, CONV, PAST)
+        y0 = _input_row(proj, past, t, T, stride, right, mc, CONV, PAST)
+        o, o_g = (b * H + head) * T * R + t * R + j, (b * T + t) * R + j
+        d1, d2 = _get(d, o, m), _get(d, o + HALF, m)
+        g1, g2 = _get(gate, o_g, m), _get(gate, o_g + HALF, m)
         if WINDOWED:
-            o_angle = t[:, None] * HALF + j[None, :]
-            b_cos, b_sin = tl.load(cos + o_angle, mask=mask, other=0.0), tl.load(sin + o_angle, mask=mask, other=0.0)
-            o_k = (b * H + head)[None, :] * (T + past_rows) * R + (past_rows + t)[:, None] * R + j[None, :]
-            e1, e2 = _get(d_turned, o_k, mask), _get(d_turned, o_k + HALF, mask)
+            b_cos = tl.load(cos + t * HALF + j, mask=m, other=0.0)
+            b_sin = tl.load(sin + t * HALF + j, mask=m, other=0.0)
+            o_k = (b * H + head) * (T + past_rows) * R + (past_rows + t) * R + j
+            e1, e2 = _get(d_turned, o_k, m), _get(d_turned, o_k + HALF, m)
+        n1 = _convolved(x3, x2, x1, x0, weight, bias, left, mc, CONV)
+        n2 = _convolved(y3, y2, y1, y0, weight, bias, right, mc, CONV)
+        r = tl.rsqrt(_mean_of_head(n1 * n1 + n2 * n2, R, HEADS) + eps)
+        n1 *= r
+        n2 *= r
+        p = d_gate + (b * T + t) * R + o_j
+        tl.store(p, tl.sum(tl.reshape(d1 * n1, [HEADS, HB]), 0), mask=m_gate)
+        tl.store(p + HALF, tl.sum(tl.reshape(d2 * n2, [HEADS, HB]), 0), mask=m_gate)
+        d1 *= g1
+        d2 *= g2
+        if WINDOWED:
             f1, f2 = e1 * b_cos + e2 * b_sin, e2 * b_cos - e1 * b_sin
             if SCALED:
                 d_scale1 += f1 * n1
@@ -207,41 +234,46 @@ def _heads_backward(  # type: ignore[no-untyped-def]
                 f2 *= scale2
             d1 += f1
             d2 += f2
-        d1, d2 = _norm_backward(d1, d2, n1, n2, r, R, HEADS)
-        _put(d, o, mask, d1)
-        _put(d, o + HALF, mask, d2)
+        mean = _mean_of_head(d1 * n1 + d2 * n2, R, HEADS)  # through n = c r, r = rsqrt(mean(c²) + eps)
+        _put(d, o, m, r * (d1 - n1 * mean))
+        _put(d, o + HALF, m, r * (d2 - n2 * mean))
+        x3, x2, x1 = x2, x1, x0
+        y3, y2, y1 = y2, y1, y0
     if SCALED:
-        tl.store(sums + head * R + j, tl.sum(d_scale1, 0), mask=mc)
-        tl.store(sums + head * R + HALF + j, tl.sum(d_scale2, 0), mask=mc)
+        tl.store(sums + head * R + j, d_scale1, mask=mc)
+        tl.store(sums + head * R + HALF + j, d_scale2, mask=mc)
 
 
-@triton.jit(do_not_specialize=["T", "L", "tiles"])
+@triton.jit(do_not_specialize=["T", "L", "rows"])
 def operands_backward_kernel(  # type: ignore[no-untyped-def]
     proj, past, weight, bias, q_scale, gate, cos, sin, du, dv, dq, dk, dx, d_gate_u, d_gate_v, sums, T, L, stride_b,
-    stride: tl.constexpr, tiles, eps: tl.constexpr, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr,
-    HB: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, PAST: tl.constexpr, WINDOWED: tl.constexpr,
+    stride: tl.constexpr, rows, eps: tl.constexpr, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr,
+    HB: tl.constexpr, BC: tl.constexpr, PAST: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradients of the convolution's outputs over `dx` (part 0), `du` (1) and `dv` (2).
+    """Writes the gradients of the convolution's outputs over `du` (part 0), `dv` (1) and BC columns of `dx` (2 and on).
 
-    `sums` (programs, H R): what each adds to the gradient of q_scale.
+    A program takes `rows` positions in a row, and reads each row of inputs once. `sums` (B stretches, H R): what each adds to
+    the gradient of q_scale.
     """
-    i_p, part, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i_s, part, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     CONV: tl.constexpr = H * P + 2 * H * R
+    begin = i_s.to(tl.int64) * rows
     proj += b * stride_b
     past += b * (TAPS - 1) * CONV
     if part == 0:
-        _values_backward(proj, past, weight, bias, dx, b, i_p, T, L, stride, tiles, H, P, BT, BC, CONV, PAST)
-    elif part == 1:
-        sums += (b * tl.num_programs(0) + i_p) * H * R
+        sums += (b * tl.num_programs(0) + i_s) * H * R
         _heads_backward(
-            proj, past, weight, bias, q_scale, gate, cos, sin, du, dq, d_gate_u, sums, H * P, 0, b, i_p, T, stride, tiles, eps,
-            H, R, HEADS, HB, BT, CONV, PAST, WINDOWED, True,
+            proj, past, weight, bias, q_scale, gate, cos, sin, du, dq, d_gate_u, sums, H * P, 0, begin, rows, b, T, stride,
+            eps, H, R, HEADS, HB, CONV, PAST, WINDOWED, True,
+        )  # fmt: skip
+    elif part == 1:
+        _heads_backward(
+            proj, past, weight, bias, q_scale, gate, cos, sin, dv, dk, d_gate_v, sums, H * P + H * R, L - T, begin, rows, b,
+            T, stride, eps, H, R, HEADS, HB, CONV, PAST, WINDOWED, False,
         )  # fmt: skip
     else:
-        _heads_backward(
-            proj, past, weight, bias, q_scale, gate, cos, sin, dv, dk, d_gate_v, sums, H * P + H * R, L - T, b, i_p, T, stride,
-            tiles, eps, H, R, HEADS, HB, BT, CONV, PAST, WINDOWED, False,
-        )  # fmt: skip
+        columns = (part - 2) * BC + tl.arange(0, BC)
+        _values_backward(proj, past, weight, bias, dx, columns, begin, rows, b, T, L, stride, H, P, CONV, PAST)
 
 
 @triton.jit
@@ -268,10 +300,10 @@ def _gradient_row(d, t, T, step, mc):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _conv_backward(  # type: ignore[no-untyped-def]
-    d, step: tl.constexpr, proj, past, d_proj, d_past, weight, sums, columns, mc, begin, b, T, stride, d_stride,
-    CONV: tl.constexpr, ROWS: tl.constexpr, PAST: tl.constexpr,
+    d, step: tl.constexpr, proj, past, d_proj, d_past, weight, sums, columns, mc, begin, rows, b, T, stride, d_stride,
+    CONV: tl.constexpr, PAST: tl.constexpr,
 ):  # fmt: skip
-    """For columns whose gradients begin at `d` and are `step` numbers apart from row to row; ROWS positions from `begin` on.
+    """For columns whose gradients begin at `d` and are `step` numbers apart from row to row; `rows` positions from `begin` on.
 
     Rows pass through registers, each read once: 4 rows of gradients, from t to t + 3, and of inputs, from t - 3 to t.
     """
@@ -290,7 +322,7 @@ def _conv_backward(  # type: ignore[no-untyped-def]
     d0 = _gradient_row(d, begin, T, step, mc)
     d1 = _gradient_row(d, begin + 1, T, step, mc)
     d2 = _gradient_row(d, begin + 2, T, step, mc)
-    for i in range(0, ROWS, 4):
+    for i in range(0, rows, 4):
         t = begin + i
         e0 = _gradient_row(d, t + 3, T, step, mc)  # of four rows at once, so that the next ones are on their way
         e1 = _gradient_row(d, t + 4, T, step, mc)
@@ -319,13 +351,12 @@ def _conv_backward(  # type: ignore[no-untyped-def]
     tl.store(sums + 4 * CONV, a4, mask=mc)
 
 
-@triton.jit(do_not_specialize=["T", "L"])
+@triton.jit(do_not_specialize=["T", "L", "rows"])
 def conv_backward_kernel(  # type: ignore[no-untyped-def]
-    du, dv, dx, proj, past, d_proj, d_past, weight, sums, T, L, stride_b, stride: tl.constexpr, d_stride_b,
-    d_stride: tl.constexpr, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr,
-    PAST: tl.constexpr,
+    du, dv, dx, proj, past, d_proj, d_past, weight, sums, T, L, rows, stride_b, stride: tl.constexpr, d_stride_b,
+    d_stride: tl.constexpr, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, BC: tl.constexpr, PAST: tl.constexpr,
 ):  # fmt: skip
-    """From the gradients of its output, d input_t = Σ_j weight_j d_{t+3-j}, for BC columns and ROWS positions in a row.
+    """From the gradients of its output, d input_t = Σ_j weight_j d_{t+3-j}, for BC columns and `rows` positions in a row.
 
     `sums` (programs, 5 CONV): what they add to the gradients of the taps and of the bias. Columns run over x, then u and v,
     each padded to whole blocks.
@@ -335,7 +366,7 @@ def conv_backward_kernel(  # type: ignore[no-untyped-def]
     NX: tl.constexpr = (H * P + BC - 1) // BC
     NU: tl.constexpr = (H * R + BC - 1) // BC
     o = tl.arange(0, BC)
-    begin = i_s.to(tl.int64) * ROWS
+    begin = i_s.to(tl.int64) * rows
     if PAST:
         begin -= TAPS - 1
     proj += b * stride_b
@@ -346,16 +377,16 @@ def conv_backward_kernel(  # type: ignore[no-untyped-def]
         inside = i_c * BC + o
         d = dx + ((b * H + inside // P) * L + L - T) * P + inside % P
         _conv_backward(
-            d, P, proj, past, d_proj, d_past, weight, sums, inside, inside < H * P, begin, b, T, stride, d_stride,
-            CONV, ROWS, PAST,
+            d, P, proj, past, d_proj, d_past, weight, sums, inside, inside < H * P, begin, rows, b, T, stride,
+            d_stride, CONV, PAST,
         )  # fmt: skip
     else:
         inside = ((i_c - NX) % NU) * BC + o
         columns = H * P + inside + (0 if i_c < NX + NU else H * R)
         d = (du if i_c < NX + NU else dv) + (b * H + inside // R) * T * R + inside % R
         _conv_backward(
-            d, R, proj, past, d_proj, d_past, weight, sums, columns, inside < H * R, begin, b, T, stride, d_stride,
-            CONV, ROWS, PAST,
+            d, R, proj, past, d_proj, d_past, weight, sums, columns, inside < H * R, begin, rows, b, T, stride,
+            d_stride, CONV, PAST,
         )  # fmt: skip
 
 
