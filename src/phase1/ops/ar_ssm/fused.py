@@ -48,7 +48,8 @@ def _sizes(proj: Tensor, q_scale: Tensor, state_scale: Tensor, gate_weight: Tens
 
 def _rows_of_a_stretch(s: Sizes) -> int:
     """Positions that a program in front of the core takes in the backward pass, a multiple of 4: few leave many sums behind."""
-    return max(STRETCH, triton.next_power_of_2(triton.cdiv(s.B * s.T, STRETCHES)))
+    rows = max(STRETCH, triton.next_power_of_2(triton.cdiv(s.B * s.T, STRETCHES)))
+    return min(rows, triton.cdiv(s.T + TAPS, 4) * 4)
 
 
 def _gate_blocks(s: Sizes) -> dict[str, int]:
