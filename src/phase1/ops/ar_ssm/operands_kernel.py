@@ -12,130 +12,19 @@ TAPS = tl.constexpr(4)  # of the convolution
 
 
 @triton.jit
-def _conv(proj, past, t, m, T, stride, columns, mc, weight, bias, CONV: tl.constexpr, PAST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """bias + Σ_j weight_j proj_{t-3+j}: [rows, columns]; the 3 rows before position 0 are those of `past`, or zero."""
-    acc = tl.zeros([t.shape[0], columns.shape[0]], tl.float32)
-    acc += tl.load(bias + columns, mask=mc, other=0.0).to(tl.float32)[None, :]
-    for j in tl.static_range(TAPS):
-        tap = tl.load(weight + j * CONV + columns, mask=mc, other=0.0).to(tl.float32)
-        acc += _shifted(proj, past, t + (j - TAPS + 1), m, T, stride, columns, mc, CONV, PAST) * tap[None, :]
-    return acc
-
-
-@triton.jit
-def _shifted(proj, past, s, m, T, stride, columns, mc, CONV: tl.constexpr, PAST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Inputs of the convolution at positions `s`, float32."""
-    mask = (m & (s >= 0) & (s < T))[:, None] & mc[None, :]
-    b = tl.load(proj + s[:, None] * stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+def _input_row(proj, past, t, T, stride, columns, mc, CONV: tl.constexpr, PAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The convolution's input at position t, float32: zero from T on, and before 0, but for the 3 rows of `past`."""
+    row = tl.load(proj + t * stride + columns, mask=_if((t >= 0) & (t < T), mc), other=0.0).to(tl.float32)
     if PAST:
-        early = (m & (s < 0))[:, None] & mc[None, :]
-        b += tl.load(past + (s + TAPS - 1)[:, None] * CONV + columns[None, :], mask=early, other=0.0).to(tl.float32)
-    return b
+        early = _if((t < 0) & (t >= 1 - TAPS), mc)
+        row += tl.load(past + (t + TAPS - 1) * CONV + columns, mask=early, other=0.0).to(tl.float32)
+    return row
 
 
 @triton.jit
-def _head_means(x, R: tl.constexpr, HEADS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Sums over the channels of each head, divided by R, in all of the head's columns: (rows, HEADS n) as given."""
-    n: tl.constexpr = x.shape[1] // HEADS
-    sums = tl.sum(tl.reshape(x, [x.shape[0], HEADS, n]), 2) / R
-    return tl.reshape(tl.broadcast_to(sums[:, :, None], [x.shape[0], HEADS, n]), [x.shape[0], HEADS * n])
-
-
-@triton.jit
-def _over_heads(x, HEADS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(rows, HEADS n) -> (rows, n): the sum over heads."""
-    return tl.sum(tl.reshape(x, [x.shape[0], HEADS, x.shape[1] // HEADS]), 1)
-
-
-@triton.jit
-def _put(p, o, m, value):  # type: ignore[no-untyped-def]
-    tl.store(p + o, value.to(p.dtype.element_ty), mask=m)
-
-
-@triton.jit
-def _get(p, o, m):  # type: ignore[no-untyped-def]
-    return tl.load(p + o, mask=m, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _halves(  # type: ignore[no-untyped-def]
-    proj, past, t, m, T, stride, columns, mc, weight, bias, eps: tl.constexpr,
-    R: tl.constexpr, HEADS: tl.constexpr, CONV: tl.constexpr, PAST: tl.constexpr,
-):  # fmt: skip
-    """Both halves of all normalised heads of u or v, and rsqrt(mean + eps)."""
-    n1 = _conv(proj, past, t, m, T, stride, columns, mc, weight, bias, CONV, PAST)
-    n2 = _conv(proj, past, t, m, T, stride, columns + R // 2, mc, weight, bias, CONV, PAST)
-    r = tl.rsqrt(_head_means(n1 * n1 + n2 * n2, R, HEADS) + eps)
-    return n1 * r, n2 * r, r
-
-
-@triton.jit
-def _values(  # type: ignore[no-untyped-def]
-    proj, past, weight, bias, x, b, t, T, L, stride, H: tl.constexpr, P: tl.constexpr, BC: tl.constexpr,
-    CONV: tl.constexpr, PAST: tl.constexpr,
-):  # fmt: skip
-    """x at positions t."""
-    m = t < T
-    for first in range(0, H * P, BC):
-        columns = first + tl.arange(0, BC)
-        mc = columns < H * P
-        c = _conv(proj, past, t, m, T, stride, columns, mc, weight, bias, CONV, PAST)
-        o = ((b * H + columns // P) * L * P + columns % P)[None, :] + ((L - T) + t)[:, None] * P
-        _put(x, o, m[:, None] & mc[None, :], c / (1.0 + tl.exp(-c)))
-
-
-@triton.jit
-def _heads(  # type: ignore[no-untyped-def]
-    proj, past, weight, bias, scale, gate, cos, sin, out, turned, first, past_rows, b, t, T, stride, eps: tl.constexpr,
-    H: tl.constexpr, R: tl.constexpr, HEADS: tl.constexpr, HB: tl.constexpr, CONV: tl.constexpr, PAST: tl.constexpr,
-    WINDOWED: tl.constexpr, SCALED: tl.constexpr,
-):  # fmt: skip
-    """u or v, whose columns begin at `first`: normalised and gated in `out`, and normalised, SCALED by γ and turned."""
-    HALF: tl.constexpr = R // 2
-    m, o = t < T, tl.arange(0, HEADS * HB)
-    head, j = o // HB, o % HB
-    mc = (head < H) & (j < HALF)
-    mask = m[:, None] & mc[None, :]
-    n1, n2, _ = _halves(proj, past, t, m, T, stride, first + head * R + j, mc, weight, bias, eps, R, HEADS, CONV, PAST)
-    o_g = (b * T + t)[:, None] * R + j[None, :]
-    o = (b * H + head)[None, :] * T * R + t[:, None] * R + j[None, :]
-    _put(out, o, mask, n1 * _get(gate, o_g, mask))
-    _put(out, o + HALF, mask, n2 * _get(gate, o_g + HALF, mask))
-    if WINDOWED:
-        o_angle = t[:, None] * HALF + j[None, :]
-        b_cos, b_sin = tl.load(cos + o_angle, mask=mask, other=0.0), tl.load(sin + o_angle, mask=mask, other=0.0)
-        if SCALED:
-            n1 *= tl.load(scale + head * R + j, mask=mc, other=0.0)[None, :]
-            n2 *= tl.load(scale + head * R + HALF + j, mask=mc, other=0.0)[None, :]
-        o = (b * H + head)[None, :] * (T + past_rows) * R + (past_rows + t)[:, None] * R + j[None, :]
-        _put(turned, o, mask, n1 * b_cos - n2 * b_sin)
-        _put(turned, o + HALF, mask, n2 * b_cos + n1 * b_sin)
-
-
-@triton.jit(do_not_specialize=["T", "L"])
-def operands_kernel(  # type: ignore[no-untyped-def]
-    proj, past, weight, bias, q_scale, gate, cos, sin, u, v, q, k, x, T, L, stride_b, stride: tl.constexpr, eps: tl.constexpr,
-    H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr, HB: tl.constexpr, BT: tl.constexpr,
-    BC: tl.constexpr, PAST: tl.constexpr, WINDOWED: tl.constexpr,
-):  # fmt: skip
-    """For BT positions of one sequence, part 0: x; 1: u (gated) and q (rotated); 2: v and k."""
-    i_t, part, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    CONV: tl.constexpr = H * P + 2 * H * R
-    t = i_t.to(tl.int64) * BT + tl.arange(0, BT)
-    proj += b * stride_b
-    past += b * (TAPS - 1) * CONV
-    if part == 0:
-        _values(proj, past, weight, bias, x, b, t, T, L, stride, H, P, BC, CONV, PAST)
-    elif part == 1:
-        _heads(
-            proj, past, weight, bias, q_scale, gate, cos, sin, u, q, H * P, 0, b, t, T, stride, eps,
-            H, R, HEADS, HB, CONV, PAST, WINDOWED, True,
-        )  # fmt: skip
-    else:
-        _heads(
-            proj, past, weight, bias, q_scale, gate, cos, sin, v, k, H * P + H * R, L - T, b, t, T, stride, eps,
-            H, R, HEADS, HB, CONV, PAST, WINDOWED, False,
-        )  # fmt: skip
+def _if(here, mc):  # type: ignore[no-untyped-def]
+    """The mask `mc` where a number is true, else nothing; the interpreter takes no product of a number and a mask for one."""
+    return tl.where(here, mc, mc != mc)
 
 
 @triton.jit
@@ -154,6 +43,116 @@ def _mean_of_head(x, R: tl.constexpr, HEADS: tl.constexpr):  # type: ignore[no-u
     n: tl.constexpr = x.shape[0] // HEADS
     sums = tl.sum(tl.reshape(x, [HEADS, n]), 1) / R
     return tl.reshape(tl.broadcast_to(sums[:, None], [HEADS, n]), [HEADS * n])
+
+
+@triton.jit
+def _put(p, o, m, value):  # type: ignore[no-untyped-def]
+    tl.store(p + o, value.to(p.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def _get(p, o, m):  # type: ignore[no-untyped-def]
+    return tl.load(p + o, mask=m, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _values(  # type: ignore[no-untyped-def]
+    proj, past, weight, bias, x, columns, begin, rows, b, T, L, stride, H: tl.constexpr, P: tl.constexpr,
+    CONV: tl.constexpr, PAST: tl.constexpr,
+):  # fmt: skip
+    """Some columns of x."""
+    mc = columns < H * P
+    o = ((b * H + columns // P) * L + L - T) * P + columns % P
+    x3 = _input_row(proj, past, begin - 3, T, stride, columns, mc, CONV, PAST)
+    x2 = _input_row(proj, past, begin - 2, T, stride, columns, mc, CONV, PAST)
+    x1 = _input_row(proj, past, begin - 1, T, stride, columns, mc, CONV, PAST)
+    for i in range(rows):
+        t = begin + i
+        x0 = _input_row(proj, past, t, T, stride, columns, mc, CONV, PAST)
+        c = _convolved(x3, x2, x1, x0, weight, bias, columns, mc, CONV)
+        _put(x, o + t * P, _if(t < T, mc), c / (1.0 + tl.exp(-c)))
+        x3, x2, x1 = x2, x1, x0
+
+
+@triton.jit
+def _heads(  # type: ignore[no-untyped-def]
+    proj, past, weight, bias, scale, gate, cos, sin, out, turned, first, past_rows, begin, rows, b, T, stride,
+    eps: tl.constexpr, H: tl.constexpr, R: tl.constexpr, HEADS: tl.constexpr, HB: tl.constexpr, CONV: tl.constexpr,
+    PAST: tl.constexpr, WINDOWED: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """u or v, whose columns begin at `first`: normalised and gated in `out`, and normalised, SCALED by γ and turned."""
+    HALF: tl.constexpr = R // 2
+    o_c = tl.arange(0, HEADS * HB)
+    head, j = o_c // HB, o_c % HB
+    mc = (head < H) & (j < HALF)
+    left = first + head * R + j
+    right = left + HALF
+    if SCALED:
+        scale1 = tl.load(scale + head * R + j, mask=mc, other=0.0)
+        scale2 = tl.load(scale + head * R + HALF + j, mask=mc, other=0.0)
+    x3 = _input_row(proj, past, begin - 3, T, stride, left, mc, CONV, PAST)
+    x2 = _input_row(proj, past, begin - 2, T, stride, left, mc, CONV, PAST)
+    x1 = _input_row(proj, past, begin - 1, T, stride, left, mc, CONV, PAST)
+    y3 = _input_row(proj, past, begin - 3, T, stride, right, mc, CONV, PAST)
+    y2 = _input_row(proj, past, begin - 2, T, stride, right, mc, CONV, PAST)
+    y1 = _input_row(proj, past, begin - 1, T, stride, right, mc, CONV, PAST)
+    for i in range(rows):
+        t = begin + i
+        m = _if(t < T, mc)
+        x0 = _input_row(proj, past, t, T, stride, left, mc, CONV, PAST)
+        y0 = _input_row(proj, past, t, T, stride, right, mc, CONV, PAST)
+        o, o_g = (b * H + head) * T * R + t * R + j, (b * T + t) * R + j
+        g1, g2 = _get(gate, o_g, m), _get(gate, o_g + HALF, m)
+        if WINDOWED:
+            b_cos = tl.load(cos + t * HALF + j, mask=m, other=0.0)
+            b_sin = tl.load(sin + t * HALF + j, mask=m, other=0.0)
+        n1 = _convolved(x3, x2, x1, x0, weight, bias, left, mc, CONV)
+        n2 = _convolved(y3, y2, y1, y0, weight, bias, right, mc, CONV)
+        r = tl.rsqrt(_mean_of_head(n1 * n1 + n2 * n2, R, HEADS) + eps)
+        n1 *= r
+        n2 *= r
+        _put(out, o, m, n1 * g1)
+        _put(out, o + HALF, m, n2 * g2)
+        if WINDOWED:
+            if SCALED:
+                n1 *= scale1
+                n2 *= scale2
+            o = (b * H + head) * (T + past_rows) * R + (past_rows + t) * R + j
+            _put(turned, o, m, n1 * b_cos - n2 * b_sin)
+            _put(turned, o + HALF, m, n2 * b_cos + n1 * b_sin)
+        x3, x2, x1 = x2, x1, x0
+        y3, y2, y1 = y2, y1, y0
+
+
+@triton.jit(do_not_specialize=["T", "L", "rows"])
+def operands_kernel(  # type: ignore[no-untyped-def]
+    proj, past, weight, bias, q_scale, gate, cos, sin, u, v, q, k, x, T, L, rows, stride_b, stride: tl.constexpr,
+    eps: tl.constexpr, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr, HB: tl.constexpr,
+    BC: tl.constexpr, PAST: tl.constexpr, WINDOWED: tl.constexpr,
+):  # fmt: skip
+    """Part 0: u (gated) and q (rotated); 1: v and k; 2 and on: BC columns of x.
+
+    A program takes `rows` positions in a row, and reads each row of inputs once: the convolution's last three pass through
+    registers.
+    """
+    i_s, part, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    CONV: tl.constexpr = H * P + 2 * H * R
+    begin = i_s.to(tl.int64) * rows
+    proj += b * stride_b
+    past += b * (TAPS - 1) * CONV
+    if part == 0:
+        _heads(
+            proj, past, weight, bias, q_scale, gate, cos, sin, u, q, H * P, 0, begin, rows, b, T, stride, eps,
+            H, R, HEADS, HB, CONV, PAST, WINDOWED, True,
+        )  # fmt: skip
+    elif part == 1:
+        _heads(
+            proj, past, weight, bias, q_scale, gate, cos, sin, v, k, H * P + H * R, L - T, begin, rows, b, T, stride, eps,
+            H, R, HEADS, HB, CONV, PAST, WINDOWED, False,
+        )  # fmt: skip
+    else:
+        columns = (part - 2) * BC + tl.arange(0, BC)
+        _values(proj, past, weight, bias, x, columns, begin, rows, b, T, L, stride, H, P, CONV, PAST)
 
 
 @triton.jit
@@ -252,8 +251,7 @@ def operands_backward_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Writes the gradients of the convolution's outputs over `du` (part 0), `dv` (1) and BC columns of `dx` (2 and on).
 
-    A program takes `rows` positions in a row, and reads each row of inputs once. `sums` (B stretches, H R): what each adds to
-    the gradient of q_scale.
+    A program takes `rows` positions in a row. `sums` (B stretches, H R): what each adds to the gradient of q_scale.
     """
     i_s, part, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     CONV: tl.constexpr = H * P + 2 * H * R
@@ -274,22 +272,6 @@ def operands_backward_kernel(  # type: ignore[no-untyped-def]
     else:
         columns = (part - 2) * BC + tl.arange(0, BC)
         _values_backward(proj, past, weight, bias, dx, columns, begin, rows, b, T, L, stride, H, P, CONV, PAST)
-
-
-@triton.jit
-def _input_row(proj, past, t, T, stride, columns, mc, CONV: tl.constexpr, PAST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The convolution's input at position t, float32: zero from T on, and before 0, but for the 3 rows of `past`."""
-    row = tl.load(proj + t * stride + columns, mask=_if((t >= 0) & (t < T), mc), other=0.0).to(tl.float32)
-    if PAST:
-        early = _if((t < 0) & (t >= 1 - TAPS), mc)
-        row += tl.load(past + (t + TAPS - 1) * CONV + columns, mask=early, other=0.0).to(tl.float32)
-    return row
-
-
-@triton.jit
-def _if(here, mc):  # type: ignore[no-untyped-def]
-    """The mask `mc` where a number is true, else nothing; the interpreter takes no product of a number and a mask for one."""
-    return tl.where(here, mc, mc != mc)
 
 
 @triton.jit
