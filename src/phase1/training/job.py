@@ -73,7 +73,7 @@ def train_to_checkpoint(
         facts = training_facts(folder, index)
         if facts["data"] != data or facts["seq_length"] != seq_length:
             raise ValueError(f"the checkpoint in {folder} was trained on {facts['data']}; use that data, or another folder")
-    keep_tokenizer(folder, corpus.tokenizer)
+    group.from_first(lambda: keep_tokenizer(folder, corpus.tokenizer))  # the others would find the file that it writes
     if begun and facts["finished"]:
         return facts
     windows = Windows(corpus.splits["train"].ids, seq_length, train_config.seed)
@@ -184,7 +184,7 @@ def run_schedule(
         )
         if watch.keep_best and best:
             save_checkpoint(folder / BEST, state, facts | so_far(), resumable=False, token_order=token_order)
-            keep_tokenizer(folder / BEST, tokenizer)
+            group.from_first(lambda: keep_tokenizer(folder / BEST, tokenizer))
         if step < steps and (stop or end or due):
             check_finite(loss, step)  # no checkpoint to go on from, but an end with the reason
             save_checkpoint(folder, state, facts | so_far())
