@@ -20,13 +20,16 @@ from phase1.parallel import group
 from phase1.parallel.replicas import equal_start
 from phase1.trainable import build
 from phase1.training.checkpoint import INDEX, check_configs, read_index, resume, save_checkpoint, training_facts
+from phase1.training.context_parallel import Context
 from phase1.training.interrupts import interrupts_wait
 from phase1.training.progress import Follower, Progress
 from phase1.training.step import (
+    Batch,
     TrainState,
     check_finite,
     make_train_state,
     skipped_steps,
+    stretch_per_rank,
     total_steps,
     train,
     windows_per_rank,
@@ -49,7 +52,7 @@ SAVE_SECONDS = 300.0  # between checkpoints of an unfinished run
 
 def train_to_checkpoint(
     model_config: ModelConfig, train_config: TrainConfig, corpus: Corpus, seq_length: int, folder: Path, *, label: str,
-    watch: Watch = UNWATCHED, shard: bool = False,
+    watch: Watch = UNWATCHED, shard: bool = False, context_parallel: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Train to the end of the schedule, or go on from `folder`; a finished checkpoint is left as it is.
 
@@ -61,8 +64,9 @@ def train_to_checkpoint(
 
     All ranks of a run call it: each has its part of every batch, and rank 0 writes. The checkpoint goes on with any number.
     shard: each has its part of parameters, gradients and optimizer state too.
+    context_parallel: its part of a batch is a stretch of every window, not some of the windows.
     """
-    windows_per_rank(train_config, group.size())
+    context = context_of(train_config, seq_length, context_parallel)
     require_one_folder(folder)
     data = {"name": corpus.name, "split": "train", "sha256": corpus.splits["train"].sha256}
     steps = total_steps(train_config, seq_length)
@@ -78,19 +82,46 @@ def train_to_checkpoint(
         return facts
     windows = Windows(corpus.splits["train"].ids, seq_length, train_config.seed)
     seen = windows.seen(steps * train_config.train_batch_size)
-    state = make_state(model_config, train_config, None if begun else seen, shard)
+    state = make_state(model_config, train_config, None if begun else seen, shard, context)
     order = torch.from_numpy(frequency_order(token_counts(seen, model_config.vocab_size))).int()
     del seen
     seconds = resume(folder, state)["train_seconds"] if begun else 0.0
     facts = {"data": data, "seq_length": seq_length, "tokenizer": corpus.tokenizer.fingerprint, "train_seconds": seconds}
     with interrupts_wait() as interrupted:
         try:
-            facts |= run_schedule(state, windows, steps, folder, facts, label, interrupted, watch, order, corpus.tokenizer)
+            batch_at = batches_of_rank(windows, train_config, context)
+            given = folder, facts, label, interrupted, watch, order, corpus.tokenizer
+            facts |= run_schedule(state, batch_at, steps, seq_length, *given)
         except EndsEarly as early:
             reason = str(early)
             return group.from_first(lambda: read_index(folder)["facts"] | {"ended_by": reason})
         save_checkpoint(folder, state, facts, resumable=False, token_order=order)
         return group.from_first(lambda: facts)  # the others wait until it is there
+
+
+def context_of(config: TrainConfig, seq_length: int, context_parallel: bool) -> Context | None:
+    """Which stretch of every sequence this rank trains on; None where it trains on whole ones.
+
+    Raises ValueError where the ranks cannot share a batch that way.
+    """
+    ranks = group.size()
+    if context_parallel:
+        return Context([stretch_per_rank(seq_length, ranks)] * ranks, group.rank())
+    windows_per_rank(config, ranks)
+    return None
+
+
+def batches_of_rank(windows: Windows, config: TrainConfig, context: Context | None) -> Callable[[int], Batch]:
+    """Inputs and targets of a step that this rank trains on: some of its windows, or its stretch of each."""
+    ranks, rank = group.size(), group.rank()
+
+    def batch_at(step: int) -> Batch:
+        if context is None:
+            return windows.batch(step * ranks + rank, windows_per_rank(config, ranks))
+        inputs, targets = windows.batch(step, config.train_batch_size)
+        return context.own(inputs), context.own(targets)
+
+    return batch_at
 
 
 def require_one_folder(folder: Path) -> None:
@@ -116,7 +147,11 @@ def keep_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def make_state(
-    model_config: ModelConfig, train_config: TrainConfig, seen: np.ndarray | None, shard: bool = False
+    model_config: ModelConfig,
+    train_config: TrainConfig,
+    seen: np.ndarray | None,
+    shard: bool = False,
+    context: Context | None = None,
 ) -> TrainState:
     """A fresh model, ready to train; the same for equal seeds, and on all ranks. `shard` spreads it over them.
 
@@ -130,7 +165,7 @@ def make_state(
     torch.manual_seed(train_config.seed)
     model = build(model_config, statistics)
     equal_start(model.parameters())
-    return make_train_state(model, train_config, device, shard)
+    return make_train_state(model, train_config, device, shard, context)
 
 
 def start_of(config: ModelConfig, seen: np.ndarray, seed: int, device: str) -> TokenStatistics | TokenVectors | None:
@@ -148,8 +183,9 @@ class EndsEarly(Exception):
 
 def run_schedule(
     state: TrainState,
-    windows: Windows,
+    batch_at: Callable[[int], Batch],
     steps: int,
+    seq_length: int,
     folder: Path,
     facts: dict[str, Any],
     label: str,
@@ -164,9 +200,8 @@ def run_schedule(
     the patience of `watch` is over, with a checkpoint of it; after the last step there is none to go on from.
     """
     config = state.config
-    tokens_per_step = config.train_batch_size * windows.seq_length
-    ranks, rank, windows_here = group.size(), group.rank(), windows_per_rank(config, group.size())
-    kind = Progress if rank == 0 else Follower
+    tokens_per_step = config.train_batch_size * seq_length
+    kind = Progress if group.rank() == 0 else Follower
     progress = kind(state, steps, tokens_per_step, folder, watch, seconds=facts["train_seconds"], label=label)
     saved = time.perf_counter()
     last = torch.zeros(())
@@ -196,7 +231,7 @@ def run_schedule(
                 raise EndsEarly(progress.end or "rank 0")
 
     try:
-        train(state, lambda step: windows.batch(step * ranks + rank, windows_here), steps, on_step)
+        train(state, batch_at, steps, on_step)
         return so_far()
     finally:
         progress.close()
