@@ -12,6 +12,7 @@ from phase1.roster import OWN, own_models
 from phase1.runs import MemoryRun, PerplexityRun, ThroughputRun, TrainRun
 from phase1.trainable import build
 from phase1.training.checkpoint import load_model, save_checkpoint
+from phase1.training.optimizers import described_groups
 from phase1.training.step import make_train_state
 
 SOURCE = """
@@ -168,6 +169,7 @@ def test_tables_of_a_users_model_learn_at_their_own_rate(folder):
     state = make_train_state(build(config("right")), TrainConfig(), "cpu")
     sizes = [sum(p.numel() for p in group["params"]) for group in state.optimizer.param_groups]
     assert sizes == [0, 400, 0]
+    assert described_groups(state.model) == "0 parameters of matrices, which decay, 400 of tables, at their own rate, 0 of the rest"
 
 
 def test_two_models_of_one_source_and_size_have_one_id_and_others_another(folder):
