@@ -320,3 +320,7 @@ class PipelineRun(OutputConfig):
 @dataclass(frozen=True, kw_only=True)
 class DoctorRun(Config):
     """What a bug report needs: versions, GPU, driver, commit."""
+
+    submit_file: str | None = option(
+        None, "write the facts there too, as JSON without names of users, hosts and folders: to report that a card works"
+    )
