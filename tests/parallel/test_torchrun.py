@@ -196,6 +196,18 @@ def test_two_ranks_share_every_sequence_and_train_and_score_as_one_process(data,
             assert ours[name] == (alone[name] if alone[name] is None else pytest.approx(alone[name], rel=1e-5))
 
 
+def test_the_report_of_perplexity_is_that_of_one_process(data, tmp_path):
+    words = f"{SHAPE} --test-ar-ssm-ranks 4 --test-htt-ranks 2 --seq-length 8 --train-tokens 64 --train-batch-size 4".split()
+    words += ["--micro-batch-size", "4", "--checkpoint-dir", str(tmp_path / "checkpoints"), *data]
+    assert main(["perplexity", *words, "--out-dir", str(tmp_path / "one")]) in (0, 1, 3)
+    done = torchrun(2, "-m", "phase1", "perplexity", *words, "--out-dir", tmp_path / "two")
+    one, two = (read_report(tmp_path / name / "phase1_perplexity_validation.json", "perplexity") for name in ("one", "two"))
+    assert two.environment["world_size"] == 2, done.stderr
+    contents = [report.model_dump(exclude={"environment": True, "command": True, "created_utc": True, "run": {"out_dir"}}) for report in (one, two)]
+    assert contents[0] == contents[1] and contents[0]["run"]["batch_size"] == 8
+    assert len(one.results["baseline"].window_nll_nats) > 2
+
+
 @pytest.mark.parametrize("page", ["docs/multi_gpu.md", "docs/ja/multi_gpu.md"])
 def test_every_command_on_the_page_can_be_typed(page):
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
