@@ -1,7 +1,6 @@
 import getpass
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -10,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import phase1
 from phase1.machine import environment as module
 from phase1.machine.environment import current_command, environment, free_gpu_bytes, git_commit, machine
 from phase1.text import without_home
@@ -101,9 +99,3 @@ def test_on_a_gpu_the_facts_of_the_machine_are_asked_without_a_cuda_context():
 def test_the_facts_of_the_machine_are_plain_and_the_same_every_time():
     facts = machine()
     assert facts == machine() == json.loads(json.dumps(facts)) and facts["torch"] == torch.__version__
-
-
-def test_one_place_decides_the_device():
-    root = Path(phase1.__file__).parent
-    deciding = [path.relative_to(root).as_posix() for path in root.rglob("*.py") if re.search(r'"(cuda|cpu)" if\b', path.read_text())]
-    assert deciding == ["device.py"]
