@@ -132,6 +132,7 @@ class ContextMicroBatch(MicroBatch):
     model: LanguageModel
 
     def __init__(self, whole: MicroBatch, context: Context) -> None:
+        assert type(whole) is MicroBatch, f"a stretch is trained whole and eagerly, not by {type(whole).__name__}"
         super().__init__(whole.model, whole.scaler, whole.dtype)
         if not isinstance(whole.model, LanguageModel) or whole.model.config.mixer != "ar_ssm":
             raise ValueError("context parallel needs a state that does not grow; got another model; take --mixer ar_ssm")
