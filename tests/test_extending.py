@@ -11,6 +11,7 @@ import pytest
 
 from phase1.cli import main
 from phase1.records.schema import read_report
+from phase1.tables.perplexity import perplexity_comparison
 
 PAGES = ("docs/extending.md", "docs/ja/extending.md")
 ROOT = Path(__file__).parents[1]
@@ -73,6 +74,9 @@ def test_every_command_of_the_page_runs(folder, monkeypatch, capsys):
     mean = report.results["mean"]
     assert mean.status == "ok" and re.fullmatch(r"my_mixer:build@[0-9a-f]{12}", mean.config["model"])
     assert mean.training["learning_rate"] == report.results["ar_ssm_dense_no_copy"].training["learning_rate"]
+    (groups,) = (note for note in perplexity_comparison(report).notes if note.startswith("Optimizer groups of "))
+    counts = [int(count.replace(",", "")) for count in re.findall(r"[\d,]+(?= of| parameters)", groups.partition("mean: ")[2])]
+    assert len(counts) == 3 and all(counts[:2]) and sum(counts) == mean.parameters.total
     speeds = read_report(folder_of / "phase1_throughput_benchmark.json", "throughput")
     assert speeds.results["baseline"].config["model"].startswith("my_model:build@")
     index = json.loads(Path("trained/checkpoint.json").read_text())

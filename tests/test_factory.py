@@ -8,10 +8,12 @@ import torch
 from phase1.cli import main
 from phase1.config import ModelConfig, TrainConfig
 from phase1.factory import pinned, split
+from phase1.records.schema import read_report
 from phase1.roster import OWN, own_models
 from phase1.runs import MemoryRun, PerplexityRun, ThroughputRun, TrainRun
 from phase1.trainable import build
 from phase1.training.checkpoint import load_model, save_checkpoint
+from phase1.training.optimizers import described_groups
 from phase1.training.step import make_train_state
 
 SOURCE = """
@@ -52,6 +54,16 @@ def no_parameters():
 
 def too_much(vocab_size, depth):
     return Model(vocab_size)
+
+
+class ReadsNumbers(Model):
+    def forward(self, ids):
+        logits = super().forward(ids)
+        return logits * (1 + 0 * float(logits.detach().numpy().max()))
+
+
+def reads_numbers(vocab_size):
+    return ReadsNumbers(vocab_size)
 
 
 def wrong_shape(vocab_size):
@@ -127,6 +139,15 @@ def test_a_factory_that_cannot_be_used_is_one_line(folder, reference, says, caps
     assert re.search(says, error), error
 
 
+def test_a_model_that_cannot_run_without_contents_has_no_estimate_but_a_reason(folder):
+    assert main(["memory", "--vocab-size", "20", "--d-model", "8", "--n-heads", "2", "--n-layers", "1", "--htt-rank", "1",
+                 "--ar-ssm-max-rank", "4", "--htt-dense-rows", "2", "--htt-groups", "4", "--batch-size", "1", "--seq-length", "4",
+                 "--no-baseline", "--dry-run", "--model", "right=users_module:right", "users_module:reads_numbers"]) in (1, 3)  # fmt: skip
+    results = read_report("results/benchmarks/phase1_memory_validation.json", "memory").results
+    assert results["right"].status == "ok" and results["reads_numbers"].status == "error"
+    assert "numpy" in results["reads_numbers"].detail and results["reads_numbers"].peak_allocated_bytes is None
+
+
 def test_a_model_that_returns_other_logits_says_so_when_it_runs(folder):
     with pytest.raises(ValueError, match=r"forward must return logits \(1, 3, 20\).*got \(1, 3, 21\)"):
         build(config("wrong_shape"))(torch.zeros(1, 3, dtype=torch.int64))
@@ -168,6 +189,7 @@ def test_tables_of_a_users_model_learn_at_their_own_rate(folder):
     state = make_train_state(build(config("right")), TrainConfig(), "cpu")
     sizes = [sum(p.numel() for p in group["params"]) for group in state.optimizer.param_groups]
     assert sizes == [0, 400, 0]
+    assert described_groups(state.model) == "0 parameters of matrices, which decay, 400 of tables, at their own rate, 0 of the rest"
 
 
 def test_two_models_of_one_source_and_size_have_one_id_and_others_another(folder):

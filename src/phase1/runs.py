@@ -228,6 +228,9 @@ class TrainRun(ModelConfig, DataConfig, TrainConfig, WatchConfig):
     seq_length: int = option(512, "T, tokens per window")
     out_dir: str = option("results/checkpoints/train", "folder of the checkpoint")
     shard: bool = option(False, "spread parameters, gradients and optimizer state over the GPUs of torchrun; same result")
+    context_parallel: bool = option(
+        False, "spread every sequence, in place of the windows of a batch, over the GPUs of torchrun; same result"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -239,6 +242,12 @@ class TrainRun(ModelConfig, DataConfig, TrainConfig, WatchConfig):
             raise ValueError("--shard must be without --piece-length; got both; leave one of them out")
         if self.shard and (self.compile or self.cuda_graphs or self.sample_every or self.optimizer == "muon" or self.model):
             expected = "--shard must be without --compile, --cuda-graphs, --sample-every, --optimizer muon and --model"
+            raise ValueError(f"{expected}; got one of them; leave it out")
+        if self.context_parallel and (self.mixer == "attention" or self.model is not None):
+            other = "--mixer attention" if self.model is None else "--model"
+            raise ValueError(f"--context-parallel needs a state that does not grow; got {other}; leave one of them out")
+        if self.context_parallel and (self.shard or self.piece_length is not None or self.compile or self.cuda_graphs):
+            expected = "--context-parallel must be without --shard, --piece-length, --compile and --cuda-graphs"
             raise ValueError(f"{expected}; got one of them; leave it out")
         if self.model is not None and self.sample_every:
             raise ValueError("--sample-every writes with phase1's own models; got --model too; leave one of them out")
@@ -323,3 +332,7 @@ class PipelineRun(ComparisonConfig, OutputConfig):
 @dataclass(frozen=True, kw_only=True)
 class DoctorRun(Config):
     """What a bug report needs: versions, GPU, driver, commit."""
+
+    submit_file: str | None = option(
+        None, "write the facts there too, as JSON without names of users, hosts and folders: to report that a card works"
+    )

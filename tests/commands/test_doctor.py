@@ -1,9 +1,14 @@
+import getpass
+import json
+import socket
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 import torch
 
 from phase1 import __version__
+from phase1.cli import main
 from phase1.commands import doctor
 from phase1.runs import DoctorRun
 
@@ -20,6 +25,25 @@ def test_doctor_prints_what_a_bug_report_needs(capsys):
 def test_doctor_names_no_home(capsys):
     doctor.main(DoctorRun())
     assert str(Path.home()) not in capsys.readouterr().out
+
+
+def test_the_file_to_submit_holds_the_printed_facts_and_names_nobody(capsys, tmp_path):
+    file = tmp_path / "card.json"
+    assert main(["doctor", "--submit-file", str(file)]) == 0
+    printed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line)
+    facts = json.loads(file.read_text())
+    assert datetime.fromisoformat(facts.pop("created_utc")).tzinfo is not None
+    assert facts.keys() == printed.keys() - {"next"}
+    for name in ("phase1", "torch", "cuda_works", "triton_works", "gpu"):
+        assert printed[name] == ("-" if facts[name] is None else facts[name])
+    assert not any(private in file.read_text() for private in (str(Path.home()), str(Path.cwd()), str(tmp_path)))
+    assert not {getpass.getuser(), socket.gethostname()} & set(map(str, facts.values()))
+
+
+def test_a_file_that_cannot_be_written_is_one_line(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert main(["doctor", "--submit-file", str(tmp_path / "file" / "card.json")]) == 4
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", ["xpu", "mps"])

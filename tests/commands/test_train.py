@@ -126,6 +126,18 @@ def test_the_precision_of_a_card_says_what_it_lacks(monkeypatch, capability, say
     assert train.precision("auto", "cuda") == says
 
 
+@pytest.mark.parametrize("gigabytes, says", [(1, "it does not fit: try --micro-batch-size 4"), (1000, None), (None, None)])
+def test_a_run_that_cannot_fit_says_so_before_it_begins(data, monkeypatch, gigabytes, says):
+    run = parse("train", [*data, "--train-tokens", "1000", "--vocab-size", "300", "--htt-dense-rows", "4", "--htt-groups", "10"])
+    monkeypatch.setattr(train, "device_type", lambda: "cuda")
+    monkeypatch.setattr(train, "total_gpu_bytes", lambda: gigabytes and gigabytes * 10**9)
+    monkeypatch.setattr(train, "precision", lambda *_: "fp16")
+    corpus, _ = train._texts(run)
+    line = train.plan(run, train.part_of(train.ModelConfig, run), corpus, None)[-1]
+    assert line.startswith("memory: ") and " GB estimated" in line
+    assert line.endswith(says) if says else "fit" not in line
+
+
 @pytest.mark.parametrize(
     "flags",
     [["--eval-every", "-1"], ["--sample-every", "-1"], ["--eval-tokens", "0"], ["--max-hours", "0"], ["--max-hours", "nan"]],

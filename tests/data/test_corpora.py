@@ -1,10 +1,12 @@
 import hashlib
 import lzma
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from phase1.data import load_corpus
+from phase1.data.local import read_token_file
 
 V = 50257
 
@@ -53,6 +55,20 @@ def test_a_folder_gives_each_split_from_its_own_file(tmp_path, data_config):
     texts = {name: corpus.tokenizer.decode(split.ids) for name, split in corpus.splits.items()}
     assert texts == {"train": "train", "valid": "valid", "test": "test"}
     assert corpus.name == tmp_path.name
+
+
+def test_token_files_are_mapped_and_stay_as_they_are(tmp_path):
+    ids = np.arange(1_000_000, dtype=np.uint32) % 50_000
+    path = tmp_path / "train.gpt2.bin"
+    write_tokens(path, ids)
+    tracemalloc.start()
+    found = read_token_file(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.array_equal(found, ids) and found.dtype == np.uint16
+    assert peak < found.nbytes / 8
+    found[0] = 7
+    assert np.array_equal(read_token_file(path), ids)
 
 
 def test_gpt2_prefers_tokens_and_another_tokenizer_the_text(tmp_path, data_config):

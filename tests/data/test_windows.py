@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -60,3 +62,12 @@ def test_what_was_seen_is_every_token_of_the_windows_drawn_so_far():
     expected = sorted({int(t) for inputs, targets in drawn for t in (*inputs, *targets)})
     assert sorted(set(windows.seen(7).tolist())) == expected
     assert windows.seen(len(windows)) is ids and windows.seen(5000) is ids
+
+
+def test_what_was_seen_takes_the_memory_of_its_tokens():
+    windows = Windows(np.zeros(2_000_000, np.uint16), 100, 0)
+    tracemalloc.start()
+    seen = windows.seen(len(windows) // 2)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert seen.nbytes < peak < 1.5 * seen.nbytes

@@ -12,10 +12,12 @@ import torch
 
 pytest.importorskip("transformers", minversion="5.24")
 pytest.importorskip("lm_eval")
+from lm_eval.api.instance import Instance
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import phase1.hf  # noqa: F401, registers the model
 from phase1.cli import main
+from phase1.lm_eval import Phase1LM
 from tests.generation.test_decoder import SHAPE, checkpoint  # noqa: F401, a fixture
 
 ROOT = Path(__file__).parents[2]
@@ -103,3 +105,19 @@ def test_lm_eval_scores_an_export_as_phase1_perplexity_scores_the_checkpoint(wor
         alone = model.generate(**ids, max_new_tokens=6, do_sample=False)[0, ids["input_ids"].shape[1] :]
         assert said[prompt] == tokenizer.decode(alone, skip_special_tokens=True), prompt
     assert len(set(said.values())) > 1
+
+
+def test_log_likelihoods_do_not_depend_on_the_size_of_a_batch(folder, monkeypatch):
+    """Requests of other lengths are padded on the right in lm-eval's own batches, and never in those of whole texts."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    pairs = [(a, b) for a in ("", "north", "in seven a mariners", "the") for b in (" of", " unknown brown world", " the lazy dog .")]
+    texts = [TEXT[:n] for n in (T - 7, 2 * T, 3 * T + 5, 1)]
+    found = []
+    for size in (1, 4):
+        model = Phase1LM(pretrained=str(folder), dtype="float64", max_length=T, batch_size=size, device="cpu")
+        scored = model.loglikelihood([Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)], disable_tqdm=True)
+        whole = model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(texts)])
+        found.append(([nats for nats, _ in scored], [greedy for _, greedy in scored], whole))
+    one, four = found
+    assert four[0] == pytest.approx(one[0], rel=1e-9) and four[1] == one[1] and four[2] == pytest.approx(one[2], rel=1e-9)
+    assert len(set(one[0])) == len(pairs) and all(nats < 0 for nats in (*one[0], *one[2]))

@@ -12,11 +12,11 @@ pytest.importorskip("transformers", minversion="5.24")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import phase1.hf
 from phase1.cli import main
-from phase1.generation import load, state_bytes
+from phase1.generation import Sampling, load, state_bytes
 from tests.generation.test_decoder import BYTES, checkpoint  # noqa: F401, a fixture
 
 SMALL = {
@@ -96,7 +96,7 @@ def test_the_cache_stops_growing():
     m = model()
     sizes = []
     with torch.no_grad():
-        for length in (100, 1000):
+        for length in (100, 5000):
             sizes.append(state_bytes(m(torch.randint(1, 512, (1, length))).cache.states))
     assert sizes[0] == sizes[1]
 
@@ -129,6 +129,7 @@ LEFT = torch.tensor([[0] * 4 + [1] * 20] * 3)
         (lambda m: m(IDS, past_key_values=1), "called cache"),
         (lambda m: m.resize_token_embeddings(600), "train with a larger --vocab-size"),
         (lambda m: m.generate(IDS, attention_mask=EVERY, assistant_model=model(), max_new_tokens=3), "assisted generation"),
+        (lambda m: m.generate(IDS, attention_mask=EVERY, penalty_alpha=0.6, top_k=4, max_new_tokens=3), "Contrastive Search"),
     ],
 )
 def test_what_is_not_supported_is_one_line(call, says):
@@ -221,6 +222,27 @@ def test_sampling_cut_to_the_likeliest_token_is_greedy():
     options = {"attention_mask": EVERY, "max_new_tokens": 6, "min_new_tokens": 6}
     greedy = m.generate(IDS, do_sample=False, **options)
     assert torch.equal(m.generate(IDS, do_sample=True, top_k=1, **options), greedy)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.7}, {"top_k": 9, "top_p": 0.6}])
+def test_generate_draws_from_the_distribution_that_phase1_generate_draws_from(options):
+    m = model()
+    log_p = 3 * m(IDS).logits[:, -1].log_softmax(-1)
+    config = GenerationConfig(do_sample=True, temperature=0.8, **({"top_k": 0} | options))
+    m.generation_config = config
+    for row, theirs in zip(log_p, m._get_logits_processor(config, 24)(IDS, log_p.clone()).double().softmax(-1), strict=True):
+        p, ids = Sampling(0.8, **options).distribution(row)
+        ours = torch.zeros(512, dtype=torch.double).scatter(0, ids, p)
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_the_seed_decides_what_generate_draws():
+    m, options = model(), {"attention_mask": EVERY, "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": True}
+    texts = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        texts.append(m.generate(IDS, **options))
+    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
 
 
 def test_an_export_of_a_model_that_transformers_saved_again_is_read_by_generate(folder, tmp_path):

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from phase1.config import TrainConfig
 from phase1.training.checkpoint import read_index
-from phase1.training.step import windows_per_rank
+from phase1.training.step import stretch_per_rank, windows_per_rank
 from tests.parallel import worker
 
 ROOT = Path(__file__).parents[2]
@@ -29,12 +30,12 @@ def folder(tmp_path_factory):
     """With what 2 ranks did, then 4, of jobs that one process had begun or that it ends afterwards."""
     folder = tmp_path_factory.mktemp("ranks")
     worker.job(folder / "whole")
-    for name in ("from one", "from one, sharded"):
+    for name in ("from one", "from one, sharded", "from one, context"):
         assert worker.job(folder / name, stop=worker.PAUSE) == "paused"
     for ranks in (2, 4):
         done = torchrun(ranks, ROOT / "tests" / "parallel" / "worker.py", folder)
         assert done.returncode == 0, done.stderr[-4000:]
-    for name in ("to one", "sharded, to one"):
+    for name in ("to one", "sharded, to one", "context, to one"):
         assert worker.job(folder / name) == "finished"
     return folder
 
@@ -56,11 +57,11 @@ def test_gradients_weigh_by_the_scored_targets_of_all_ranks(found):
     assert found["uneven"] == pytest.approx(worker.uneven_gradients(), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["overflow", "sharded overflow"])
+@pytest.mark.parametrize("name", ["overflow", "sharded overflow", "context overflow"])
 def test_an_overflow_on_one_rank_skips_the_step_on_all(found, name):
     for scale, stayed, moved in found.get(name, []):
         assert (scale, stayed, moved) == (4.0, True, True)
-    assert name in found or found["ranks"] == 4
+    assert name in found or (name, found["ranks"]) == ("sharded overflow", 4)
 
 
 def test_scores_are_those_of_one_process_bit_for_bit(found):
@@ -91,7 +92,17 @@ def test_sharded_losses_are_those_of_one_process(folder):
         assert loss_and_norm == pytest.approx(alone, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["from one", "to one", "to four", "sharded, to one", "from one, sharded"])
+def test_losses_of_sequences_that_ranks_share_are_those_of_one_process(found):
+    """In float64."""
+    for loss_and_norm, alone in zip(found["context losses"], worker.losses(dtype=torch.float64), strict=True):
+        assert loss_and_norm[0] == pytest.approx(alone[0], rel=1e-6)  # which is summed up in float32
+        assert loss_and_norm[1] == pytest.approx(alone[1], rel=1e-9)
+
+
+CONTINUED = ["from one", "to one", "to four", "sharded, to one", "from one, sharded", "context, to one", "context, to four", "from one, context"]
+
+
+@pytest.mark.parametrize("name", CONTINUED)
 def test_a_training_goes_on_with_another_number_of_ranks(folder, name):
     whole, index = read_index(folder / "whole"), read_index(folder / name)
     assert index["facts"]["finished"] and index["step"] == worker.JOB_STEPS
@@ -112,7 +123,8 @@ def test_two_runs_of_the_same_ranks_are_equal_bit_for_bit(folder):
 
 def test_jobs_ended_as_they_should(folder):
     jobs = json.loads((folder / "2.json").read_text())["jobs"]
-    paused = {"to one", "to four", "sharded, to one"}
+    paused = {name for name in CONTINUED if "to" in name.split()}
+    assert set(jobs) == set(CONTINUED)
     assert jobs == {name: "paused" if name in paused else "finished" for name in jobs}
 
 
@@ -125,3 +137,9 @@ def test_ranks_share_a_batch(ranks, batch, micro, expected):
 def test_ranks_that_cannot_share_a_batch_are_refused(ranks, batch, micro):
     with pytest.raises(ValueError, match=r"must .*; got \d+; (start \d|give)"):
         windows_per_rank(TrainConfig(train_batch_size=batch, micro_batch_size=micro), ranks)
+
+
+def test_ranks_share_sequences_evenly_or_are_refused():
+    assert stretch_per_rank(12, 4) == 3
+    with pytest.raises(ValueError, match="--seq-length must be a multiple of the 4 ranks; got 10; start 2, or change it"):
+        stretch_per_rank(10, 4)

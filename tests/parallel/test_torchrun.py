@@ -22,6 +22,7 @@ from phase1.measure.memory.estimate.estimate import estimate_memory
 from phase1.measure.perplexity.candidates import candidates
 from phase1.measure.perplexity.result import train_model, training_of
 from phase1.measure.perplexity.side_by_side import train_side_by_side
+from phase1.records.metrics import METRICS
 from phase1.records.schema import read_report
 from phase1.roster import model_config
 from phase1.runs import PerplexityRun
@@ -46,11 +47,11 @@ def ours(text):
     return [line for line in text.splitlines() if line.startswith("phase1 train")]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_run_ends_with_any_of_its_ranks_and_one_line_says_which(data, tmp_path, number):
+@pytest.mark.parametrize("number, flag", [(signal.SIGKILL, ""), (signal.SIGKILL, "--context-parallel"), (signal.SIGTERM, "")])
+def test_a_run_ends_with_any_of_its_ranks_and_one_line_says_which(data, tmp_path, number, flag):
     """SIGKILL of a rank; and SIGTERM of torchrun, which interrupts all: they leave a checkpoint."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "phase1", "train"]
-    words = f"{SHAPE} {RANKS} {TRAIN}".split()
+    words = f"{SHAPE} {RANKS} {TRAIN} {flag}".split()
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     log = tmp_path / "log"
     with log.open("w") as file:
@@ -182,6 +183,49 @@ def test_gpus_must_be_there(data, tmp_path, capsys, gpus, words):
 def test_shard_needs_several_gpus(data, tmp_path, capsys):
     assert main(["train", *f"{SHAPE} {RANKS} {TRAIN} --shard".split(), *data, "--out-dir", str(tmp_path)]) == 2
     assert "--shard needs several GPUs" in capsys.readouterr().err
+
+
+def test_context_parallel_needs_several_gpus_that_share_a_sequence_evenly(data, tmp_path, capsys, monkeypatch):
+    words = ["train", *f"{SHAPE} {RANKS} {TRAIN} --context-parallel".split(), *data, "--out-dir", str(tmp_path)]
+    assert main(words) == 2
+    assert "--context-parallel needs several GPUs; got one process" in capsys.readouterr().err
+    monkeypatch.setattr(train.group, "size", lambda: 3)
+    assert main(words) == 2
+    assert "--seq-length must be a multiple of the 3 ranks; got 8; start 2, or change it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("other", ["--shard", "--piece-length 4", "--compile", "--cuda-graphs", "--mixer attention", "--model x=a:b"])
+def test_context_parallel_says_what_it_cannot_do(other, capsys):
+    assert main(["train", "--context-parallel", *other.split()]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--context-parallel" in line and "; got " in line and "leave" in line
+
+
+def test_two_ranks_share_every_sequence_and_train_and_score_as_one_process(data, tmp_path, capsys):
+    """The whole command: a valid split is looked at on the way, and one process goes on from where two have stopped."""
+    words = [*f"{SHAPE} {RANKS} {TRAIN} --train-tokens 640 --eval-every 10 --sample-every 20".split(), *data]
+    assert main(["train", *words, "--out-dir", str(tmp_path / "one")]) in (0, 3)
+    done = torchrun(2, "-m", "phase1", "train", *words, "--context-parallel", "--out-dir", tmp_path / "two")
+    assert done.returncode == 0 and "each of 2 ranks takes 4 tokens of every sequence" in done.stderr, done.stderr
+    one, two = (read_index(tmp_path / name) for name in ("one", "two"))
+    assert two["model_config"] == one["model_config"] and two["train_config"] == one["train_config"]
+    rows = [(tmp_path / name / METRICS).read_text().splitlines() for name in ("one", "two")]
+    for alone, ours in zip(*(map(json.loads, lines) for lines in rows), strict=True):
+        assert {"loss", "val_loss"} <= alone.keys()
+        for name in ("step", "tokens", "loss", "val_loss", "grad_norm"):
+            assert ours[name] == (alone[name] if alone[name] is None else pytest.approx(alone[name], rel=1e-5))
+
+
+def test_the_report_of_perplexity_is_that_of_one_process(data, tmp_path):
+    words = f"{SHAPE} --test-ar-ssm-ranks 4 --test-htt-ranks 2 --seq-length 8 --train-tokens 64 --train-batch-size 4".split()
+    words += ["--micro-batch-size", "4", "--checkpoint-dir", str(tmp_path / "checkpoints"), *data]
+    assert main(["perplexity", *words, "--out-dir", str(tmp_path / "one")]) in (0, 1, 3)
+    done = torchrun(2, "-m", "phase1", "perplexity", *words, "--out-dir", tmp_path / "two")
+    one, two = (read_report(tmp_path / name / "phase1_perplexity_validation.json", "perplexity") for name in ("one", "two"))
+    assert two.environment["world_size"] == 2, done.stderr
+    contents = [report.model_dump(exclude={"environment": True, "command": True, "created_utc": True, "run": {"out_dir"}}) for report in (one, two)]
+    assert contents[0] == contents[1] and contents[0]["run"]["batch_size"] == 8
+    assert len(one.results["baseline"].window_nll_nats) > 2
 
 
 @pytest.mark.parametrize("page", ["docs/multi_gpu.md", "docs/ja/multi_gpu.md"])

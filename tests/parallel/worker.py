@@ -24,8 +24,8 @@ from phase1.ops.cross_entropy import IGNORE
 from phase1.parallel import group
 from phase1.parallel.run import processes
 from phase1.roster import model_config
-from phase1.training.job import train_to_checkpoint
-from phase1.training.step import make_train_state, train, train_step, windows_per_rank
+from phase1.training.job import batches_of_rank, context_of, train_to_checkpoint
+from phase1.training.step import make_train_state, train, train_step
 from phase1.training.watch import Watch
 
 TINY = EngineShape(
@@ -39,35 +39,31 @@ JOB = replace(CONFIG, train_tokens=JOB_STEPS * B * T)
 PROTOCOL = Protocol("", "", "valid", T, 5, 0, 37)
 
 
-def fresh(role="phase1", config=CONFIG, shard=False, **overrides):
+def fresh(role="phase1", config=CONFIG, shard=False, context=None, dtype=torch.float32):
     torch.manual_seed(0)
-    return make_train_state(LanguageModel(model_config(role, TINY, **overrides)), config, "cpu", shard)
+    return make_train_state(LanguageModel(model_config(role, TINY)).to(dtype), config, "cpu", shard, context)
 
 
 LOSSES = (("phase1", 1), ("phase1", 2), ("baseline", 2))
 
 
 @cache
-def losses(role="phase1", micro_batch_size=2, shard=False):
+def losses(role="phase1", micro_batch_size=2, **how):
     """Loss and norm of the gradient of STEPS steps of the same batches, whoever takes them."""
-    return trained(role, micro_batch_size, shard)[1]
+    return trained(role, micro_batch_size, **how)[1]
 
 
 def bits(role, micro_batch_size):
     """Of all parameters after these steps."""
-    state, _ = trained(role, micro_batch_size, False)
+    state, _ = trained(role, micro_batch_size)
     return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in state.model.parameters())).hexdigest()
 
 
-def trained(role, micro_batch_size, shard):
-    state, windows, found = fresh(role, replace(CONFIG, micro_batch_size=micro_batch_size), shard), Windows(IDS, T, 0), []
-    mine = windows_per_rank(CONFIG, group.size())
-    train(
-        state,
-        lambda step: windows.batch(step * group.size() + group.rank(), mine),
-        STEPS,
-        lambda step, loss: found.append((loss.item(), state.grad_norm.item())),
-    )
+def trained(role, micro_batch_size, shard=False, context_parallel=False, dtype=torch.float32):
+    context, found = context_of(CONFIG, T, context_parallel), []
+    state = fresh(role, replace(CONFIG, micro_batch_size=micro_batch_size), shard, context, dtype)
+    batch_at = batches_of_rank(Windows(IDS, T, 0), CONFIG, context)
+    train(state, batch_at, STEPS, lambda step, loss: found.append((loss.item(), state.grad_norm.item())))
     return state, found
 
 
@@ -88,13 +84,14 @@ def uneven_gradients():
     return [loss.item(), *sums[-1]]
 
 
-def overflow(shard):
+def overflow(shard=False, context_parallel=False):
     """An infinity in the gradients of the last rank: scales of all ranks after it, and whether a parameter has moved."""
-    state = fresh(shard=shard)
+    config = replace(CONFIG, train_batch_size=2 * group.size())
+    context = context_of(config, T, context_parallel)
+    state = fresh(shard=shard, context=context)
     state.scaler = state.micro_batch.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    windows = Windows(IDS, T, 0)
     before = whole_parameters(state)
-    batch = [windows.batch(group.rank(), 2)]
+    batch = [batches_of_rank(Windows(IDS, T, 0), config, context)(0)]
     train_step(state, batch, partial(spoil, state))
     stayed = all(torch.equal(a, b) for a, b in zip(before, whole_parameters(state)))
     train_step(state, batch)
@@ -138,17 +135,18 @@ class FakeTokenizer:
     fingerprint = "none"
 
     def to_json(self):
+        assert world.is_first(), "another rank keeps the tokenizer too, and may find the file of rank 0"
         return "{}"
 
 
-def job(folder, stop=None, shard=False):
+def job(folder, stop=None, **how):
     """`train_to_checkpoint` to the end, or interrupted after a step."""
     from phase1.data.corpora import Split
 
     corpus = Corpus("text", "", None, {"train": Split("train", IDS, "sha")}, FakeTokenizer())
     watch = Watch(trackers=[Stop(stop)] if stop and world.is_first() else ())
     try:
-        train_to_checkpoint(model_config("phase1", TINY), JOB, corpus, T, Path(folder), label="x", watch=watch, shard=shard)
+        train_to_checkpoint(model_config("phase1", TINY), JOB, corpus, T, Path(folder), label="x", watch=watch, **how)
     except KeyboardInterrupt:
         return "paused"
     return "finished"
@@ -206,7 +204,9 @@ def main(folder):
         found = {
             "losses": {f"{role} {micro}": losses(role, micro) for role, micro in LOSSES[(n - 1) // 2 :]},
             "uneven": uneven_gradients(),
-            "overflow": overflow(shard=False),
+            "overflow": overflow(),
+            "context overflow": overflow(context_parallel=True),
+            "context losses": losses(context_parallel=True, dtype=torch.float64),
             "scores": scores(),
             "failures": failures(),
             "times": times(),
@@ -223,9 +223,13 @@ def main(folder):
                 "to four": job(folder / "to four", stop=PAUSE),
                 "sharded, to one": job(folder / "sharded, to one", stop=PAUSE, shard=True),
                 "from one, sharded": job(folder / "from one, sharded", shard=True),
+                "context, to one": job(folder / "context, to one", stop=PAUSE, context_parallel=True),
+                "context, to four": job(folder / "context, to four", stop=PAUSE, context_parallel=True),
+                "from one, context": job(folder / "from one, context", context_parallel=True),
             }
         else:
             found["jobs"] = {"to four": job(folder / "to four")}
+            found["jobs"]["context, to four"] = job(folder / "context, to four", context_parallel=True)
         found["written by others"] = [path for paths in group.gathered(written)[1:] for path in paths]
         if world.is_first():
             (folder / f"{n}.json").write_text(json.dumps(found))

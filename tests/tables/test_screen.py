@@ -50,6 +50,15 @@ def test_a_command_is_one_line_to_copy():
     assert f"next  {command}" in text(Screen("Q", next=[command])).splitlines()
 
 
+@pytest.mark.parametrize("peaks, says", [([2 * 10**9, 3 * 10**9], "2.00 3.00 GB"), ([n * 10**9 for n in range(1, 10)], "1.00 to 9.00 GB")])
+def test_memory_of_several_ranks_is_shown_by_rank(peaks, says):
+    report = memory_report()
+    results = {key: result.model_copy(update={"peak_by_rank_bytes": peaks}) for key, result in report.results.items()}
+    lines = memory_numbers(report.model_copy(update={"results": results}))
+    assert sum("by rank" in line and line.endswith(says) for line in lines) == len(results)
+    assert not any("by rank" in line for line in memory_numbers(report))
+
+
 def test_names_of_files_are_harmless():
     shown = text(Screen("Q\x1b[2J", numbers=["a\x1b[2Jb\n"], checks=[check("x\x1b")], files=["d/\x1b[2J"], next=["\x1b"], answer="\x1b"))
     assert "\x1b" not in shown

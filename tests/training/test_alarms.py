@@ -10,8 +10,8 @@ def calm(count, seed=0):
     return [3 + 0.1 * chance.gauss(0, 1) for _ in range(count)]
 
 
-def told(alarms, losses=(), norms=(), loss_scale=None):
-    return list(alarms.look(200, list(losses), list(norms), loss_scale))
+def told(alarms, losses=(), norms=(), loss_scale=None, closed=()):
+    return list(alarms.look(200, list(losses), list(norms), loss_scale, closed))
 
 
 def test_a_calm_training_is_not_commented():
@@ -26,6 +26,8 @@ def test_a_calm_training_is_not_commented():
         ({"losses": [3.6]}, "the loss jumped by step 200: 3.600 against"),
         ({"norms": [2.0] * 60}, "of the last 100 gradients were clipped"),
         ({"loss_scale": 1.0}, "the loss scale fell to 1.0"),
+        ({"closed": [3]}, "the rank gate is closed in layer 3:"),
+        ({"closed": [1, 3]}, "the rank gate is closed in layers 1, 3:"),
     ],
 )
 def test_a_sign_is_told_once_until_it_has_gone(signs, says):
@@ -33,7 +35,7 @@ def test_a_sign_is_told_once_until_it_has_gone(signs, says):
     told(alarms, calm(100), [0.5] * 100, 2.0**16)
     first = told(alarms, **signs)
     assert len(first) == 1 and says in first[0] and "--" in first[0]
-    again = {"norms": [2.0] * 10, "loss_scale": 1.0} if "losses" not in signs else {"losses": [3.6]}
+    again = {"norms": [2.0] * 10, "loss_scale": 1.0, "closed": [1]} if "losses" not in signs else {"losses": [3.6]}
     assert told(alarms, **{name: again[name] for name in signs}) == []
     told(alarms, calm(100, 1), [0.5] * 100, 2.0**16)
     assert len(told(alarms, **signs)) == 1

@@ -13,6 +13,7 @@ from phase1.layers.ar_ssm import ARSSM
 from phase1.training import context_parallel
 from phase1.training.context_parallel import Context, ContextMicroBatch, stretches
 from phase1.training.micro_batch import MicroBatch
+from phase1.training.pieces import Pieces
 from tests.training.test_pieces import FORMS, model_of, outcome, text
 
 CASES = {
@@ -99,3 +100,12 @@ def test_what_a_long_stretch_leaves_is_what_its_last_positions_leave(monkeypatch
     for other in outcomes[1:]:
         for ours, theirs in zip(other, outcomes[0], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_what_would_be_left_out_without_a_word_is_refused():
+    model, scaler = model_of(), torch.amp.GradScaler("cpu", enabled=False)
+    with pytest.raises(AssertionError, match="not by Pieces"):
+        ContextMicroBatch(Pieces(model, scaler, torch.float32, 8), Context([5, 5], 0))
+    attention = MicroBatch(model_of(mixer="attention"), scaler, torch.float32)
+    with pytest.raises(ValueError, match="take --mixer ar_ssm"):
+        ContextMicroBatch(attention, Context([5, 5], 0))

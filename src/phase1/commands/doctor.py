@@ -1,6 +1,11 @@
 """`phase1 doctor`: the block that belongs in a bug report."""
 
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
 from phase1.device import unused_accelerator
+from phase1.files import atomic_write
 from phase1.machine.environment import environment, free_gpu_bytes, free_ram_bytes, package_version
 from phase1.machine.probe import cuda_status, rocm_version, triton_status
 from phase1.runs import DoctorRun
@@ -9,12 +14,15 @@ PACKAGES = ("numpy", "scipy", "pydantic", "safetensors", "tokenizers", "datasets
 
 
 def main(run: DoctorRun) -> int:
-    """Print facts of software, hardware and free memory, as text that can be pasted; the exit status is 0."""
+    """Print facts of software, hardware and free memory, as text that can be pasted, and write them; the exit status is 0."""
     facts = dict(environment())
     facts |= {name: package_version(name) for name in PACKAGES}
     facts |= {"free_ram_bytes": free_ram_bytes(), "free_gpu_bytes": free_gpu_bytes()}
     facts |= {"hip": rocm_version(), "not_used": unused_accelerator()}
     facts |= {"cuda_works": cuda_status(), "triton_works": triton_status()}
+    if run.submit_file is not None:
+        dated = {"created_utc": datetime.now(UTC).isoformat(timespec="seconds")} | facts
+        atomic_write(Path(run.submit_file), (json.dumps(dated, indent=1) + "\n").encode())
     width = max(map(len, facts))
     print("\n".join(f"{name:<{width}}  {_text(name, value)}" for name, value in facts.items()))
     if facts["not_used"]:

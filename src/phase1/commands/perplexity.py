@@ -26,8 +26,9 @@ from phase1.tables.console import checks_text, perplexity_text
 from phase1.tables.screen import Screen, perplexity_numbers, text
 from phase1.tables.screen import conditions as hardware
 from phase1.text import without_private
-from phase1.trainable import require_built
+from phase1.trainable import build
 from phase1.training.checkpoint import read_index
+from phase1.training.optimizers import described_groups
 from phase1.world import is_first
 
 PLOT: Final = "phase1_perplexity_comparison.png"
@@ -37,7 +38,8 @@ LOSSES_PLOT: Final = "phase1_perplexity_losses.png"
 def main(run: PerplexityRun) -> int:
     """Write the perplexity report and print it; see `PerplexityRun` for the flags."""
     models = candidates(run)
-    require_built(model.config for model in models)
+    own = {str(replace(Key.parse(model.key), seed=None)): model.config for model in models if model.config.model is not None}
+    groups = "; ".join(f"{name}: {described_groups(build(config))}" for name, config in own.items())  # before any work
     need = ("valid",) if all(m.checkpoint for m in models) else ("train", "valid")
     corpora = group.first_before_others(lambda: corpora_of(run, need))
     texts = [text_of(run, corpus) for corpus in corpora]
@@ -52,7 +54,8 @@ def main(run: PerplexityRun) -> int:
         return 0
     checks = []
     for i, (scored, folder) in enumerate(zip(texts, folders, strict=True)):
-        checks += report_on(run, scored, {model.key: kept[model.key][i] for model in models}, folder, session)
+        results = {model.key: kept[model.key][i] for model in models}
+        checks += report_on(run, scored, results, folder, session, groups)
     session.close()
     return exit_code(checks)
 
@@ -111,10 +114,16 @@ def folders_of(run: PerplexityRun, names: list[str]) -> list[Path]:
 
 
 def report_on(
-    run: PerplexityRun, scored: ScoredText, results: dict[str, PerplexityResult], folder: Path, session: Session
+    run: PerplexityRun,
+    scored: ScoredText,
+    results: dict[str, PerplexityResult],
+    folder: Path,
+    session: Session,
+    optimizer_groups: str,
 ) -> list[Check]:
     """Compare the models on one text, write the report and its plots into `folder`, and print the answer; its checks.
 
+    optimizer_groups: of the user's own models, whose parameters may not be sorted as those of phase1's are.
     A run of given checkpoints that has no baseline compares nothing, and so judges nothing.
     """
     results = compared(results, run.seq_length)
@@ -122,6 +131,7 @@ def report_on(
     failed = any(result.status != "ok" for result in results.values())
     checks = [] if alone and not failed else quality_checks(results, run.seq_length)
     source = {"dataset_source": without_private(scored.corpus.source), "dataset_revision": scored.corpus.revision}
+    source |= {"optimizer_groups": optimizer_groups} if optimizer_groups else {}
     plots = [(plot_losses, LOSSES_PLOT)] if any(result.status == "ok" for result in results.values()) else []
     plots += [(plot_perplexity, PLOT)] if len(results) > 1 else []
     report, files = session.write(results, checks, plots, folder, run=conditions(run) | source)

@@ -34,9 +34,9 @@ from phase1.tables.screen import Screen, text
 from phase1.text import one_line
 from phase1.trainable import Trainable, build
 from phase1.training.checkpoint import INDEX
-from phase1.training.job import BEST, train_to_checkpoint
+from phase1.training.job import BEST, context_of, train_to_checkpoint
 from phase1.training.pieces import in_pieces
-from phase1.training.step import compute_dtype, total_steps, windows_per_rank
+from phase1.training.step import compute_dtype, total_steps
 from phase1.training.trackers import tracker
 from phase1.training.watch import Watch
 from phase1.world import is_first
@@ -54,7 +54,7 @@ def main(run: TrainRun) -> int:
     """Train one model as the flags say; the checkpoint goes to --out-dir, with metrics.jsonl and its plot."""
     folder = Path(run.out_dir)
     require_writable(folder)
-    windows_per_rank(run, group.size())
+    context_of(run, run.seq_length, run.context_parallel)  # now, before there is a model
     if run.shard and not group.together():
         raise ValueError("--shard needs several GPUs; got one process; start it by torchrun, or leave it out")
     corpus, valid = group.first_before_others(lambda: _texts(run))
@@ -66,15 +66,17 @@ def main(run: TrainRun) -> int:
     watch = watch_of(run, corpus, valid)
     try:
         configs = model_config, train_config
-        how: dict[str, Any] = {"label": label(model_config), "watch": watch, "shard": run.shard}
+        how: dict[str, Any] = {"label": label(model_config), "watch": watch}
+        how |= {"shard": run.shard, "context_parallel": run.context_parallel}
         facts = train_to_checkpoint(*configs, corpus, run.seq_length, folder, **how)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         shorter = max(1, (run.piece_length or run.seq_length) // 4)
-        pieces = (f"--piece-length {shorter}",) if in_pieces(model_config, shorter) else ()
-        length = None if pieces else ("--seq-length", run.seq_length)
-        ladder = smaller(batch=("--micro-batch-size", run.micro_batch_size), length=length, more=pieces)
+        less: tuple[str, ...] = (f"--piece-length {shorter}",) if in_pieces(model_config, shorter) else ()
+        less = ("more GPUs",) if run.context_parallel else less
+        length = None if less else ("--seq-length", run.seq_length)
+        ladder = smaller(batch=("--micro-batch-size", run.micro_batch_size), length=length, more=less)
         raise Unavailable(f"{reason(error)}; {ladder}") from error
     if not is_first():
         return 0
@@ -165,16 +167,23 @@ def plan(run: TrainRun, model: ModelConfig, corpus: Corpus, valid: Corpus | None
         f"{Key.of(model)}: {parameters:,} parameters; {steps:,} steps of {tokens:,} tokens = {steps * tokens:,} tokens, "
         f"{epochs:.2f} epochs of {corpus.name}{flops}; {precision(run.precision, device)}"
     ]
+    if run.context_parallel:
+        lines.append(f"each of {group.size()} ranks takes {tokens_at_once(run):,} tokens of every sequence")
     if valid is not None:
         lines.append(f"loss on {_windows(run, valid) * run.seq_length:,} tokens of the valid split every {_every(run)} steps")
     if device == "cuda" and run.model is None:
-        size = min(run.micro_batch_size, run.train_batch_size), run.seq_length
+        size = min(run.micro_batch_size, run.train_batch_size), tokens_at_once(run)
         case = MemoryCase(model, *size, piece_length=run.piece_length)
         needed, total = estimate_memory(case, chip_of(case)).needed_bytes, total_gpu_bytes()
         fits = total is None or needed <= total
         remedy = "" if fits else f"; it does not fit: try --micro-batch-size {max(1, case.batch_size // 2)}"
         lines.append(f"memory: {needed / 1e9:.2f} GB estimated, of {(total or 0) / 1e9:.2f} GB{remedy}")
     return lines
+
+
+def tokens_at_once(run: TrainRun) -> int:
+    """Of a sequence, that one rank has."""
+    return run.seq_length // group.size() if run.context_parallel else run.seq_length
 
 
 def flops_of(run: TrainRun, model: ModelConfig) -> int:
@@ -237,8 +246,8 @@ def scorer(run: TrainRun, valid: Corpus) -> Callable[[Trainable], float]:
 
     def score(model: Trainable) -> float:
         dtype = compute_dtype(run.precision, next(model.parameters()).device)
-        at_once = {"batch_size": run.micro_batch_size, "piece_length": run.piece_length}
-        return evaluate(model, split.ids, protocol, dtype=dtype, label=None, **at_once).loss  # type: ignore[arg-type]
+        at_once = {"batch_size": run.micro_batch_size, "piece_length": run.piece_length or tokens_at_once(run)}
+        return evaluate(model, split.ids, protocol, dtype=dtype, label=None, **at_once).loss
 
     return score
 

@@ -5,6 +5,7 @@ import hashlib
 import io
 import itertools
 import lzma
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
@@ -66,12 +67,16 @@ def split_file(path: Path) -> dict[str, Text]:
 
 
 def read_token_file(path: Path) -> np.ndarray:
-    """(N,) uint16 ids of a .gpt2.bin or .gpt2.bin.xz file: little-endian, two bytes each."""
+    """(N,) uint16 ids of a .gpt2.bin or .gpt2.bin.xz file: little-endian, two bytes each. The first is mapped, not read."""
+    packed = path.name.endswith(".xz")
     with _readable(path), _open(path) as file:
-        data = file.read()
-    if len(data) % 2:
-        raise ValueError(f"{path} must hold two bytes per token; got {len(data)} bytes, an odd number; copy it again")
-    return np.frombuffer(data, dtype="<u2").astype(np.uint16)  # a writable copy
+        data = file.read() if packed else None
+        size = len(data) if data is not None else file.seek(0, os.SEEK_END)
+        if size % 2:
+            raise ValueError(f"{path} must hold two bytes per token; got {size} bytes, an odd number; copy it again")
+        if data is not None or not size:  # nothing cannot be mapped
+            return np.frombuffer(data or b"", "<u2").astype(np.uint16)  # a writable copy
+        return np.memmap(file, "<u2", "c").astype(np.uint16, copy=False)  # "c": what is written to it stays in memory
 
 
 def _open(path: Path) -> IO[Any]:

@@ -51,8 +51,11 @@ class Windows:
         """The tokens that windows 0 to `count` - 1 show a model, in the order of the text: all ids after a full epoch."""
         if count >= len(self):
             return self.ids
-        places = np.sort(self._order(0)[:count])
-        return self.ids[(places[:, None] * self.seq_length + np.arange(self.seq_length + 1)).ravel()]
+        T = self.seq_length
+        seen = np.empty((count, T + 1), self.ids.dtype)
+        for row, place in zip(seen, np.sort(self._order(0)[:count])):  # one by one: indices would take four times the memory
+            row[:] = self.ids[place * T : place * T + T + 1]
+        return seen.ravel()
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:

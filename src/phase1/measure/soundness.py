@@ -15,7 +15,7 @@ from phase1.measure.workload import SEED, random_batch
 from phase1.ops.cross_entropy import IGNORE
 from phase1.records.schema import Check
 from phase1.trainable import Trainable, build
-from phase1.training.optimizers import parameter_groups
+from phase1.training.optimizers import described_groups
 from phase1.training.step import make_train_state, train_step
 
 LEAK = 1e-3  # of what a changed token does to later losses; rounding does less, a model that looks ahead as much
@@ -53,10 +53,8 @@ def check_model(config: ModelConfig, seq_length: int, device: str) -> Iterator[C
     except ValueError as error:
         yield Check(name="builds", value=None, limit=None, status="fail", detail=str(error))
         return
-    counts = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, TrainConfig())]
-    groups = "of matrices, which decay, {:,} of tables, at their own rate, {:,} of the rest".format(*counts[1:])
-    detail = f"parameters: {counts[0]:,} {groups}; on {device}"
-    yield Check(name="builds", value=sum(counts), limit=None, status="pass", detail=detail)
+    detail = f"{described_groups(model)}; on {device}"
+    yield Check(name="builds", value=sum(p.numel() for p in model.parameters()), limit=None, status="pass", detail=detail)
     text = sample_of(model, seq_length)
     checks: dict[str, Callable[[Sample], Check | list[Check]]] = {
         "causal": causal_outputs, "causal_gradients": causal_gradients, "loss_is_nats": loss_is_nats,

@@ -83,6 +83,16 @@ def sum_(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def stacked(tensor: Tensor) -> Tensor:
+    """The tensors of all ranks, of one shape and on any device, (N, ...)."""
+    if not together():
+        return tensor[None]
+    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(size())]
+    with _peers():
+        dist.all_gather(parts, tensor.contiguous())
+    return torch.stack(parts)
+
+
 def from_first(make: Callable[[], T]) -> T:
     """What `make()` gives on rank 0, on all ranks; it is called there alone."""
     if not together():

@@ -43,6 +43,8 @@ def perplexity_comparison(report: Report[PerplexityResult], hardware: str | None
     }
     texts |= {text for r in report.results.values() if (text := _windows_text(r, report))}
     texts |= {f"No {name.replace('_', ' ')}: {why}." for r in report.results.values() for name, why in r.absent.items()}
+    if groups := report.run.get("optimizer_groups"):
+        texts.add(f"Optimizer groups of {groups}.")
     if len({r.protocol_hash for r in report.results.values() if r.protocol_hash}) > 1:
         texts.add("Different protocols: perplexities of different protocols are not comparable.")
     return Table(

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 RECENT = 100  # steps that a loss is compared with
 SPIKE = 3.0  # standard deviations of these
@@ -19,8 +19,10 @@ class Alarms:
         self.clipped: deque[bool] = deque(maxlen=RECENT)
         self.told: set[str] = set()
 
-    def look(self, step: int, losses: list[float], norms: list[float], loss_scale: float | None) -> Iterator[str]:
-        """One line for every sign in the steps up to `step` since the last look."""
+    def look(
+        self, step: int, losses: list[float], norms: list[float], loss_scale: float | None, closed: Sequence[int] = ()
+    ) -> Iterator[str]:
+        """One line for every sign in the steps up to `step` since the last look; `closed`: layers of a closed rank gate."""
         spike = None
         for loss in losses:
             if len(self.losses) == RECENT and math.isfinite(loss):
@@ -38,6 +40,10 @@ class Alarms:
         yield from self._tell(
             "clipped", often, f"{share} of the last {RECENT} gradients were clipped; lower --learning-rate or raise --grad-clip"
         )
+
+        layers = f"{'layers' if len(closed) > 1 else 'layer'} {', '.join(map(str, closed))}"
+        few = f"the rank gate is closed in {layers}: only ranks that are always on are used there; lower --rank-penalty"
+        yield from self._tell("gate", bool(closed), few)
 
     def _tell(self, sign: str, there: bool, text: str) -> Iterator[str]:
         if there and sign not in self.told:

@@ -5,15 +5,14 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from phase1.model import LanguageModel, States
 from phase1.ops.ar_ssm import TAPS, State, fused_ar_ssm, fused_runs
+from phase1.parallel.group import stacked, sum_
 from phase1.training.micro_batch import MicroBatch
 
-Group = dist.ProcessGroup | None
 FADED = {torch.float64: 40.0}  # log of what counts as nothing beside a state: e^-24 is far below the rounding of float32
 OF_FLOAT32 = 24.0
 
@@ -33,10 +32,14 @@ class Context:
     Source: Sun et al. 2024, "Linear attention sequence parallelism", section 2; Dao and Gu 2024, section 8.2.
     """
 
-    def __init__(self, lengths: Sequence[int], rank: int, group: Group = None) -> None:
+    def __init__(self, lengths: Sequence[int], rank: int) -> None:
         """lengths: of the stretches of all ranks, in order, 1 or more."""
-        self.lengths, self.rank, self.group = tuple(lengths), rank, group
+        self.lengths, self.rank = tuple(lengths), rank
         self.start = sum(lengths[:rank])  # first position of this rank
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """This rank's stretch of sequences (B, T)."""
+        return tensor[:, self.start : self.start + self.lengths[self.rank]].contiguous()
 
     def states(self, model: LanguageModel) -> States:
         """What `losses` takes as the state before this rank's stretch."""
@@ -115,7 +118,7 @@ class Context:
 
     def _gathered(self, tensor: Tensor) -> Tensor:
         """The tensors of all ranks, (N, ...)."""
-        gathered: Tensor = _Gathered.apply(tensor, self.group, self.rank, len(self.lengths))
+        gathered: Tensor = _Gathered.apply(tensor, self.rank)
         return gathered
 
 
@@ -129,6 +132,7 @@ class ContextMicroBatch(MicroBatch):
     model: LanguageModel
 
     def __init__(self, whole: MicroBatch, context: Context) -> None:
+        assert type(whole) is MicroBatch, f"a stretch is trained whole and eagerly, not by {type(whole).__name__}"
         super().__init__(whole.model, whole.scaler, whole.dtype)
         if not isinstance(whole.model, LanguageModel) or whole.model.config.mixer != "ar_ssm":
             raise ValueError("context parallel needs a state that does not grow; got another model; take --mixer ar_ssm")
@@ -159,17 +163,14 @@ class _Gathered(torch.autograd.Function):
     """All-gather; backward a rank gets the sum of all ranks' gradients for its tensor."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: Group, rank: int, size: int) -> Tensor:
-        ctx.group, ctx.rank = group, rank
-        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(size)]
-        dist.all_gather(parts, tensor.contiguous(), group=group)
-        return torch.stack(parts)
+    def forward(ctx: Any, tensor: Tensor, rank: int) -> Tensor:
+        ctx.rank = rank
+        return stacked(tensor)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         gradient = gradient.clone(memory_format=torch.contiguous_format)  # it may be used elsewhere too
-        dist.all_reduce(gradient, group=ctx.group)
-        return gradient[ctx.rank], None, None, None
+        return sum_(gradient)[ctx.rank], None
 
 
 def _last(tensor: Tensor, dim: int, n: int) -> Tensor:

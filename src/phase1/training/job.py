@@ -21,13 +21,16 @@ from phase1.parallel import group
 from phase1.parallel.replicas import equal_start
 from phase1.trainable import build
 from phase1.training.checkpoint import INDEX, check_configs, read_index, resume, save_checkpoint, training_facts
+from phase1.training.context_parallel import Context
 from phase1.training.interrupts import interrupts_wait
 from phase1.training.progress import Follower, Progress
 from phase1.training.step import (
+    Batch,
     TrainState,
     check_finite,
     make_train_state,
     skipped_steps,
+    stretch_per_rank,
     total_steps,
     train,
     windows_per_rank,
@@ -50,7 +53,7 @@ SAVE_SECONDS = 300.0  # between checkpoints of an unfinished run
 
 def train_to_checkpoint(
     model_config: ModelConfig, train_config: TrainConfig, corpus: Corpus, seq_length: int, folder: Path, *, label: str,
-    watch: Watch = UNWATCHED, shard: bool = False,
+    watch: Watch = UNWATCHED, shard: bool = False, context_parallel: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Train to the end of the schedule, or go on from `folder`; a finished checkpoint is left as it is.
 
@@ -62,8 +65,9 @@ def train_to_checkpoint(
 
     All ranks of a run call it: each has its part of every batch, and rank 0 writes. The checkpoint goes on with any number.
     shard: each has its part of parameters, gradients and optimizer state too.
+    context_parallel: its part of a batch is a stretch of every window, not some of the windows.
     """
-    windows_per_rank(train_config, group.size())
+    context = context_of(train_config, seq_length, context_parallel)
     require_one_folder(folder)
     data = {"name": corpus.name, "split": "train", "sha256": corpus.splits["train"].sha256}
     steps = total_steps(train_config, seq_length)
@@ -74,25 +78,51 @@ def train_to_checkpoint(
         facts = training_facts(folder, index)
         if facts["data"] != data or facts["seq_length"] != seq_length:
             raise ValueError(f"the checkpoint in {folder} was trained on {facts['data']}; use that data, or another folder")
-    keep_tokenizer(folder, corpus.tokenizer)
+    group.from_first(lambda: keep_tokenizer(folder, corpus.tokenizer))  # the others would find the file that it writes
     if begun and facts["finished"]:
         return facts
     windows = Windows(corpus.splits["train"].ids, seq_length, train_config.seed)
     seen = windows.seen(steps * train_config.train_batch_size)
-    state = make_state(model_config, train_config, None if begun else seen, shard)
+    state = make_state(model_config, train_config, None if begun else seen, shard, context)
     order = torch.from_numpy(frequency_order(token_counts(seen, model_config.vocab_size))).int()
     del seen
     seconds = resume(folder, state)["train_seconds"] if begun else 0.0
     facts = {"data": data, "seq_length": seq_length, "tokenizer": corpus.tokenizer.fingerprint, "train_seconds": seconds}
     with interrupts_wait() as interrupted:
         try:
+            batch_at = batches_of_rank(windows, train_config, context)
             kept = (folder, facts, label, watch, order, corpus.tokenizer)
-            facts |= Schedule(state, windows, steps, *kept, interrupted=interrupted).run()
+            facts |= Schedule(state, batch_at, steps, seq_length, *kept, interrupted=interrupted).run()
         except EndsEarly as early:
             reason = str(early)
             return group.from_first(lambda: read_index(folder)["facts"] | {"ended_by": reason})
         save_checkpoint(folder, state, facts, resumable=False, token_order=order)
         return group.from_first(lambda: facts)  # the others wait until it is there
+
+
+def context_of(config: TrainConfig, seq_length: int, context_parallel: bool) -> Context | None:
+    """Which stretch of every sequence this rank trains on; None where it trains on whole ones.
+
+    Raises ValueError where the ranks cannot share a batch that way.
+    """
+    ranks = group.size()
+    if context_parallel:
+        return Context([stretch_per_rank(seq_length, ranks)] * ranks, group.rank())
+    windows_per_rank(config, ranks)
+    return None
+
+
+def batches_of_rank(windows: Windows, config: TrainConfig, context: Context | None) -> Callable[[int], Batch]:
+    """Inputs and targets of a step that this rank trains on: some of its windows, or its stretch of each."""
+    ranks, rank = group.size(), group.rank()
+
+    def batch_at(step: int) -> Batch:
+        if context is None:
+            return windows.batch(step * ranks + rank, windows_per_rank(config, ranks))
+        inputs, targets = windows.batch(step, config.train_batch_size)
+        return context.own(inputs), context.own(targets)
+
+    return batch_at
 
 
 def require_one_folder(folder: Path) -> None:
@@ -118,7 +148,11 @@ def keep_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def make_state(
-    model_config: ModelConfig, train_config: TrainConfig, seen: np.ndarray | None, shard: bool = False
+    model_config: ModelConfig,
+    train_config: TrainConfig,
+    seen: np.ndarray | None,
+    shard: bool = False,
+    context: Context | None = None,
 ) -> TrainState:
     """A fresh model, ready to train; the same for equal seeds, and on all ranks. `shard` spreads it over them.
 
@@ -132,7 +166,7 @@ def make_state(
     torch.manual_seed(train_config.seed)
     model = build(model_config, statistics)
     equal_start(model.parameters())
-    return make_train_state(model, train_config, device, shard)
+    return make_train_state(model, train_config, device, shard, context)
 
 
 def start_of(config: ModelConfig, seen: np.ndarray, seed: int, device: str) -> TokenStatistics | TokenVectors | None:
@@ -152,13 +186,14 @@ class EndsEarly(Exception):
 class Schedule:
     """A training on the way to its last step, watched, with a checkpoint every SAVE_SECONDS.
 
-    facts: of the checkpoints, without what the training adds to them. token_order, tokenizer: kept with the best weights.
-    interrupted: asked after every step, whether to stop.
+    batch_at: of a step, what this rank trains on. facts: of the checkpoints, without what the training adds to them.
+    token_order, tokenizer: kept with the best weights. interrupted: asked after every step, whether to stop.
     """
 
     state: TrainState
-    windows: Windows
+    batch_at: Callable[[int], Batch]
     steps: int
+    seq_length: int
     folder: Path
     facts: dict[str, Any]
     label: str
@@ -176,19 +211,18 @@ class Schedule:
         Raises KeyboardInterrupt after the step in which `interrupted` becomes true, and EndsEarly after that in which the time
         or the patience of `watch` is over, with a checkpoint of it; after the last step there is none to go on from.
         """
-        ranks, rank, here = group.size(), group.rank(), windows_per_rank(self.state.config, group.size())
-        kind, seconds = Progress if rank == 0 else Follower, self.facts["train_seconds"]
+        kind, seconds = Progress if group.rank() == 0 else Follower, self.facts["train_seconds"]
         place = (self.steps, self.tokens_per_step, self.folder, self.watch)
         self.progress = kind(self.state, *place, seconds=seconds, label=self.label)
         try:
-            train(self.state, lambda step: self.windows.batch(step * ranks + rank, here), self.steps, self.after_step)
+            train(self.state, self.batch_at, self.steps, self.after_step)
             return self.so_far()
         finally:
             self.progress.close()
 
     @property
     def tokens_per_step(self) -> int:
-        return self.state.config.train_batch_size * self.windows.seq_length
+        return self.state.config.train_batch_size * self.seq_length
 
     def so_far(self) -> dict[str, Any]:
         """What the training has added to the facts by now."""
@@ -209,7 +243,7 @@ class Schedule:
         if self.watch.keep_best and best:
             now = self.facts | self.so_far()
             save_checkpoint(self.folder / BEST, self.state, now, resumable=False, token_order=self.token_order)
-            keep_tokenizer(self.folder / BEST, self.tokenizer)
+            group.from_first(lambda: keep_tokenizer(self.folder / BEST, self.tokenizer))
         if step < self.steps and (stop or end or due):
             check_finite(loss, step)  # no checkpoint to go on from, but an end with the reason
             save_checkpoint(self.folder, self.state, self.facts | self.so_far())

@@ -67,6 +67,12 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     ]
 
 
+def described_groups(model: nn.Module) -> str:
+    """How many parameters are in each of the groups."""
+    counts = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, TrainConfig())]
+    return "{:,} parameters of matrices, which decay, {:,} of tables, at their own rate, {:,} of the rest".format(*counts)
+
+
 def kept(optimizer: torch.optim.Optimizer) -> dict[Tensor, tuple[str, ...]]:
     """For every parameter, the names of the tensors that `optimizer` keeps between steps."""
     parts = optimizer.parts if isinstance(optimizer, MuonAdamW) else (optimizer,)

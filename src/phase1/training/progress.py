@@ -15,6 +15,7 @@ from phase1.files import append_text, atomic_write
 from phase1.progress import LINE_SECONDS
 from phase1.records.metrics import METRICS, MetricsLog
 from phase1.training.alarms import Alarms
+from phase1.training.gates import closed_gates
 from phase1.training.step import TrainState
 from phase1.training.watch import Watch
 
@@ -90,6 +91,7 @@ class Progress(Follower):
         self.row_at, self.line_at = (state.step, self.began), self.began
         self.line_losses: list[float] = []
         self.val_loss: float | None = None
+        self.closed: list[int] = []  # layers whose rank gate was closed at the last score
         self.scores = [(row["step"], row["val_loss"]) for row in self.log.rows if row["val_loss"] is not None]
         self.lines = not sys.stderr.isatty()
         self.bar = tqdm(
@@ -145,7 +147,7 @@ class Progress(Follower):
             if text is not None:
                 tracker.sample(step, text)
         self._show(row, shown)
-        for warning in self.alarms.look(step, losses, norms, row["loss_scale"]):
+        for warning in self.alarms.look(step, losses, norms, row["loss_scale"], self.closed):
             self._print(f"warning: {warning}")
         if step == self.first_step + 1:  # the first step compiles and warms up
             self.steady = step, self.clock() - self.aside_seconds
@@ -167,7 +169,8 @@ class Progress(Follower):
         return losses, norms
 
     def _score(self) -> float:
-        self.val_loss = super()._score()
+        with closed_gates(self.state.model) as self.closed:
+            self.val_loss = super()._score()
         return self.val_loss
 
     def _sample(self, step: int) -> str:

@@ -16,6 +16,7 @@ from phase1.ops.cross_entropy import IGNORE
 from phase1.parallel.replicas import Alone, replicas_of
 from phase1.trainable import Trainable
 from phase1.training.compiler import compile_losses, require_compiler
+from phase1.training.context_parallel import Context, ContextMicroBatch
 from phase1.training.graphed_pieces import GraphedPieces
 from phase1.training.micro_batch import GraphedMicroBatch, MicroBatch
 from phase1.training.optimizers import make_optimizer
@@ -51,11 +52,16 @@ def compute_dtype(precision: str, device: torch.device | str) -> torch.dtype:
 
 
 def make_train_state(
-    model: Trainable, config: TrainConfig, device: torch.device | str, shard: bool = False
+    model: Trainable,
+    config: TrainConfig,
+    device: torch.device | str,
+    shard: bool = False,
+    context: Context | None = None,
 ) -> TrainState:
     """Move `model` to `device` and give it an optimizer, loss scaling for fp16 and, if asked, a compiled loss.
 
     shard: spread it over the ranks, on all of which it is equal.
+    context: spread the sequences of its batches, whole ones, over the ranks.
     """
     device = torch.device(device)
     replicas: Alone | None = None
@@ -74,6 +80,8 @@ def make_train_state(
     if config.cuda_graphs:
         require_gpu_for_graphs(device.type)
     micro_batch = make_micro_batch(model, scaler, dtype, config)
+    if context is not None:
+        micro_batch = ContextMicroBatch(micro_batch, context)
     replicas = replicas or replicas_of(model.parameters())
     return TrainState(model, optimizer, scaler, dtype, device, config.grad_clip, config, micro_batch, replicas)
 
@@ -153,6 +161,19 @@ def windows_per_rank(config: TrainConfig, ranks: int) -> int:
         expected = f"--micro-batch-size must divide the {B // ranks} windows of a batch that each of {ranks} ranks has"
         raise ValueError(f"{expected}; got {micro}; give a divisor")
     return B // ranks
+
+
+def stretch_per_rank(seq_length: int, ranks: int) -> int:
+    """Tokens of every sequence that each of `ranks` ranks trains on, where they share sequences.
+
+    Raises ValueError where there is one, and where they cannot share them evenly.
+    """
+    if ranks == 1:
+        raise ValueError("--context-parallel needs several GPUs; got one process; start it by torchrun, or leave it out")
+    if seq_length % ranks:
+        near = max(n for n in range(1, ranks + 1) if seq_length % n == 0)
+        raise ValueError(f"--seq-length must be a multiple of the {ranks} ranks; got {seq_length}; start {near}, or change it")
+    return seq_length // ranks
 
 
 def total_steps(config: TrainConfig, seq_length: int) -> int:
