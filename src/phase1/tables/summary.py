@@ -13,7 +13,7 @@ WORDS: dict[str, dict[str, str]] = {
         "head": "| | Transformer | Transformer, same tricks \\* | engine |\n|---|---:|---:|---:|",
         "conditions": "Measured on one {card}: width {d_model}, {n_layers} layers, vocabulary {vocab_size:,}, {tokens:,} "
         "training tokens, seeds {seeds}{link}.",
-        "link": " ([every table, command and interval](docs/results.md))",
+        "link": " ([every table, command and interval](docs/results.md), [targets met and missed](docs/results.md#targets))",
         "memory": "peak memory of a training step, {b} × {t:,} tokens (GB)",
         "speed": "training speed at {t} tokens (thousand tokens/s)",
         "linear": "does the time grow in proportion to the length?",
@@ -31,7 +31,7 @@ WORDS: dict[str, dict[str, str]] = {
         "head": "| | Transformer | 同じ工夫を加えた Transformer \\* | エンジン |\n|---|---:|---:|---:|",
         "conditions": "{card} 1 枚での実測：幅 {d_model}、{n_layers} 層、語彙 {vocab_size:,}、学習 {tokens:,} トークン、"
         "シード {seeds}{link}。",
-        "link": "（[すべての表、コマンド、信頼区間](docs/results.md)）",
+        "link": "（[すべての表、コマンド、信頼区間](docs/results.md)、[目標とその成否](docs/results.md#targets)）",
         "memory": "学習 1 ステップのピークメモリ、{b} × {t:,} トークン（GB）",
         "speed": "学習速度、系列長 {t} トークン（千トークン/秒）",
         "linear": "時間は系列長に比例するか",
