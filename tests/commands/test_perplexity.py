@@ -1,3 +1,4 @@
+import hashlib
 import json
 import math
 import random
@@ -88,6 +89,8 @@ def test_models_are_trained_once_and_compared_on_the_same_targets(run, capsys, m
     perplexity.main(loaded)
     third = read_report(f"{run.out_dir}/{FILE}", "perplexity").results
     assert third["baseline"].token_count == 5 * 32
+    (weights,) = folders["baseline"].glob("model-*.safetensors")
+    assert third["baseline"].weights_sha256 == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert third["baseline"].protocol_hash != first.results["baseline"].protocol_hash
     assert third["baseline"].window_nll_nats == pytest.approx(first.results["baseline"].window_nll_nats[:5], rel=1e-5)
     with pytest.raises(ValueError, match="the model there is baseline; use that name"):

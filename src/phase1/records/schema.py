@@ -339,6 +339,7 @@ class PerplexityResult(Result):
     trained_seq_length: int | None = Field(default=None, description="T in training; run.seq_length is that of the scoring")
     train_seconds: float | None = None
     training: JsonObject | None = Field(default=None, description="settings of the training run: rates, seed, batch...")
+    weights_sha256: str | None = Field(default=None, description="of the checkpoint's file of weights: which ones were scored")
     dataset: Dataset | None = None
     protocol_hash: str | None = None
     untrained: bool = Field(default=False, description="the model has not beaten the unigram entropy: no verdict")

@@ -1,5 +1,6 @@
 """One case of a perplexity run: a model, trained if necessary, and its score on every text."""
 
+import hashlib
 import traceback
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -115,6 +116,7 @@ def evaluate_checkpoint(run: PerplexityRun, scored_model: ScoredModel, folder: P
         train_seconds=facts["train_seconds"],
         trained_on=Dataset(**facts["data"]),
         training=index["train_config"],
+        weights_sha256=weights_sha256(folder, index),
         dataset=Dataset(name=corpus.name, split=scored.name, sha256=scored.sha256),
         protocol_hash=protocol.protocol_hash,
         untrained=evaluation.loss >= unigram,
@@ -126,6 +128,12 @@ def evaluate_checkpoint(run: PerplexityRun, scored_model: ScoredModel, folder: P
         **per_byte_and_word(evaluation, corpus.tokenizer, ids),
         **bands(folder, evaluation, ids),
     )
+
+
+def weights_sha256(folder: Path, index: dict[str, Any]) -> str:
+    """The digest of the file of weights that the index of the checkpoint in `folder` names."""
+    with (folder / index["files"]["model"]).open("rb") as weights:
+        return hashlib.file_digest(weights, "sha256").hexdigest()
 
 
 def per_byte_and_word(evaluation: Evaluation, tokenizer: Tokenizer, ids: np.ndarray) -> dict[str, Any]:
