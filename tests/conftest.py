@@ -1,6 +1,7 @@
 import gc
 import os
 import signal
+import sys
 
 import pytest
 import torch
@@ -26,6 +27,19 @@ def gpu_memory_is_given_back():
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         gc.collect()
         torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
+def offline_ends_with_its_test():
+    """--offline holds for the rest of a process, which here is that of other tests too."""
+    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY")
+    before = {name: os.environ.get(name) for name in names}
+    yield
+    for name, value in before.items():
+        if value is None and os.environ.pop(name, None) is not None:
+            for loaded in ("huggingface_hub.constants", "datasets.config"):
+                if name == "HF_HUB_OFFLINE" and loaded in sys.modules:
+                    sys.modules[loaded].HF_HUB_OFFLINE = False
 
 
 @pytest.fixture

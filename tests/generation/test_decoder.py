@@ -1,7 +1,5 @@
-import re
 import tracemalloc
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -217,16 +215,12 @@ def test_a_checkpoint_brings_its_tokenizer(checkpoint):
     assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.parametrize("page", ["docs/benchmarking.md", "docs/ja/benchmarking.md"])
-def test_the_three_calls_of_the_guide_are_what_it_says(checkpoint, page, monkeypatch):
-    text = (Path(__file__).parents[2] / page).read_text()
-    (example,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "prefill" in block)
-    names = {}
-    exec(example.replace("results/checkpoints/train", str(checkpoint)), names)
-    ids = BYTES.encode("The ")
-    wanted = whole(names["decoder"], ids)
-    wanted = whole(names["decoder"], [*ids, int(wanted.argmax())])
-    torch.testing.assert_close(names["log_p"], wanted, atol=1e-5, rtol=1e-5)
+def test_what_a_prompt_and_a_step_give_is_what_one_pass_gives(checkpoint):
+    decoder, ids = load(checkpoint), BYTES.encode("The ")
+    log_p, state = decoder.prefill(ids)
+    torch.testing.assert_close(log_p, whole(decoder, ids), atol=1e-5, rtol=1e-5)
+    chosen = int(log_p.argmax())
+    torch.testing.assert_close(decoder.step(chosen, state)[0], whole(decoder, [*ids, chosen]), atol=1e-5, rtol=1e-5)
 
 
 def test_the_text_without_the_copy_head_is_that_of_the_output_alone(checkpoint):
