@@ -27,10 +27,12 @@ def rows_table(content: Any, entry: dict[str, Any]) -> Table:
     return Table(entry["name"], entry["caption"], "", columns, rows, facts)
 
 
-def value_at(content: Any, key: str) -> Any:
-    """What is in `content` at a dotted key; "" is all of it."""
+def value_at(content: Any, key: str, optional: bool = False) -> Any:
+    """What is in `content` at a dotted key; "" is all of it. Where nothing is: None if `optional`, else ValueError."""
     for part in filter(None, key.split(".")):
         if not isinstance(content, dict) or part not in content:
+            if optional:
+                return None
             raise ValueError(f"expected {key} in the record; got none; correct the key in results/page.toml")
         content = content[part]
     return content

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from phase1.tables.rows import benchmark
+from phase1.tables.rows import benchmark, value_at
 from phase1.tables.table import Column, Table
 
 COLUMNS = (Column("What"), Column("Required"), Column("Goal"), Column("Measured"), Column("Verdict"))
@@ -58,11 +58,11 @@ def _number(folder: Path, place: dict[str, Any]) -> float | None:
         return None
     found = benchmark(path)
     if "rows" not in place:
-        values = [_at(found, place["key"])]
+        values = [value_at(found, place["key"], optional=True)]
     else:
-        rows = _at(found, place["rows"]) or []
+        rows = value_at(found, place["rows"], optional=True) or []
         rows = rows.values() if isinstance(rows, dict) else rows
-        values = [_at(row, place["key"]) for row in rows if _fits(row, place)]
+        values = [value_at(row, place["key"], optional=True) for row in rows if _fits(row, place)]
     values = [float(value) for value in values if value is not None]
     if len(values) > 1 and "pick" not in place:
         raise ValueError(f"{place['record']}: expected one row where {place['where']}; got {len(values)}; say more of it")
@@ -72,17 +72,8 @@ def _number(folder: Path, place: dict[str, Any]) -> float | None:
 
 def _fits(row: Any, place: dict[str, Any]) -> bool:
     """Whether a place means a row; a table in `where` must be equal, so {} is one without settings."""
-    begins = all(str(_at(row, key)).startswith(text) for key, text in place.get("starts", {}).items())
-    return begins and all(_at(row, key) == value for key, value in place["where"].items())
-
-
-def _at(content: Any, key: str) -> Any:
-    """What is at a dotted key, None if nothing is; "" is all of it."""
-    for part in filter(None, key.split(".")):
-        if not isinstance(content, dict):
-            return None
-        content = content.get(part)
-    return content
+    begins = all(str(value_at(row, key, optional=True)).startswith(text) for key, text in place.get("starts", {}).items())
+    return begins and all(value_at(row, key, optional=True) == value for key, value in place["where"].items())
 
 
 def _text(number: float, unit: str) -> str:

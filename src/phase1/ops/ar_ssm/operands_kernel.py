@@ -22,6 +22,14 @@ def _input_row(proj, past, t, T, stride, columns, mc, CONV: tl.constexpr, PAST: 
 
 
 @triton.jit
+def _rows_before(proj, past, t, T, stride, columns, mc, CONV: tl.constexpr, PAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The convolution's three inputs before position t, the oldest first."""
+    oldest = _input_row(proj, past, t - 3, T, stride, columns, mc, CONV, PAST)
+    older = _input_row(proj, past, t - 2, T, stride, columns, mc, CONV, PAST)
+    return oldest, older, _input_row(proj, past, t - 1, T, stride, columns, mc, CONV, PAST)
+
+
+@triton.jit
 def _if(here, mc):  # type: ignore[no-untyped-def]
     """The mask `mc` where a number is true, else nothing; the interpreter takes no product of a number and a mask for one."""
     return tl.where(here, mc, mc != mc)
@@ -63,9 +71,7 @@ def _values(  # type: ignore[no-untyped-def]
     """Some columns of x."""
     mc = columns < H * P
     o = ((b * H + columns // P) * L + L - T) * P + columns % P
-    x3 = _input_row(proj, past, begin - 3, T, stride, columns, mc, CONV, PAST)
-    x2 = _input_row(proj, past, begin - 2, T, stride, columns, mc, CONV, PAST)
-    x1 = _input_row(proj, past, begin - 1, T, stride, columns, mc, CONV, PAST)
+    x3, x2, x1 = _rows_before(proj, past, begin, T, stride, columns, mc, CONV, PAST)
     for i in range(rows):
         t = begin + i
         x0 = _input_row(proj, past, t, T, stride, columns, mc, CONV, PAST)
@@ -90,12 +96,8 @@ def _heads(  # type: ignore[no-untyped-def]
     if SCALED:
         scale1 = tl.load(scale + head * R + j, mask=mc, other=0.0)
         scale2 = tl.load(scale + head * R + HALF + j, mask=mc, other=0.0)
-    x3 = _input_row(proj, past, begin - 3, T, stride, left, mc, CONV, PAST)
-    x2 = _input_row(proj, past, begin - 2, T, stride, left, mc, CONV, PAST)
-    x1 = _input_row(proj, past, begin - 1, T, stride, left, mc, CONV, PAST)
-    y3 = _input_row(proj, past, begin - 3, T, stride, right, mc, CONV, PAST)
-    y2 = _input_row(proj, past, begin - 2, T, stride, right, mc, CONV, PAST)
-    y1 = _input_row(proj, past, begin - 1, T, stride, right, mc, CONV, PAST)
+    x3, x2, x1 = _rows_before(proj, past, begin, T, stride, left, mc, CONV, PAST)
+    y3, y2, y1 = _rows_before(proj, past, begin, T, stride, right, mc, CONV, PAST)
     for i in range(rows):
         t = begin + i
         m = _if(t < T, mc)
@@ -163,9 +165,7 @@ def _values_backward(  # type: ignore[no-untyped-def]
     """Over dx: the gradient of what silu was taken of, of some columns."""
     mc = columns < H * P
     o = ((b * H + columns // P) * L + L - T) * P + columns % P
-    x3 = _input_row(proj, past, begin - 3, T, stride, columns, mc, CONV, PAST)
-    x2 = _input_row(proj, past, begin - 2, T, stride, columns, mc, CONV, PAST)
-    x1 = _input_row(proj, past, begin - 1, T, stride, columns, mc, CONV, PAST)
+    x3, x2, x1 = _rows_before(proj, past, begin, T, stride, columns, mc, CONV, PAST)
     for i in range(rows):
         t = begin + i
         m = _if(t < T, mc)
@@ -195,12 +195,8 @@ def _heads_backward(  # type: ignore[no-untyped-def]
         scale2 = tl.load(scale + head * R + HALF + j, mask=mc, other=0.0)
         d_scale1 = tl.zeros([HEADS * HB], tl.float32)
         d_scale2 = tl.zeros([HEADS * HB], tl.float32)
-    x3 = _input_row(proj, past, begin - 3, T, stride, left, mc, CONV, PAST)
-    x2 = _input_row(proj, past, begin - 2, T, stride, left, mc, CONV, PAST)
-    x1 = _input_row(proj, past, begin - 1, T, stride, left, mc, CONV, PAST)
-    y3 = _input_row(proj, past, begin - 3, T, stride, right, mc, CONV, PAST)
-    y2 = _input_row(proj, past, begin - 2, T, stride, right, mc, CONV, PAST)
-    y1 = _input_row(proj, past, begin - 1, T, stride, right, mc, CONV, PAST)
+    x3, x2, x1 = _rows_before(proj, past, begin, T, stride, left, mc, CONV, PAST)
+    y3, y2, y1 = _rows_before(proj, past, begin, T, stride, right, mc, CONV, PAST)
     for i in range(rows):
         t = begin + i
         m, m_gate = _if(t < T, mc), _if(t < T, mj)
@@ -298,9 +294,7 @@ def _conv_backward(  # type: ignore[no-untyped-def]
     a2 = tl.zeros([columns.shape[0]], tl.float32)
     a3 = tl.zeros([columns.shape[0]], tl.float32)
     a4 = tl.zeros([columns.shape[0]], tl.float32)
-    p3 = _input_row(proj, past, begin - 3, T, stride, columns, mc, CONV, PAST)
-    p2 = _input_row(proj, past, begin - 2, T, stride, columns, mc, CONV, PAST)
-    p1 = _input_row(proj, past, begin - 1, T, stride, columns, mc, CONV, PAST)
+    p3, p2, p1 = _rows_before(proj, past, begin, T, stride, columns, mc, CONV, PAST)
     d0 = _gradient_row(d, begin, T, step, mc)
     d1 = _gradient_row(d, begin + 1, T, step, mc)
     d2 = _gradient_row(d, begin + 2, T, step, mc)
