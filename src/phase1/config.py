@@ -317,10 +317,10 @@ class TrainConfig(Config):
         "tokens of a sequence at a time, for sequences of any length: exact gradients, in the memory of one piece; whole "
         "sequences by default, and always with attention",
     )
-    learning_rate: float = option(3e-3, "peak of the schedule: linear warm-up, then --schedule")
+    learning_rate: float = option(6e-3, "peak of the schedule: linear warm-up, then --schedule")
     table_learning_rate: float = option(3.0, "learning rate of the token table, as a multiple of the others'")
-    optimizer: Literal["adamw", "muon"] = option("adamw", "AdamW, or Muon for the matrices of blocks and AdamW for the rest")
-    schedule: Literal["cosine", "linear"] = option("cosine", "learning rate after the warm-up: cosine to a tenth, or line to 0")
+    optimizer: Literal["adamw", "muon"] = option("muon", "AdamW, or Muon for the matrices of blocks and AdamW for the rest")
+    schedule: Literal["cosine", "linear"] = option("linear", "learning rate after the warm-up: cosine to a tenth, or line to 0")
     warmup_steps: int = option(100, "optimizer steps of linear warm-up, at most a tenth of the run")
     weight_decay: float = option(0.1, "decay of the matrices of linear layers; token table, norms, scales and taps have none")
     grad_clip: float = option(1.0, "largest norm of the gradient of all parameters")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from phase1.config import TrainConfig
+from phase1.training.muon import Muon
 
 KEPT = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}  # between steps, of every parameter
 
@@ -25,11 +26,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig, device_type: str) -> torch.optim.Optimizer:
-    """AdamW (fused on CUDA) for all of `model`; or Muon for the matrices of the blocks and AdamW for the rest.
-
-    Muon's updates are scaled to the size that AdamW's have, 0.2 sqrt(max(n, m)) for a matrix (n, m), so that one rate and one
-    decay serve both. Source: Liu et al. 2025, "Muon is scalable for LLM training", section 2.2.
-    """
+    """AdamW (fused on CUDA) for all of `model`; or Muon for the matrices of the blocks and AdamW for the rest."""
     groups = parameter_groups(model, config)
     taken: list[dict[str, Any]] = []
     if config.optimizer == "muon":
@@ -43,9 +40,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig, device_type: str) -> t
     adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=device_type == "cuda")
     if not taken:
         return adamw
-    if not hasattr(torch.optim, "Muon"):
-        raise ValueError(f"--optimizer muon needs PyTorch 2.9 or newer; got {torch.__version__}; use adamw, or a newer PyTorch")
-    return MuonAdamW(torch.optim.Muon(taken, lr=config.learning_rate, adjust_lr_fn="match_rms_adamw"), adamw)
+    return MuonAdamW(Muon(taken, lr=config.learning_rate), adamw)
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
