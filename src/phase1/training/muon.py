@@ -1,4 +1,4 @@
-"""Muon: steps of matrices along their orthogonalised momentum, matrices of one shape together."""
+"""Muon: steps of matrices along their orthogonalised momentum, all matrices of one shape together."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -20,11 +20,14 @@ class Muon(torch.optim.Optimizer):
         M = 0.95 M + 0.05 G,   W = (1 - lr decay) W - lr 0.2 sqrt(max(n, m)) orthogonal(0.05 G + 0.95 M)
 
     The factor gives updates the size that AdamW's have, so that one rate and one decay serve both. What
-    `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")` computes; that one takes matrices one by one, in some 20 launches each.
+    `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")` computes; that one takes matrices one by one, in some 30 launches each.
 
     Sources: Jordan et al. 2024, "Muon: an optimizer for hidden layers"; Liu et al. 2025, "Muon is scalable for LLM training",
     section 2.2.
     """
+
+    found_inf: Tensor | None = None
+    """() of a loss scaler, not 0 where a gradient is not finite: then a step changes nothing. The host need not know it."""
 
     def __init__(self, params: Iterable[Any], lr: float, weight_decay: float = 0.1) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -37,18 +40,24 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     of_shape[parameter.shape].append(parameter)
             for shape, parameters in of_shape.items():
-                rate = group["lr"] * 0.2 * max(shape) ** 0.5
+                rate, decay = group["lr"] * 0.2 * max(shape) ** 0.5, group["lr"] * group["weight_decay"]
                 updates = self._updates(parameters)
-                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                kept = 1 - decay if self.found_inf is None else torch.where(self.found_inf == 0, 1 - decay, 1.0)
+                torch._foreach_mul_(parameters, kept)
                 torch._foreach_add_(parameters, updates, alpha=-rate)
 
     def _updates(self, parameters: list[Tensor]) -> list[Tensor]:
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         momenta = [self._momentum(parameter) for parameter in parameters]
-        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
-        ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's
-        updates = orthogonal(torch.stack([whole(update) for update in ahead]))  # of shards, every rank computes all
-        return [part_of(update, like) for update, like in zip(updates.to(ahead[0].dtype), ahead, strict=True)]
+        # of shards, every rank computes with the whole
+        old = torch.stack([whole(momentum) for momentum in momenta])
+        new = torch.stack([whole(parameter.grad) for parameter in parameters if parameter.grad is not None])
+        momentum = old.lerp(new, 1 - MOMENTUM)
+        updates = orthogonal(new.lerp(momentum, MOMENTUM)).to(new.dtype)  # Nesterov's
+        if self.found_inf is not None:
+            finite = self.found_inf == 0
+            momentum, updates = torch.where(finite, momentum, old), torch.where(finite, updates, 0.0)
+        torch._foreach_copy_(momenta, [part_of(part, like) for part, like in zip(momentum, momenta, strict=True)])
+        return [part_of(part, like) for part, like in zip(updates, momenta, strict=True)]
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
@@ -58,16 +67,15 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Matrices (..., n, m) with their singular values moved to about 1, in bfloat16: five steps of Newton-Schulz.
+    """Matrices (k, n, m) with their singular values moved to about 1, in bfloat16: five steps of Newton-Schulz.
 
-    X = X / ‖X‖, then five times X = a X + (b X Xᵀ + c (X Xᵀ)²) X, on the shorter side.
+    X = X / ‖X‖, then five times X = (a + b X Xᵀ + c (X Xᵀ)²) X, on the shorter side.
     """
-    n, m = matrices.shape[-2:]
-    x = matrices.bfloat16().flatten(0, -3) if matrices.ndim > 2 else matrices.bfloat16()[None]
-    x = x.mT if n > m else x
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = (matrices.mT if tall else matrices).bfloat16()
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-7)
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if n > m else x).reshape(matrices.shape)
+    return x.mT.contiguous() if tall else x

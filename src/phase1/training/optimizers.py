@@ -12,16 +12,22 @@ KEPT = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Two optimizers as one, so that a step whose gradients overflow is skipped by both or by none."""
+    """Two optimizers as one, so that a step whose gradients overflow is skipped by both or by none.
 
-    def __init__(self, muon: torch.optim.Optimizer, adamw: torch.optim.Optimizer) -> None:
+    Where AdamW is fused, a loss scaler leaves the word on that on the device (`found_inf`), and the host waits for nothing.
+    """
+
+    def __init__(self, muon: Muon, adamw: torch.optim.AdamW) -> None:
         super().__init__([*muon.param_groups, *adamw.param_groups], {})  # the same groups: a new rate is one of the parts
         self.parts = (muon, adamw)
         muon.state = adamw.state = self.state
+        self._step_supports_amp_scaling = all(group["fused"] for group in adamw.param_groups)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        assert getattr(self, "grad_scale", None) is None, "gradients are unscaled before they are clipped"
         for part in self.parts:
+            part.found_inf = getattr(self, "found_inf", None)  # type: ignore[union-attr]
             part.step()
 
 
