@@ -61,7 +61,8 @@ def main() -> None:
     longest = sorted(kernels.items(), key=lambda kernel: -sum(kernel[1]))
     milliseconds = statistics.median(times)
     record = {
-        "role": options.role, "settings": settings, "batch_size": B, "seq_length": T, "optimizer": options.optimizer, "milliseconds": milliseconds,
+        "role": options.role, "settings": settings, "batch_size": B, "seq_length": T,
+        "optimizer": options.optimizer, "milliseconds": milliseconds,
         "samples": times, "tokens_per_s": 1e3 * B * T / milliseconds, "losses": losses,
         "kernels": sum(map(len, kernels.values())), "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
         "environment": environment(), "command": current_command(),

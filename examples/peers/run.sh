@@ -5,8 +5,9 @@
 #
 # OUT   folder of the reports; checkpoints go beside it, so that a STEP that was broken off goes on.
 # DATA  folder with wikipedia/ (train and valid) and wikitext103/ (valid), as .gpt2.bin or .gpt2.bin.xz files.
-# STEP  mixers  Kimi Delta Attention, Gated Linear Attention, Gated DeltaNet (refused on Hopper by fla where Triton is below 3.7.1)
-#       delta   Gated DeltaNet through the kernels of Kimi Delta Attention, which run there
+# STEP  kda, gla, gated_delta: Kimi Delta Attention, Gated Linear Attention, Gated DeltaNet (refused on Hopper by fla where Triton is
+#       below 3.7.1)
+#       gated_delta_by_kda  Gated DeltaNet through the kernels of Kimi Delta Attention, which run there
 #       llama   transformers' Llama, at the Transformer's learning rate
 #       phase1  AR-SSM and the Transformer, compiled
 #       speed   tokens/s and peak memory of all of them, 64 texts of 512 tokens a step
@@ -25,9 +26,9 @@ status=0
 for step in "$@"; do
   echo "== $step, $(date -u +%H:%M:%S)"
   case $step in
-    mixers) $run perplexity "${common[@]}" --model kda=$mixers:kda gla=$mixers:gla gated_delta=$mixers:gated_delta --out-dir "$out/mixers" ;;
-    delta) $run perplexity "${common[@]}" --model gated_delta_by_kda=$mixers:gated_delta_by_kda --out-dir "$out/delta" ;;
-    llama) $run perplexity "${common[@]}" --learning-rate 1.5e-3 --model llama=examples.peers.llama:llama --out-dir "$out/llama" ;;
+    kda | gla | gated_delta | gated_delta_by_kda)
+      $run perplexity "${common[@]}" --model "$step=$mixers:$step" --out-dir "$out/$step" ;;
+    llama) $run perplexity "${common[@]}" --learning-rate 3e-3 --model llama=examples.peers.llama:llama --out-dir "$out/llama" ;;
     phase1) $run perplexity "${common[@]}" --compile --cuda-graphs --variants ar_ssm_dense_no_copy transformer_start --out-dir "$out/phase1" ;;
     speed) $run throughput --seq-lengths 512 --batch-size 64 --no-saturate --measure-steps 20 --warmup-steps 3 --out-dir "$out/speed" \
       --model kda=$mixers:kda gla=$mixers:gla gated_delta_by_kda=$mixers:gated_delta_by_kda llama=examples.peers.llama:llama ar_ssm=examples.peers.ar_ssm:ar_ssm ;;

@@ -93,8 +93,10 @@ class ModelShape(Config):
     ar_ssm_window: int = option(64, "w, width of the sliding window of the local part; 0 leaves only the diagonal")
     ar_ssm_memory: int = option(512, "M, positions within which the state fades to 1/e or less, whatever the input")
     copy_window: int = option(2048, "tokens that the copy head can point to: the newest ones, the current one included")
-    row_norm: float = option(1.0, "norm of a row of the token table at the start; plain Transformers of a comparison have their own")
-    input_scale: float | None = option(None, "factor of the rows where they enter the blocks; by default sqrt(D), in plain Transformers 1")
+    row_norm: float = option(1.0, "norm of a row of the token table at the start; the plain Transformer of a run has its own")
+    input_scale: float | None = option(
+        None, "factor of the rows where they enter the blocks; by default sqrt(D), in the plain Transformer of a run 1"
+    )
     logit_scale: float = option(1.0, "factor of the logits, before the output bias")
     learnt_logit_scale: bool = option(False, "learn the factor of the logits, starting from --logit-scale")
     rank_penalty: float = option(1e-2, "weight of the L1 term on the rank gate in the training loss")

@@ -81,9 +81,11 @@ else:
     Variant = Literal[tuple(VARIANTS)]
 
 RIVALS: dict[str, dict[str, Any]] = {
-    name: dict(entry.change) for name, entry in VARIANTS.items() if entry.base == "baseline" and not callable(entry.change)
+    name: {what: value for what, value in entry.change.items() if what not in SMALL}
+    for name, entry in VARIANTS.items()
+    if entry.base == "baseline" and not callable(entry.change)
 }
-"""The Transformers among the variants, by what they change of the baseline."""
+"""The Transformers among the variants, by what they have that the baseline lacks."""
 
 
 OWN: dict[str, Any] = TRANSFORMER | START | {"loss": "chunked", "checkpointing": False}
@@ -134,7 +136,7 @@ class Key:
         if config.model is not None:
             return cls(split(config.model)[0])
         if (config.mixer, config.embedding) == ("attention", "dense"):
-            extras = {name: getattr(config, name) for name in FAIR | {"copy_head": True}}
+            extras = {name: getattr(config, name) for name in FAIR | {"copy_head": True} if name not in SMALL}
             plain = {name: YOUNGER.get(name, False) for name in extras}
             if extras == plain:
                 return cls("baseline")

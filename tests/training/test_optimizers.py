@@ -180,6 +180,24 @@ def test_a_step_that_overflows_is_skipped_whole_and_counted(optimizer):
     assert skipped_steps(s) == counted + 1 and s.step == 3 and s.scaler.get_scale() < 2.0**60
 
 
+def test_the_word_on_an_overflow_stays_on_the_device_where_adamw_is_fused(monkeypatch):
+    """As on a GPU; the steps are those of a scaler that waits for the word."""
+    outcomes = []
+    for fused in (False, True):
+        s = state(replace(MUON, precision="fp16"))
+        s.optimizer = make_optimizer(s.model, MUON, "cuda" if fused else "cpu")
+        if fused:
+            monkeypatch.setattr(torch.amp.GradScaler, "_maybe_opt_step", None)
+        for step, scale in enumerate((1.0, 2.0**60, 1.0)):
+            s.scaler.scale(torch.ones(()))
+            s.scaler._scale.fill_(scale)
+            train_step(s, split(batch_at(step), 4))
+        outcomes.append(parameters(s))
+        assert s.optimizer.state[s.model.embedding.rows]["step"] == 2
+    for a, b in zip(*outcomes, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_only_one_part_that_overflows_stops_the_other():
     s = state(replace(MUON, precision="fp16"))
     before = parameters(s)

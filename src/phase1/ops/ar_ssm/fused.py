@@ -17,7 +17,8 @@ from phase1.ops.rotary.kernel import write_angles
 
 GATE_ROWS = 32  # tokens of a tile of the gate
 COLUMNS = 128  # of the convolution, at a time
-STRETCH, STRETCHES = 64, 1024  # positions of a program in front of the core, or more where there are so many stretches
+FORWARD_ROWS = 16  # positions of a program in front of the core
+STRETCH, STRETCHES = 64, 1024  # those of a backward pass, or more where there are so many stretches
 NORM_ROWS = 2  # of the gated norm's gradient, at a time: one warp holds a whole row
 PROGRAMS = 264  # that add up the gradients of parameters
 ANY_ROWS = (torch.Tag.flexible_layout,)  # without it a compiler that aligns rows to 128 bytes copies proj, twice a layer
@@ -46,7 +47,7 @@ def _sizes(proj: Tensor, q_scale: Tensor, state_scale: Tensor, gate_weight: Tens
 
 
 def _rows_of_a_stretch(s: Sizes) -> int:
-    """Positions that a program in front of the core takes, a multiple of 4; few in the backward pass leave many sums behind."""
+    """Positions that a program of a backward pass in front of the core takes, a multiple of 4; few leave many sums behind."""
     rows = max(STRETCH, triton.next_power_of_2(triton.cdiv(s.B * s.T, STRETCHES)))
     return min(rows, triton.cdiv(s.T + TAPS, 4) * 4)
 
@@ -93,10 +94,9 @@ def fused_forward(
     )  # fmt: skip
     cos, sin = (torch.empty(s.T if window else 0, s.R // 2, dtype=torch.float32, device=proj.device) for _ in range(2))
     write_angles(cos, sin, position)
-    rows = _rows_of_a_stretch(s)
-    operands_kernel[(triton.cdiv(s.T, rows), 2 + triton.cdiv(s.H * s.P, COLUMNS), s.B)](
+    operands_kernel[(triton.cdiv(s.T, FORWARD_ROWS), 2 + triton.cdiv(s.H * s.P, COLUMNS), s.B)](
         proj, past_conv if past_conv is not None else proj, conv_weight, conv_bias, q_scale, gate, cos, sin, u, v, q, k, x,
-        s.T, L, rows, *proj.stride()[:2], eps, **_operand_blocks(s), PAST=past_conv is not None, WINDOWED=window > 0,
+        s.T, L, FORWARD_ROWS, *proj.stride()[:2], eps, **_operand_blocks(s), PAST=past_conv is not None, WINDOWED=window > 0,
         num_warps=1,
     )  # fmt: skip
     core = core_forward(u, v, q, k, x, dt, log_a, state_scale, skip, past_S, window, eps)
