@@ -34,7 +34,7 @@ TINY = EngineShape(
 )  # fmt: skip
 T, B, STEPS, JOB_STEPS, PAUSE = 8, 8, 20, 10, 4
 IDS = np.random.default_rng(0).zipf(1.3, 3000).astype(np.int64).clip(max=49).astype(np.uint16)
-CONFIG = TrainConfig(train_tokens=STEPS * B * T, train_batch_size=B, micro_batch_size=2, warmup_steps=3)
+CONFIG = TrainConfig(train_tokens=STEPS * B * T, train_batch_size=B, micro_batch_size=2, warmup_steps=3, learning_rate=3e-3)
 JOB = replace(CONFIG, train_tokens=JOB_STEPS * B * T)
 PROTOCOL = Protocol("", "", "valid", T, 5, 0, 37)
 

@@ -10,6 +10,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def own(tensor: Tensor) -> Tensor:
+    """What this rank has of a tensor that is spread over the ranks, sharing its memory; any other as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def part_of(tensor: Tensor, like: Any) -> Tensor:
     """This rank's part of `tensor` where `like`, of the same shape, is spread over the ranks, on its device; else all of it."""
     tensor = tensor.to(like.device)

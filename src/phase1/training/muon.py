@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phase1.parallel.parts import part_of, whole
+from phase1.parallel.parts import own, part_of, whole
 
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic whose slope at 0 is steepest
@@ -42,11 +42,13 @@ class Muon(torch.optim.Optimizer):
             for shape, parameters in of_shape.items():
                 rate, decay = group["lr"] * 0.2 * max(shape) ** 0.5, group["lr"] * group["weight_decay"]
                 updates = self._updates(parameters)
-                kept = 1 - decay if self.found_inf is None else torch.where(self.found_inf == 0, 1 - decay, 1.0)
-                torch._foreach_mul_(parameters, kept)
-                torch._foreach_add_(parameters, updates, alpha=-rate)
+                kept = 1 - decay if self.found_inf is None else torch.where(own(self.found_inf) == 0, 1 - decay, 1.0)
+                parts = [own(parameter) for parameter in parameters]
+                torch._foreach_mul_(parts, kept)
+                torch._foreach_add_(parts, updates, alpha=-rate)
 
     def _updates(self, parameters: list[Tensor]) -> list[Tensor]:
+        """The orthogonalised momentum of each, this rank's part of it, after the momentum has taken the gradient."""
         momenta = [self._momentum(parameter) for parameter in parameters]
         # of shards, every rank computes with the whole
         old = torch.stack([whole(momentum) for momentum in momenta])
@@ -54,10 +56,11 @@ class Muon(torch.optim.Optimizer):
         momentum = old.lerp(new, 1 - MOMENTUM)
         updates = orthogonal(new.lerp(momentum, MOMENTUM)).to(new.dtype)  # Nesterov's
         if self.found_inf is not None:
-            finite = self.found_inf == 0
+            finite = own(self.found_inf) == 0
             momentum, updates = torch.where(finite, momentum, old), torch.where(finite, updates, 0.0)
-        torch._foreach_copy_(momenta, [part_of(part, like) for part, like in zip(momentum, momenta, strict=True)])
-        return [part_of(part, like) for part, like in zip(updates, momenta, strict=True)]
+        parts = [[own(part_of(part, like)) for part, like in zip(of, momenta, strict=True)] for of in (momentum, updates)]
+        torch._foreach_copy_([own(momentum) for momentum in momenta], parts[0])
+        return parts[1]
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
@@ -67,12 +70,13 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Matrices (k, n, m) with their singular values moved to about 1, in bfloat16: five steps of Newton-Schulz.
+    """Matrices (k, n, m) with their singular values moved to about 1 by five steps of Newton-Schulz, in bfloat16 on a GPU.
 
     X = X / ‖X‖, then five times X = (a + b X Xᵀ + c (X Xᵀ)²) X, on the shorter side.
     """
     tall = matrices.shape[1] > matrices.shape[2]
-    x = (matrices.mT if tall else matrices).bfloat16()
+    dtype = torch.bfloat16 if matrices.is_cuda else matrices.dtype  # a CPU is slower with it
+    x = (matrices.mT if tall else matrices).to(dtype)
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-7)
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
