@@ -99,6 +99,14 @@ def test_losses_of_sequences_that_ranks_share_are_those_of_one_process(found):
         assert loss_and_norm[1] == pytest.approx(alone[1], rel=1e-9)
 
 
+def test_losses_with_muon_are_those_of_one_process(found):
+    """Also of shards. In float64, but for sums of losses."""
+    assert len(found["muon losses"]) == (2 if found["ranks"] == 2 else 1)
+    for ours in found["muon losses"]:
+        for loss_and_norm, alone in zip(ours, worker.losses(optimizer="muon", dtype=torch.float64), strict=True):
+            assert loss_and_norm == pytest.approx(alone, rel=1e-6)
+
+
 CONTINUED = ["from one", "to one", "to four", "sharded, to one", "from one, sharded", "context, to one", "context, to four", "from one, context"]
 
 
