@@ -39,13 +39,13 @@ def measured():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Every step taken, as (mixer and checkpointing of the model, T); set `fails` to make some raise."""
+    """Every step taken, as (mixer and recomputation of the model, T); set `fails` to make some raise."""
     taken, fails = [], {}
 
     def step(state, batches, mark):
         config, T = state.model.config, batches[0][0].shape[1]
-        taken.append(((config.mixer, config.checkpointing), T))
-        error = fails.get((config.mixer, config.checkpointing, T))
+        taken.append(((config.mixer, config.recompute), T))
+        error = fails.get((config.mixer, config.recompute, T))
         if error is not None:
             raise error
         return train_step(state, batches, mark)

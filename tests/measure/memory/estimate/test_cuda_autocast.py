@@ -118,6 +118,16 @@ def test_masked_attention_sums_the_gradient_of_its_queries_in_float32():
         assert sizes.count(4 * B * H * T * R) == 1
 
 
+def test_a_backward_pass_from_a_given_gradient_makes_none_of_its_own():
+    with imitated_cuda(), MemoryTracker(1, "cpu") as tracker:
+        x, gradient = torch.ones(64, requires_grad=True), torch.ones(64)
+        y = x * 2
+        for way in (y.backward, lambda gradient, **_: torch.autograd.backward([y], [gradient])):
+            before = len(tracker.trace.blocks)
+            way(gradient, retain_graph=True)
+            assert len(tracker.trace.blocks) == before + 1  # that of x, and at the second time the sum
+
+
 def test_where_only_products_are_allowed_masked_attention_holds_all_scores():
     with imitated_cuda(), sdpa_kernel([SDPBackend.MATH]):
         _, _, kept = masked_attention()
