@@ -77,7 +77,8 @@ def test_rows_of_zeros_at_the_end_change_no_other_row_and_no_gradient(form, monk
     grads = [torch.autograd.grad(table, (*own, weights), d_table[: len(table)], retain_graph=True) for table in tables]
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*grads, strict=True))
     with torch.no_grad():
-        assert torch.equal(anchored_table(own, weights, anchors, levels, found, torch.float32, 5), tables[1])
+        plain = anchored_table(own, weights, anchors, levels, found, torch.float32, 5)
+    torch.testing.assert_close(plain, tables[1])
 
 
 @pytest.mark.parametrize("form, dtype", CASES, ids=str)

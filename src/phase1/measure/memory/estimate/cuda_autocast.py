@@ -58,7 +58,7 @@ class _CudaAutocast(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if func is torch.autograd.backward:
-            return self._backward(*args)
+            return self._backward(args[0], kwargs.get("grad_tensors"))
         if name not in _CHANGED or not args or not isinstance(args[0], Tensor):
             return func(*args, **kwargs)
         if func is Tensor.backward:
