@@ -1,6 +1,6 @@
 """One long sequence over the GPUs of a machine against one GPU: time of a step, peak memory, and equal gradients.
 
-    python benchmarks/context_parallel.py [--gpus 2] [--seq-length 262144] [--checkpointing] [--smoke]
+    python benchmarks/context_parallel.py [--gpus 2] [--seq-length 262144] [--recompute MODE] [--smoke]
 
 Every rank takes its stretch (phase1.training.context_parallel); rank 0 then takes the whole sequence alone. Both steps are
 forward, backward, sum of gradients, clipping and AdamW. Writes context_parallel.json into --out-dir. --smoke: tiny sizes, also
@@ -16,11 +16,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import torch
 import torch.distributed as dist
 
-from phase1.config import EngineShape, TrainConfig
+from phase1.config import EngineShape, Recompute, TrainConfig
 from phase1.files import atomic_write
 from phase1.measure.workload import random_batch
 from phase1.model import LanguageModel
@@ -40,7 +41,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--seq-length", type=int, default=2**18)
-    parser.add_argument("--checkpointing", action="store_true", help="recompute blocks in the backward pass")
+    parser.add_argument("--recompute", default="none", choices=get_args(Recompute), help="what of blocks in the backward pass")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, 200 tokens, on a CPU too")
     parser.add_argument("--out-dir", default="results/benchmarks")
     options = parser.parse_args()
@@ -63,7 +64,7 @@ def measure(options: argparse.Namespace) -> int:
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     T = 200 if options.smoke else options.seq_length
     torch.manual_seed(0)
-    config = model_config("phase1", TINY if options.smoke else EngineShape(), checkpointing=options.checkpointing)
+    config = model_config("phase1", TINY if options.smoke else EngineShape(), recompute=options.recompute)
     state = make_train_state(LanguageModel(config), TrainConfig(), device)
     state.scaler = torch.amp.GradScaler(device, init_scale=1024.0, enabled=state.scaler.is_enabled())  # no skipped step
     whole = MicroBatch(state.model, state.scaler, state.dtype)
@@ -98,7 +99,7 @@ def measure(options: argparse.Namespace) -> int:
         record = {
             "gpus": size,
             "seq_length": T,
-            "checkpointing": options.checkpointing,
+            "recompute": options.recompute,
             "milliseconds": spent,
             "milliseconds_alone": spent_alone,
             "speedup": statistics.median(spent_alone) / statistics.median(spent),

@@ -53,7 +53,7 @@ class Training:
     overrides: dict[str, Any] = field(default_factory=dict)
 
     def model(self) -> ModelConfig:
-        return model_config("phase1", self.shape, **{"checkpointing": False, **self.overrides})
+        return model_config("phase1", self.shape, **{"recompute": "none", **self.overrides})
 
 
 def speed(case: Training, limit: int) -> dict[str, Any]:

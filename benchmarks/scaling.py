@@ -114,7 +114,7 @@ class Bench:
         self.fast = self.device == "cuda"
         self.size = (2, 32) if options.smoke else (options.batch_size, options.seq_length)
         self.tokens = self.size[0] * self.size[1]
-        shape = model_config("phase1", EngineShape(), checkpointing=False, **(TINY if options.smoke else {}))
+        shape = model_config("phase1", EngineShape(), recompute="none", **(TINY if options.smoke else {}))
         torch.manual_seed(0)
         model = LanguageModel(shape)
         self.start = {name: tensor.clone() for name, tensor in model.state_dict().items()}

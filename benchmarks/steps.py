@@ -2,20 +2,19 @@
 
     python benchmarks/steps.py ROLE B T [FIELD=VALUE ...]
 
-ROLE is a model of `phase1 throughput` (phase1, baseline, ...), FIELD one of its settings (checkpointing=False, loss=chunked,
-htt_output=two_level). Writes steps.jsonl, a line a run, into --out-dir. Needs a GPU.
+ROLE is a model of `phase1 throughput` (phase1, baseline, ...), FIELD one of its settings (checkpointing=False, the older name
+of recompute=none, loss=chunked, htt_output=two_level). Writes steps.jsonl, a line a run, into --out-dir. Needs a GPU.
 """
 
 import argparse
 import json
 import statistics
-from dataclasses import fields
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from phase1.config import EngineShape, ModelConfig, TrainConfig
+from phase1.config import EngineShape, TrainConfig, present_settings
 from phase1.machine.environment import current_command, environment
 from phase1.model import LanguageModel
 from phase1.roster import model_config
@@ -34,11 +33,10 @@ def main() -> None:
     parser.add_argument("--out-dir", default="results/benchmarks")
     options = parser.parse_args()
     settings = dict(setting.split("=") for setting in options.settings)
-    types = {field.name: field.type for field in fields(ModelConfig)}
-    overrides = {name: value == "True" if "bool" in str(types[name]) else value for name, value in settings.items()}
+    read = {name: {"True": True, "False": False}.get(value, value) for name, value in settings.items()}
     B, T = options.batch_size, options.seq_length
     torch.manual_seed(0)
-    model = LanguageModel(model_config(options.role, EngineShape(), **overrides))
+    model = LanguageModel(model_config(options.role, EngineShape(), **present_settings(read)))
     state = make_train_state(model, TrainConfig(compile=True, cuda_graphs=True, optimizer=options.optimizer), "cuda")
     ids = (torch.rand(B, T + 1, generator=torch.Generator().manual_seed(1)) ** 4 * 50_000).long().cuda()
     batch = [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())]

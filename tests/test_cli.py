@@ -52,7 +52,10 @@ def test_documented_flags_have_the_documented_defaults(command):
     "command, flag, field, value",
     [
         ("memory", "--no-baseline", "baseline", False),
-        ("memory", "--no-gradient-checkpointing", "gradient_checkpointing", False),
+        ("memory", "--no-gradient-checkpointing", "recompute", "none"),
+        ("perplexity", "--gradient-checkpointing", "recompute", "block"),
+        ("train", "--no-checkpointing", "recompute", "none"),
+        ("train", "--recompute=selective", "recompute", "selective"),
         ("throughput", "--save-plots", "save_plots", True),
         ("perplexity", "--max-samples 7", "max_samples", 7),
         ("perplexity", "--test-htt-ranks 8 16", "test_htt_ranks", (8, 16)),

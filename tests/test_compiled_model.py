@@ -22,9 +22,9 @@ def model_and_batch(role, **overrides):
 
 
 @pytest.mark.parametrize("role", OPTIMIZED)
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_loss_compiles_without_a_break_and_is_the_same(role, checkpointing):
-    net, ids, targets = model_and_batch(role, checkpointing=checkpointing)
+@pytest.mark.parametrize("recompute", ["none", "selective", "block"])
+def test_the_loss_compiles_without_a_break_and_is_the_same(role, recompute):
+    net, ids, targets = model_and_batch(role, recompute=recompute)
     torch._dynamo.reset()
     compiled = torch.compile(net.loss, fullgraph=True, backend="aot_eager")
     outcomes = []

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from phase1.config import EngineShape, ModelConfig
+from phase1.config import EngineShape, ModelConfig, present_settings
 from phase1.layers.token_table import HTTTable
 from phase1.model import LanguageModel
 from phase1.ops.htt import htt_lookup_reference
@@ -55,7 +55,7 @@ def test_a_changed_token_changes_no_earlier_logit_by_one_bit(role, dtype):
 
 
 def test_attention_of_matrix_products_is_the_fused_one():
-    fused, products = model("baseline"), model("quadratic_control", checkpointing=False)
+    fused, products = model("baseline"), model("quadratic_control", recompute="none")
     ids, targets = batch()
     products.load_state_dict(fused.state_dict())
     torch.testing.assert_close(products(ids), fused(ids), rtol=1e-9, atol=1e-9)
@@ -65,11 +65,24 @@ def test_attention_of_matrix_products_is_the_fused_one():
 
 @pytest.mark.parametrize(
     "role, config_id",
-    [("baseline", "69bfcfd1a50e"), ("baseline_optimized", "425c3320abf4"), ("phase1", "000423cfa5a7")],
-)
+    [
+        ("baseline", "69bfcfd1a50e"), ("baseline_optimized", "425c3320abf4"), ("phase1", "000423cfa5a7"),
+        ("baseline_fast", "56b9388486ce"), ("phase1_fast", "cc42f78d020d"),
+    ],
+)  # fmt: skip
 def test_the_ids_of_published_results_never_change(role, config_id):
     assert model_config(role, EngineShape()).config_id == config_id
     assert model_config({"baseline": "baseline_again", "phase1": "engine_again"}.get(role, role), EngineShape()).config_id == config_id
+
+
+def test_what_is_recomputed_has_an_id_and_the_name_it_had_before():
+    ids = {how: ModelConfig(recompute=how).config_id for how in ("none", "selective", "block")}
+    assert len(set(ids.values())) == 3
+    for old, new in ((True, "block"), (False, "none")):
+        assert ModelConfig(**present_settings({"checkpointing": old})).config_id == ids[new]
+    assert present_settings({"checkpointing": 1, "d_model": 8}) == {"checkpointing": 1, "d_model": 8}  # no setting of any version
+    with pytest.raises(ValueError, match="--recompute must be one of none, selective, block; got 'all'"):
+        ModelConfig(recompute="all")
 
 
 def test_the_kind_of_attention_is_in_the_id_of_a_model_that_has_attention():
@@ -105,10 +118,10 @@ def test_the_htt_table_is_one_explicit_table_for_lookup_logits_and_gradients():
         torch.testing.assert_close(parameter.grad, wanted, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
-def test_a_loaded_model_has_the_anchors_it_was_saved_with_in_both_passes(checkpointing):
+@pytest.mark.parametrize("recompute", ["none", "selective", "block"])
+def test_a_loaded_model_has_the_anchors_it_was_saved_with_in_both_passes(recompute):
     ids, targets = batch()
-    saved = model(checkpointing=checkpointing)
+    saved = model(recompute=recompute)
     loaded = LanguageModel(saved.config).double()
     assert not torch.equal(loaded.embedding.anchors, saved.embedding.anchors)
     loaded.load_state_dict(saved.state_dict())
@@ -132,8 +145,8 @@ def test_blocks_add_to_a_sum_in_single_precision_under_autocast(role):
 
 
 @pytest.mark.parametrize("embedding", ["htt", "dense"])
-@pytest.mark.parametrize("change", [{"loss": "materialized"}, {"checkpointing": False}], ids=str)
-def test_chunked_loss_and_checkpointing_change_neither_loss_nor_gradients(embedding, change):
+@pytest.mark.parametrize("change", [{"loss": "materialized"}, {"recompute": "none"}, {"recompute": "selective"}], ids=str)
+def test_chunked_loss_and_recomputation_change_neither_loss_nor_gradients(embedding, change):
     ids, targets = batch()
     targets[0, 3] = -100
     outcomes = []

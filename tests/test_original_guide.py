@@ -93,7 +93,7 @@ def test_the_default_vocabulary_needs_no_download():
 
 def test_the_defaults_are_the_documented_ones():
     memory, throughput, perplexity = (parse(command, []) for command in ("memory", "throughput", "perplexity"))
-    assert (memory.batch_size, memory.seq_length, memory.gradient_checkpointing) == (4, 2048, True)
+    assert (memory.batch_size, memory.seq_length, memory.recompute) == (4, 2048, "block")
     assert throughput.seq_lengths == (512, 1024, 2048, 4096)
     assert (perplexity.dataset_name, perplexity.seq_length, perplexity.batch_size) == ("wikitext", 512, 8)
     assert memory.out_dir == throughput.out_dir == perplexity.out_dir == "results/benchmarks"

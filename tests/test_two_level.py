@@ -15,7 +15,7 @@ MODELS = {
     "engine": {},
     "no copy head": {"copy_head": False},
     "attention": {"mixer": "attention", "copy_head": False},
-    "recomputed": {"checkpointing": True},
+    "recomputed": {"recompute": "block"},
     "materialized": {"loss": "materialized"},
     "whole groups": {"vocab_size": 448, "htt_groups": 64},
     "no dense rows": {"htt_dense_rows": 0, "htt_groups": 50},
@@ -24,7 +24,7 @@ MODELS = {
 
 def model_and_batch(name, dtype=torch.float64, **overrides):
     torch.manual_seed(0)
-    net = LanguageModel(model_config("phase1", TINY, **({"checkpointing": False} | MODELS[name] | overrides))).to(dtype)
+    net = LanguageModel(model_config("phase1", TINY, **({"recompute": "none"} | MODELS[name] | overrides))).to(dtype)
     with torch.no_grad():
         for parameter in (*net.embedding.groups.parameters(), net.embedding.output_bias):
             parameter += torch.randn_like(parameter) * 0.1  # not where it starts

@@ -19,7 +19,7 @@ shift 2
 tokens=${TOKENS:-44957696}
 run="python3 -m phase1"
 common=(--dataset-name "$data/wikipedia" --also-evaluate "$data/wikitext103" --train-tokens "$tokens" --micro-batch-size 64
-  --batch-size 64 --resume --no-gradient-checkpointing
+  --batch-size 64 --resume --recompute none
   --no-engine --no-baseline --checkpoint-dir "$out/../peers-checkpoints" ${FLAGS:-})
 mixers=examples.peers.mixers
 status=0

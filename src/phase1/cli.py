@@ -217,6 +217,8 @@ def parse(command: str, argv: Sequence[str]) -> Any:
         groups[_group(cls, field.name, command)].add_argument(
             *_spellings(field), help=field.metadata["help"], **_argument(field)
         )
+        for flag, value in _switches(field).items():
+            parser.add_argument(flag, dest=field.name, action="store_const", const=value, help=argparse.SUPPRESS)
     settings = groups[command]
     settings.add_argument("--config", metavar="FILE", help="TOML file of these flags, without their dashes in front; flags win")
     settings.add_argument(
@@ -250,11 +252,14 @@ def _words(path: str, parser: _Parser, cls: type[Config]) -> list[str]:
     except (OSError, ValueError) as error:
         raise ValueError(f"--config must be a readable TOML file; got {path} ({one_line(error)}); correct it") from error
     known = {field.name: field for field in fields(cls) if not field.metadata.get("positional")}
+    switches = {flag for field in fields(cls) for flag in _switches(field)}
     words = []
     for key, value in content.items():
         name = key.replace("-", "_")
         if name == "preset":
             words += ["--preset", str(value)]
+        elif isinstance(value, bool) and (switch := f"--{'' if value else 'no-'}{name.replace('_', '-')}") in switches:
+            words.append(switch)
         elif name not in known:
             nearest = get_close_matches(key, [k.replace("_", "-") for k in known], n=1, cutoff=0)[0]
             parser.error(f"{one_line(path)}: no flag is called {key}; the nearest is {nearest}")
@@ -298,6 +303,15 @@ def _spellings(field: Any) -> list[str]:
     if field.metadata.get("positional"):
         return [field.name]
     return ["--" + name.replace("_", "-") for name in (field.name, *field.metadata.get("spellings", ()))]
+
+
+def _switches(field: Any) -> dict[str, Any]:
+    """The flags that a field was when it was on or off, and their values."""
+    if not field.metadata.get("switch"):
+        return {}
+    name, on, off = field.metadata["switch"]
+    flag = name.replace("_", "-")
+    return {f"--{flag}": on, f"--no-{flag}": off}
 
 
 def _argument(field: Any) -> dict[str, Any]:

@@ -6,22 +6,30 @@ import math
 import os
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar, get_args
 
 from phase1.factory import split
 
 
 def option(
-    default: Any, help: str, *, spellings: tuple[str, ...] = (), affects_results: bool = True, is_prose: bool = False
+    default: Any,
+    help: str,
+    *,
+    spellings: tuple[str, ...] = (),
+    switch: tuple[str, Any, Any] | None = None,
+    affects_results: bool = True,
+    is_prose: bool = False,
 ) -> Any:
     """A field that is also a command-line flag: one line holds its name, default and help.
 
     spellings: other flags that mean the same.
+    switch: the name of the flag that this was when it was on or off, and what it is with --NAME and with --no-NAME.
     affects_results: false for a setting that changes no number of a report, so that --resume accepts another value.
     is_prose: true for a text that is never a path, in which ~ is no home folder.
     """
-    more = {"spellings": spellings, "affects_results": affects_results, "is_prose": is_prose}
+    more = {"spellings": spellings, "switch": switch, "affects_results": affects_results, "is_prose": is_prose}
     return field(default=default, metadata={"help": help} | more)
 
 
@@ -149,6 +157,16 @@ class EngineShape(ModelShape):
         check_ranks(self, self.ar_ssm_max_rank, self.htt_rank)
 
 
+Recompute = Literal["none", "selective", "block"]
+
+
+def recompute_option(switch: str, whose: str) -> Any:
+    """--recompute, for the activations of `whose`; `switch` is its name when there were two choices."""
+    what = "none; all but large matrix products (selective); all of every block (block): each slower and smaller than the last"
+    help = f"which activations of {whose} are computed again in the backward pass: {what}"
+    return option("block", help, switch=(switch, "block", "none"))
+
+
 HTT_FORM = "coordinates"
 """Name of the table's structure. It is hashed into `config_id`, so that a checkpoint of an older structure with the same sizes
 gets another id."""
@@ -179,7 +197,7 @@ class ModelConfig(EngineShape):
     )
     copy_head: bool = option(True, "mix the output's distribution with a pointer to earlier tokens of the text")
     loss: Literal["chunked", "materialized"] = option("chunked", "cross-entropy by chunks of tokens, or of all logits at once")
-    checkpointing: bool = option(True, "recompute the activations of each block in the backward pass")
+    recompute: Recompute = recompute_option("checkpointing", "each block")
     attention: Literal["fused", "math"] = option("fused", "attention kernel: the fastest, or one that keeps all T x T scores")
     attention_qk_norm: bool = option(False, "attention: RMS-normalise queries and keys, and scale queries by learnt factors")
     attention_conv: bool = option(False, "attention: causal convolution of 4 taps on queries, keys and values")
@@ -192,6 +210,9 @@ class ModelConfig(EngineShape):
         super().__post_init__()
         if self.model is not None:
             object.__setattr__(self, "model", split(self.model)[1])
+        if self.recompute not in get_args(Recompute):
+            choices = ", ".join(get_args(Recompute))
+            raise ValueError(f"--recompute must be one of {choices}; got {self.recompute!r:.80}; correct it")
         if self.embedding == "htt" and not self.htt_groups <= self.vocab_size - self.htt_dense_rows:
             raise ValueError(
                 f"--htt-dense-rows + --htt-groups must be at most --vocab-size={self.vocab_size}; "
@@ -213,9 +234,20 @@ class ModelConfig(EngineShape):
         every = {name: value for name, value in asdict(self).items() if (name, value) not in YOUNGER.items()} | {
             "htt_form": HTT_FORM
         }
+        every["checkpointing"] = every.pop("recompute") == "block"  # its name when there were two choices
+        if self.recompute == "selective":
+            every["recompute"] = self.recompute
         if (self.mixer, self.attention) != ("attention", "math"):
             every.pop("attention", None)
         return content_id({name: value for name, value in every.items() if not name.startswith(unused)})
+
+
+def present_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a model as files of earlier versions have them, by their present names."""
+    present = dict(settings)
+    if isinstance(present.get("checkpointing"), bool) and "recompute" not in present:
+        present["recompute"] = "block" if present.pop("checkpointing") else "none"
+    return present
 
 
 def flags(config: Config) -> str:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from phase1.config import ModelConfig
+from phase1.config import ModelConfig, present_settings
 from phase1.layers.token_table import HTTTable
 from phase1.model import LanguageModel
 from phase1.model import Rows as TableRows
@@ -48,6 +48,7 @@ class Phase1Config(PretrainedConfig):
     attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads"}
 
     def __init__(self, **values: Any) -> None:
+        values = present_settings(values)
         for name, default in DEFAULTS.items():
             setattr(self, name, values.pop(name, default))
         super().__init__(**({"tie_word_embeddings": False, "use_cache": True} | values))
@@ -234,7 +235,7 @@ class Phase1ForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _loss(self, groups: list[Rows], ids: Tensor, labels: Tensor, count: Tensor | int | None) -> Tensor:
         """Mean over the labels, or their sum over `count`, those of all micro batches of a step."""
-        self.model.config = dataclasses.replace(self.model.config, checkpointing=bool(self.gradient_checkpointing))
+        self.model.config = dataclasses.replace(self.model.config, recompute="block" if self.gradient_checkpointing else "none")
         losses, numbers = [], []
         for places, padding, _ in groups:
             targets = labels[places, padding + 1 :]

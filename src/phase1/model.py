@@ -1,15 +1,16 @@
 """The language model: token table, L blocks of mixer and MLP, tied output, loss."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from phase1.config import ModelConfig
+from phase1.config import ModelConfig, Recompute
 from phase1.layers.ar_ssm import ARSSM, from_first_key
 from phase1.layers.attention import Attention
 from phase1.layers.copy_head import CopyHead
@@ -67,6 +68,14 @@ OUT = (".out_proj", ".down_proj", ".o_proj")
 """Names of the layers of a block that add to the residual stream; the last is what other people's mixers call theirs."""
 
 
+class Outputs(NamedTuple):
+    """What the loss of some tokens is computed from, besides the table."""
+
+    states: Tensor  # (B, T, D), in the compute type, times the factor of the logits
+    log_odds: Tensor | None = None  # (B, T), of the copy head
+    gate: Tensor | None = None  # (B, T), of the copy head
+
+
 class Rows(NamedTuple):
     """All rows of the token table, computed once for many calls of `continue_from`."""
 
@@ -99,7 +108,7 @@ class LanguageModel(nn.Module):
     """Causal language model; engine and baseline are this class with different configs.
 
     Args:
-        config: sizes, mixer, table, loss and checkpointing.
+        config: sizes, mixer, table, loss and recomputation.
         statistics: of the training text (phase1.vocabulary.statistics): TokenStatistics for an HTT table, TokenVectors for a
             dense one that starts from them; None, to measure costs or to load a checkpoint: a random start.
         mixer: makes the sequence layer of a block, in place of what `config` names (`MIXERS` says what such a layer is).
@@ -178,45 +187,51 @@ class LanguageModel(nn.Module):
         """
         # Rebuild the table for the output: the (V, D) gradient of a table shared with the lookup would stay allocated
         # through the backward pass of all blocks.
-        shared = None if self.config.checkpointing and torch.is_grad_enabled() else self.table()
-        hidden, _, effective_rank = self._hidden(ids, shared, state)
-        table = self.table() if shared is None else shared
+        recompute = self.config.recompute if torch.is_grad_enabled() else "none"
+        shared = self.table_of_loss() if recompute == "none" else None
+        hidden, _, effective_rank = self._hidden(ids, shared, state, recompute=recompute)
+        table = self.table_of_loss() if shared is None else shared
         past = None if state is None or self.copy_head is None else state[-1]
-        pointer = None if self.copy_head is None else self.copy_head(hidden, ids, targets, past)[:2]
-        return self._loss(hidden, table, targets, pointer), self._penalty(effective_rank)
+        pointer = () if self.copy_head is None else self.copy_head(hidden, ids, targets, past)[:2]
+        parts = 2 if recompute == "block" else 1
+        loss = self.loss_of_outputs(Outputs(self._states(hidden), *pointer), table, targets, parts)
+        return loss, self._penalty(effective_rank)
 
-    def losses_of_piece(
-        self, ids: Tensor, targets: Tensor, table: Tensor, state: States | None
-    ) -> tuple[Tensor, Tensor | None, States]:
-        """`losses` of a piece of a text that follows the pieces which left `state` (None: none), and the state after it.
+    def outputs_of_piece(
+        self, ids: Tensor, targets: Tensor, rows: Tensor, state: States | None
+    ) -> tuple[Outputs, Tensor | None, States]:
+        """Of a piece of a text that follows the pieces which left `state` (None: none): what its loss is computed from, the
+        penalty of the rank gate, and the state after it.
 
         Args:
-            table: what `table()` gives: pieces share it.
+            rows: `lookup(ids)`: pieces share a table.
         """
         past = None if state is None or self.copy_head is None else state[-1]
-        recompute = self.config.checkpointing and torch.is_grad_enabled()
-        hidden, blocks, effective_rank = self._hidden(ids, table, state, keep_states=True, recompute=recompute)
-        pointer, after = None, [from_first_key(block) for block in blocks]
+        recompute = self.config.recompute if torch.is_grad_enabled() else "none"
+        hidden, blocks, effective_rank = self._of_rows(rows, state, from_first_key, recompute)
+        pointer, after = [], blocks
         if self.copy_head is not None:
             *pointer, copied = self.copy_head(hidden, ids, targets, past)
             after.append(copied)
-        return self._loss(hidden, table, targets, pointer), self._penalty(effective_rank), after
+        return Outputs(self._states(hidden), *pointer), self._penalty(effective_rank), after
 
-    def state_after_piece(self, ids: Tensor, table: Tensor, state: States | None) -> States:
-        """The state of `losses_of_piece` alone, without the output's work."""
+    def state_after_piece(self, ids: Tensor, rows: Tensor, state: States | None) -> States:
+        """The state of `outputs_of_piece` alone, without the output's work."""
         past = None if state is None or self.copy_head is None else state[-1]
-        hidden, blocks, _ = self._hidden(ids, table, state, keep_states=True)
-        after = [from_first_key(block) for block in blocks]
+        hidden, after, _ = self._of_rows(rows, state, from_first_key)
         return after if self.copy_head is None else [*after, self.copy_head.state_after(hidden, ids, past)]
 
-    def _loss(self, hidden: Tensor, table: Tensor, targets: Tensor, pointer: Sequence[Tensor] | None) -> Tensor:
-        """Mean cross-entropy; `pointer`: log-odds and gate of the copy head, None without one."""
-        op = tied_cross_entropy if self.config.loss == "chunked" else tied_cross_entropy_reference
-        output, inner = self.output(hidden, table, targets)
+    def loss_of_outputs(self, outputs: Outputs, table: Tensor, targets: Tensor, parts: int = 1) -> Tensor:
+        """Mean cross-entropy in nats of `targets` (B, T); `table` is that of `table_of_loss`.
+
+        parts: how many times fewer logits than usual to hold at once, for less memory.
+        """
+        chunked = partial(tied_cross_entropy, parts=parts)
+        op = chunked if self.config.loss == "chunked" else tied_cross_entropy_reference
+        output, inner = self._operands(outputs.states, table, targets)
         added = None if inner is None else inner.view(targets.shape)  # terms of each target's loss besides `op`'s
-        log_odds = None
-        if pointer is not None:
-            log_odds, gate = pointer
+        log_odds, gate = outputs.log_odds, outputs.gate
+        if log_odds is not None and gate is not None:
             # -log(p q + exp(o)) = -log q - log(p + exp(o - log q)) for levels p and q
             log_odds = (log_odds if added is None else log_odds + added).flatten()
             added = F.softplus(gate) if added is None else F.softplus(gate) + added
@@ -237,7 +252,7 @@ class LanguageModel(nn.Module):
 
         piece_length: tokens of a text at a time, for less memory and the same losses; all of it by default, and with attention.
         """
-        table, state = self.table(), None
+        table, state = self.table_of_loss(), None
         size = ids.shape[1] if piece_length is None or self.config.mixer == "attention" else piece_length
         losses, ranks = [], []
         for piece, wanted in zip(ids.split(size, 1), targets.split(size, 1)):
@@ -265,6 +280,14 @@ class LanguageModel(nn.Module):
         """The token table (V, D), used for the input and, transposed, for the output."""
         return self.embedding.table(_compute_dtype(self.norm.weight))
 
+    def table_of_loss(self) -> Tensor:
+        """The table, (V, D) or with rows of zeros after them, as `loss_of_outputs` takes it; the lookup takes it too."""
+        return self.embedding.table_of_loss(_compute_dtype(self.norm.weight))
+
+    def lookup(self, ids: Tensor, table: Tensor) -> Tensor:
+        """The rows of `ids` (B, T), (B, T, D)."""
+        return F.embedding(self.embedding.rows_of(ids), table)
+
     def output(
         self, hidden: Tensor, table: Tensor, targets: Tensor
     ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor | None], Tensor | None]:
@@ -273,7 +296,17 @@ class LanguageModel(nn.Module):
         For a two-level output the arguments are the first level's, and instead of None comes the loss of each target in the
         second, (N,), 0 for targets before the tail.
         """
-        states = self._scaled(hidden).flatten(0, 1).to(_compute_dtype(hidden))
+        return self._operands(self._states(hidden), table, targets)
+
+    def _states(self, hidden: Tensor) -> Tensor:
+        """Final hidden states as the output takes them."""
+        return self._scaled(hidden).to(_compute_dtype(hidden))
+
+    def _operands(
+        self, states: Tensor, table: Tensor, targets: Tensor
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor | None], Tensor | None]:
+        """`output` for final states as `_states` gives them."""
+        states = states.flatten(0, 1)
         rows = self.embedding.rows_of(targets).flatten()
         if not self.two_level:
             return (states, table, rows, self.embedding.output_bias), None
@@ -312,31 +345,39 @@ class LanguageModel(nn.Module):
         table: Tensor | None,
         states: States | None = None,
         keep_states: bool = False,
-        recompute: bool = False,
+        recompute: Recompute = "none",
     ) -> tuple[Tensor, States, Tensor | None]:
         """Final hidden states (B, T, D), the blocks' states if `keep_states`, and the mean effective rank of all layers.
 
-        If `recompute`, the blocks are recomputed in the backward pass. If `table` is None, so is the lookup too, which builds a
-        table for itself.
+        recompute: what of the blocks' activations is computed again in the backward pass. If `table` is None, the lookup builds
+            a table for itself, then too.
         """
         self._check(ids)
-        recompute = recompute or table is None
-        x = _run(lambda ids: self._embed(ids, table), ids, table is None) * self.input_scale
+        rows = _run(lambda ids: self._embed(ids, table), ids, "none" if table is not None else "block")
+        return self._of_rows(rows, states, _itself if keep_states else None, recompute)
+
+    def _of_rows(
+        self, rows: Tensor, states: States | None, keep: Callable[[Any], Any] | None, recompute: Recompute = "none"
+    ) -> tuple[Tensor, States, Tensor | None]:
+        """`_hidden` for the rows of the ids, (B, T, D); states are kept as `keep` makes them."""
+        x = rows.to(self.norm.weight.dtype) * self.input_scale  # blocks add to it: not in half precision
         new_states, ranks = [], []
         for i, block in enumerate(self.blocks):
             past = None if states is None else states[i]
-            if keep_states:  # they hold on to memory in proportion to T
-                x, state, rank = _run(lambda x, block=block, past=past: block(x, past), x, recompute)
-                new_states.append(state)
-            else:
-                x, rank = _run(lambda x, block=block, past=past: block(x, past)[::2], x, recompute)
+
+            def run(x: Tensor, block: nn.Module = block, past: Any = past) -> tuple[Tensor, Any, Tensor | None]:
+                x, state, rank = block(x, past)
+                return x, None if keep is None else keep(state), rank  # a state holds on to memory in proportion to T
+
+            x, state, rank = _run(run, x, recompute)
+            new_states += [] if keep is None else [state]
             ranks.append(rank)
         effective_rank = None if any(rank is None for rank in ranks) else torch.stack(ranks).mean()
         return self.norm(x), new_states, effective_rank
 
     def _embed(self, ids: Tensor, table: Tensor | None) -> Tensor:
-        rows = F.embedding(self.embedding.rows_of(ids), self.table() if table is None else table)
-        return rows.to(self.norm.weight.dtype)  # blocks add to it: not in half precision
+        rows = self.lookup(ids, self.table() if table is None else table)
+        return rows.to(self.norm.weight.dtype)  # here, so that a lookup that is recomputed keeps nothing but this
 
     def _check(self, ids: Tensor) -> None:
         # Only where reading the values is free: on a GPU it would stall every step, and indexing asserts there.
@@ -376,9 +417,26 @@ def _named(choices: dict[str, Choice], flag: str, name: str) -> Choice:
     return choices[name]
 
 
-def _run(function: Any, argument: Tensor, recompute: bool) -> Any:
+def _itself(state: Any) -> Any:
+    return state
+
+
+def _run(function: Any, argument: Tensor, recompute: Recompute) -> Any:
+    if recompute == "none":
+        return function(argument)
+    contexts: dict[str, Any] = {"context_fn": _selective} if recompute == "selective" else {}
     # preserve_rng_state=False: no block draws random numbers, and saving the generators takes longer than some blocks
-    return checkpoint(function, argument, use_reentrant=False, preserve_rng_state=False) if recompute else function(argument)
+    return checkpoint(function, argument, use_reentrant=False, preserve_rng_state=False, **contexts)
+
+
+def _policy(_: Any, op: Any, *args: Any, **__: Any) -> CheckpointPolicy:
+    """Keep what takes arithmetic: attention, and products that make no fewer numbers than they take."""
+    product = op is torch.ops.aten.mm.default and args[1].shape[1] >= args[1].shape[0]
+    keep = product or "scaled_dot_product" in op.__name__
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_selective = partial(create_selective_checkpoint_contexts, _policy)
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:

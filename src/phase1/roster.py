@@ -13,18 +13,24 @@ SMALL: dict[str, Any] = {"row_norm": 0.02 * 512**0.5, "input_scale": 1.0}
 
 TRANSFORMER: dict[str, Any] = {"mixer": "attention", "embedding": "dense", "copy_head": False} | SMALL
 ROLES: dict[str, dict[str, Any]] = {
-    "baseline": TRANSFORMER | {"loss": "materialized", "checkpointing": False},
-    "baseline_optimized": TRANSFORMER | {"loss": "chunked", "checkpointing": True},
-    "baseline_fast": TRANSFORMER | {"loss": "chunked", "checkpointing": False},
-    "phase1": {"mixer": "ar_ssm", "embedding": "htt", "copy_head": True, "loss": "chunked", "checkpointing": True},
+    "baseline": TRANSFORMER | {"loss": "materialized", "recompute": "none"},
+    "baseline_optimized": TRANSFORMER | {"loss": "chunked", "recompute": "block"},
+    "baseline_fast": TRANSFORMER | {"loss": "chunked", "recompute": "none"},
+    "phase1": {"mixer": "ar_ssm", "embedding": "htt", "copy_head": True, "loss": "chunked", "recompute": "block"},
 }
 """The models that memory and throughput compare, by their key in a result file (docs/design.md, "Definitions")."""
 
 TRANSFORMERS = tuple(role for role in ROLES if role != "phase1")
 """The roles that the engine is compared with: the plain Transformer, the small one and the fast one."""
 
-FAST = {"phase1_fast": ROLES["phase1"] | {"checkpointing": False}}
+FAST = {"phase1_fast": ROLES["phase1"] | {"recompute": "none"}}
 """The engine as `baseline_fast` is the Transformer: throughput measures it too on a GPU, where both are compiled."""
+
+PIECES = {"phase1_pieces": ROLES["phase1"]}
+"""The engine that trains in pieces of PIECE_LENGTH tokens of every sequence: memory measures it too."""
+
+PIECE_LENGTH = 256
+"""Shorter ones take no less: what is then left are the states between them, and what the loss of all needs."""
 
 COMPILED = frozenset({"baseline_fast", *FAST})
 """Roles that are compiled on a GPU, whatever --compile says: the fastest that flags make a model."""
@@ -43,7 +49,7 @@ CONTROLS: dict[str, dict[str, Any]] = {
 def model_config(role: str, shape: ModelShape, **overrides: Any) -> ModelConfig:
     """The model of `role` with the sizes of `shape`, and its ranks if it has any."""
     sizes = {f.name: getattr(shape, f.name) for f in fields(EngineShape) if hasattr(shape, f.name)}
-    return ModelConfig(**(sizes | (ROLES | FAST | CONTROLS)[role] | overrides))
+    return ModelConfig(**(sizes | (ROLES | FAST | PIECES | CONTROLS)[role] | overrides))
 
 
 START: dict[str, Any] = {"dense_start": "statistics", "row_norm": 1.0, "input_scale": None}
@@ -88,7 +94,7 @@ RIVALS: dict[str, dict[str, Any]] = {
 """The Transformers among the variants, by what they have that the baseline lacks."""
 
 
-OWN: dict[str, Any] = TRANSFORMER | START | {"loss": "chunked", "checkpointing": False}
+OWN: dict[str, Any] = TRANSFORMER | START | {"loss": "chunked", "recompute": "none"}
 """The config that a user's own model gets: the same table and start for all, and no part that only the engine has."""
 
 

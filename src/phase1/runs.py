@@ -10,11 +10,13 @@ from phase1.config import (
     EngineShape,
     ModelConfig,
     ModelShape,
+    Recompute,
     TrainConfig,
     WatchConfig,
     argument,
     check_ranks,
     option,
+    recompute_option,
     require_positive,
 )
 from phase1.factory import split
@@ -61,7 +63,7 @@ class MemoryRun(EngineShape, ComparisonConfig, OutputConfig):
 
     batch_size: int = option(4, "B, sequences per step")
     seq_length: int = option(2048, "T, tokens per sequence")
-    gradient_checkpointing: bool = option(True, "recompute the engine's activations in the backward pass")
+    recompute: Recompute = recompute_option("gradient_checkpointing", "the engine")
     piece_length: int | None = PIECES
     vram_limit: str | None = option(None, "cap the GPU memory of each model, for example 8GB, 7.2GB, 8GiB or bytes")
     card: str | None = option(
@@ -135,7 +137,7 @@ class PerplexityRun(ModelShape, DataConfig, TrainConfig, ComparisonConfig, Outpu
     baseline_learning_rate: float = option(
         3e-3, "--learning-rate of models with attention whose queries and keys are not normed: they bear less"
     )
-    gradient_checkpointing: bool = option(True, "recompute the engine's activations in the backward pass: slower, less memory")
+    recompute: Recompute = recompute_option("gradient_checkpointing", "the engine")
     max_samples: int | None = option(None, "windows of --seq-length tokens to evaluate; all by default")
     seq_length: int = option(512, "T, tokens per window in evaluation, and in the training of what is not trained yet")
     stride: int | None = option(None, "S: every window but the first scores only its last S tokens; T by default, side by side")

@@ -41,9 +41,11 @@ def by_name(results, free_bytes=None):
 
 @needs_no_gpu
 def test_without_a_gpu_it_writes_estimates_for_engine_and_transformers(tmp_path, capsys):
-    code = memory.main(run(tmp_path, verbose=True))
+    code = memory.main(run(tmp_path, seq_length=1024, verbose=True))
     report = read_report(tmp_path / "phase1_memory_validation.json", "memory")
-    assert list(report.results) == ["baseline", "baseline_optimized", "baseline_fast", "phase1"]
+    assert list(report.results) == ["baseline", "baseline_optimized", "baseline_fast", "phase1", "phase1_pieces"]
+    whole, pieces = (report.results[role] for role in ("phase1", "phase1_pieces"))
+    assert pieces.config_id == whole.config_id and pieces.peak_allocated_bytes < whole.peak_allocated_bytes
     for role, one in report.results.items():
         assert (one.model_name, one.status, one.basis) == (role, "ok", "estimated")
         assert sum(one.breakdown.values()) == one.peak_allocated_bytes
@@ -51,12 +53,12 @@ def test_without_a_gpu_it_writes_estimates_for_engine_and_transformers(tmp_path,
     base, engine = report.results["baseline"], report.results["phase1"]
     assert engine.memory_reduction_percent == pytest.approx(100 * (1 - engine.peak_allocated_bytes / base.peak_allocated_bytes))
     assert base.memory_reduction_percent is None
-    assert report.run["batch_size"] == 2 and report.run["seq_length"] == 256
+    assert report.run["batch_size"] == 2 and report.run["seq_length"] == 1024
     assert [check.name for check in report.checks] == ["fits_8gb", "fits_10gb", "reduction_50_percent"]
     assert all(check.detail.startswith("estimated") for check in report.checks)
     assert code == (0 if all(check.status == "pass" for check in report.checks) else 1)
     out = capsys.readouterr().out
-    assert "estimated" in out and "files " in out
+    assert "estimated" in out and "files " in out and "phase1_pieces: phase1 in pieces of 256 tokens." in out
     assert (tmp_path / memory.PLOT).stat().st_size > 1000 and (tmp_path / memory.TIMELINE_PLOT).stat().st_size > 1000
     assert report.ablation == []
 
@@ -125,9 +127,17 @@ def test_ablate_needs_the_baseline(tmp_path):
         run(tmp_path, ablate=True, baseline=False)
 
 
-def test_no_gradient_checkpointing_turns_off_the_engines_and_only_that(tmp_path):
-    on, off = memory.models(run(tmp_path)), memory.models(run(tmp_path, gradient_checkpointing=False))
-    assert on["phase1"].checkpointing and not off["phase1"].checkpointing
+def test_the_row_in_pieces_is_one_of_longer_sequences_and_of_runs_without_pieces_of_their_own(tmp_path):
+    cases = memory.cases_of(longer := run(tmp_path, seq_length=300), memory.models(longer), None, None)
+    assert {role: case.piece_length for role, case in cases.items() if case.piece_length} == {"phase1_pieces": 256}
+    for other in ({}, {"seq_length": 300, "piece_length": 64}, {"seq_length": 300, "model": ("phase1=tests.test_factory:right",)}):
+        assert "phase1_pieces" not in memory.models(run(tmp_path, **other))
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+def test_recompute_is_of_the_engine_and_of_no_other(tmp_path, recompute):
+    on, off = memory.models(run(tmp_path)), memory.models(run(tmp_path, recompute=recompute))
+    assert (on["phase1"].recompute, off["phase1"].recompute) == ("block", recompute)
     assert on["baseline"] == off["baseline"] and on["baseline_optimized"] == off["baseline_optimized"]
 
 
@@ -191,4 +201,4 @@ def test_pieces_are_in_the_report_and_on_the_screen_and_take_less(tmp_path, caps
         found[length] = {role: result.peak_allocated_bytes for role, result in report.results.items()}
     assert report.run["piece_length"] == 256 and "engine in pieces of 256" in capsys.readouterr().out
     assert found[256].pop("phase1") < 0.6 * found[None].pop("phase1")
-    assert found[256] == found[None]
+    assert found[256] == {role: peak for role, peak in found[None].items() if role != "phase1_pieces"}

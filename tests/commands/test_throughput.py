@@ -180,7 +180,7 @@ def test_without_generation_there_is_no_check_of_it():
 def test_on_a_gpu_both_kinds_of_model_are_measured_as_fast_as_flags_make_them():
     on_gpu, on_cpu = (throughput.models(ThroughputRun(), device) for device in ("cuda", "cpu"))
     assert on_gpu.keys() - on_cpu.keys() == {"phase1_fast"} and {"baseline_fast", "phase1_fast"} == COMPILED
-    assert not on_gpu["phase1_fast"].checkpointing and not on_gpu["baseline_fast"].checkpointing
+    assert on_gpu["phase1_fast"].recompute == on_gpu["baseline_fast"].recompute == "none"
     assert on_gpu["phase1_fast"].config_id != on_gpu["phase1"].config_id
 
 

@@ -16,7 +16,7 @@ d = D // 2  # two heads
 def config(**overrides):
     settings = {"vocab_size": V, "d_model": D, "n_layers": 1, "n_heads": 2, "mixer": "attention", "embedding": "dense"}
     ranks = {"ar_ssm_max_rank": 4, "ar_ssm_min_rank": 2, "ar_ssm_window": 4, "htt_rank": 2}
-    return ModelConfig(**(settings | ranks | {"checkpointing": False, "copy_head": True, "copy_window": WINDOW} | overrides))
+    return ModelConfig(**(settings | ranks | {"recompute": "none", "copy_head": True, "copy_window": WINDOW} | overrides))
 
 
 def model(dtype=torch.float64, **overrides):
@@ -62,9 +62,9 @@ def mixture_by_hand(net, ids):
 
 
 @pytest.mark.parametrize("loss", ["chunked", "materialized"])
-@pytest.mark.parametrize("checkpointing", [True, False])
-def test_losses_and_gradients_are_those_of_the_mixture_written_out(loss, checkpointing):
-    net, (ids, targets) = model(loss=loss, checkpointing=checkpointing), batch()
+@pytest.mark.parametrize("recompute", ["block", "none"])
+def test_losses_and_gradients_are_those_of_the_mixture_written_out(loss, recompute):
+    net, (ids, targets) = model(loss=loss, recompute=recompute), batch()
     p = mixture_by_hand(net, ids)
     torch.testing.assert_close(p.sum(-1), torch.ones(B, T, dtype=p.dtype), rtol=1e-12, atol=0)
     torch.testing.assert_close(net(ids).exp(), p, rtol=1e-10, atol=1e-14)
@@ -135,10 +135,10 @@ def test_what_decays_and_learns_like_the_blocks():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("mixer", ["attention", "ar_ssm"])
-@pytest.mark.parametrize("checkpointing", [True, False])
-def test_a_model_with_the_head_trains_and_is_read_back(mixer, precision, checkpointing, tmp_path):
+@pytest.mark.parametrize("recompute", ["block", "none"])
+def test_a_model_with_the_head_trains_and_is_read_back(mixer, precision, recompute, tmp_path):
     torch.manual_seed(0)
-    net = LanguageModel(config(mixer=mixer, checkpointing=checkpointing))
+    net = LanguageModel(config(mixer=mixer, recompute=recompute))
     ids, targets = batch()
     settings = TrainConfig(
         train_tokens=3 * B * T, train_batch_size=B, micro_batch_size=1, precision=precision, learning_rate=0.01

@@ -66,6 +66,21 @@ def test_output_and_gradients_match_the_definition(form, dtype, levels, k, monke
     compare(form, own, weights, anchors, levels, dtype, monkeypatch)
 
 
+@pytest.mark.parametrize("form", [bags, kernel])
+def test_rows_of_zeros_at_the_end_change_no_other_row_and_no_gradient(form, monkeypatch):
+    monkeypatch.setattr(op, "_form", lambda *_: form)
+    levels = [4, 8, 20]
+    own, weights, anchors = operands(levels, 3, dtype=torch.float32)
+    found, d_table = inverse_index(anchors, levels), torch.randn(25, 6, device=DEVICE)
+    tables = [anchored_table(own, weights, anchors, levels, found, torch.float32, zeros) for zeros in (0, 5)]
+    assert torch.equal(tables[1][:20], tables[0]) and not tables[1][20:].any() and len(tables[1]) == 25
+    grads = [torch.autograd.grad(table, (*own, weights), d_table[: len(table)], retain_graph=True) for table in tables]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*grads, strict=True))
+    with torch.no_grad():
+        plain = anchored_table(own, weights, anchors, levels, found, torch.float32, 5)
+    torch.testing.assert_close(plain, tables[1])
+
+
 @pytest.mark.parametrize("form, dtype", CASES, ids=str)
 @pytest.mark.parametrize(
     "levels, D, widths", [([4, 8, 20], 24, (7, 24)), ([6, 6, 30], 33, (1, 0)), ([3, 50], 16, (2,))], ids=str
@@ -155,9 +170,9 @@ def test_the_operator_keeps_the_promises_of_custom_operators():
     own, weights, anchors = operands(levels, 3, 12, torch.float16, (5, 12))
     found = list(inverse_index(anchors, levels))
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(op._table, (own, weights, anchors, levels, found, torch.float16), test_utils=checks)
+    torch.library.opcheck(op._table, (own, weights, anchors, levels, found, torch.float16, 3), test_utils=checks)
     own, weights = [x.detach() for x in own], weights.detach()
-    table = op._table(own, weights, anchors, levels, found, torch.float16)
+    table = op._table(own, weights, anchors, levels, found, torch.float16, 0)
     torch.library.opcheck(op._gradients, (table, table, own[:2], weights, anchors, found, levels), test_utils=checks)
 
 

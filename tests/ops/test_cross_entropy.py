@@ -8,7 +8,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(params=[1, 3, 7, 100])
 def chunk_tokens(request, monkeypatch):
-    monkeypatch.setattr(chunked, "_chunk_tokens", lambda element_size, V: request.param)
+    monkeypatch.setattr(chunked, "_chunk_tokens", lambda element_size, V, parts: request.param)
 
 
 def operands(N=7, V=11, D=4, dtype=torch.float64):
@@ -35,6 +35,31 @@ def test_loss_and_gradients_match_the_definition(chunk_tokens, biased):
         outcomes.append((loss, *torch.autograd.grad(loss * 3, leaves)))
     for got, expected in zip(*outcomes, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("op", [tied_cross_entropy, tied_cross_entropy_reference])
+def test_rows_of_zeros_after_those_that_have_a_bias_change_nothing(op):
+    hidden, table, targets = operands()
+    bias, outcomes = bias_like(table), []
+    for zeros in (0, 5):
+        rows = torch.cat([table, table.new_zeros(zeros, table.shape[1])])
+        loss = op(hidden, rows, targets, bias)
+        nll = tied_nll(hidden, rows, targets, bias)
+        outcomes.append((loss, nll, *torch.autograd.grad(loss, (hidden, table, bias))))
+    for got, expected in zip(*outcomes, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="zeros at its end; got 11 of 14"):
+        op(hidden, table.new_zeros(14, table.shape[1]), targets, bias)
+
+
+def test_parts_hold_fewer_logits_and_give_the_same_loss(monkeypatch):
+    hidden, table, targets = operands()
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", 6 * 8 * len(table))
+    original, sizes = chunked.softmax_rows, []
+    monkeypatch.setattr(chunked, "softmax_rows", lambda *a: sizes.append(len(a[0])) or original(*a))
+    losses = [tied_cross_entropy(hidden, table, targets, parts=parts) for parts in (1, 2, 3)]
+    assert sizes == [6, 1, 3, 3, 1, 2, 2, 2, 1]
+    assert max(losses) - min(losses) < 1e-12
 
 
 def test_gradcheck_in_float64():

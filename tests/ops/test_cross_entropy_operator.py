@@ -28,7 +28,7 @@ def leaves_of(*tensors):
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("with_odds", [True, False])
 def test_in_a_compiled_graph_it_is_one_node_with_the_same_loss_and_gradients(biased, with_odds, monkeypatch):
-    monkeypatch.setattr(chunked, "_chunk_tokens", lambda element_size, V: 3)
+    monkeypatch.setattr(chunked, "_chunk_tokens", lambda element_size, V, parts: 3)
     hidden, table, targets, bias, odds = operands()
     bias, odds = bias if biased else None, odds if with_odds else None
     leaves = leaves_of(hidden, table, bias, odds)
@@ -86,7 +86,7 @@ def test_the_operator_keeps_the_promises_of_custom_operators():
     hidden, table, targets, bias, odds = operands(torch.float32)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     for extras, wanted in (((bias, odds), [True] * 4), ((None, None), [True, True, False, False])):
-        torch.library.opcheck(chunked._operator, (hidden, table, targets, *extras, wanted), test_utils=checks)
+        torch.library.opcheck(chunked._operator, (hidden, table, targets, *extras, wanted, 1), test_utils=checks)
     sums, a, b = torch.zeros(5, 3, device=DEVICE), torch.randn(7, 5, device=DEVICE).T, torch.randn(7, 3, device=DEVICE)
     torch.library.opcheck(add_product, (sums, a, b))
 

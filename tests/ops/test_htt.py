@@ -25,6 +25,17 @@ def test_the_table_matches_the_definition_with_gradients(bias):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("n", [1, 3, 7, 14, 15])
+def test_the_first_rows_have_the_gradients_of_a_part_of_all(n):
+    parameters = cores()
+    leaves = [tensor for tensor in parameters if tensor is not None]
+    weights = torch.randn(n, 12, dtype=torch.float64, device=DEVICE)
+    tables = (htt_table(parameters, torch.float64, n), htt_table(parameters, torch.float64)[:n])
+    outcomes = [(rows, *torch.autograd.grad((rows * weights).sum(), leaves)) for rows in tables]
+    for got, expected in zip(*outcomes, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_the_phases_change_the_map():
     parameters = cores()
     turned = parameters._replace(phase_a=parameters.phase_a + 0.5)

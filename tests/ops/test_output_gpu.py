@@ -150,7 +150,7 @@ def test_offsets_past_two_to_the_31():
 def test_whole_models_in_half_precision_are_those_of_float64_and_compile_without_a_break():
     for overrides in ({}, {"htt_output": "two_level"}, {"htt_output": "two_level", "mixer": "attention", "copy_head": False}):
         torch.manual_seed(0)
-        model = LanguageModel(model_config("phase1", SMALL, checkpointing=False, **overrides))
+        model = LanguageModel(model_config("phase1", SMALL, recompute="none", **overrides))
         ids = torch.randint(0, 3001, (2, 201))
         inputs, targets = ids[:, :-1], ids[:, 1:].clone()
         targets[0, 5] = IGNORE

@@ -202,26 +202,26 @@ def test_results_of_another_configuration_have_a_row_of_their_own():
     ]
 
 
-def trained_without_checkpointing(reports):
-    """`reports` of real configurations, the engine's perplexity that of a model trained without checkpointing."""
+def trained_without_recomputation(reports):
+    """`reports` of real configurations, the engine's perplexity that of a model trained without recomputation."""
     config = ModelConfig()
     for report in reports.values():
         key = next(key for key in report.results if key.startswith("phase1"))
-        mine = replace(config, checkpointing=report.kind != "perplexity")
+        mine = replace(config, recompute="none" if report.kind == "perplexity" else "block")
         update = {"config": asdict(mine), "config_id": mine.config_id}
         report.results[key] = report.results[key].model_copy(update=update)
     return reports
 
 
 @pytest.mark.parametrize("kinds", [("memory", "throughput", "perplexity"), ("perplexity", "memory", "throughput")], ids=str)
-def test_a_perplexity_belongs_to_its_model_with_or_without_checkpointing(kinds):
-    reports = trained_without_checkpointing(all_reports())
+def test_a_perplexity_belongs_to_its_model_with_or_without_recomputation(kinds):
+    reports = trained_without_recomputation(all_reports())
     row = row_of(configuration_comparison({kind: reports[kind] for kind in kinds}), "phase1")
     assert (row["Config id"], row["Peak allocated (GB)"], row["Perplexity"]) == (ModelConfig().config_id, 2.31, 37.06)
 
 
 def test_a_peak_belongs_to_one_way_of_training_alone_and_a_perplexity_to_its_own_first():
-    reports = trained_without_checkpointing(all_reports())
+    reports = trained_without_recomputation(all_reports())
     engine = reports["perplexity"].results["phase1_htt16_ar32"]
     reports["throughput"].results["phase1"] = reports["throughput"].results["phase1"].model_copy(
         update={"config": engine.config, "config_id": engine.config_id}
@@ -232,8 +232,8 @@ def test_a_peak_belongs_to_one_way_of_training_alone_and_a_perplexity_to_its_own
 
 
 def test_a_perplexity_of_a_model_that_differs_in_more_has_a_row_of_its_own():
-    reports = trained_without_checkpointing(all_reports())
-    mine = ModelConfig(checkpointing=False, htt_rank=8)
+    reports = trained_without_recomputation(all_reports())
+    mine = ModelConfig(recompute="none", htt_rank=8)
     engine = reports["perplexity"].results["phase1_htt16_ar32"]
     reports["perplexity"].results["phase1_htt16_ar32"] = engine.model_copy(
         update={"config": asdict(mine), "config_id": mine.config_id}
@@ -282,7 +282,7 @@ def refusal(reports):
     return str(error.value)
 
 
-@pytest.mark.parametrize("change", [{"loss": "materialized"}, {"mixer": "attention"}, {"checkpointing": False}], ids=str)
+@pytest.mark.parametrize("change", [{"loss": "materialized"}, {"mixer": "attention"}, {"recompute": "none"}], ids=str)
 def test_one_id_for_two_models_is_refused(change):
     reports = all_reports()
     changed = memory_result("phase1", 2_310_000_000).model_copy(update={"config": MODELS["phase1"] | change})

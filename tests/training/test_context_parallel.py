@@ -20,8 +20,8 @@ CASES = {
     "flat": {},
     "two_level": FORMS["two_level"],
     "dense, no copy head": {"embedding": "dense", "copy_head": False},
-    "recomputed": {"checkpointing": True},
-    "faded": {"ar_ssm_memory": 1, "checkpointing": False},  # a stretch is longer than 40 times the memory
+    "recomputed": {"recompute": "block"},
+    "faded": {"ar_ssm_memory": 1, "recompute": "none"},  # a stretch is longer than 40 times the memory
     "no window": {"ar_ssm_window": 0},
 }
 LENGTHS = {2: [(30, 23), (50, 3)], 4: [(7, 20, 2, 24), (1, 1, 50, 1)]}

@@ -11,6 +11,7 @@ from phase1.layers import ar_ssm
 from phase1.model import LanguageModel
 from phase1.roster import model_config
 from phase1.runs import TrainRun
+from phase1.training import graphed_pieces
 from phase1.training.compiler import compile_losses
 from phase1.training.micro_batch import MicroBatch
 from phase1.training.pieces import Pieces, bounds
@@ -22,7 +23,7 @@ TINY = EngineShape(
 )  # fmt: skip
 FORMS = {
     "flat": {},
-    "not recomputed": {"checkpointing": False},
+    "not recomputed": {"recompute": "none"},
     "two_level": {"htt_output": "two_level"},
     "dense": {"embedding": "dense"},
     "materialized, no copy head": {"loss": "materialized", "copy_head": False},
@@ -53,7 +54,7 @@ def text(T=53, B=2, seed=0):
 
 
 def outcome(passes: MicroBatch, ids, targets):
-    passes.model.zero_grad()
+    passes.model.zero_grad(set_to_none=not isinstance(passes, graphed_pieces.GraphedPieces))
     share, part = (torch.tensor(x, dtype=torch.float64, device=ids.device) for x in (0.7, 0.4))
     objective, loss = passes.forward(ids, targets, share, part)
     passes.backward(objective)
@@ -61,15 +62,50 @@ def outcome(passes: MicroBatch, ids, targets):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("B", [2, 3], ids=["loss first", "loss piece by piece"])
 @pytest.mark.parametrize("length", [1, 5, 11, 16, 52, 53, 100])
-def test_loss_and_every_gradient_are_those_of_the_whole_step(form, length):
-    if length == 1 and form != "flat":
+def test_loss_and_every_gradient_are_those_of_the_whole_step(form, length, B):
+    if length == 1 and (form != "flat" or B == 3):
         pytest.skip("slow, and one form shows it")
     model = model_of(**FORMS[form])
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    batch = text(12 if length == 1 else 53)
-    loss, gradients = outcome(MicroBatch(model, scaler, torch.float32), *batch)
-    ours, theirs = outcome(Pieces(model, scaler, torch.float32, length), *batch)
+    pieces, batch = Pieces(model, scaler, torch.float32, length), text(12 if length == 1 else 53, B)
+    same(outcome(pieces, *batch), outcome(MicroBatch(model, scaler, torch.float32), *batch))
+
+
+class Overwritten(graphed_pieces.Launched):
+    """A function as a graph would run it: its inputs are copied, and what a launch gave is gone at the next one."""
+
+    given: list = []
+
+    def __init__(self, function, inputs, pool):
+        self.inputs, self.function = [tensor.clone() for tensor in inputs], function
+        function(*self.inputs)  # as runs that warm up do
+
+    def __call__(self, *inputs):
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            mine.copy_(given)
+        outputs = self.function(*self.inputs)
+        for tensor in Overwritten.given:
+            tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
+        Overwritten.given = [tensor.clone() for tensor in outputs]
+        return Overwritten.given
+
+
+@pytest.mark.parametrize("form", ["flat", "two_level", "dense"])
+@pytest.mark.parametrize("B", [2, 3], ids=["loss first", "loss piece by piece"])
+def test_what_graphs_of_pieces_compute_is_kept_until_it_is_used(monkeypatch, form, B):
+    monkeypatch.setattr(graphed_pieces, "Launched", Overwritten)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    model, scaler = model_of(**FORMS[form]), torch.amp.GradScaler("cpu", enabled=False)
+    graphed = graphed_pieces.GraphedPieces(Pieces(model, scaler, torch.float32, 16))
+    for seed in range(3):
+        batch = text(53, B, seed)
+        same(outcome(graphed, *batch), outcome(MicroBatch(model, scaler, torch.float32), *batch))
+
+
+def same(found, wanted):
+    (ours, theirs), (loss, gradients) = found, wanted
     torch.testing.assert_close(ours, loss, rtol=1e-12, atol=1e-12)
     assert theirs.keys() == gradients.keys()
     for name, gradient in gradients.items():
@@ -82,16 +118,16 @@ def test_only_the_first_piece_has_another_length():
     assert bounds(64, 16) == [0, 16, 32, 48, 64] and bounds(16, 16) == [0, 16] and bounds(7, 16) == [0, 7]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_state_says_nothing_of_how_far_the_text_has_come_so_that_one_function_is_compiled_for_all_pieces(checkpointing):
-    model, (ids, targets) = model_of(**ONE_LAYER, checkpointing=checkpointing), text(T=36, B=1)
+@pytest.mark.parametrize("recompute", ["none", "selective", "block"])
+def test_a_state_says_nothing_of_how_far_the_text_has_come_so_that_one_function_is_compiled_for_all_pieces(recompute):
+    model, (ids, targets) = model_of(**ONE_LAYER, recompute=recompute), text(T=36, B=1)
     torch._dynamo.reset()
     compile_losses(model, pieces=True, backend=(counter := CompileCounter()))
     plain = Pieces(model_of(**ONE_LAYER), torch.amp.GradScaler("cpu", enabled=False), torch.float32, 9)
     for _ in range(2):
         pieces = Pieces(model, torch.amp.GradScaler("cpu", enabled=False), torch.float32, 9)
         torch.testing.assert_close(outcome(pieces, ids, targets)[0], outcome(plain, ids, targets)[0])
-    assert counter.frame_count == 2 * 2  # state and gradients, of the first piece and of all others
+    assert counter.frame_count == 2 * 2 + 1  # outputs and gradients, of the first piece and of all others; and the loss
 
 
 def test_a_training_step_in_pieces_is_the_step_of_whole_sequences():

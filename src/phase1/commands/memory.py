@@ -9,6 +9,7 @@ import torch
 
 from phase1.checks.memory import memory_checks, with_reductions
 from phase1.config import ModelConfig, flags
+from phase1.factory import split
 from phase1.machine.cards import CARDS, Card, card_for
 from phase1.machine.environment import free_gpu_bytes, total_gpu_bytes
 from phase1.measure.memory.ablation import ROWS, ablation
@@ -21,7 +22,7 @@ from phase1.plots import plot_memory, plot_memory_timeline
 from phase1.progress import progress
 from phase1.records.schema import Ablation, Fit, MemoryResult, Report, exit_code
 from phase1.records.session import Session
-from phase1.roster import COMPILED, CONTROLS, TRANSFORMERS, model_config, own_models, sources
+from phase1.roster import COMPILED, CONTROLS, PIECE_LENGTH, PIECES, TRANSFORMERS, model_config, own_models, sources
 from phase1.runs import MemoryRun
 from phase1.tables.console import checks_text, memory_text
 from phase1.tables.grid import grid
@@ -103,8 +104,17 @@ def cases_of(run: MemoryRun, wanted: dict[str, ModelConfig], limit: int | None, 
     """What is measured, by role."""
     size = (run.batch_size, run.seq_length, limit, run.dry_run)
     chip = None if card is None else card.chip
-    where: dict[str, Any] = {"chip": chip, "ranks": group.size(), "piece_length": run.piece_length}
-    return {role: MemoryCase(model, *size, compiled=role in COMPILED, **where) for role, model in wanted.items()}
+    where: dict[str, Any] = {"chip": chip, "ranks": group.size()}
+    return {
+        role: MemoryCase(
+            model,
+            *size,
+            compiled=role in COMPILED,
+            piece_length=PIECE_LENGTH if role in PIECES else run.piece_length,
+            **where,
+        )
+        for role, model in wanted.items()
+    }
 
 
 def measured(cases: dict[str, MemoryCase], session: Session) -> Iterator[tuple[str, MemoryResult]]:
@@ -127,8 +137,11 @@ def with_one_change(cases: dict[str, MemoryCase], results: dict[str, MemoryResul
 def models(run: MemoryRun) -> dict[str, ModelConfig]:
     """The models to measure, by role."""
     roles = TRANSFORMERS if run.baseline else ()
-    engine = {} if run.gradient_checkpointing else {"checkpointing": False}
-    usual = {role: model_config(role, run) for role in roles} | {"phase1": model_config("phase1", run, **engine)}
+    usual = {role: model_config(role, run) for role in roles}
+    usual["phase1"] = model_config("phase1", run, recompute=run.recompute)
+    in_pieces = run.piece_length is not None or any(name == "phase1" for name, _ in map(split, run.model))
+    if not in_pieces and run.seq_length > PIECE_LENGTH:
+        usual |= {role: model_config(role, run) for role in PIECES}
     return usual | own_models(run.model, run, taken=(*TRANSFORMERS[1:], *CONTROLS))
 
 
@@ -143,16 +156,17 @@ def limit_of(run: MemoryRun) -> int | None:
 
 
 def with_fits(results: dict[str, MemoryResult], cases: dict[str, MemoryCase], session: Session) -> dict[str, MemoryResult]:
-    """The results with the largest sizes of their models that train on the card."""
-    fitted, total = {}, total_gpu_bytes()
+    """The results with the largest sizes of their models that train on the card; of pieces, --piece-length gives them."""
+    fitted, total = dict(results), total_gpu_bytes()
+    searched = {role: result for role, result in results.items() if role not in PIECES}
     with progress(desc="fit", unit="probe") as bar:
-        for number, (role, result) in enumerate(results.items(), 1):
+        for number, (role, result) in enumerate(searched.items(), 1):
 
-            def on_probe(size: str, model: str = f"{role} ({number} of {len(results)})") -> None:
+            def on_probe(size: str, model: str = f"{role} ({number} of {len(searched)})") -> None:
                 bar.set_postfix_str(f"{model}, {size}", refresh=False)
                 bar.update()
 
-            bar.set_postfix_str(f"{role} ({number} of {len(results)})")
+            bar.set_postfix_str(f"{role} ({number} of {len(searched)})")
             search = partial(fit_sizes, cases[role], result, total, on_probe)
             fitted[role] = result.model_copy(update={"fit": session.case(f"fit {role}", list[Fit], search)})
     return fitted

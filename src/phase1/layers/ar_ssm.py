@@ -18,14 +18,15 @@ from phase1.ops.window_attention import window_attention
 def from_first_key(state: State) -> State:
     """`state` with positions counted from the first key of its window: what follows is the same, for angles are differences.
 
-    States of equal sizes then say the same of where they stand, so that one compiled function, or graph, takes them all.
+    States of equal sizes then say the same of where they stand, so that one compiled function, or graph, takes them all. Its
+    tensors are copies: they hold on to no larger ones that they were views of.
     """
-    keys = state.k.shape[2]
+    keys, conv, S, x = state.k.shape[2], state.conv.clone(), state.S.clone(), state.x.clone()
     if not keys:
-        return State(0, state.conv, state.S, state.k, state.x)  # PyTorch 2.11 compiles no _replace
+        return State(0, conv, S, state.k, x)  # PyTorch 2.11 compiles no _replace
     exact = state.k.to(torch.promote_types(state.k.dtype, torch.float32))
     turned = rotate(exact, *rotary(exact[:, :1], keys - state.position))
-    return State(keys, state.conv, state.S, turned.to(state.k.dtype), state.x)
+    return State(keys, conv, S, turned.to(state.k.dtype), x)
 
 
 class Operands(NamedTuple):

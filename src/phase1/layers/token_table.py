@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from phase1.layers.two_level import Groups
 from phase1.ops.anchored_table import InverseIndex, anchored_table, inverse_index
+from phase1.ops.cross_entropy import ALIGNMENT
 from phase1.ops.htt import Cores, htt_table
 from phase1.vocabulary.levels import Level, levels
 from phase1.vocabulary.statistics import TokenStatistics, TokenVectors
@@ -48,6 +49,10 @@ class DenseTable(nn.Module):
     def table(self, dtype: torch.dtype) -> Tensor:
         """All rows (V, D): the parameter itself, not cast to `dtype`, which the operators do."""
         return self.rows
+
+    def table_of_loss(self, dtype: torch.dtype) -> Tensor:
+        """The table as the loss takes it."""
+        return self.table(dtype)
 
 
 class CoordinateBand(nn.Module):
@@ -91,7 +96,7 @@ class TensorTrainTail(nn.Module):
 
     def table(self, dtype: torch.dtype) -> Tensor:
         """All rows, (n, D); the grid may have a few more."""
-        return htt_table(self.cores, dtype)[: self.n]
+        return htt_table(self.cores, dtype, self.n)
 
 
 class OutputLevels(NamedTuple):
@@ -212,17 +217,21 @@ class HTTTable(nn.Module):
         """The row of each id; ids below 0 (targets that are not scored) stay as they are."""
         return torch.where(ids < 0, ids, self.row_of_id[ids.clamp(min=0)])
 
-    def table(self, dtype: torch.dtype) -> Tensor:
-        """All rows, (V, D), the most frequent token's first."""
+    def table_of_loss(self, dtype: torch.dtype) -> Tensor:
+        """The table as the loss takes it: with rows of zeros at its end, where a loss over all rows would else copy it."""
+        return self.table(dtype, 0 if self.groups is not None else -len(self.row_of_id) % ALIGNMENT)
+
+    def table(self, dtype: torch.dtype, zeros: int = 0) -> Tensor:
+        """All rows, (V, D), the most frequent token's first, and rows of zeros after them."""
         own: list[Tensor] = [self.rows]  # by statements: PyTorch 2.11 compiles no list with a conditional part
         if self.band is not None:
             own += list(self.band.coordinates)
         if self.tail is not None:
             own.append(self.tail.table(dtype))
         if not len(self.anchors):
-            return own[-1].to(dtype)
+            return F.pad(own[-1].to(dtype), (0, 0, 0, zeros)) if zeros else own[-1].to(dtype)
         inverse = InverseIndex(*(getattr(self, f"inverse_{name}") for name in InverseIndex._fields))
-        return anchored_table(own, self.weights, self.anchors, self.levels, inverse, dtype)
+        return anchored_table(own, self.weights, self.anchors, self.levels, inverse, dtype, zeros)
 
     def levels_of_output(self, table: Tensor) -> OutputLevels:
         """The operands of both softmaxes, for `table()` (V, D)."""

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 
 from phase1.files import atomic_write, read_json
 from phase1.records.migrate import SCHEMA_VERSION, migrated
-from phase1.roster import FAST, Key
+from phase1.roster import FAST, PIECES, Key
 from phase1.text import one_line
 
 FILES = {
@@ -414,8 +414,8 @@ REPORTS: dict[str, type[Report[Any]]] = {
 def _is_key(text: str, kind: str) -> bool:
     """Whether a result of a report of `kind` can have this key: that of an engine, or another name, of a user's model too."""
     key = Key.parse(text)
-    if text in FAST:
-        return kind == "throughput"
+    if text in FAST or text in PIECES:
+        return kind == ("throughput" if text in FAST else "memory")
     if key.is_engine:
         return (key.ranks is not None) == (kind == "perplexity") and (kind == "perplexity" or key.seed is None)
     return re.fullmatch(r"(?!phase1)[a-z][a-z0-9_]{0,63}", text) is not None

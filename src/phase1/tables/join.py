@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from phase1.config import ModelConfig
+from phase1.config import ModelConfig, present_settings
 from phase1.records.schema import Report, Result
 from phase1.roster import Key
 
 SIZES = ("vocab_size", "d_model", "n_layers")  # equal for all models of one comparison
-IDENTITY = (*SIZES, "n_heads", "mixer", "embedding", "loss", "checkpointing")  # equal wherever the config id is
+IDENTITY = (*SIZES, "n_heads", "mixer", "embedding", "loss", "recompute")  # equal wherever the config id is
 
 
 @dataclass
@@ -47,7 +47,7 @@ def joined_rows(reports: Mapping[str, Report[Any]]) -> list[Row]:
 
     Results are of one row when label and configuration id are equal and they were compared with the same baseline. A result
     that was compared with none joins the row of its configuration where there is exactly one. Where no row has the id, a
-    perplexity joins that of the model with or without checkpointing: it is the same model, trained faster or in less memory.
+    perplexity joins that of the model with another --recompute: it is the same model, trained faster or in less memory.
     Raises ValueError where one configuration id stands for two configurations.
     """
     rows: list[Row] = []
@@ -83,16 +83,16 @@ def _row_for(rows: list[Row], label: str, result: Result, baseline_id: str | Non
 
 
 def _has_weights_of(row: Row, result: Result, kind: str) -> bool:
-    """Whether one of the two is a perplexity alone, of the model of the other but for checkpointing."""
+    """Whether one of the two is a perplexity alone, of the model of the other but for --recompute."""
     if kind != "perplexity" and set(row.results) != {"perplexity"}:
         return False
-    one, other = (_checkpointed_id(config) for config in (result.config, next(iter(row.results.values())).config))
+    one, other = (_recomputed_id(config) for config in (result.config, next(iter(row.results.values())).config))
     return one is not None and one == other
 
 
-def _checkpointed_id(config: Mapping[str, Any]) -> str | None:
+def _recomputed_id(config: Mapping[str, Any]) -> str | None:
     try:
-        return replace(ModelConfig(**config), checkpointing=True).config_id
+        return replace(ModelConfig(**present_settings(config)), recompute="block").config_id
     except (TypeError, ValueError):  # of another version or another program: its id has to do
         return None
 
@@ -100,8 +100,9 @@ def _checkpointed_id(config: Mapping[str, Any]) -> str | None:
 def _require_one_configuration(row: Row) -> None:
     (first_kind, first), *others = row.results.items()
     for kind, other in others:
-        names = [name for name in IDENTITY if name != "checkpointing" or first.config_id == other.config_id]
-        differing = [n for n in names if n in first.config and n in other.config and first.config[n] != other.config[n]]
+        names = [name for name in IDENTITY if name != "recompute" or first.config_id == other.config_id]
+        mine, theirs = present_settings(first.config), present_settings(other.config)
+        differing = [n for n in names if n in mine and n in theirs and mine[n] != theirs[n]]
         if first.parameters and other.parameters and first.parameters != other.parameters:
             differing.append("parameters")
         if differing:

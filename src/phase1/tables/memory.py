@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 
 from phase1.records.schema import Check, Fit, MemoryResult, Report
+from phase1.roster import PIECE_LENGTH, PIECES
 from phase1.tables.ablation import memory_ablation
 from phase1.tables.breakdown import memory_breakdown
 from phase1.tables.common import (
@@ -64,9 +65,14 @@ def memory_comparison(report: Report[MemoryResult], hardware: str | None = None)
         hardware or hardware_of(report),
         columns,
         rows,
-        (note, *_breakdown_notes(report), *failures_of(report)),
+        (note, *_pieces_notes(report), *_breakdown_notes(report), *failures_of(report)),
         provenance_of(report),
     )
+
+
+def _pieces_notes(report: Report[MemoryResult]) -> list[str]:
+    """What the models that train in pieces are."""
+    return [f"{key}: phase1 in pieces of {PIECE_LENGTH} tokens." for key in report.results if key in PIECES]
 
 
 def _breakdown_notes(report: Report[MemoryResult]) -> list[str]:

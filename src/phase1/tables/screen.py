@@ -22,6 +22,7 @@ TITLES = {
     "baseline_fast": "Transformer, fast",
     "phase1": "engine",
     "phase1_fast": "engine, fast",
+    "phase1_pieces": "engine, in pieces",
 }
 """What people read in place of a key; small: checkpointing and chunked loss; fast: chunked loss, compiled on a GPU."""
 _CLAIMS = {

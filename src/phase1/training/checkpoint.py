@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from phase1.config import Config, ModelConfig, TrainConfig
+from phase1.config import Config, ModelConfig, TrainConfig, present_settings
 from phase1.errors import Diverged
 from phase1.files import atomic_write, open_plain, read_json, remove
 from phase1.parallel import group
@@ -127,6 +127,7 @@ def read_index(folder: Path | str) -> dict[str, Any]:
         or not all(isinstance(name, str) and _TENSOR_FILE.fullmatch(name) for name in index["files"].values())
     ):
         raise ValueError(f"{path} is not a checkpoint of format 1; train again, or use the version that wrote it")
+    index["model_config"] = present_settings(index["model_config"])
     for part, name in index["files"].items():
         if name != f"{part}-{index['step']:08d}.safetensors":
             raise _misfit(folder, ValueError(f"{INDEX} says step {index['step']} and names {name}"))

@@ -8,7 +8,7 @@ from phase1.errors import Unavailable, reason
 from phase1.trainable import Trainable
 
 WHOLE = ("losses",)
-IN_PIECES = ("losses_of_piece", "state_after_piece")
+IN_PIECES = ("outputs_of_piece", "loss_of_outputs", "state_after_piece")
 
 
 def compile_losses(model: Trainable, pieces: bool, backend: Any = "inductor") -> None:

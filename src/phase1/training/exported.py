@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from phase1.config import ModelConfig
+from phase1.config import ModelConfig, present_settings
 from phase1.files import read_json
 from phase1.tensor_names import with_present_names
 from phase1.text import one_line
@@ -40,7 +40,7 @@ def load_exported(folder: Path) -> tuple[Trainable, dict[str, Any]]:
         raise ValueError(f"{one_line(folder)} must hold a phase1 model; {got}")
     names = {field.name for field in fields(ModelConfig)}
     try:
-        config = config_from(ModelConfig, {name: value for name, value in content.items() if name in names})
+        config = config_from(ModelConfig, {name: value for name, value in present_settings(content).items() if name in names})
         if config.model is not None:
             raise ValueError("it names a model of its own, and no file decides what code runs")
         with open_tensors(folder / WEIGHTS) as file:

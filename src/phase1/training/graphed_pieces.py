@@ -1,6 +1,7 @@
 """Pieces of sequences as CUDA graphs: per shape one for the state after a piece, and one for its gradients."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,47 +53,83 @@ class GraphedPieces(Pieces):
 
     def forward(self, inputs: Tensor, targets: Tensor, share: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
         """As in Pieces."""
+        before = len(self._graphs)
         outcome = super().forward(inputs, targets, share, part)
-        new = [piece for piece in self._pieces if _key("gradients", piece.inputs, piece.state) not in self._graphs]
-        for piece in new:
-            self._gradients(piece, [])
-        if new:
+        for piece in self._pieces:
+            if _key("gradients", piece.inputs, piece.state, piece.given) not in self._graphs:
+                self._gradients(piece, [])
+        if len(self._graphs) > before:  # captures have left gradients
             self.model.zero_grad(set_to_none=False)
             self.table.clear()
+            outcome = super().forward(inputs, targets, share, part)
         return outcome
 
+    def _launch(self, key: Any, function: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> list[Tensor]:
+        if key not in self._graphs:
+            self._graphs[key] = Launched(function, inputs, self._pool)
+        return self._graphs[key](*inputs)
+
     def _advance(self, inputs: Tensor, state: States | None) -> States:
-        key, given = _key("state", inputs, state), [inputs, *tensors(state)]
-        if key not in self._graphs:
+        key = _key("state", inputs, state)
 
-            def function(ids: Tensor, *parts: Tensor) -> list[Tensor]:
-                self._after[key] = super(GraphedPieces, self)._advance(ids, rebuilt(state, parts))
-                return tensors(self._after[key])
+        def function(ids: Tensor, *parts: Tensor) -> list[Tensor]:
+            self._after[key] = super(GraphedPieces, self)._advance(ids, rebuilt(state, parts))
+            return tensors(self._after[key])
 
-            self._graphs[key] = Launched(function, given, self._pool)
-        return rebuilt(self._after[key], self._graphs[key](*given))  # type: ignore[return-value]
+        found = self._launch(key, function, [inputs, *tensors(state)])
+        return rebuilt(self._after[key], found)  # type: ignore[return-value]
 
-    def _gradients(self, piece: Piece, later: Gradients) -> tuple[Tensor, Gradients]:
-        key = _key("gradients", piece.inputs, piece.state)
-        given = [piece.inputs, piece.targets, piece.share, piece.part, *tensors(piece.state)]
-        if key not in self._graphs:
-            ends = floating(super()._advance(piece.inputs, piece.state))
+    def _outputs(self, piece: Piece) -> tuple[list[Tensor], States]:
+        key = _key("outputs", piece.inputs, piece.state)
+        assert piece.rows is not None
 
-            def function(*given: Tensor) -> list[Tensor]:
-                start = len(given) - len(ends)
-                one = Piece(given[0], given[1], given[2], given[3], rebuilt(piece.state, given[4:start]))
-                loss, gradients = super(GraphedPieces, self)._gradients(one, list(given[start:]))
-                own = zip(floating(one.state), gradients, strict=True)
-                return [loss, *(torch.zeros_like(part) if gradient is None else gradient for part, gradient in own)]
+        def function(ids: Tensor, targets: Tensor, rows: Tensor, *parts: Tensor) -> list[Tensor]:
+            one = replace(piece, inputs=ids, targets=targets, rows=rows, state=rebuilt(piece.state, parts))
+            outputs, self._after[key] = super(GraphedPieces, self)._outputs(one)
+            return [*outputs, *tensors(self._after[key])]
 
-            self._graphs[key] = Launched(function, [*given, *map(torch.zeros_like, ends)], self._pool)
-        graph = self._graphs[key]
-        ends = graph.inputs[len(given) :]
+        found = self._launch(key, function, [piece.inputs, piece.targets, piece.rows, *tensors(piece.state)])
+        ends = len(found) - len(tensors(self._after[key]))
+        outputs = [part.clone() for part in found[:ends]]
+        return outputs, rebuilt(self._after[key], found[ends:])  # type: ignore[return-value]
+
+    def _loss(self, outputs: list[Tensor], targets: Tensor, share: Tensor) -> tuple[Tensor, list[Tensor]]:
+        def function(targets: Tensor, share: Tensor, *outputs: Tensor) -> list[Tensor]:
+            loss, gradients = super(GraphedPieces, self)._loss(list(outputs), targets, share)
+            return [loss, *gradients]
+
+        loss, *gradients = self._launch(_key("loss", targets, None), function, [targets, share, *outputs])
+        return loss.clone(), [gradient.clone() for gradient in gradients]
+
+    def _gradients(self, piece: Piece, later: Gradients) -> tuple[Tensor, Tensor, Gradients]:
+        key = _key("gradients", piece.inputs, piece.state, piece.given)
+        optional = [] if piece.rows is None or piece.given is None else [piece.rows, *map(_there, piece.given)]
+        own = [piece.inputs, piece.targets, piece.share, piece.part, *optional, *tensors(piece.state)]
+        if key in self._graphs:
+            ends = self._graphs[key].inputs[len(own) :]
+        else:
+            after = self._outputs(piece)[1] if optional else super()._advance(piece.inputs, piece.state)
+            ends = [torch.zeros_like(part) for part in floating(after)]
         later = later or [None] * len(ends)
         zeros = [torch.zeros_like(end) if gradient is None else gradient for end, gradient in zip(ends, later, strict=True)]
-        loss, *gradients = graph(*given, *zeros)
-        return loss, list(gradients)
+
+        def function(ids: Tensor, targets: Tensor, share: Tensor, part: Tensor, *more: Tensor) -> list[Tensor]:
+            given, parts = more[: len(optional)], more[len(optional) : len(own) - 4]
+            one = Piece(ids, targets, share, part, rebuilt(piece.state, parts))
+            if given:
+                one.rows, one.given = given[0], list(given[1:])
+            loss, d_rows, gradients = super(GraphedPieces, self)._gradients(one, list(more[len(own) - 4 :]))
+            pairs = zip(floating(one.state), gradients, strict=True)
+            return [loss, d_rows, *(torch.zeros_like(part) if gradient is None else gradient for part, gradient in pairs)]
+
+        loss, d_rows, *gradients = self._launch(key, function, [*own, *zeros])
+        return loss, d_rows, list(gradients)
 
 
-def _key(name: str, inputs: Tensor, state: States | None) -> Any:
-    return name, inputs.shape, *(part.shape for part in tensors(state))
+def _there(gradient: Tensor | None) -> Tensor:
+    assert gradient is not None
+    return gradient
+
+
+def _key(name: str, inputs: Tensor, state: States | None, given: Gradients | None = None) -> Any:
+    return name, given is None, inputs.shape, *(part.shape for part in tensors(state))

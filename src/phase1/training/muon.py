@@ -48,19 +48,29 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(parts, updates, alpha=-rate)
 
     def _updates(self, parameters: list[Tensor]) -> list[Tensor]:
-        """The orthogonalised momentum of each, this rank's part of it, after the momentum has taken the gradient."""
+        """The orthogonalised momentum of each, this rank's part of it, after the momentum has taken the gradient.
+
+        In place, for these are the largest tensors of a step: two stacks at a time.
+        """
         momenta = [self._momentum(parameter) for parameter in parameters]
+
+        def parts(of: Tensor) -> list[Tensor]:
+            return [own(part_of(part, like)) for part, like in zip(of, momenta, strict=True)]
+
         # of shards, every rank computes with the whole
-        old = torch.stack([whole(momentum) for momentum in momenta])
-        new = torch.stack([whole(parameter.grad) for parameter in parameters if parameter.grad is not None])
-        momentum = old.lerp(new, 1 - MOMENTUM)
-        updates = orthogonal(new.lerp(momentum, MOMENTUM)).to(new.dtype)  # Nesterov's
-        if self.found_inf is not None:
-            finite = own(self.found_inf) == 0
-            momentum, updates = torch.where(finite, momentum, old), torch.where(finite, updates, 0.0)
-        parts = [[own(part_of(part, like)) for part, like in zip(of, momenta, strict=True)] for of in (momentum, updates)]
-        torch._foreach_copy_([own(momentum) for momentum in momenta], parts[0])
-        return parts[1]
+        updates = torch.stack([whole(parameter.grad) for parameter in parameters if parameter.grad is not None])
+        momentum = torch.stack([whole(momentum) for momentum in momenta])
+        share: Tensor | float = 1 - MOMENTUM
+        overflow = None if self.found_inf is None else own(self.found_inf) != 0
+        if overflow is not None:
+            updates.masked_fill_(overflow, 0.0)
+            share = torch.where(overflow, 0.0, share).to(updates.dtype)
+        momentum.lerp_(updates, share)
+        torch._foreach_copy_([own(momentum) for momentum in momenta], parts(momentum))
+        updates.lerp_(momentum, MOMENTUM)  # Nesterov's
+        del momentum
+        updates = orthogonal(updates).to(updates.dtype)
+        return parts(updates if overflow is None else updates.masked_fill_(overflow, 0.0))
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]

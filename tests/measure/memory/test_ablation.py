@@ -10,7 +10,7 @@ from phase1.roster import ROLES, model_config
 
 SMALL = EngineShape(vocab_size=3000, d_model=64, n_layers=2, n_heads=2, htt_dense_rows=256, htt_groups=64)
 CASES = {role: MemoryCase(model_config(role, SMALL), 2, 128) for role in ROLES}
-COST = {"loss": {"materialized": 500}, "checkpointing": {False: 300}, "mixer": {"ar_ssm": 40}, "embedding": {"dense": 90}}
+COST = {"loss": {"materialized": 500}, "recompute": {"none": 300}, "mixer": {"ar_ssm": 40}, "embedding": {"dense": 90}}
 
 
 def result(role, peak, **changes):
@@ -60,6 +60,6 @@ def test_a_model_that_was_not_measured_has_no_changes():
 
 @pytest.mark.parametrize("role", ["baseline", "phase1"])
 def test_a_component_that_both_have_is_left_out(role):
-    same = {r: replace(case, model=replace(case.model, checkpointing=False)) for r, case in CASES.items()}
+    same = {r: replace(case, model=replace(case.model, recompute="none")) for r, case in CASES.items()}
     names = [row.name for row in ablation(same, RESULTS, measured) if row.from_role == role]
     assert len(names) == len(COMPONENTS) and not any("checkpointing" in name for name in names)

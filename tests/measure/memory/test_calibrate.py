@@ -38,7 +38,7 @@ def row(error, name="case"):
 def test_there_are_at_least_24_cases_of_every_kind_no_two_alike():
     cases = calibration_cases()
     assert len(cases) >= 24 and len(set(cases.values())) == len(cases)
-    for name in ("mixer", "embedding", "loss", "checkpointing", "d_model", "vocab_size", "ar_ssm_max_rank"):
+    for name in ("mixer", "embedding", "loss", "recompute", "d_model", "vocab_size", "ar_ssm_max_rank"):
         assert len({getattr(case.model, name) for case in cases.values()}) > 1, name
     assert any(case.seq_length % 2 and case.batch_size % 2 for case in cases.values())
     assert min(Counter(case.model.mixer for case in cases.values()).values()) >= 8

@@ -85,10 +85,10 @@ def test_a_larger_batch_and_a_longer_sequence_take_more(role):
 
 
 @pytest.mark.parametrize("role", ["baseline", "phase1"])
-def test_checkpointing_and_the_chunked_loss_each_take_less(role):
-    for other in ({"loss": "materialized"}, {"checkpointing": False}):
-        plain = {"loss": "chunked", "checkpointing": True} | other
-        assert peak(role, 4, 512, loss="chunked", checkpointing=True) < peak(role, 4, 512, **plain)
+def test_recomputation_and_the_chunked_loss_each_take_less(role):
+    for other in ({"loss": "materialized"}, {"recompute": "none"}):
+        plain = {"loss": "chunked", "recompute": "block"} | other
+        assert peak(role, 4, 512, loss="chunked", recompute="block") < peak(role, 4, 512, **plain)
 
 
 def test_the_estimate_leaves_nothing_behind_and_can_be_repeated():
@@ -120,8 +120,8 @@ def test_out_of_memory_is_recorded_with_the_sizes_to_try_next():
         "CUDA out of memory; try --batch-size 2, then --seq-length 1024"
     )
     engine = case("phase1", 4, 2048)
-    plain = replace(engine, model=replace(engine.model, checkpointing=False))
-    assert sizes_to_try(plain).endswith("then gradient checkpointing (leave out --no-gradient-checkpointing)")
+    plain = replace(engine, model=replace(engine.model, recompute="none"))
+    assert sizes_to_try(plain).endswith("then recomputation (--recompute block)")
 
 
 def test_the_ladder_leaves_out_the_steps_that_are_taken():
@@ -170,6 +170,17 @@ def test_estimates_of_all_models_at_the_documented_size_take_seconds(documented)
     peaks, seconds = documented
     assert seconds < 30  # 6 to 7 where nothing else runs
     assert peaks["phase1"].peak_allocated_bytes < 0.5 * peaks["baseline"].peak_allocated_bytes
+
+
+def test_the_more_is_recomputed_the_less_is_taken_and_pieces_take_least(documented):
+    peaks, _ = documented
+    engine = {how: MemoryCase(model_config("phase1", MemoryRun(), recompute=how), 4, 2048) for how in ("none", "selective")}
+    none, selective = (estimate_memory(case, Chip(9, 0)).peak_allocated_bytes for case in engine.values())
+    pieces = estimate_memory(MemoryCase(model_config("phase1", MemoryRun()), 4, 2048, piece_length=256), Chip(9, 0))
+    block, transformer = (peaks[role].peak_allocated_bytes for role in ("phase1", "baseline_optimized"))
+    assert none > 1.5 * selective > 2 * block
+    assert pieces.peak_allocated_bytes < 0.6 * transformer
+    assert block < 0.75 * transformer
 
 
 MEASURED = json.loads((Path(__file__).parents[3] / "results/archive/h100/memory_calibration.json").read_text())["rows"]

@@ -28,13 +28,13 @@ def test_the_transformers_flops_are_those_of_the_hand_formula(role, B, T):
 
 
 def test_recomputation_and_the_kind_of_loss_are_no_model_flops():
-    assert step_flops(CONFIG, 4, 64) == step_flops(replace(CONFIG, checkpointing=False), 4, 64)
+    assert step_flops(CONFIG, 4, 64) == step_flops(replace(CONFIG, recompute="none"), 4, 64)
     assert step_flops(model_config("baseline", SHAPE), 1, 16) == step_flops(model_config("baseline_optimized", SHAPE), 1, 16)
 
 
 @pytest.mark.parametrize("role", ["baseline", "phase1"])
 def test_flops_from_one_and_two_blocks_are_those_of_all(role):
-    config = replace(model_config(role, SHAPE), checkpointing=False, attention="math", loss="chunked")
+    config = replace(model_config(role, SHAPE), recompute="none", attention="math", loss="chunked")
     assert step_flops(config, 4, 64) == efficiency._counted(config, 4, 64)
 
 

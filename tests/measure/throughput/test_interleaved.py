@@ -39,13 +39,13 @@ def measured():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Every step taken, as (mixer and checkpointing of the model, T); set `fails` to make some raise."""
+    """Every step taken, as (mixer and recomputation of the model, T); set `fails` to make some raise."""
     taken, fails = [], {}
 
     def step(state, batches, mark):
         config, T = state.model.config, batches[0][0].shape[1]
-        taken.append(((config.mixer, config.checkpointing), T))
-        error = fails.get((config.mixer, config.checkpointing, T))
+        taken.append(((config.mixer, config.recompute), T))
+        error = fails.get((config.mixer, config.recompute, T))
         if error is not None:
             raise error
         return train_step(state, batches, mark)
@@ -72,7 +72,7 @@ def test_phases_add_up_to_the_total_and_throughput_follows_from_it(measured):
 
 def test_models_take_their_steps_in_turn_and_warm_up_is_not_counted(calls):
     contenders = measure_throughput(MODELS, PLAN, "cpu")
-    order = [("attention", False), ("attention", True), ("attention", False), ("ar_ssm", True)]
+    order = [("attention", "none"), ("attention", "block"), ("attention", "none"), ("ar_ssm", "block")]
     numbers = range(-PLAN.warmup_steps, PLAN.measure_steps)
     rounds = [[order[i] for i in round_order(range(4), number)] for number in numbers]
     assert calls[0] == [(model, T) for T in (16, 32) for turn in rounds for model in turn]
@@ -152,7 +152,7 @@ def test_progress_is_called_once_per_step_and_model():
 
 def test_running_out_of_memory_at_a_length_ends_that_model_and_no_other(calls, monkeypatch):
     monkeypatch.delitem(MODELS, "baseline_fast")  # as its calls look the same
-    calls[1][("attention", False, 32)] = torch.OutOfMemoryError("CUDA out of memory.")
+    calls[1][("attention", "none", 32)] = torch.OutOfMemoryError("CUDA out of memory.")
     contenders = measure_throughput(MODELS, ThroughputPlan((16, 32, 64), 2, 1, 2), "cpu")
     result = throughput_result("baseline", contenders["baseline"])
     assert [m.status for m in result.measurements] == ["ok", "oom", "oom"]
@@ -161,11 +161,11 @@ def test_running_out_of_memory_at_a_length_ends_that_model_and_no_other(calls, m
     assert result.status == "ok" and result.detail.startswith("T=32: CUDA out of memory.")
     assert contenders["baseline"].state is None, "its memory is free for the others"
     assert [m.status for m in contenders["phase1"].measurements] == ["ok"] * 3
-    assert calls[0].count((("attention", False), 32)) == 1 and (("attention", False), 64) not in calls[0]
+    assert calls[0].count((("attention", "none"), 32)) == 1 and (("attention", "none"), 64) not in calls[0]
 
 
 def test_a_model_that_fails_at_once_is_an_error_and_the_others_are_measured(calls):
-    calls[1][("ar_ssm", True, 16)] = RuntimeError("boom")
+    calls[1][("ar_ssm", "block", 16)] = RuntimeError("boom")
     contenders = measure_throughput(MODELS, PLAN, "cpu")
     result = throughput_result("phase1", contenders["phase1"])
     assert (result.status, result.scaling) == ("error", None)
@@ -183,7 +183,7 @@ def test_a_model_that_cannot_be_made_is_recorded(monkeypatch):
 
 
 def test_an_interrupt_passes(calls):
-    calls[1][("ar_ssm", True, 16)] = KeyboardInterrupt()
+    calls[1][("ar_ssm", "block", 16)] = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         measure_throughput(MODELS, PLAN, "cpu")
 

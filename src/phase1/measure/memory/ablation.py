@@ -13,7 +13,7 @@ Measure = Callable[[str, MemoryCase], MemoryResult]
 # a component of the engine, and the fields of ModelConfig that are it
 COMPONENTS = {
     "loss": "loss",
-    "checkpointing": "checkpointing",
+    "checkpointing": "recompute",
     "mixer": "mixer",
     "table": "embedding",
     "copy head": "copy_head",
@@ -36,7 +36,7 @@ def ablation(cases: Mapping[str, MemoryCase], results: Mapping[str, MemoryResult
         reference = results[role].peak_allocated_bytes
         for component, name in COMPONENTS.items():
             value = getattr(cases[source].model, name)
-            if value == getattr(cases[role].model, name):  # the run gave both the same, by --no-gradient-checkpointing
+            if value == getattr(cases[role].model, name):  # the run gave both the same, by --recompute none
                 continue
             change: dict[str, Any] = {name: value}
             result = measure(role, replace(cases[role], model=replace(cases[role].model, **change)))

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from phase1.config import EngineShape
+from phase1.config import EngineShape, present_settings
 from phase1.machine.isolate import run_isolated
 from phase1.measure.memory.case import MemoryCase
 from phase1.measure.memory.estimate.estimate import estimate_memory
@@ -16,7 +16,7 @@ from phase1.roster import model_config
 MEDIAN_LIMIT, WORST_LIMIT = 2.0, 5.0  # percent of the measured peak
 LEAST_CASES = 24
 
-# sizes of a model, and for a role, with changes of the model: (B, T)
+# for a role and sizes of a model, with changes of it by the names that records have for them: (B, T)
 _SIZES: dict[str, dict[str, Any]] = {
     "D512 L8": {},
     "D256 L4": {"d_model": 256, "n_layers": 4, "n_heads": 4},
@@ -91,7 +91,7 @@ def calibration_cases() -> dict[str, MemoryCase]:
     """Both models and what is between them, at sizes small and large, round and odd, by name."""
     cases = {}
     for role, size, changes, shapes in _CASES:
-        model = model_config(role, EngineShape(**_SIZES[size]), **changes)
+        model = model_config(role, EngineShape(**_SIZES[size]), **present_settings(changes))
         words = [role, size, *(f"{name}={value}" for name, value in changes.items())]
         for batch_size, seq_length in shapes:
             cases[" ".join([*words, f"B{batch_size} T{seq_length}"])] = MemoryCase(model, batch_size, seq_length)

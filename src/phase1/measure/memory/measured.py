@@ -206,9 +206,9 @@ def _requested_bytes() -> int:
 
 
 def sizes_to_try(case: MemoryCase) -> str:
-    """What to lower when memory runs out; checkpointing is a choice for the engine alone."""
-    off = case.model.mixer == "ar_ssm" and not case.model.checkpointing
-    more = ("gradient checkpointing (leave out --no-gradient-checkpointing)",) if off else ()
+    """What to lower when memory runs out; recomputation is a choice for the engine alone."""
+    less = case.model.mixer == "ar_ssm" and case.model.recompute != "block"
+    more = ("recomputation (--recompute block)",) if less else ()
     return smaller(batch=("--batch-size", case.batch_size), length=("--seq-length", case.seq_length), more=more)
 
 

@@ -38,8 +38,7 @@ def candidates(run: PerplexityRun) -> list[ScoredModel]:
             raise ValueError(f"--checkpoint must name every model once; got {' '.join(run.checkpoint)}; use _seed1 and so on")
         return list(given.values())
     pairs = [(r, R) for r in run.test_htt_ranks for R in run.test_ar_ssm_ranks]
-    engine = {"checkpointing": run.gradient_checkpointing}
-    engines = [model_config("phase1", run, htt_rank=r, ar_ssm_max_rank=R, **engine) for r, R in pairs]
+    engines = [model_config("phase1", run, htt_rank=r, ar_ssm_max_rank=R, recompute=run.recompute) for r, R in pairs]
     configs = {"baseline": replace(engines[0], **ROLES["baseline"])} if run.baseline else {}  # it uses no rank
     configs |= {str(Key.of(config)): config for config in engines if run.engine}
     configs |= {name: variant(name, engines[0]) for name in run.variants}

@@ -34,7 +34,7 @@ def step_flops(config: ModelConfig, batch_size: int, seq_length: int) -> int:
         start, double = (step_flops(config, batch_size, times * past_windows) for times in (1, 2))
         return start + (seq_length - past_windows) * (double - start) // past_windows
     # a fused kernel hides its products; materialised logits have columns of padding
-    config = replace(config, checkpointing=False, attention="math", loss="chunked")
+    config = replace(config, recompute="none", attention="math", loss="chunked")
     if config.model is not None:  # whose layers may differ, or not depend on --n-layers
         return _counted(config, batch_size, seq_length)
     one, two = (_counted(replace(config, n_layers=layers), batch_size, seq_length) for layers in (1, 2))

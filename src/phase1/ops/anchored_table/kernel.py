@@ -122,10 +122,13 @@ def _tile(D: int, numbers: int) -> tuple[int, int]:
     return max(1, numbers // columns), columns
 
 
-def table(own: Sequence[Tensor], weights: Tensor, anchors: Tensor, levels: Sequence[int], dtype: torch.dtype) -> Tensor:
+def table(
+    own: Sequence[Tensor], weights: Tensor, anchors: Tensor, levels: Sequence[int], dtype: torch.dtype, zeros: int = 0
+) -> Tensor:
     """`levels.table` in a kernel for each part."""
     D, K, first = own[0].shape[1], anchors.shape[1], levels[0]
-    table = torch.empty(levels[-1], D, dtype=dtype, device=own[0].device)
+    table = torch.empty(levels[-1] + zeros, D, dtype=dtype, device=own[0].device)
+    table[levels[-1] :].zero_()
     weights, anchors, (R, columns) = weights.contiguous(), anchors.contiguous(), _tile(D, TILE)
     for begin, end, part in _parts(own):
         part = part if part.stride(1) == 1 else part.contiguous()
@@ -141,7 +144,7 @@ def gradients(
     levels: Sequence[int],
 ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
     """`levels.gradients` in two kernels a level, and two for the weights; repeats to the bit."""
-    (V, D), K, first, last = table.shape, anchors.shape[1], levels[0], [0, *levels][-2]
+    V, D, K, first, last = levels[-1], table.shape[1], anchors.shape[1], levels[0], [0, *levels][-2]
     d_table, weights, anchors, inner = d_table.contiguous(), weights.contiguous(), anchors.contiguous(), max(0, last - first)
     indices, offsets, chunk_offsets, chunk_rows = inverse
     d_inner = d_table.new_empty(inner, D)
@@ -159,7 +162,7 @@ def gradients(
             if begin <= at < end:
                 arguments = (*inputs, sums, d_part, d_part.shape[1], at, first, inner)
                 _gradients_of_rows[(until - at,)](*arguments, **summing)
-    for d_rows, of in ((d_inner, slice(0, inner)), (d_table[last:], slice(inner, V - first))):
+    for d_rows, of in ((d_inner, slice(0, inner)), (d_table[last:V], slice(inner, V - first))):
         if n := len(d_rows) if K else 0:
             size = {"D": D, "K": K, "R": R, "PART": columns, "num_warps": 4}
             _gradients_of_weights[(triton.cdiv(n, R),)](d_rows, table, anchors[of], d_weights[of], n, **size)

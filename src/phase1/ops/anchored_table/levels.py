@@ -10,10 +10,12 @@ from torch import Tensor
 CHUNK_ROWS = 4096  # rows whose anchors are gathered at once for the gradient of their weights
 
 
-def table(own: Sequence[Tensor], weights: Tensor, anchors: Tensor, levels: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The table, (V, D)."""
+def table(
+    own: Sequence[Tensor], weights: Tensor, anchors: Tensor, levels: Sequence[int], dtype: torch.dtype, zeros: int = 0
+) -> Tensor:
+    """The table, (V + zeros, D)."""
     D = own[0].shape[1]
-    table = torch.cat([F.pad(part.to(dtype), (0, D - part.shape[1])) for part in own])
+    table = torch.cat([F.pad(part.to(dtype), (0, D - part.shape[1])) for part in (*own, own[0].new_zeros(zeros, D))])
     for start, end in pairwise(levels):
         level = slice(start - levels[0], end - levels[0])
         table[start:end] += _bags(table[:start], anchors[level], weights[level])

@@ -16,18 +16,20 @@ from phase1.ops.card import runs_kernels
 
 
 def anchored_table(
-    own: Sequence[Tensor], weights: Tensor, anchors: Tensor, levels: Sequence[int], inverse: InverseIndex, dtype: torch.dtype
-) -> Tensor:
+    own: Sequence[Tensor], weights: Tensor, anchors: Tensor, levels: Sequence[int], inverse: InverseIndex, dtype: torch.dtype,
+    zeros: int = 0,
+) -> Tensor:  # fmt: skip
     """Fast form of `anchored_table_reference`: same result, gradients and errors.
 
     Args:
         inverse: `inverse_index(anchors, levels)`, which a caller keeps for all its calls.
+        zeros: rows of zeros to put at the end of the table.
     """
     check_arguments(own, weights, anchors, levels)
     parts = _within_levels(own, levels)
     if _without_operator(weights):
-        return bags.table(parts, weights, anchors, levels, dtype)
-    table: Tensor = _table(parts, weights, anchors, list(levels), list(inverse), dtype)
+        return bags.table(parts, weights, anchors, levels, dtype, zeros)
+    table: Tensor = _table(parts, weights, anchors, list(levels), list(inverse), dtype, zeros)
     return table
 
 
@@ -54,8 +56,9 @@ def _table(
     levels: Sequence[int],
     inverse: Sequence[Tensor],
     dtype: torch.dtype,
+    zeros: int,
 ) -> Tensor:
-    return _form(weights, dtype).table(own, weights, anchors, levels, dtype)
+    return _form(weights, dtype).table(own, weights, anchors, levels, dtype, zeros)
 
 
 @_table.register_fake
@@ -66,8 +69,9 @@ def _(
     levels: Sequence[int],
     inverse: Sequence[Tensor],
     dtype: torch.dtype,
+    zeros: int,
 ) -> Tensor:
-    return own[0].new_empty(levels[-1], own[0].shape[1], dtype=dtype)
+    return own[0].new_empty(levels[-1] + zeros, own[0].shape[1], dtype=dtype)
 
 
 @torch.library.custom_op("phase1::anchored_table_backward", mutates_args=())
@@ -90,7 +94,7 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    own, weights, anchors, ctx.levels, inverse, _ = inputs
+    own, weights, anchors, ctx.levels, inverse, _, _ = inputs
     last = [0, *ctx.levels][-2]
     ctx.inner = sum(begin < last for begin in accumulate(map(len, own[:-1]), initial=0))  # parts before the last level
     ctx.outer = [(len(part), part.shape[1], part.dtype) for part in own[ctx.inner :]]
@@ -100,7 +104,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, d_table: Tensor | None) -> tuple[Any, ...]:
     if d_table is None:
-        return [None] * (ctx.inner + len(ctx.outer)), None, None, None, [None] * len(InverseIndex._fields), None
+        return [None] * (ctx.inner + len(ctx.outer)), None, None, None, [None] * len(InverseIndex._fields), None, None
     table, weights, anchors, *rest = ctx.saved_tensors
     inverse, own = rest[: len(InverseIndex._fields)], rest[len(InverseIndex._fields) :]
     d_own, d_weights = _gradients(d_table, table, own, weights, anchors, inverse, ctx.levels)
@@ -108,7 +112,7 @@ def _backward(ctx: Any, d_table: Tensor | None) -> tuple[Any, ...]:
     for rows, width, dtype in ctx.outer:  # nobody uses these rows: their gradients have come whole
         d_own = [*d_own, d_table[at : at + rows, :width].to(dtype)]
         at += rows
-    return d_own, d_weights, None, None, [None] * len(inverse), None
+    return d_own, d_weights, None, None, [None] * len(inverse), None, None
 
 
 _table.register_autograd(_backward, setup_context=_keep)
@@ -124,7 +128,7 @@ def _form(weights: Tensor, dtype: torch.dtype) -> ModuleType:
 
 
 @register_flop_formula(torch.ops.phase1.anchored_table)
-def _(own: Any, weights: Any, anchors: Any, levels: Any, inverse: Any, dtype: Any, **_: Any) -> int:
+def _(own: Any, weights: Any, *_: Any, **__: Any) -> int:
     """A multiplication and an addition for each anchor and coordinate."""
     return 2 * int(weights[0]) * int(weights[1]) * int(own[0][1])
 

@@ -18,16 +18,21 @@ LINE = 64  # numbers: rows of logits begin at multiples of it, so that kernels r
 
 
 def tied_cross_entropy(
-    hidden: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None = None, log_odds: Tensor | None = None
-) -> Tensor:
-    """Fast form of `tied_cross_entropy_reference`: same arguments, result, gradients and errors."""
+    hidden: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None = None, log_odds: Tensor | None = None,
+    parts: int = 1,
+) -> Tensor:  # fmt: skip
+    """Fast form of `tied_cross_entropy_reference`: same result, gradients and errors.
+
+    Args:
+        parts: how many times fewer logits than CHUNK_BYTES to hold at once: slower, in less memory.
+    """
     check_arguments(hidden, table, targets, bias, log_odds)
     loss: Tensor
     if torch.compiler.is_compiling():
         wanted = [x is not None and x.requires_grad for x in (hidden, table, bias, log_odds)]
-        loss = _operator(hidden, table, targets, bias, log_odds, wanted)[0]
+        loss = _operator(hidden, table, targets, bias, log_odds, wanted, parts)[0]
     else:
-        loss = _TiedCrossEntropy.apply(hidden, table, targets, bias, log_odds)
+        loss = _TiedCrossEntropy.apply(hidden, table, targets, bias, log_odds, parts)
     return loss
 
 
@@ -39,10 +44,11 @@ def tied_nll(hidden: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None
     states, target = hidden[scored], target[scored]
     with torch.autocast(targets.device.type, enabled=False):
         rows = _padded(table, states.dtype)
-        buffer = _logits_buffer(states, len(table))
+        V = len(table) if bias is None else len(bias)
+        buffer = _logits_buffer(states, V)
         target_log_prob = torch.empty_like(target, dtype=torch.promote_types(buffer.dtype, torch.float32))
         for chunk in _chunks(len(target), buffer):
-            z = _logits(states[chunk], rows, buffer)[:, : len(table)]
+            z = _logits(states[chunk], rows, buffer)[:, :V]
             softmax_rows(z, bias, target[chunk], target_log_prob[chunk], None)
     return target_log_prob.new_zeros(len(scored)).masked_scatter(scored, -target_log_prob)
 
@@ -59,14 +65,15 @@ class _Outcome(NamedTuple):
 
 
 def _compute(
-    hidden: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None, log_odds: Tensor | None, wanted: Sequence[bool]
-) -> _Outcome:
+    hidden: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None, log_odds: Tensor | None, wanted: Sequence[bool],
+    parts: int,
+) -> _Outcome:  # fmt: skip
     """Loss and gradients in one pass: a chunk's gradients are computed while its probabilities exist.
 
     They are those of the sum of losses, so that half precision holds numbers of order 1. `wanted` says which are needed, of
     hidden, table, bias and log-odds.
     """
-    (N, D), V = hidden.shape, len(table)
+    (N, D), V = hidden.shape, len(table) if bias is None else len(bias)
     of_hidden, of_table, of_bias, of_odds = wanted
     acc_dtype = torch.promote_types(hidden.dtype, torch.float32)
     scored, target = _scored(targets)
@@ -78,7 +85,7 @@ def _compute(
         d_hidden = hidden.new_empty(N, D) if of_hidden else None
         sums = hidden.new_zeros(len(rows), D + ones, dtype=acc_dtype) if of_table or of_bias else None
         target_log_prob = torch.empty_like(target, dtype=acc_dtype)
-        buffer = _logits_buffer(hidden, V)
+        buffer = _logits_buffer(hidden, V, parts)
         for chunk in _chunks(N, buffer):
             z = _logits(hidden[chunk], rows, buffer)  # softmax_rows overwrites them by their gradient
             odds = None if log_odds is None else log_odds[chunk]
@@ -92,7 +99,7 @@ def _compute(
     if log_odds is not None:
         target_log_prob = target_log_prob + F.softplus(log_odds - target_log_prob)
     count = scored.sum()
-    d_table = sums[:V, :D] if sums is not None and of_table else None
+    d_table = sums[: len(table), :D] if sums is not None and of_table else None
     d_bias = sums[:V, -1].contiguous() if sums is not None and of_bias else None
     return _Outcome(-(target_log_prob * scored).sum() / count, count.clamp(min=1), d_hidden, d_table, d_bias, d_odds)
 
@@ -109,10 +116,10 @@ class _TiedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None, log_odds: Tensor | None
+        ctx: Any, hidden: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None, log_odds: Tensor | None, parts: int
     ) -> Tensor:
-        of_hidden, of_table, _, of_bias, of_odds = ctx.needs_input_grad
-        outcome = _compute(hidden, table, targets, bias, log_odds, (of_hidden, of_table, of_bias, of_odds))
+        of_hidden, of_table, _, of_bias, of_odds, _ = ctx.needs_input_grad
+        outcome = _compute(hidden, table, targets, bias, log_odds, (of_hidden, of_table, of_bias, of_odds), parts)
         ctx.dtype = table.dtype
         ctx.save_for_backward(*outcome[1:])
         return outcome.loss
@@ -122,7 +129,8 @@ class _TiedCrossEntropy(torch.autograd.Function):
         count, d_hidden, d_table, d_bias, d_odds = ctx.saved_tensors
         scale = d_loss / count
         return (
-            _scaled(d_hidden, scale), _scaled(d_table, scale, ctx.dtype), None, _scaled(d_bias, scale), _scaled(d_odds, scale)
+            _scaled(d_hidden, scale), _scaled(d_table, scale, ctx.dtype), None, _scaled(d_bias, scale), _scaled(d_odds, scale),
+            None,
         )  # fmt: skip
 
 
@@ -142,16 +150,16 @@ def _scored(targets: Tensor) -> tuple[Tensor, Tensor]:
     return scored, targets.where(scored, 0)
 
 
-def _chunk_tokens(element_size: int, V: int) -> int:
-    """Tokens whose logits fit in CHUNK_BYTES, a multiple of TILE if there are more than that."""
-    tokens = max(1, CHUNK_BYTES // (element_size * V))
+def _chunk_tokens(element_size: int, V: int, parts: int) -> int:
+    """Tokens whose logits fit in a part of CHUNK_BYTES, a multiple of TILE if there are more than that."""
+    tokens = max(1, CHUNK_BYTES // (parts * element_size * V))
     return tokens - tokens % TILE if tokens > TILE else tokens
 
 
-def _logits_buffer(states: Tensor, V: int) -> Tensor:
+def _logits_buffer(states: Tensor, V: int, parts: int = 1) -> Tensor:
     """Memory for the logits of one chunk, (tokens, V + padding), in the dtype of the states."""
     width = V + -V % ALIGNMENT
-    size = min(_chunk_tokens(states.element_size(), V), len(states))
+    size = min(_chunk_tokens(states.element_size(), V, parts), len(states))
     return states.new_empty(size, width + -width % LINE)[:, :width]
 
 
@@ -168,31 +176,34 @@ def _logits(states: Tensor, rows: Tensor, buffer: Tensor) -> Tensor:
 @torch.library.custom_op(
     "phase1::tied_cross_entropy",
     mutates_args=(),
-    schema="(Tensor hidden, Tensor table, Tensor targets, Tensor? bias, Tensor? log_odds, bool[] wanted) -> (Tensor, Tensor[])",
+    schema="(Tensor hidden, Tensor table, Tensor targets, Tensor? bias, Tensor? log_odds, bool[] wanted, int parts)"
+    " -> (Tensor, Tensor[])",
 )
 def _operator(
-    hidden: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None, log_odds: Tensor | None, wanted: Sequence[bool]
-) -> tuple[Tensor, list[Tensor]]:
+    hidden: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None, log_odds: Tensor | None, wanted: Sequence[bool],
+    parts: int,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """The loss; the number of scored tokens and the wanted gradients. One node of a compiled graph."""
-    loss, n_scored, *gradients = _compute(hidden, table, targets, bias, log_odds, wanted)
+    loss, n_scored, *gradients = _compute(hidden, table, targets, bias, log_odds, wanted, parts)
     return loss, [n_scored, *(gradient for gradient in gradients if gradient is not None)]
 
 
 @_operator.register_fake
 def _(
-    hidden: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None, log_odds: Tensor | None, wanted: Sequence[bool]
-) -> tuple[Tensor, list[Tensor]]:
+    hidden: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None, log_odds: Tensor | None, wanted: Sequence[bool],
+    parts: int,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     acc_dtype = torch.promote_types(hidden.dtype, torch.float32)
-    V, D = table.shape
-    rows, columns = V + -V % ALIGNMENT, D + (ALIGNMENT if wanted[2] else 0)
-    like = [hidden.new_empty(hidden.shape), hidden.new_empty(rows, columns, dtype=acc_dtype)[:V, :D]]
+    n, D = table.shape
+    rows, columns = n + -n % ALIGNMENT, D + (ALIGNMENT if wanted[2] else 0)
+    like = [hidden.new_empty(hidden.shape), hidden.new_empty(rows, columns, dtype=acc_dtype)[:n, :D]]
     like += [targets.new_empty(0 if x is None else x.shape, dtype=acc_dtype) for x in (bias, log_odds)]
     gradients = [x for x, needed in zip(like, wanted, strict=True) if needed]
     return targets.new_empty((), dtype=acc_dtype), [targets.new_empty(()), *gradients]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
-    _, table, _, _, _, ctx.wanted = inputs
+    _, table, _, _, _, ctx.wanted, _ = inputs
     ctx.dtype = table.dtype
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1])
@@ -205,13 +216,13 @@ def _backward(ctx: Any, d_loss: Tensor, _: Any) -> tuple[Any, ...]:
     of = [next(left) if needed else None for needed in ctx.wanted]
     dtypes = None, ctx.dtype, None, None
     d_hidden, d_table, d_bias, d_odds = (_scaled(gradient, scale, dtype) for gradient, dtype in zip(of, dtypes))
-    return d_hidden, d_table, None, d_bias, d_odds, None
+    return d_hidden, d_table, None, d_bias, d_odds, None, None
 
 
 _operator.register_autograd(_backward, setup_context=_keep)
 
 
 @register_flop_formula(torch.ops.phase1.tied_cross_entropy)
-def _(hidden: Any, table: Any, targets: Any, bias: Any, log_odds: Any, wanted: Any, **_: Any) -> int:
+def _(hidden: Any, table: Any, targets: Any, bias: Any, log_odds: Any, wanted: Any, *_: Any, **__: Any) -> int:
     """One product for the logits, and one for each of hidden and table whose gradient is wanted."""
     return 2 * int(hidden[0]) * int(table[0]) * int(table[1]) * (1 + int(wanted[0]) + int(wanted[1]))

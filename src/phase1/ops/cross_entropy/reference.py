@@ -18,11 +18,11 @@ def check_arguments(
     """Raise ValueError unless the shapes are those of `tied_cross_entropy_reference`."""
     if hidden.ndim != 2 or table.ndim != 2 or hidden.shape[1] != table.shape[1]:
         raise ValueError(f"hidden (N, D) and table (V, D) must share D; got {tuple(hidden.shape)} and {tuple(table.shape)}")
-    N, V = len(hidden), len(table)
+    N, V = len(hidden), len(table) if bias is None else len(bias)
+    if len(table) not in (V, V + -V % ALIGNMENT):
+        raise ValueError(f"bias must be (V,), one for each row of the table but zeros at its end; got {V} of {len(table)}")
     if targets.shape != (N,):
         raise ValueError(f"targets must be (N,) = ({N},); got {tuple(targets.shape)}")
-    if bias is not None and bias.shape != (V,):
-        raise ValueError(f"bias must be (V,) = ({V},); got {tuple(bias.shape)}")
     if log_odds is not None and log_odds.shape != targets.shape:
         raise ValueError(f"log_odds must be (N,) = ({N},); got {tuple(log_odds.shape)}")
 
@@ -37,7 +37,8 @@ def tied_cross_entropy_reference(
 
     Args:
         hidden: final states, (N, D).
-        table: (V, D), cast to the dtype of the states.
+        table: (V, D), cast to the dtype of the states; with a bias also (V', D), V' the next multiple of ALIGNMENT, whose rows
+            past V are zeros: then nobody has to copy it.
         targets: (N,) integers in [0, V), or IGNORE for positions that are not scored.
         bias: (V,); zero if None.
         log_odds: o, (N,), at least float32; None means -inf, which leaves the cross-entropy.
@@ -48,7 +49,7 @@ def tied_cross_entropy_reference(
     """
     check_arguments(hidden, table, targets, bias, log_odds)
     rows = F.pad(table.to(hidden.dtype), (0, 0, 0, -len(table) % ALIGNMENT))  # as usual for a vocabulary of odd size
-    logits = (hidden @ rows.T)[:, : len(table)]
+    logits = (hidden @ rows.T)[:, : len(table) if bias is None else len(bias)]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits = logits if bias is None else logits + bias
     if log_odds is None:

@@ -3,6 +3,7 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
@@ -116,6 +117,14 @@ def test_masked_attention_sums_the_gradient_of_its_queries_in_float32():
             torch.autograd.grad(y, operands, torch.ones_like(y))
         sizes = [tracker.trace.blocks[event].size for event in tracker.trace.events if event >= 0]
         assert sizes.count(4 * B * H * T * R) == 1
+
+
+@pytest.mark.parametrize("way", [Tensor.backward, lambda y, gradient: torch.autograd.backward([y], [gradient])])
+def test_a_backward_pass_from_a_given_gradient_makes_none_of_its_own(way, monkeypatch):
+    with imitated_cuda():
+        y, gradient = torch.ones(64, requires_grad=True) * 2, torch.ones(64)
+        monkeypatch.setattr(torch, "ones_like", None)  # as which it would begin
+        way(y, gradient)
 
 
 def test_where_only_products_are_allowed_masked_attention_holds_all_scores():

@@ -110,6 +110,6 @@ def test_an_estimate_for_a_card_is_of_the_operators_that_run_there():
     from phase1.roster import model_config
 
     sizes = EngineShape(vocab_size=300, d_model=64, n_layers=1, n_heads=2, htt_dense_rows=16, htt_groups=8)
-    case = MemoryCase(model_config("phase1", sizes, checkpointing=False), 2, 512)
+    case = MemoryCase(model_config("phase1", sizes, recompute="none"), 2, 512)
     peaks = [estimate_memory(case, Chip(*capability)).peak_allocated_bytes for capability in ((7, 5), (8, 6))]
     assert peaks[1] < peaks[0], "the kernels of newer cards keep less than PyTorch's operators"

@@ -58,11 +58,11 @@ class _CudaAutocast(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if func is torch.autograd.backward:
-            return self._backward(*args)
+            return self._backward(args[0], kwargs.get("grad_tensors"))
         if name not in _CHANGED or not args or not isinstance(args[0], Tensor):
             return func(*args, **kwargs)
         if func is Tensor.backward:
-            return self._backward([args[0]], *[[gradient] for gradient in args[1:]])
+            return self._backward([args[0]], [kwargs.get("gradient")])
         if torch.is_autocast_enabled("cpu") and args[0].dtype in _HALF:
             if name in _CUDA_FLOAT32 or (name == "rms_norm" and _RMS_NORM_IN_FLOAT32):
                 args = (args[0].float(), *args[1:])
