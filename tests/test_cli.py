@@ -132,7 +132,7 @@ def test_a_printed_file_gives_the_same_run(command, tmp_path, capsys):
         learning_rate=st.floats(1e-9, 1e9),
         copy_head=st.booleans(),
         max_hours=st.none() | st.floats(1e-9, 1e9),
-        report_to=st.lists(st.sampled_from(["tensorboard", "trackio"]), max_size=2).map(tuple),
+        report_to=st.lists(st.sampled_from(["tensorboard", "wandb", "trackio"]), max_size=2).map(tuple),
     )
 )
 def test_any_run_survives_its_file(run):
