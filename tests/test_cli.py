@@ -113,7 +113,7 @@ def test_a_file_gives_flags_and_a_flag_wins_over_it(tmp_path):
     assert parse("throughput", ["--config", str(path), "--preset", "rtx4090-24g"]).d_model == 512
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"compare", "check-model"}))  # which must be given what they are about
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"compare", "check-model", "curves"}))  # which must be given what they are about
 def test_a_printed_file_gives_the_same_run(command, tmp_path, capsys):
     path = tmp_path / "run.toml"
     with pytest.raises(SystemExit) as exit:

@@ -82,9 +82,8 @@ def main(run: TrainRun) -> int:
         return 0
     atomic_write(folder / SETTINGS, to_toml(run).encode())
     rows = read_metrics(folder / METRICS) if (folder / METRICS).exists() else []
-    unigram = None if valid is None else unigram_entropy(valid.splits["valid"].ids)
-    plots = [plot_training({folder.name: rows}, folder / PLOT, unigram)] if rows else []
-    print(text(screen(run, model_config, facts, rows, unigram, plots)))
+    plots = [plot_training({folder.name: rows}, folder / PLOT)] if rows else []
+    print(text(screen(run, model_config, facts, rows, watch.unigram_loss, plots)))
     if facts["loss"] > (guess := math.log(run.vocab_size)):
         worse = f"the last loss, {facts['loss']:.3f}, is worse than guessing, which is ln V = {guess:.3f}"
         print(f"phase1 train: {worse}; lower --learning-rate, or train on more tokens", file=sys.stderr)
@@ -213,6 +212,7 @@ def watch_of(run: TrainRun, corpus: Corpus, valid: Corpus | None) -> Watch:
     return Watch(
         score=None if valid is None else scorer(run, valid),
         score_every=_every(run),
+        unigram_loss=None if valid is None else unigram_entropy(valid.splits["valid"].ids),
         sample=sampler(run, corpus) if run.sample_every else None,
         sample_every=run.sample_every,
         max_seconds=3600 * hours,
