@@ -17,7 +17,7 @@ from phase1.errors import Unavailable, is_out_of_memory, reason
 from phase1.factory import pinned
 from phase1.files import atomic_write
 from phase1.generation import Decoder, Sampling, continuation, text_of
-from phase1.machine.environment import total_gpu_bytes
+from phase1.machine.environment import amd_gpu, total_gpu_bytes
 from phase1.measure.memory.case import MemoryCase
 from phase1.measure.memory.estimate.estimate import estimate_memory
 from phase1.measure.memory.measured import chip_of
@@ -176,7 +176,8 @@ def plan(run: TrainRun, model: ModelConfig, corpus: Corpus, valid: Corpus | None
         needed, total = estimate_memory(case, chip_of(case)).needed_bytes, total_gpu_bytes()
         fits = total is None or needed <= total
         remedy = "" if fits else f"; it does not fit: try --micro-batch-size {max(1, case.batch_size // 2)}"
-        lines.append(f"memory: {needed / 1e9:.2f} GB estimated, of {(total or 0) / 1e9:.2f} GB{remedy}")
+        by = " as on a card of NVIDIA" if amd_gpu() else ""
+        lines.append(f"memory: {needed / 1e9:.2f} GB estimated{by}, of {(total or 0) / 1e9:.2f} GB{remedy}")
     return lines
 
 
