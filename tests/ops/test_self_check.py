@@ -74,6 +74,12 @@ def test_a_fault_of_any_kernel_is_found_said_in_one_line_and_the_forms_in_pytorc
     assert len(asked) == 1 and list(self_check.DISPROVEN) == ["copy head, groups and table"]
 
 
+def test_a_result_that_is_no_number_is_wrong_by_any_measure():
+    right = torch.ones(3)
+    assert self_check.relative_error([right, right * torch.nan], [right.double()] * 2) == float("inf")
+    assert self_check.relative_error([right, right * 1.5], [right.double()] * 2) == pytest.approx(0.5)
+
+
 def test_what_a_compiler_raises_is_a_failure_too(monkeypatch, asked):
     monkeypatch.setattr(table_kernel, "table", lambda *_: 1 / 0)
     with pytest.warns(UserWarning, match="ZeroDivisionError"):
