@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +200,18 @@ def test_other_versions_of_transformers_are_refused_in_one_line(version):
     with pytest.raises(ImportError, match=rf"^phase1.hf needs transformers>=5.24,<6; got {version}; install one of these$"):
         phase1.hf.require_supported(version)
     phase1.hf.require_supported("5.24.0.dev0")
+
+
+def test_the_supported_range_and_the_plug_in_of_lm_eval_are_those_of_the_package():
+    """One range everywhere. Its lower end is what `constraints.txt` installs, until there is a newer transformers to test too."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    with pytest.raises(ImportError) as refused:
+        phase1.hf.require_supported("5.0.0")
+    assert project["optional-dependencies"]["hf"][0] in str(refused.value) and project["optional-dependencies"]["hf"][0] in phase1.hf.__doc__
+    (name, target), *_ = project["entry-points"]["lm_eval.models"].items()
+    pytest.importorskip("lm_eval")
+    found = EntryPoint(name, target, "lm_eval.models").load()
+    assert name == "phase1" and found.__module__ == "phase1.lm_eval"
 
 
 @pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"device_map": "cpu"}])
