@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("batch_size", type=int)
     parser.add_argument("seq_length", type=int)
     parser.add_argument("settings", nargs="*", help="FIELD=VALUE of the model")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default=TrainConfig.optimizer)
     parser.add_argument("--out-dir", default="results/benchmarks")
     options = parser.parse_args()
     settings = dict(setting.split("=") for setting in options.settings)
@@ -38,7 +39,7 @@ def main() -> None:
     B, T = options.batch_size, options.seq_length
     torch.manual_seed(0)
     model = LanguageModel(model_config(options.role, EngineShape(), **overrides))
-    state = make_train_state(model, TrainConfig(compile=True, cuda_graphs=True), "cuda")
+    state = make_train_state(model, TrainConfig(compile=True, cuda_graphs=True, optimizer=options.optimizer), "cuda")
     ids = (torch.rand(B, T + 1, generator=torch.Generator().manual_seed(1)) ** 4 * 50_000).long().cuda()
     batch = [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())]
     losses = [train_step(state, batch).item() for _ in range(WARMUP)]
@@ -60,7 +61,7 @@ def main() -> None:
     longest = sorted(kernels.items(), key=lambda kernel: -sum(kernel[1]))
     milliseconds = statistics.median(times)
     record = {
-        "role": options.role, "settings": settings, "batch_size": B, "seq_length": T, "milliseconds": milliseconds,
+        "role": options.role, "settings": settings, "batch_size": B, "seq_length": T, "optimizer": options.optimizer, "milliseconds": milliseconds,
         "samples": times, "tokens_per_s": 1e3 * B * T / milliseconds, "losses": losses,
         "kernels": sum(map(len, kernels.values())), "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
         "environment": environment(), "command": current_command(),

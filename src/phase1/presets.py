@@ -49,7 +49,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         | {"batch_size": 1, "seq_lengths": (256, 512, 1024, 2048, 4096), "warmup_steps": 1, "measure_steps": 9},
         "perplexity": SMOKE_SHAPE
         | {"seq_length": 128, "train_tokens": 400_000, "train_batch_size": 16, "micro_batch_size": 16}
-        | {"baseline_learning_rate": 3e-3, "dataset_name": "builtin", "tokenizer": "bpe"},
+        | {"dataset_name": "builtin", "tokenizer": "bpe"},
     },
 }
 """Defaults that a hardware preset replaces, per command; a flag on the command line wins over both."""

@@ -132,7 +132,9 @@ class ThroughputRun(EngineShape, ComparisonConfig, OutputConfig):
 class PerplexityRun(ModelShape, DataConfig, TrainConfig, ComparisonConfig, OutputConfig):
     """Perplexity of trained models on one evaluation text, engine against the FP16 Transformer."""
 
-    baseline_learning_rate: float = option(1.5e-3, "--learning-rate of models with attention, whose best value differs")
+    baseline_learning_rate: float = option(
+        3e-3, "--learning-rate of models with attention whose queries and keys are not normed: they bear less"
+    )
     gradient_checkpointing: bool = option(True, "recompute the engine's activations in the backward pass: slower, less memory")
     max_samples: int | None = option(None, "windows of --seq-length tokens to evaluate; all by default")
     seq_length: int = option(512, "T, tokens per window in evaluation, and in the training of what is not trained yet")
@@ -253,8 +255,8 @@ class TrainRun(ModelConfig, DataConfig, TrainConfig, WatchConfig):
             raise ValueError(f"--piece-length needs a state that does not grow; got {other}; leave one of them out")
         if self.shard and self.piece_length is not None:
             raise ValueError("--shard must be without --piece-length; got both; leave one of them out")
-        if self.shard and (self.compile or self.cuda_graphs or self.sample_every or self.optimizer == "muon" or self.model):
-            expected = "--shard must be without --compile, --cuda-graphs, --sample-every, --optimizer muon and --model"
+        if self.shard and (self.compile or self.cuda_graphs or self.sample_every or self.model):
+            expected = "--shard must be without --compile, --cuda-graphs, --sample-every and --model"
             raise ValueError(f"{expected}; got one of them; leave it out")
         if self.context_parallel and (self.mixer == "attention" or self.model is not None):
             other = "--mixer attention" if self.model is None else "--model"

@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import torch
 
+from phase1.vocabulary import contexts
 from phase1.vocabulary import statistics as order
 from phase1.vocabulary.levels import Level
-from phase1.vocabulary.statistics import neighbour_vectors, token_statistics, tree_order
+from phase1.vocabulary.statistics import token_statistics, tree_order
 
 V = 200
 
@@ -60,8 +61,9 @@ def test_order_repeats_for_a_seed_and_whatever_the_chunks(monkeypatch):
     first = token_order(ids, V, 10, seed=5)
     assert np.array_equal(first, token_order(ids, V, 10, seed=5))
     assert not np.array_equal(first, token_order(ids, V, 10, seed=6))
-    monkeypatch.setattr(order, "_CHUNK_TOKENS", 777)
-    monkeypatch.setattr(order, "_CHUNK_ROWS", 13)
+    for module, prefix in ((order, "_"), (contexts, "")):
+        monkeypatch.setattr(module, f"{prefix}CHUNK_TOKENS", 777)
+        monkeypatch.setattr(module, f"{prefix}CHUNK_ROWS", 13)
     assert np.array_equal(first, token_order(ids, V, 10, seed=5))
 
 
@@ -69,35 +71,6 @@ def test_statistics_repeat_for_a_seed():
     sizes = {"vocab_size": V, "levels": levels_at([10, 20, 40], ranks=[5, 3]), "dim": 12, "seed": 4}
     found = [token_statistics(text_of_two_kinds(), **sizes) for _ in range(2)]
     assert all(np.array_equal(one, other) for one, other in zip(*found, strict=True))
-
-
-def test_neighbours_are_counted_as_a_plain_loop_does(monkeypatch):
-    monkeypatch.setattr(order, "_CHUNK_TOKENS", 7)
-    ids = np.random.default_rng(0).integers(0, 12, 100)
-    rank, contexts = np.random.default_rng(1).permutation(12), 5
-    expected = np.zeros((12, 10))
-    for i in range(len(ids)):
-        for distance in (1, 2):
-            if i >= distance and rank[ids[i - distance]] < contexts:
-                expected[rank[ids[i]], rank[ids[i - distance]]] += 1
-            if i + distance < len(ids) and rank[ids[i + distance]] < contexts:
-                expected[rank[ids[i]], contexts + rank[ids[i + distance]]] += 1
-    assert np.array_equal(order._count_neighbours(ids, rank, 12, contexts, "cpu").numpy(), expected)
-
-
-def test_vectors_are_the_leading_part_of_the_information_matrix():
-    ids = np.random.default_rng(0).integers(0, 170, 20_000)  # noise: every singular value matters
-    rank = np.arange(170)
-    n = order._count_neighbours(ids, rank, 170, 170, "cpu").double()
-    information = torch.log1p(n * n.sum() / ((n.sum(1, keepdim=True) + 1) * (n.sum(0) + 1)))
-    left, values, right = torch.linalg.svd(information)
-    best = left[:, :64] * values[:64] @ right[:64]
-    vectors, scales = neighbour_vectors(ids, rank, 170, 64, seed=0, device="cpu")
-    torch.testing.assert_close(scales, values[:64], rtol=0.05, atol=0)  # a flat spectrum: the last ones converge slowly
-    assert vectors.shape == (170, 64)
-    projected = vectors @ torch.linalg.lstsq(vectors, information).solution
-    error, least = (projected - information).norm(), (best - information).norm()
-    assert error < 1.01 * least  # random subspace: near the best rank-64 approximation, never better
 
 
 def rows_of(dense, anchors, weights, rest, levels):

@@ -15,7 +15,7 @@ from phase1.measure.workload import SEED, random_batch
 from phase1.ops.cross_entropy import IGNORE
 from phase1.records.schema import Check
 from phase1.trainable import Trainable, build
-from phase1.training.optimizers import described_groups
+from phase1.training.optimizers import described_groups, kept
 from phase1.training.step import make_train_state, train_step
 
 LEAK = 1e-3  # of what a changed token does to later losses; rounding does less, a model that looks ahead as much
@@ -214,7 +214,9 @@ def learns(text: Sample) -> list[Check]:
     tokens = text.ids[:, :4].repeat(1, text.ids.shape[1] // 4 + 1)[:, : text.ids.shape[1] + 1]
     batch = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     losses = [train_step(state, [batch]).item() for _ in range(STEPS)]
-    reached = {name for name, p in model.named_parameters() if state.optimizer.state.get(p, {}).get("exp_avg", p[:0]).any()}
+    names = kept(state.optimizer)
+    moved = {p: [values[name] for name in names[p] if name != "step"] for p, values in state.optimizer.state.items()}
+    reached = {name for name, p in model.named_parameters() if any(moment.any() for moment in moved.get(p, []))}
     missed = [name for name, p in model.named_parameters() if p.requires_grad and name not in reached]
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     ratio = losses[-1] / losses[0] if math.isfinite(losses[-1]) else None

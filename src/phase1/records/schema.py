@@ -238,7 +238,7 @@ class Measurement(_Record):
     achieved_flops_per_second: float | None = Field(default=None, description="model_flops over the median step")
     mfu: float | None = Field(default=None, description="achieved_flops_per_second over the card's peak, a share")
     optimizer_bytes_per_second: float | None = Field(
-        default=None, description="28 bytes per parameter, the least that AdamW moves, over optimizer_time_ms"
+        default=None, description="20 bytes per parameter, the least that a step with one moment moves, over optimizer_time_ms"
     )
     bandwidth_utilization: float | None = Field(
         default=None, description="optimizer_bytes_per_second over the card's bandwidth, a share"

@@ -23,7 +23,7 @@ DEFINITIONS = (
     "Throughput: B T / median step, with its 95 % interval; a step is forward, loss, backward, clipping and optimizer.",
     "Ratio: from the pairs of steps of one round, with its 95 % interval; it may differ a little from that of the medians.",
     "MFU: FLOPs of the matrix products of a step, nothing computed twice, attention over all T x T pairs, over step seconds x "
-    "the card's peak. Optimizer traffic: 28 bytes per parameter, the least that AdamW moves, over optimizer seconds.",
+    "the card's peak. Optimizer traffic: 20 bytes per parameter, the least that one moment makes it move, over its seconds.",
 )
 
 

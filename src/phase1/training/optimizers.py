@@ -6,30 +6,33 @@ import torch
 from torch import Tensor, nn
 
 from phase1.config import TrainConfig
+from phase1.training.muon import Muon
 
 KEPT = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}  # between steps, of every parameter
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Two optimizers as one, so that a step whose gradients overflow is skipped by both or by none."""
+    """Two optimizers as one, so that a step whose gradients overflow is skipped by both or by none.
 
-    def __init__(self, muon: torch.optim.Optimizer, adamw: torch.optim.Optimizer) -> None:
+    Where AdamW is fused, a loss scaler leaves the word on that on the device (`found_inf`), and the host waits for nothing.
+    """
+
+    def __init__(self, muon: Muon, adamw: torch.optim.AdamW) -> None:
         super().__init__([*muon.param_groups, *adamw.param_groups], {})  # the same groups: a new rate is one of the parts
         self.parts = (muon, adamw)
         muon.state = adamw.state = self.state
+        self._step_supports_amp_scaling = all(group["fused"] for group in adamw.param_groups)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        assert getattr(self, "grad_scale", None) is None, "gradients are unscaled before they are clipped"
         for part in self.parts:
+            part.found_inf = getattr(self, "found_inf", None)  # type: ignore[union-attr]
             part.step()
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig, device_type: str) -> torch.optim.Optimizer:
-    """AdamW (fused on CUDA) for all of `model`; or Muon for the matrices of the blocks and AdamW for the rest.
-
-    Muon's updates are scaled to the size that AdamW's have, 0.2 sqrt(max(n, m)) for a matrix (n, m), so that one rate and one
-    decay serve both. Source: Liu et al. 2025, "Muon is scalable for LLM training", section 2.2.
-    """
+    """AdamW (fused on CUDA) for all of `model`; or Muon for the matrices of the blocks and AdamW for the rest."""
     groups = parameter_groups(model, config)
     taken: list[dict[str, Any]] = []
     if config.optimizer == "muon":
@@ -43,9 +46,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig, device_type: str) -> t
     adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=device_type == "cuda")
     if not taken:
         return adamw
-    if not hasattr(torch.optim, "Muon"):
-        raise ValueError(f"--optimizer muon needs PyTorch 2.9 or newer; got {torch.__version__}; use adamw, or a newer PyTorch")
-    return MuonAdamW(torch.optim.Muon(taken, lr=config.learning_rate, adjust_lr_fn="match_rms_adamw"), adamw)
+    return MuonAdamW(Muon(taken, lr=config.learning_rate), adamw)
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:

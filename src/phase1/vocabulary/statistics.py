@@ -8,17 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from phase1.progress import progress
+from phase1.vocabulary.contexts import context_vectors
 from phase1.vocabulary.levels import Level
 
-CONTEXTS = 2048  # most frequent tokens that count as neighbours, on each side
-NEIGHBOURS = (1, 2)  # distances at which they count
 ORDER_DIM = 64  # leading dimensions that decide which tokens are alike
-OVERSAMPLING = 16
-SUBSPACE_ITERATIONS = 3
 RIDGE = 1e-3  # of the weights of anchors, against the mean square norm of a row
 LEAF = 8  # groups of this size are not split further
-STATISTICS_TOKENS = 50_000_000  # of a longer text, the neighbours are counted in this many first tokens
+STATISTICS_TOKENS = 50_000_000  # of a longer text, contexts are counted in this many first tokens
 _CHUNK_TOKENS = 1 << 21
 _CHUNK_ROWS = 1 << 11
 
@@ -62,8 +58,8 @@ def token_statistics(
 
     Order of the rows: ids before the last level by frequency (ties: smaller id first), then the other ids that occur in
     `tree_order` of their vectors, then those that never occur, by id. Rows, anchors, weights and residual: `sparse_code`
-    of the `dim` leading columns of U √Σ (`neighbour_vectors`), scaled to rows of mean square 1.
-    Deterministic for a seed. Peak memory: 16 kB per id that occurs (0.8 GB for GPT-2's).
+    of the `dim` leading columns of U √Σ (`phase1.vocabulary.contexts.context_vectors`), scaled to rows of mean square 1.
+    Deterministic for a seed. Peak memory: 32 kB per id that occurs (1.6 GB for GPT-2's).
     Raises ValueError for an id of V or more.
     """
     frequent = levels[-1].start
@@ -102,7 +98,7 @@ def _by_frequency(train_ids: np.ndarray, vocab_size: int, dim: int, seed: int, d
     used = int(np.count_nonzero(counts))
     rank_of_id = np.empty(vocab_size, dtype=np.int64)
     rank_of_id[id_of_rank] = np.arange(vocab_size)
-    left, values = neighbour_vectors(train_ids[:STATISTICS_TOKENS], rank_of_id, used, max(dim, ORDER_DIM), seed, device)
+    left, values = context_vectors(train_ids[:STATISTICS_TOKENS], rank_of_id, used, max(dim, ORDER_DIM), seed, device)
     meaning = (left * values)[:, :ORDER_DIM].cpu().numpy()
     rows = np.random.default_rng(seed).standard_normal((vocab_size, dim), dtype=np.float32)
     known = (left * values.sqrt())[:, :dim].float().cpu().numpy()
@@ -168,63 +164,6 @@ def token_counts(ids: np.ndarray, vocab_size: int) -> np.ndarray:
 def frequency_order(counts: np.ndarray) -> np.ndarray:
     """(V,) int64: all ids by falling count, ties by id."""
     return np.argsort(-counts, kind="stable")
-
-
-def neighbour_vectors(
-    ids: np.ndarray, rank_of_id: np.ndarray, used: int, dim: int, seed: int, device: str
-) -> tuple[Tensor, Tensor]:
-    """U (used, ≤ dim) and Σ (≤ dim,), float64: a row for each frequency rank, from the tokens at most 2 positions away.
-
-    With n_xc the occurrences of x with context c (a frequent token and a side), n_x and n_c their sums over one index
-    and n over both, these are left singular vectors and singular values of the smoothed positive pointwise
-    mutual information log(1 + n_xc n / ((n_x + 1)(n_c + 1))), by randomised subspace iteration (Halko et al. 2011,
-    algorithm 4.4). All sums are float64, so that the order of additions on a device does not decide the token order.
-    """
-    contexts = min(CONTEXTS, used)
-    table = _count_neighbours(ids, rank_of_id, used, contexts, device)  # [used, 2 * contexts]
-    blocks = table.split(_CHUNK_ROWS)  # views: the table is the largest thing here, so it changes in place
-    row_sums = torch.cat([block.sum(1, dtype=torch.float64) for block in blocks])
-    column_sums = torch.stack([block.sum(0, dtype=torch.float64) for block in blocks]).sum(0)
-    shares = (column_sums + 1) / row_sums.sum()
-    for block, sums in zip(blocks, row_sums.split(_CHUNK_ROWS), strict=True):
-        block.copy_(torch.log1p(block / torch.outer(sums + 1, shares)))
-
-    def times(right: Tensor) -> Tensor:
-        return torch.cat([block.double() @ right for block in blocks])
-
-    def transposed_times(right: Tensor) -> Tensor:
-        parts = zip(blocks, right.split(_CHUNK_ROWS), strict=True)
-        return sum((block.double().T @ part for block, part in parts), start=torch.zeros((), device=device))
-
-    generator = torch.Generator().manual_seed(seed)
-    width = min(dim + OVERSAMPLING, *table.shape)
-    start = torch.randn(table.shape[1], width, generator=generator, dtype=torch.float64).to(device)
-    basis = torch.linalg.qr(times(start)).Q
-    for _ in range(SUBSPACE_ITERATIONS):
-        basis = torch.linalg.qr(times(torch.linalg.qr(transposed_times(basis)).Q)).Q
-    _, values, left = torch.linalg.svd(transposed_times(basis), full_matrices=False)
-    vectors = (basis @ left.T)[:, :dim]
-    signs = torch.where(vectors.sum(0) < 0, -1.0, 1.0)  # a singular vector's sign is the library's choice
-    return vectors * signs, values[:dim]
-
-
-def _count_neighbours(ids: np.ndarray, rank_of_id: np.ndarray, used: int, contexts: int, device: str) -> Tensor:
-    """(used, 2 * contexts) float32: how often the token of rank x has that of rank c before it, and after it."""
-    table = torch.zeros(used, 2 * contexts, device=device)
-    flat = table.view(-1)
-    ranks_by_id = torch.from_numpy(rank_of_id).to(device)
-    starts = range(0, len(ids), _CHUNK_TOKENS)
-    for start in progress(starts, desc="token statistics", leave=False):
-        chunk = ids[start : start + _CHUNK_TOKENS + max(NEIGHBOURS)].astype(np.int64)
-        ranks = ranks_by_id[torch.from_numpy(chunk).to(device)]
-        for distance in NEIGHBOURS:
-            # the first token of a pair lies inside the chunk, so that a pair across two chunks counts once
-            first, second = ranks[:-distance][:_CHUNK_TOKENS], ranks[distance:][:_CHUNK_TOKENS]
-            for token, context, side in ((second, first, 0), (first, second, contexts)):
-                index = (token * (2 * contexts) + context + side)[context < contexts]
-                # whole numbers below 2^24 add exactly in float32, in any order
-                flat.index_add_(0, index, torch.ones((), device=device).expand(len(index)))
-    return table
 
 
 def tree_order(vectors: np.ndarray, seed: int) -> np.ndarray:

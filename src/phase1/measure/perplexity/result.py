@@ -67,7 +67,8 @@ def train_model(run: PerplexityRun, model: ScoredModel, corpus: Corpus) -> Path:
 def training_of(run: PerplexityRun, model: ScoredModel, corpus: Corpus) -> tuple[Path, TrainConfig]:
     """Where `model` is when it is trained, by all that decides its training; and how it is trained."""
     train_config = replace(part_of(TrainConfig, run), seed=model.seed)
-    if model.config.mixer == "attention" if model.config.model is None else Key.parse(model.key).name == "baseline":
+    plain = model.config.mixer == "attention" and not model.config.attention_qk_norm
+    if plain if model.config.model is None else Key.parse(model.key).name == "baseline":
         train_config = replace(train_config, learning_rate=run.baseline_learning_rate)
     train = asdict(train_config) | NO_DIFFERENCE
     del train["piece_length"]  # younger than trainings that are there

@@ -16,7 +16,7 @@ from phase1.ops.cross_entropy import ALIGNMENT
 from phase1.records.schema import Measurement, ThroughputResult
 from phase1.trainable import LanguageModel, build
 
-ADAMW_BYTES = 28  # per float32 parameter: weight, gradient and two moments read (16), weight and moments written (12)
+OPTIMIZER_BYTES = 20  # per float32 parameter: weight, gradient and a moment read (12), weight and moment written (8)
 LINEAR_FROM = 8192  # tokens of a sequence
 FAR = 16  # times that length: to count what is longer takes minutes
 
@@ -73,9 +73,10 @@ def with_efficiency(
     """`result` with FLOPs, MFU and optimizer bandwidth of every length that was measured.
 
     MFU = model FLOPs / (seconds of the median step x peak FLOP/s), the peak being that of FP16 products summed in FP32; for a
-    run in another type there is none. Bandwidth = 28 bytes x parameters / optimizer seconds, the least that AdamW must move
-    (unscaling and clipping move more, inside the same time); of a whole step there is none, because what activations move
-    depends on kernels and caches. On a card whose cache holds the parameters it says little.
+    run in another type there is none. Bandwidth = 20 bytes x parameters / optimizer seconds: weight, gradient and one moment
+    are read, weight and moment written, the least that Muon moves; AdamW moves 28, and unscaling and clipping come on top,
+    inside the same time. Of a whole step there is none, because what activations move depends on kernels and caches. On a card
+    whose cache holds the parameters it says little.
     """
     if card is not None and precision not in ("float16", "bfloat16"):
         card, basis = None, f"no peak is known for {precision}"
@@ -99,7 +100,7 @@ def _efficiency(m: Measurement, flops: int | None, result: ThroughputResult, car
         update |= {"model_flops": flops, "achieved_flops_per_second": achieved}
         update["mfu"] = achieved / card.fp16_flops if card else None
     if result.parameters is not None and m.optimizer_time_ms:
-        moved = ADAMW_BYTES * result.parameters.total / (m.optimizer_time_ms / 1e3)
+        moved = OPTIMIZER_BYTES * result.parameters.total / (m.optimizer_time_ms / 1e3)
         update["optimizer_bytes_per_second"] = moved
         update["bandwidth_utilization"] = moved / card.bandwidth_bytes_per_s if card else None
     return m.model_copy(update=update)
