@@ -1,8 +1,9 @@
-# `make validate` runs the whole pipeline, `make test` all checks, `make test-hf` those for Hugging Face; each sets up .venv.
+# `make validate` runs the whole pipeline, `make test` all checks, `make test-hf` those for Hugging Face, `make test-page` those of the
+# report in a browser; each sets up .venv.
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: validate test test-hf torture documents clean
+.PHONY: validate test test-hf test-page torture documents clean
 
 # Passive waiting: on a busy machine, spinning threads take the cores from the ones that work.
 validate: .venv/installed
@@ -17,6 +18,10 @@ test: .venv/installed-test
 # Exported models in transformers, PEFT and lm-eval, which `make test` does without.
 test-hf: .venv/installed-test-hf
 	$(BIN)/pytest -q tests/hf
+
+# The report as readers see it, on a phone and a screen, light, dark and printed.
+test-page: .venv/installed-test-page
+	$(BIN)/pytest -q tests/page/test_browser.py
 
 # Results that survive: 1,000 SIGKILLs at random moments, where `make test` does 60; kernels compiled for more cards.
 torture: .venv/installed-test
@@ -40,6 +45,13 @@ documents: .venv/installed
 
 .venv/installed-test-hf: .venv/installed-test
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test-hf]'
+	touch $@
+
+# A Chromium that is there, or Playwright's, or (for root, where only Debian's packages are in reach) Debian's.
+.venv/installed-test-page: .venv/installed-test
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test-page]'
+	which chromium-headless-shell || which chromium || which google-chrome || $(BIN)/playwright install --only-shell chromium \
+	|| { apt-get update -q && apt-get install -yq --no-install-recommends chromium-headless-shell; }
 	touch $@
 
 clean:

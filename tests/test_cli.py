@@ -116,7 +116,7 @@ def test_a_file_gives_flags_and_a_flag_wins_over_it(tmp_path):
     assert parse("throughput", ["--config", str(path), "--preset", "rtx4090-24g"]).d_model == 512
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"compare", "check-model"}))  # which must be given what they are about
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"compare", "check-model", "curves"}))  # which must be given what they are about
 def test_a_printed_file_gives_the_same_run(command, tmp_path, capsys):
     path = tmp_path / "run.toml"
     with pytest.raises(SystemExit) as exit:
@@ -135,7 +135,7 @@ def test_a_printed_file_gives_the_same_run(command, tmp_path, capsys):
         learning_rate=st.floats(1e-9, 1e9),
         copy_head=st.booleans(),
         max_hours=st.none() | st.floats(1e-9, 1e9),
-        report_to=st.lists(st.sampled_from(["tensorboard", "trackio"]), max_size=2).map(tuple),
+        report_to=st.lists(st.sampled_from(["tensorboard", "wandb", "trackio"]), max_size=2).map(tuple),
     )
 )
 def test_any_run_survives_its_file(run):

@@ -186,6 +186,9 @@ def test_texts_of_the_results_page_have_no_number_either():
 
 def test_the_readmes_are_read_in_a_minute_and_the_log_begins_with_what_was_learnt():
     assert all(text_of(page).count("\n") <= 120 for page in READMES)
+    for page in READMES:  # what can be done with it is on the first screen
+        screen = "\n".join(text_of(page).splitlines()[:24])
+        assert re.search(r"^phase1 train .*\n(.*\n)*?phase1 generate .*\n(.*\n)*?phase1 export ", screen, re.MULTILINE), page
     first = re.match(r"# Log of experiments\n\n(## What we learned\n.*?)\n## ", text_of("docs/log.md"), re.DOTALL)
     assert first and first[1].count("\n") <= 25
 

@@ -15,11 +15,14 @@ from pathlib import Path
 
 import pytest
 
+from phase1.records.metrics import METRICS, MetricsLog, read_metrics
 from phase1.records.schema import FILES, read_report, write_report
+from phase1.training import job
 from phase1.training.checkpoint import INDEX, load_model, resume, save_checkpoint
 from tests.fake_runs import CASES, fake, journal_of, killed_child, result_of, run
 from tests.reports import memory_report
 from tests.training.test_step import state
+from tests.training.test_trackers import train
 
 ROOT = Path(__file__).parents[1]
 MEASURED = ROOT / "results" / "archive" / "h100"
@@ -208,3 +211,33 @@ def test_a_run_killed_at_any_moment_resumes_with_at_most_one_case_redone_and_end
 def kept_cases(command, out):
     journal = journal_of(command, out)
     return list(json.loads(journal.read_text())["cases"]) if journal.exists() else []
+
+
+def dies_at(step, cut, write=MetricsLog.append):
+    """An `append` that ends the process after the line of `step`, the last `cut` bytes of which are not on the disk."""
+
+    def append(log, row):
+        write(log, row)
+        if row["step"] == step:
+            os.truncate(log.path, log.path.stat().st_size - cut)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return append
+
+
+@POSIX
+def test_a_training_killed_at_any_moment_goes_on_with_every_step_once_in_its_metrics(tmp_path, monkeypatch):
+    """The checkpoint is that of the step before, so that the step whose line may be cut is taken again."""
+    ten = ("--train-tokens", "320", "--eval-every", "0", "--out-dir")
+    train(tmp_path, *ten, str(tmp_path / "whole"))  # the data and its tokens are in the cache then
+    whole = [(row["step"], row["loss"]) for row in read_metrics(tmp_path / "whole" / METRICS)]
+    assert len(whole) == 10
+    for number in range(max(4, KILLS // 20)):
+        folder = tmp_path / f"killed {number}"
+        with monkeypatch.context() as patched:
+            patched.setattr(job, "SAVE_SECONDS", 0.0)
+            patched.setattr(MetricsLog, "append", dies_at(2 + 4 * number % 9, cut=number % 2 * random.Random(number).randrange(1, 40)))
+            assert os.WIFSIGNALED(killed_child(partial(train, tmp_path, *ten, str(folder))))
+        assert train(tmp_path, *ten, str(folder)) == 0
+        rows = read_metrics(folder / METRICS)
+        assert [(row["step"], row["loss"]) for row in rows] == whole and {row["session"] for row in rows} == {1, 2}

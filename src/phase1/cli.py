@@ -25,6 +25,7 @@ COMMANDS: dict[str, type[Config]] = {
     "tables": runs.TablesRun,
     "report": runs.ReportRun,
     "compare": runs.CompareRun,
+    "curves": runs.CurvesRun,
     "pipeline": runs.PipelineRun,
     "train": runs.TrainRun,
     "generate": runs.GenerateRun,
@@ -56,6 +57,7 @@ EXAMPLES = {
     "tables": ("phase1 tables", "phase1 tables --results-dir results/validate --formats csv", "phase1 tables --results-page"),
     "report": ("phase1 report", "phase1 report --results-dir results/validate --against results/before"),
     "compare": ("phase1 compare old new --fail-on peak:+2%,tokens_per_second:-5%",),
+    "curves": ("phase1 curves results/checkpoints/train results/checkpoints/longer",),
     "pipeline": ("phase1 pipeline --preset smoke", "phase1 pipeline --preset rtx3080-10g --resume"),
     "train": ("phase1 train --dataset-name my.txt --tokenizer bpe --vocab-size 8192",),
     "generate": (
@@ -317,7 +319,8 @@ def _switches(field: Any) -> dict[str, Any]:
 def _argument(field: Any) -> dict[str, Any]:
     """The arguments of `add_argument` for a dataclass field."""
     if field.metadata.get("positional"):
-        return {"type": field.type, "metavar": field.name.upper()}
+        several = {"nargs": "+"} if get_origin(field.type) is tuple else {}
+        return {"type": str, "metavar": field.name.upper()} | several
     kind, options = field.type, {"default": field.default}
     if field.default is MISSING:
         options = {"required": True}

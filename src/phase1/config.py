@@ -252,11 +252,11 @@ def present_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def flags(config: Config) -> str:
     """The command line that gives `config`: positional arguments, and every flag that is not at its default."""
-    words = []
+    words: list[str] = []
     for setting in fields(config):
         value = getattr(config, setting.name)
         if setting.metadata.get("positional"):
-            words.append(shlex.quote(value))
+            words += map(shlex.quote, value if isinstance(value, tuple) else (value,))
         elif value != with_home(setting.default):
             flag = setting.name.replace("_", "-")
             if isinstance(value, bool):
@@ -326,7 +326,9 @@ class WatchConfig(Config):
     max_hours: float | None = option(None, "hours of training, of all sessions, after which it saves a checkpoint and stops")
     keep_best: bool = option(False, "keep the weights of the lowest loss on the valid split too, in best/ of the folder")
     patience: int | None = option(None, "losses on the valid split in a row without a new lowest that end the training")
-    report_to: tuple[Literal["tensorboard", "trackio"], ...] = option((), "trackers that also get losses, speeds and samples")
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = option(
+        (), "trackers that also get losses, speeds and samples"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -212,6 +212,19 @@ class ReportRun(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CurvesRun(Config):
+    """Losses of several trainings over their tokens, in one plot."""
+
+    folders: tuple[str, ...] = argument("folders of trainings, or of folders of them")
+    out: str = option("results/curves.png", "file to write, .png or .svg")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.out.endswith((".png", ".svg")):
+            raise ValueError(f"--out must end in .png or .svg; got {self.out}; rename it")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompareRun(Config):
     """Two runs against each other: what changed, and whether it breaks a limit."""
 

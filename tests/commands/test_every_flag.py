@@ -1,5 +1,6 @@
 """No flag without an effect: every field of a run is read by its command, outside the list of settings in the report."""
 
+import json
 from dataclasses import fields
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from phase1.commands import (
     check_model,
     compare,
+    curves,
     export,
     generate,
     memory,
@@ -19,9 +21,11 @@ from phase1.commands import (
     train,
 )
 from phase1.records import session
+from phase1.records.metrics import FIELDS, METRICS
 from phase1.runs import (
     CheckModelRun,
     CompareRun,
+    CurvesRun,
     ExportRun,
     GenerateRun,
     MemoryRun,
@@ -75,9 +79,17 @@ def data(tmp_path):
     return {"dataset_name": str(tmp_path), "tokenizer": "bpe", "cache_dir": str(tmp_path / "cache")}
 
 
+def trained(folder):
+    """A folder of a training that has begun."""
+    folder.mkdir()
+    row = dict.fromkeys(FIELDS) | {"session": 1, "step": 1, "tokens": 8, "loss": 5.0}
+    (folder / METRICS).write_text(json.dumps(row) + "\n")
+    return str(folder)
+
+
 @pytest.mark.parametrize(
     "command",
-    ["memory", "throughput", "perplexity", "train", "generate", "export", "tables", "report", "compare", "pipeline", "check-model"],
+    ["memory", "throughput", "perplexity", "train", "generate", "export", "tables", "report", "compare", "curves", "pipeline", "check-model"],
 )
 def test_every_flag_is_read_by_its_command(command, data, tmp_path, monkeypatch, checkpoint):  # noqa: F811
     out = {"out_dir": str(tmp_path / "out")}
@@ -110,6 +122,7 @@ def test_every_flag_is_read_by_its_command(command, data, tmp_path, monkeypatch,
         "tables": (tables, lambda: TablesRun(**out, results_dir=RESULTS)),
         "report": (report, lambda: ReportRun(results_dir=RESULTS, out=str(tmp_path / "r.html"), against=RESULTS)),
         "compare": (compare, lambda: CompareRun(old=RESULTS, new=RESULTS, fail_on="peak:+2%")),
+        "curves": (curves, lambda: CurvesRun(folders=(trained(tmp_path / "run"),), out=str(tmp_path / "c.svg"))),
         "check-model": (check_model, lambda: CheckModelRun(own_model="examples.peers.ar_ssm:ar_ssm", d_model=16, seq_length=8)),
         "pipeline": (pipeline, lambda: PipelineRun(**out, preset="smoke")),
     }

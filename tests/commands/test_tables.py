@@ -131,7 +131,7 @@ def test_every_table_that_there_may_be_is_known_by_its_name():
 
 
 def test_the_courses_of_trainings_are_tables_too(tmp_path):
-    rows = [dict.fromkeys(FIELDS) | {"step": i, "tokens": 32 * i, "loss": 5.0 - i / 3} for i in (1, 2)]
+    rows = [dict.fromkeys(FIELDS) | {"session": 1, "step": i, "tokens": 32 * i, "loss": 5.0 - i / 3} for i in (1, 2)]
     (tmp_path / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(TablesRun(results_dir=str(tmp_path), formats=("csv",))) == 0
     with open(tmp_path / "tables" / "training_course.csv") as file:

@@ -136,6 +136,9 @@ def test_a_run_that_cannot_fit_says_so_before_it_begins(data, monkeypatch, gigab
     line = train.plan(run, train.part_of(train.ModelConfig, run), corpus, None)[-1]
     assert line.startswith("memory: ") and " GB estimated" in line
     assert line.endswith(says) if says else "fit" not in line
+    assert "NVIDIA" not in line
+    monkeypatch.setattr(train, "amd_gpu", lambda: "a card")
+    assert " GB estimated as on a card of NVIDIA, of " in train.plan(run, train.part_of(train.ModelConfig, run), corpus, None)[-1]
 
 
 @pytest.mark.parametrize(

@@ -197,14 +197,19 @@ def test_half_precision_is_that_of_evaluation():
 
 @pytest.fixture
 def checkpoint(tmp_path):
+    return untrained(tmp_path, SHAPE)
+
+
+def untrained(folder, shape):
+    """A checkpoint of a new engine whose texts do not end."""
     torch.manual_seed(0)
-    state = make_train_state(LanguageModel(model_config("phase1", SHAPE)), TrainConfig(), "cpu")
+    state = make_train_state(LanguageModel(model_config("phase1", shape)), TrainConfig(), "cpu")
     state.model.embedding.output_bias.data[BYTES.end_of_text] = -1e4  # so that no text ends
     facts = {"data": {"name": "a", "split": "train", "sha256": "b"}, "tokenizer": BYTES.fingerprint, "seq_length": 8}
     facts |= {"trained_tokens": 0, "train_seconds": 0.0, "loss": 0.0, "finished": False}
-    save_checkpoint(tmp_path, state, facts, resumable=False)
-    keep_tokenizer(tmp_path, BYTES)
-    return tmp_path
+    save_checkpoint(folder, state, facts, resumable=False)
+    keep_tokenizer(folder, BYTES)
+    return folder
 
 
 def test_a_checkpoint_brings_its_tokenizer(checkpoint):

@@ -3,8 +3,11 @@
 import os
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import phase1.hf
 from phase1.cli import main
-from phase1.generation import Sampling, load, state_bytes
+from phase1.generation import Sampling, continuation, load, state_bytes
 from tests.generation.test_decoder import BYTES, checkpoint  # noqa: F401, a fixture
 
 SMALL = {
@@ -199,6 +202,18 @@ def test_other_versions_of_transformers_are_refused_in_one_line(version):
     phase1.hf.require_supported("5.24.0.dev0")
 
 
+def test_the_supported_range_and_the_plug_in_of_lm_eval_are_those_of_the_package():
+    """One range everywhere. Its lower end is what `constraints.txt` installs, until there is a newer transformers to test too."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    with pytest.raises(ImportError) as refused:
+        phase1.hf.require_supported("5.0.0")
+    assert project["optional-dependencies"]["hf"][0] in str(refused.value) and project["optional-dependencies"]["hf"][0] in phase1.hf.__doc__
+    (name, target), *_ = project["entry-points"]["lm_eval.models"].items()
+    pytest.importorskip("lm_eval")
+    found = EntryPoint(name, target, "lm_eval.models").load()
+    assert name == "phase1" and found.__module__ == "phase1.lm_eval"
+
+
 @pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"device_map": "cpu"}])
 def test_a_model_loads_in_half_precision_and_by_a_device_map(tmp_path, options):
     m = model()
@@ -234,6 +249,28 @@ def test_generate_draws_from_the_distribution_that_phase1_generate_draws_from(op
         p, ids = Sampling(0.8, **options).distribution(row)
         ours = torch.zeros(512, dtype=torch.double).scatter(0, ids, p)
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.7}, {"top_k": 9, "top_p": 0.6}])
+def test_sampled_texts_of_a_seed_are_those_of_phase1_generate(folder, monkeypatch, options):
+    m, decoder, prompts = AutoModelForCausalLM.from_pretrained(folder).eval(), load(folder), IDS % 256
+    for one in (m.model, decoder.model):
+        one.embedding.output_bias.data[BYTES.vocab_size :] = 5.0  # rows for no token, likely ones
+    chances = [np.random.Generator(np.random.PCG64([7, row])) for row in range(3)]
+
+    def draw(p, num_samples):  # as `phase1 generate` does, in place of torch's own random numbers
+        cuts = [int((row > 0).sum()) if options else None for row in p]
+        drawn = [Sampling(1.0, top_k=k).next_id(row.log(), c.random()) for row, k, c in zip(p, cuts, chances, strict=True)]
+        return torch.tensor(drawn)[:, None]
+
+    monkeypatch.setattr(torch, "multinomial", draw)
+    asked = {"do_sample": True, "temperature": 0.8, "top_k": 0} | options
+    theirs = m.generate(prompts, attention_mask=EVERY, max_new_tokens=64, **asked)[:, 24:].tolist()
+    for row, prompt in enumerate(prompts.tolist()):
+        log_p, state = decoder.prefill(prompt)
+        ours = list(continuation(decoder, log_p, state, Sampling(0.8, **options), max_tokens=64, seed=7, sample=row))
+        assert theirs[row] == ours and len(ours) == 64
+    assert max(map(max, theirs)) < BYTES.vocab_size < m.config.vocab_size  # no row without a token is drawn
 
 
 def test_the_seed_decides_what_generate_draws():

@@ -5,12 +5,16 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from phase1.machine import environment as module
-from phase1.machine.environment import current_command, environment, free_gpu_bytes, git_commit, machine
+from phase1.machine.cards import card_named
+from phase1.machine.environment import current_command, environment, free_gpu_bytes, git_commit, machine, total_gpu_bytes
+from phase1.measure.throughput.disturbances import GpuSample
+from phase1.measure.throughput.monitor import Monitor
 from phase1.text import without_home
 
 ALLOWED = {
@@ -86,6 +90,61 @@ def test_without_git_there_is_no_commit(monkeypatch):
 def test_without_a_driver_free_gpu_memory_is_unknown(monkeypatch):
     monkeypatch.setattr(module, "nvml", lambda question: None)
     assert free_gpu_bytes() is None
+
+
+NVIDIA, AMD = "NVIDIA GeForce RTX 4090", "AMD Instinct MI300X"
+GIB = 2**30
+
+
+@pytest.fixture
+def nvidia(monkeypatch):
+    """The driver's library of NVIDIA, with a card of 24 GiB."""
+    answers = {
+        "nvmlInit": None, "nvmlShutdown": None, "nvmlDeviceGetHandleByIndex": "handle", "nvmlDeviceGetName": NVIDIA,
+        "nvmlSystemGetDriverVersion": "580.1", "nvmlDeviceGetMemoryInfo": SimpleNamespace(free=20 * GIB, total=24 * GIB),
+    }  # fmt: skip
+    functions = {name: lambda *_, answer=answer: answer for name, answer in answers.items()}
+    monkeypatch.setitem(sys.modules, "pynvml", SimpleNamespace(NVMLError=type("NVMLError", (Exception,), {}), **functions))
+
+
+def rocm(monkeypatch, used):
+    """PyTorch as it is made for ROCm, with a card of 192 GiB; `used` answers for amdsmi."""
+    card = SimpleNamespace(name=AMD, total_memory=192 * GIB, major=9, minor=4, gcnArchName="gfx942:sramecc+:xnack-")
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "device_memory_used", used, raising=False)
+
+
+def no_amdsmi(device):
+    raise ModuleNotFoundError("amdsmi does not seem to be installed or it can't be imported.")
+
+
+def test_a_card_of_nvidia_is_asked_by_its_driver(nvidia):
+    assert (free_gpu_bytes(), total_gpu_bytes()) == (20 * GIB, 24 * GIB)
+    assert (machine()["gpu"], machine()["driver"]) == (NVIDIA, "580.1")
+
+
+@pytest.mark.parametrize("used, free", [(lambda device: 2 * GIB, 190 * GIB), (no_amdsmi, None)])
+def test_a_card_of_amd_gets_no_number_of_the_card_of_nvidia_beside_it(nvidia, monkeypatch, used, free):
+    rocm(monkeypatch, used)
+    assert (free_gpu_bytes(), total_gpu_bytes()) == (free, 192 * GIB)
+    assert (machine()["gpu"], machine()["driver"]) == (AMD, None)
+    facts = environment()
+    assert (facts["gpu"], facts["gpu_memory_bytes"], facts["driver"], facts["cuda"]) == (AMD, 192 * GIB, None, None)
+    assert facts["gpu_compute_capability"] == "gfx942:sramecc+:xnack-"
+    monitor = Monitor("cuda")
+    monitor.sample()
+    assert monitor.samples == [GpuSample()]  # neither a clock nor a reason
+    assert card_named(AMD, 192 * GIB) is None  # no rate of products, so no utilization
+
+
+def test_without_a_library_of_a_driver_nothing_is_known(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert (free_gpu_bytes(), total_gpu_bytes(), machine()["gpu"], machine()["driver"]) == (None,) * 4
 
 
 @pytest.mark.gpu

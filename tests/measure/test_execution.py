@@ -46,6 +46,25 @@ def test_attention_type_and_device_are_those_of_the_step():
     assert math.attention == "math" and math.otherwise == [], "as asked"
 
 
+def test_kernels_that_failed_their_check_are_said(monkeypatch):
+    monkeypatch.setitem(module.DISPROVEN, "AR-SSM", "relative error 1")
+    says = "kernels of AR-SSM failed their check (relative error 1): PyTorch's operators ran"
+    assert execution(state(), None).otherwise == [says]
+
+
+@pytest.mark.parametrize("runs, has, says", [
+    (True, True, []),
+    (False, True, ["PyTorch's operators ran, not the kernels: this card does not run them"]),
+    (False, False, ["PyTorch's operators ran, not the kernels: pip install triton"]),
+])  # fmt: skip
+def test_kernels_are_those_that_the_card_runs(monkeypatch, runs, has, says):
+    monkeypatch.setattr(module, "runs_kernels", lambda tensor: runs)
+    monkeypatch.setattr(module, "HAS_TRITON", has)
+    one = state()
+    assert (found := execution(one, None)).kernels == ("triton" if runs else "torch")
+    assert module._otherwise(found.model_copy(update={"device": "cuda"}), one, None)[1:] == says  # the first: no GPU here
+
+
 def test_attention_without_a_kernel_is_said(monkeypatch):
     one = state()
     for block in one.model.blocks:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from phase1.ops import card
+from phase1.ops import card, self_check
 
 
 @pytest.mark.parametrize(
@@ -15,4 +15,7 @@ from phase1.ops import card
 def test_kernels_run_on_ampere_or_newer_where_triton_is(monkeypatch, major, on_gpu, triton, runs):
     monkeypatch.setattr(card, "HAS_TRITON", triton)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
-    assert card.runs_kernels(SimpleNamespace(is_cuda=on_gpu, device="cuda:0")) is runs
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(self_check, "proven", lambda device, dtype: True)
+    tensor = SimpleNamespace(is_cuda=on_gpu, device="cuda:0", dtype=torch.float16)
+    assert card.runs_kernels(tensor) is card.is_recent(tensor) is runs

@@ -198,7 +198,7 @@ def test_what_changed_against_an_earlier_run(tmp_path):
 def training(folder, losses=(5.0, 4.0)):
     folder.mkdir(parents=True)
     rows = [
-        dict.fromkeys(FIELDS) | {"step": i + 1, "tokens": 32 * i + 32, "seconds": 1.5, "loss": x, "val_loss": x + 1}
+        dict.fromkeys(FIELDS) | {"session": 1, "step": i + 1, "tokens": 32 * i + 32, "seconds": 1.5, "loss": x, "val_loss": x + 1}
         for i, x in enumerate(losses)
     ]
     (folder / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,19 +1,46 @@
+import pytest
+
 from phase1.plots import plot_training
 
 
-def rows(*steps, val=None):
-    return [{"tokens": 10 * s, "loss": 9.0 - s, "val_loss": val} for s in steps]
+def rows(*steps, val=None, sessions=None, unigram=None):
+    numbers = sessions or [1] * len(steps)
+    return [
+        {"tokens": 10 * s, "loss": 9.0 - s, "val_loss": val, "session": n, "unigram_loss": unigram}
+        for s, n in zip(steps, numbers, strict=True)
+    ]
+
+
+def lines(axes):
+    return {line.get_label(): line.get_xydata().tolist() for line in axes.lines if not line.get_label().startswith("_")}
+
+
+def dashed(axes):
+    return [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"]
 
 
 def test_loss_and_validation_loss_are_drawn_over_tokens_with_the_unigram_entropy(tmp_path, drawn):
-    path = plot_training({"a": rows(1, 2, val=8.5), "$b": rows(1, 3)}, tmp_path / "t.png", 6.5)
+    path = plot_training({"a": rows(1, 2, val=8.5, unigram=6.5), "$b": rows(1, 3, unigram=6.5)}, tmp_path / "t.png")
     (axes,) = drawn[0].axes
     assert path.stat().st_size > 1000
-    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines if not line.get_label().startswith("_")}
-    assert lines == {
+    assert lines(axes) == {
         "a, training text": [[10, 8], [20, 7]], "a, valid text": [[10, 8.5], [20, 8.5]], r"\$b, training text": [[10, 8], [30, 6]],
     }  # fmt: skip
-    assert [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"] == [6.5]
+    assert dashed(axes) == [6.5]
+
+
+def test_a_text_of_its_own_has_a_line_of_its_own_and_an_unknown_one_none(tmp_path, drawn):
+    plot_training({"a": rows(1, unigram=6.5), "b": rows(1, unigram=7.0), "c": rows(1)}, tmp_path / "t.png")
+    assert dashed(drawn[0].axes[0]) == [6.5, 7.0]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_the_first_loss_of_a_resumed_session_is_marked(tmp_path, drawn, suffix):
+    unknown = rows(3, sessions=[2])[0] | {"loss": None}  # a loss that was no number has no place
+    run = [*rows(1, 2, sessions=[1, 1]), unknown, *rows(4, 5, 6, sessions=[2, 2, 3])]
+    assert plot_training({"a": run, "b": rows(1, 2)}, tmp_path / f"t{suffix}").exists()
+    found = lines(drawn[0].axes[0])
+    assert found["a, resumed"] == [[40, 5], [60, 3]] and "b, resumed" not in found
 
 
 def test_a_run_without_a_row_is_an_empty_plot(tmp_path):

@@ -1,10 +1,12 @@
+import json
+
 import pytest
 
 from phase1.records.metrics import FIELDS, MetricsLog, read_metrics
 
 
 def row(step, **values):
-    return dict.fromkeys(FIELDS) | {"step": step, "loss": 1.5} | values
+    return dict.fromkeys(FIELDS) | {"step": step, "loss": 1.5, "session": 1} | values
 
 
 def steps(path):
@@ -26,6 +28,23 @@ def test_a_resumed_run_has_every_step_once(tmp_path):
     assert steps(path) == [1, 2, 5, 6, 7]
     write(path, 1)
     assert steps(path) == [1]
+
+
+def test_every_row_says_in_which_session_it_was_made(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for step, numbers in ((0, (1, 2, 3)), (2, (3, 4)), (4, (5,))):
+        log = MetricsLog(path, step)
+        for number in numbers:
+            log.append(row(number, session=log.session))
+        log.close()
+    assert [(r["step"], r["session"]) for r in read_metrics(path)] == [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3)]
+
+
+def test_a_file_of_an_earlier_version_is_read_as_one_session(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    older = {name: value for name, value in row(1).items() if name not in ("session", "unigram_loss")}
+    path.write_text(json.dumps(older) + "\n")
+    assert read_metrics(path) == [row(1, session=1)] and MetricsLog(path, 1).session == 2
 
 
 @pytest.mark.parametrize("cut", range(1, 40, 7))

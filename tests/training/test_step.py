@@ -1,4 +1,5 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from phase1.model import LanguageModel
 from phase1.roster import model_config
 from phase1.training.checkpoint import load_model, resume, save_checkpoint
 from phase1.training.micro_batch import add_gradients
-from phase1.training.step import learning_rate, make_train_state, total_steps, train, train_step
+from phase1.training.step import check_finite, learning_rate, make_train_state, total_steps, train, train_step
 
 TINY = EngineShape(
     vocab_size=50, d_model=16, n_layers=1, n_heads=2, ar_ssm_max_rank=4, ar_ssm_min_rank=2, ar_ssm_window=4,
@@ -126,6 +127,15 @@ def test_a_diverged_run_ends_with_one_line():
         s.model.norm.weight.fill_(torch.nan)
     with pytest.raises(Diverged, match="lower --learning-rate"):
         train(s, batch_at, STEPS)
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_a_run_that_diverged_is_told_of_bf16_where_the_card_has_it(monkeypatch, has_bf16):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    loss = SimpleNamespace(item=lambda: float("nan"), device=torch.device("cuda"))
+    with pytest.raises(Diverged) as said:
+        check_finite(loss, 7)
+    assert str(said.value).endswith("lower --learning-rate" + " or use --precision bf16" * has_bf16)
 
 
 def test_resuming_with_other_settings_names_the_flags(tmp_path):

@@ -42,11 +42,13 @@ def main(run: ExportRun) -> int:
     config |= ids | {TOKENIZER_KEY: tokenizer.fingerprint} | asdict(model.config)
     words: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left", "model_max_length": 10**9}
     words |= special | {"split_special_tokens": True}  # text that spells end-of-text is text, as in training
+    tokenless = list(range(tokenizer.vocab_size, model.config.vocab_size))  # a table may have rows for no token
+    generation: dict[str, Any] = ids | ({"suppress_tokens": tokenless} if tokenless else {})
     tensors = {f"{PREFIX}{name}": tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
     files = {
         TOKENIZER: tokenizer.to_json(),
         "tokenizer_config.json": _json(words),
-        "generation_config.json": _json(ids),
+        "generation_config.json": _json(generation),
         "README.md": README.format(folder=folder.name),
         CONFIG: _json(config),
     }

@@ -17,7 +17,7 @@ from phase1.errors import Unavailable, is_out_of_memory, reason
 from phase1.factory import pinned
 from phase1.files import atomic_write
 from phase1.generation import Decoder, Sampling, continuation, text_of
-from phase1.machine.environment import total_gpu_bytes
+from phase1.machine.environment import amd_gpu, total_gpu_bytes
 from phase1.measure.memory.case import MemoryCase
 from phase1.measure.memory.estimate.estimate import estimate_memory
 from phase1.measure.memory.measured import chip_of
@@ -82,9 +82,8 @@ def main(run: TrainRun) -> int:
         return 0
     atomic_write(folder / SETTINGS, to_toml(run).encode())
     rows = read_metrics(folder / METRICS) if (folder / METRICS).exists() else []
-    unigram = None if valid is None else unigram_entropy(valid.splits["valid"].ids)
-    plots = [plot_training({folder.name: rows}, folder / PLOT, unigram)] if rows else []
-    print(text(screen(run, model_config, facts, rows, unigram, plots)))
+    plots = [plot_training({folder.name: rows}, folder / PLOT)] if rows else []
+    print(text(screen(run, model_config, facts, rows, watch.unigram_loss, plots)))
     if facts["loss"] > (guess := math.log(run.vocab_size)):
         worse = f"the last loss, {facts['loss']:.3f}, is worse than guessing, which is ln V = {guess:.3f}"
         print(f"phase1 train: {worse}; lower --learning-rate, or train on more tokens", file=sys.stderr)
@@ -177,7 +176,8 @@ def plan(run: TrainRun, model: ModelConfig, corpus: Corpus, valid: Corpus | None
         needed, total = estimate_memory(case, chip_of(case)).needed_bytes, total_gpu_bytes()
         fits = total is None or needed <= total
         remedy = "" if fits else f"; it does not fit: try --micro-batch-size {max(1, case.batch_size // 2)}"
-        lines.append(f"memory: {needed / 1e9:.2f} GB estimated, of {(total or 0) / 1e9:.2f} GB{remedy}")
+        by = " as on a card of NVIDIA" if amd_gpu() else ""
+        lines.append(f"memory: {needed / 1e9:.2f} GB estimated{by}, of {(total or 0) / 1e9:.2f} GB{remedy}")
     return lines
 
 
@@ -213,6 +213,7 @@ def watch_of(run: TrainRun, corpus: Corpus, valid: Corpus | None) -> Watch:
     return Watch(
         score=None if valid is None else scorer(run, valid),
         score_every=_every(run),
+        unigram_loss=None if valid is None else unigram_entropy(valid.splits["valid"].ids),
         sample=sampler(run, corpus) if run.sample_every else None,
         sample_every=run.sample_every,
         max_seconds=3600 * hours,

@@ -60,7 +60,7 @@ def machine() -> dict[str, Fact]:
         "cpu": cpu_model(),
         "cpu_threads": torch.get_num_threads(),
         "world_size": world.size(),
-        "gpu": nvml(lambda library, handle: library.nvmlDeviceGetName(handle)),
+        "gpu": amd.name if (amd := amd_gpu()) else nvml(lambda library, handle: library.nvmlDeviceGetName(handle)),
         "driver": nvml(lambda library, _: library.nvmlSystemGetDriverVersion()),
     }
 
@@ -74,14 +74,21 @@ def _gpu_facts() -> dict[str, Fact]:
         "gpu": properties.name,
         "gpu_count": torch.cuda.device_count(),
         "gpu_memory_bytes": properties.total_memory,
-        "gpu_compute_capability": f"{properties.major}.{properties.minor}",
+        "gpu_compute_capability": properties.gcnArchName if amd_gpu() else f"{properties.major}.{properties.minor}",
         "cudnn": torch.backends.cudnn.version(),
         "driver": nvml(lambda library, _: library.nvmlSystemGetDriverVersion()),
     }
 
 
 def nvml(question: Callable[[Any, Any], Any]) -> Any:
-    """`question(pynvml, handle of the first visible GPU)`, or None where the driver's library cannot be asked."""
+    """`question(pynvml, handle of the first visible GPU)`, or None where the driver's library cannot be asked.
+
+    Nor is it asked where PyTorch is made for AMD: it would answer for another card, beside the one that computes.
+    """
+    import torch
+
+    if torch.version.hip is not None:
+        return None
     try:
         import pynvml
     except ImportError:
@@ -104,14 +111,30 @@ def nvml(question: Callable[[Any, Any], Any]) -> Any:
         pynvml.nvmlShutdown()
 
 
+def amd_gpu() -> Any:
+    """What PyTorch made for ROCm says of the first visible GPU; None where it is made for others, or sees none."""
+    import torch
+
+    return torch.cuda.get_device_properties(0) if torch.version.hip is not None and torch.cuda.is_available() else None
+
+
 def free_gpu_bytes() -> int | None:
-    """Free memory of the first visible GPU, asked of the driver: no CUDA context is made for it."""
+    """Free memory of the first visible GPU, asked of the driver: no CUDA context is made for it. Of AMD's by amdsmi."""
+    if (amd := amd_gpu()) is not None:
+        import torch
+
+        try:
+            return int(amd.total_memory) - torch.cuda.device_memory_used(0)
+        except (AttributeError, ImportError, RuntimeError):  # PyTorch before 2.8, no amdsmi, a driver that does not answer
+            return None
     answer = nvml(lambda library, handle: library.nvmlDeviceGetMemoryInfo(handle).free)
     return None if answer is None else int(answer)
 
 
 def total_gpu_bytes() -> int | None:
     """Memory of the first visible GPU, asked of the driver in the same way."""
+    if (amd := amd_gpu()) is not None:
+        return int(amd.total_memory)
     answer = nvml(lambda library, handle: library.nvmlDeviceGetMemoryInfo(handle).total)
     return None if answer is None else int(answer)
 

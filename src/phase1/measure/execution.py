@@ -3,12 +3,13 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from phase1.ops.card import HAS_TRITON, runs_kernels
+from phase1.ops.self_check import DISPROVEN
 from phase1.records.schema import Execution
 from phase1.trainable import Trainable
 from phase1.training.compiler import compile_losses
@@ -99,7 +100,7 @@ def execution(state: TrainState, compiler: Compiler | None) -> Execution:
     config, fused = state.model.config, any("scaled_dot_product" in name for name in watch.names)
     attends = fused if config.model is not None else config.mixer == "attention"
     attention = _attention(watch.names) if attends else None
-    kernels = "triton" if device.type == "cuda" and find_spec("triton") else "torch"
+    kernels = "triton" if runs_kernels(next(state.model.parameters())) else "torch"
     found = Execution(
         device=device.type,
         precision=precision,
@@ -144,6 +145,8 @@ def _otherwise(found: Execution, state: TrainState, compiler: Compiler | None) -
         said.append(f"the step ran on {found.device}, not on {state.device.type}")
     if compiler is not None and not found.compiled:
         said.append("what was compiled was not called")
-    if found.device == "cuda" and found.kernels == "torch":
-        said.append("the loss ran by PyTorch's operators, not by its kernel: pip install triton")
+    said += [f"kernels of {name} failed their check ({why}): PyTorch's operators ran" for name, why in DISPROVEN.items()]
+    if found.device == "cuda" and found.kernels == "torch" and not DISPROVEN:
+        why = "this card does not run them" if HAS_TRITON else "pip install triton"
+        said.append(f"PyTorch's operators ran, not the kernels: {why}")
     return said

@@ -12,21 +12,23 @@ from phase1.text import one_line
 METRICS = "metrics.jsonl"
 FIELDS = (
     "step", "tokens", "seconds", "loss", "val_loss", "lr", "grad_norm", "loss_scale", "tokens_per_second",
-    "peak_allocated_bytes",
+    "peak_allocated_bytes", "session", "unigram_loss",
 )  # fmt: skip
 """Fields of every object; null if unknown. `loss` and `grad_norm` are means since the last object, `seconds` the training time
-of all sessions."""
+of all sessions, `unigram_loss` is what ignoring all context reaches on the text of `val_loss`."""
+YOUNGER = {"session": 1, "unigram_loss": None}  # fields that files of earlier versions lack
 
 
 class MetricsLog:
     """Appends to the file at `path`, after removing an incomplete last line and all objects after `step`.
 
-    `rows` are those that were there.
+    `rows` are those that were there, `session` is the number of the one that begins, from 1.
     """
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
         self.rows = [row for row in read_metrics(path) if row["step"] <= step] if path.exists() else []
+        self.session = 1 + (self.rows[-1]["session"] if self.rows else 0)
         content = "".join(_line(row) for row in self.rows).encode()
         if not path.exists() or path.read_bytes() != content:
             atomic_write(path, content)
@@ -69,7 +71,8 @@ def _row(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(row, dict) or row.keys() != set(FIELDS) or type(row["step"]) is not int:
+    row = YOUNGER | row if isinstance(row, dict) else {}
+    if row.keys() != set(FIELDS) or type(row["step"]) is not int or type(row["session"]) is not int:
         return None
     return row if all(value is None or _is_number(value) for value in row.values()) else None
 

@@ -195,6 +195,8 @@ class Progress(Follower):
             "loss_scale": self.state.scaler.get_scale() if self.state.scaler.is_enabled() else None,
             "tokens_per_second": (step - before) * self.tokens_per_step / max(now - then, 1e-9),
             "peak_allocated_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+            "session": self.log.session,
+            "unigram_loss": self.watch.unigram_loss,
         }
 
     def _show(self, row: dict[str, Any], shown: bool) -> None:

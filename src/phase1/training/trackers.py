@@ -1,6 +1,6 @@
 """Viewers that get the progress of a training besides metrics.jsonl; none is imported unless it is asked for."""
 
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +10,18 @@ from phase1.training.watch import Tracker
 
 def tracker(name: str, folder: Path, settings: dict[str, Any]) -> Tracker:
     """The viewer called `name`; Unavailable, one line, where its package is missing."""
-    kinds: dict[str, Callable[[Path, dict[str, Any]], Tracker]] = {"tensorboard": TensorBoard, "trackio": Trackio}
-    return kinds[name](folder, settings)
+    try:
+        return TensorBoard(folder, settings) if name == "tensorboard" else Runs(import_module(name), folder, settings)
+    except ImportError as error:
+        raise Unavailable(f"--report-to {name} needs a package; run `pip install {name}`") from error
 
 
 class TensorBoard:
     """Event files in `folder`/tensorboard."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise Unavailable("--report-to tensorboard needs a package; run `pip install tensorboard`") from error
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer: Any = SummaryWriter(str(folder / "tensorboard"))
         self._writer.add_text("settings", "\n".join(f"    {key} = {value!r}" for key, value in settings.items()))
 
@@ -36,25 +36,27 @@ class TensorBoard:
         self._writer.close()
 
 
-class Trackio:
-    """A local trackio project `phase1`, a run per folder."""
+class Runs:
+    """A run of the project `phase1`, named as `folder` is, in Weights & Biases or in trackio, which has the same functions.
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        try:
-            import trackio
-        except ImportError as error:
-            raise Unavailable("--report-to trackio needs a package; run `pip install trackio`") from error
-        self._trackio: Any = trackio
-        trackio.init(project="phase1", name=folder.name, config=settings)
+    Where it goes, and by whose account, is as the user has set the package up.
+    """
+
+    def __init__(self, package: Any, folder: Path, settings: dict[str, Any]) -> None:
+        self._package = package
+        own: dict[str, Any] = {}
+        if package.__name__ == "wandb":
+            own = {"dir": str(folder), "mode": "offline" if settings["offline"] else None}
+        package.init(project="phase1", name=folder.name, config=settings, **own)
 
     def log(self, row: dict[str, Any]) -> None:
-        self._trackio.log(dict(_numbers(row)), step=row["step"])
+        self._package.log(dict(_numbers(row)), step=row["step"])
 
     def sample(self, step: int, text: str) -> None:
-        self._trackio.log({"sample": text}, step=step)
+        self._package.log({"sample": text}, step=step)
 
     def close(self) -> None:
-        self._trackio.finish()
+        self._package.finish()
 
 
 def _numbers(row: dict[str, Any]) -> list[tuple[str, float]]:

@@ -26,6 +26,8 @@ class Watch:
     score: Callable[[Trainable], float] | None = None
     """Loss in nats per token of text that is not trained on."""
     score_every: int = 0
+    unigram_loss: float | None = None
+    """Entropy of that text's token frequencies: the score that ignoring all context reaches."""
     sample: Callable[[Trainable], str] | None = None
     sample_every: int = 0
     max_seconds: float = math.inf

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from phase1.ops.ar_ssm import self_check
 from phase1.ops.ar_ssm.reference import TAPS, Parameters, State, ar_ssm_reference
-from phase1.ops.card import HAS_TRITON, OLDEST, runs_kernels
+from phase1.ops.card import HAS_TRITON, OLDEST, is_recent
+from phase1.ops.self_check import DISPROVEN
 
 __all__ = ["Parameters", "State", "ar_ssm_reference", "fused_ar_ssm", "fused_runs", "imitated_card"]
 
 TYPES = (torch.float16, torch.bfloat16, torch.float32)
-DISPROVEN: set[str] = set()  # holds "ar_ssm" once its kernels have failed their check in this process
 
 
 _IMITATED = ContextVar("imitated", default=False)
@@ -39,14 +39,12 @@ def fused_runs(proj: Tensor, p: Parameters, window: int) -> bool:
     fits = proj.shape[1] > 0 and window > 0 and R % 2 == 0 and 8 <= R <= 128 and 16 <= P <= 128 and proj.dtype in TYPES
     if not proj.is_cuda:
         return fits and HAS_TRITON and not torch.compiler.is_compiling() and _IMITATED.get()
-    if not fits or not runs_kernels(proj):
+    if not fits or not is_recent(proj):
         return False
     if torch.compiler.is_compiling() or type(proj) is not Tensor or torch.cuda.is_current_stream_capturing():
-        return not DISPROVEN
+        return "AR-SSM" not in DISPROVEN
     fixed = R - (0 if p.gate_weight is None else len(p.gate_weight))
-    if not self_check.proven(proj.device, R, P, fixed, window, proj.dtype):
-        DISPROVEN.add("ar_ssm")
-    return not DISPROVEN
+    return self_check.proven(proj.device, R, P, fixed, window, proj.dtype) and "AR-SSM" not in DISPROVEN
 
 
 def fused_ar_ssm(
