@@ -71,8 +71,9 @@ def test_attention_of_matrix_products_is_the_fused_one():
     ],
 )  # fmt: skip
 def test_the_ids_of_published_results_never_change(role, config_id):
-    assert model_config(role, EngineShape()).config_id == config_id
-    assert model_config({"baseline": "baseline_again", "phase1": "engine_again"}.get(role, role), EngineShape()).config_id == config_id
+    start = {"row_norm": 1.0, "input_scale": None}  # of all models then; plain Transformers have had a better one since
+    for name in {role, {"baseline": "baseline_again", "phase1": "engine_again"}.get(role, role)}:
+        assert model_config(name, EngineShape(), **start).config_id == config_id
 
 
 def test_what_is_recomputed_has_an_id_and_the_name_it_had_before():

@@ -341,6 +341,9 @@ class WatchConfig(Config):
             raise ValueError("--keep-best and --patience need losses on the valid split; got --eval-every 0; leave it out")
 
 
+Optimizer = Literal["adamw", "muon"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Config):
     """How a model is trained; the same for every model of a comparison."""
@@ -355,7 +358,7 @@ class TrainConfig(Config):
     )
     learning_rate: float = option(6e-3, "peak of the schedule: linear warm-up, then --schedule")
     table_learning_rate: float = option(3.0, "learning rate of the token table, as a multiple of the others'")
-    optimizer: Literal["adamw", "muon"] = option("muon", "AdamW, or Muon for the matrices of blocks and AdamW for the rest")
+    optimizer: Optimizer = option("muon", "AdamW, or Muon for the matrices of blocks and AdamW for the rest")
     schedule: Literal["cosine", "linear"] = option("linear", "learning rate after the warm-up: cosine to a tenth, or line to 0")
     warmup_steps: int = option(100, "optimizer steps of linear warm-up, at most a tenth of the run")
     weight_decay: float = option(0.1, "decay of the matrices of linear layers; token table, norms, scales and taps have none")

@@ -109,6 +109,7 @@ def execution(state: TrainState, compiler: Compiler | None) -> Execution:
         compiled=compiler is not None and compiler.calls > 0,
         cuda_graphs=isinstance(state.micro_batch, GraphedMicroBatch | GraphedPieces),
         piece_length=state.micro_batch.length if isinstance(state.micro_batch, Pieces) else None,
+        optimizer=state.config.optimizer,
     )
     return found.model_copy(update={"otherwise": _otherwise(found, state, compiler)})
 

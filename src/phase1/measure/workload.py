@@ -1,12 +1,12 @@
 """The workload of memory and throughput: a model ready to train, and random tokens to train it on."""
 
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from phase1.config import ModelConfig, TrainConfig
+from phase1.config import ModelConfig, Optimizer, TrainConfig
 from phase1.trainable import Trainable, build
 from phase1.training.step import TrainState, make_train_state
 
@@ -22,10 +22,12 @@ def make_workload(
     cuda_graphs: bool = False,
     make: Callable[[ModelConfig], Trainable] = build,
     piece_length: int | None = None,
+    optimizer: Optimizer = TrainConfig.optimizer,
 ) -> TrainState:
     """The training state of a new model, made as `phase1 train` makes it."""
     torch.manual_seed(SEED)
-    config = TrainConfig(precision=precision, compile=compile, cuda_graphs=cuda_graphs, piece_length=piece_length)
+    way: dict[str, Any] = {"compile": compile, "cuda_graphs": cuda_graphs, "piece_length": piece_length}
+    config = TrainConfig(precision=precision, optimizer=optimizer, **way)
     return make_train_state(make(model), config, device)
 
 

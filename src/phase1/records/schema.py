@@ -91,6 +91,7 @@ class Execution(_Record):
     compiled: bool
     cuda_graphs: bool
     piece_length: int | None = Field(default=None, description="tokens of a sequence at a time; None: whole sequences")
+    optimizer: str | None = Field(default=None, description="adamw or muon; None, in older records: adamw")
     otherwise: list[str] = Field(default_factory=list, description="what ran otherwise than asked")
 
 

@@ -29,8 +29,10 @@ class Muon(torch.optim.Optimizer):
     found_inf: Tensor | None = None
     """() of a loss scaler, not 0 where a gradient is not finite: then a step changes nothing. The host need not know it."""
 
-    def __init__(self, params: Iterable[Any], lr: float, weight_decay: float = 0.1) -> None:
+    def __init__(self, params: Iterable[Any], lr: float, weight_decay: float = 0.1, dtype: torch.dtype | None = None) -> None:
+        """dtype: of the products that orthogonalise, bfloat16 on a GPU; None: that of the parameters."""
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -69,7 +71,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_copy_([own(momentum) for momentum in momenta], parts(momentum))
         updates.lerp_(momentum, MOMENTUM)  # Nesterov's
         del momentum
-        updates = orthogonal(updates).to(updates.dtype)
+        updates = orthogonal(updates.to(self.dtype or updates.dtype)).to(updates.dtype)
         return parts(updates if overflow is None else updates.masked_fill_(overflow, 0.0))
 
     def _momentum(self, parameter: Tensor) -> Tensor:
@@ -80,13 +82,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Matrices (k, n, m) with their singular values moved to about 1 by five steps of Newton-Schulz, in bfloat16 on a GPU.
+    """Matrices (k, n, m) with their singular values moved to about 1 by five steps of Newton-Schulz.
 
     X = X / ‖X‖, then five times X = (a + b X Xᵀ + c (X Xᵀ)²) X, on the shorter side.
     """
     tall = matrices.shape[1] > matrices.shape[2]
-    dtype = torch.bfloat16 if matrices.is_cuda else matrices.dtype  # a CPU is slower with it
-    x = (matrices.mT if tall else matrices).to(dtype)
+    x = matrices.mT if tall else matrices
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-7)
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):

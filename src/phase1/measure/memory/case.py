@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from phase1.config import ModelConfig
+from phase1.config import ModelConfig, Optimizer, TrainConfig
 from phase1.machine.cards import Chip
 from phase1.measure.memory.trace import Timeline, downsampled
 from phase1.records.schema import Execution, MemoryTimeline
@@ -23,6 +23,7 @@ class MemoryCase:
     compiled: bool = False  # the loss; of no effect on an estimate
     chip: Chip | None = None  # the chip that an estimate is for
     piece_length: int | None = None  # tokens of a sequence at a time; None: whole sequences
+    optimizer: Optimizer = TrainConfig.optimizer
     ranks: int = 1  # each of which takes such a step
 
 

@@ -92,7 +92,7 @@ def probe_size(case: MemoryCase) -> Probe:
 def train_briefly(case: MemoryCase) -> int:
     """Train as many steps as memory needs to reach its peak; the bytes of the card that took. In a fresh process."""
     cap_memory(case.model, case.vram_limit_bytes)
-    state = make_workload(case.model, "cuda", piece_length=case.piece_length)
+    state = make_workload(case.model, "cuda", piece_length=case.piece_length, optimizer=case.optimizer)
     if case.compiled:
         compile_loss(state)
     batch = random_batch(case.model.vocab_size, case.batch_size, case.seq_length, "cuda")

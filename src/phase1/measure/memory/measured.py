@@ -122,7 +122,8 @@ def measure_memory(case: MemoryCase) -> MemoryPeaks:
     (other programs on the card count as outside the allocator).
     """
     cap_memory(case.model, case.vram_limit_bytes)
-    state, batch = make_workload(case.model, "cuda", piece_length=case.piece_length), _batch(case, "cuda")
+    state = make_workload(case.model, "cuda", piece_length=case.piece_length, optimizer=case.optimizer)
+    batch = _batch(case, "cuda")
     compiler = compile_loss(state) if case.compiled else None
     with strict_compilation() if case.compiled else nullcontext():
         for _ in range(WARMUP_STEPS):

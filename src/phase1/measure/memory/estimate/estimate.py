@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from phase1.measure.workload import make_workload, optimizer_tensors, random_bat
 from phase1.ops.ar_ssm import imitated_card
 from phase1.parallel.replicas import Imagined
 from phase1.trainable import Trainable, build
+from phase1.training.optimizers import MuonAdamW
 from phase1.training.pieces import bounds, in_pieces
 from phase1.training.step import TrainState, train_step
 
@@ -65,8 +67,8 @@ def extended(fewer: MemoryPeaks, more: MemoryPeaks, times: int) -> MemoryPeaks:
 def traced_memory(case: MemoryCase, chip: Chip = CHIP) -> MemoryPeaks:
     """Peaks of a training step on tensors that have sizes and no contents, so no GPU and no memory is needed.
 
-    It imitates the GPU's run (cuda_autocast.py): FP16 autocast, FP32 gradients, loss scaling, fused AdamW with its state;
-    cuBLAS workspaces and the scratch of some operators (workspaces.py); and the blocks and segments of the caching
+    It imitates the GPU's run (cuda_autocast.py): FP16 autocast, FP32 gradients, loss scaling, fused AdamW or Muon with its
+    state; cuBLAS workspaces and the scratch of some operators (workspaces.py); and the blocks and segments of the caching
     allocator after two warm-up steps (allocator.py), so reserved bytes too. The memory outside the allocator is assumed,
     not known.
 
@@ -76,7 +78,8 @@ def traced_memory(case: MemoryCase, chip: Chip = CHIP) -> MemoryPeaks:
     """
     operator_memory = ModelledCuda(chip)
     with imitated_cuda(), imitated_card(chip.major), MemoryTracker(case.model.vocab_size, "cpu", operator_memory) as tracker:
-        state = make_workload(case.model, "cpu", "fp16", make=_unmoved, piece_length=case.piece_length)
+        way: dict[str, Any] = {"piece_length": case.piece_length, "optimizer": case.optimizer}
+        state = make_workload(case.model, "cpu", "fp16", make=_unmoved, **way)
         if case.ranks > 1:
             state.replicas = Imagined(state.model.parameters(), case.ranks)
         _make_lasting_tensors(state)
@@ -115,6 +118,8 @@ def _make_lasting_tensors(state: TrainState) -> None:
         group.update(fused=True, foreach=False)  # as on CUDA; the CPU's default loop makes temporaries
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
+    if isinstance(state.optimizer, MuonAdamW):
+        state.optimizer.parts[0].dtype = torch.bfloat16  # as on CUDA
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.scaler.scale(torch.zeros(()))
