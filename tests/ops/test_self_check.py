@@ -24,7 +24,7 @@ FORMS += [(table_kernel, "table"), (table_kernel, "gradients")]
 def a_card(monkeypatch, tmp_path):
     """A card of that name, an empty cache, and nothing known."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(name="a card", major=8))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(name="a card", major=8, minor=6))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(self_check, "LENGTH", 50)
     monkeypatch.setattr(self_check, "DISPROVEN", {})

@@ -76,7 +76,12 @@ def captured(step: Callable[[], Any], warm: bool = False) -> tuple[Callable[[], 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = step()
-    return graph.replay, result
+
+    def launch() -> None:
+        assert step is not None  # keeps alive what it reads, and so does the graph, which does not by itself
+        graph.replay()
+
+    return launch, result
 
 
 def static(state: list[Any], copy_window: int) -> list[Any]:

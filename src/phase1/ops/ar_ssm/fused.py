@@ -16,9 +16,9 @@ from phase1.ops.ar_ssm.sum_kernel import sums_of_rows
 from phase1.ops.rotary.kernel import write_angles
 
 GATE_ROWS = 32  # tokens of a tile of the gate
-COLUMNS = 128  # of the convolution, at a time
-FORWARD_ROWS = 16  # positions of a program in front of the core
-STRETCH, STRETCHES = 64, 1024  # those of a backward pass, or more where there are so many stretches
+COLUMNS = 256  # of the convolution, at a time
+FORWARD_ROWS = 8  # positions of a program in front of the core
+STRETCH, STRETCHES = 32, 2048  # those of a backward pass, or more where there are so many stretches
 NORM_ROWS = 2  # of the gated norm's gradient, at a time: one warp holds a whole row
 PROGRAMS = 264  # that add up the gradients of parameters
 ANY_ROWS = (torch.Tag.flexible_layout,)  # without it a compiler that aligns rows to 128 bytes copies proj, twice a layer
