@@ -21,13 +21,15 @@ from typing import Any
 
 import torch
 
+from phase1.files import atomic_write
+
 STEPS, WARMUP, ROUNDS = 20, 5, 30
 SECONDS = 150.0  # for any one process
 TINY = {"vocab_size": 300, "d_model": 16, "n_layers": 1, "n_heads": 2, "ar_ssm_window": 4, "htt_dense_rows": 4}
 TINY |= {"htt_groups": 10, "ar_ssm_max_rank": 4, "ar_ssm_min_rank": 2, "htt_rank": 2}
-TRAIN = "--dataset-name builtin --vocab-size 2048 --seq-length 256 --train-batch-size 64 --micro-batch-size 32 --eval-every 0"
+TRAIN = "--seq-length 256 --train-batch-size 64 --micro-batch-size 32 --eval-every 0"
 SMOKE = (
-    "--dataset-name builtin --vocab-size 512 --d-model 16 --n-layers 1 --n-heads 2 --htt-dense-rows 16 --htt-groups 16 "
+    "--d-model 16 --n-layers 1 --n-heads 2 --htt-dense-rows 16 --htt-groups 16 "
     "--ar-ssm-max-rank 4 --htt-rank 2 --seq-length 32 --train-batch-size 8 --micro-batch-size 2 --eval-every 0"
 )
 
@@ -38,6 +40,7 @@ def main() -> int:
     parser.add_argument("--parts", nargs="+", choices=("steps", "resume"), default=["steps", "resume"])
     parser.add_argument("--batch-size", type=int, default=64, help="sequences of a step and GPU")
     parser.add_argument("--seq-length", type=int, default=512)
+    parser.add_argument("--dataset-name", default="builtin", help="what resume trains on")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--out-dir", default="results/benchmarks")
     options = parser.parse_args()
@@ -52,11 +55,12 @@ def main() -> int:
         record |= json.loads((folder / "scaling_steps.json").read_text())
         (folder / "scaling_steps.json").unlink()
         record["steps_seconds"] = time.perf_counter() - began
+        atomic_write(folder / "scaling.json", json.dumps(record, indent=1).encode())
         print_steps(record)
     if "resume" in options.parts:
         record["resume"] = measure_resume(options, folder)
         print_resume(record["resume"])
-    (folder / "scaling.json").write_text(json.dumps(record, indent=1) + "\n")
+    atomic_write(folder / "scaling.json", json.dumps(record, indent=1).encode())
     print(f"written: {folder / 'scaling.json'}")
     return 0
 
@@ -208,7 +212,9 @@ def measure_resume(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     import tempfile
 
     began = time.perf_counter()
-    flags = (SMOKE if options.smoke else TRAIN).split()
+    flags = (SMOKE if options.smoke else TRAIN).split() + ["--dataset-name", options.dataset_name]
+    if options.dataset_name == "builtin":  # of which a tokenizer is trained
+        flags += ["--vocab-size", "512" if options.smoke else "2048"]
     tokens = 40 * 8 * 32 if options.smoke else 300 * 64 * 256
     hours = (0.4 / 3600, 1.2 / 3600) if options.smoke else (5 / 3600, 9 / 3600)
     with tempfile.TemporaryDirectory() as temporary:

@@ -21,7 +21,7 @@ from tests.reports import MODELS, memory_result, perplexity_result
 
 LENGTHS = (8, 16, 32)  # too few for a fit, which takes longer than all else
 CASES = {
-    "memory": ["baseline", "baseline_optimized", "baseline_fast", "phase1"],
+    "memory": ["baseline", "baseline_optimized", "baseline_fast", "phase1", "phase1_pieces"],
     "throughput": [f"T={length}" for length in LENGTHS],
     "perplexity": ["baseline", "phase1_htt2_ar4", "phase1_htt3_ar4", "phase1_htt4_ar4"],
 }

@@ -26,12 +26,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "baseline_fast": SIZES | {"mixer": "attention", "embedding": "dense", "loss": "chunked", "checkpointing": False},
     "phase1": SIZES | {"mixer": "ar_ssm", "embedding": "htt", "loss": "chunked", "checkpointing": True},
 }
+MODELS["phase1_pieces"] = MODELS["phase1"]
 PARAMETERS = {
     "baseline": Parameters(total=51_000_000, embedding=25_731_584, mixer=8_400_000, mlp=16_800_000),
     "baseline_optimized": Parameters(total=51_000_000, embedding=25_731_584, mixer=8_400_000, mlp=16_800_000),
     "baseline_fast": Parameters(total=51_000_000, embedding=25_731_584, mixer=8_400_000, mlp=16_800_000),
     "phase1": Parameters(total=28_500_000, embedding=2_900_000, mixer=8_700_000, mlp=16_800_000),
 }
+PARAMETERS["phase1_pieces"] = PARAMETERS["phase1"]
 
 
 def common(role: str, **changes: Any) -> dict[str, Any]:

@@ -188,7 +188,7 @@ def test_a_checkpoint_decides_nothing_about_code(folder):
 def test_tables_of_a_users_model_learn_at_their_own_rate(folder):
     state = make_train_state(build(config("right")), TrainConfig(), "cpu")
     sizes = [sum(p.numel() for p in group["params"]) for group in state.optimizer.param_groups]
-    assert sizes == [0, 400, 0]
+    assert sizes == [0, 0, 400, 0]  # of Muon, then of AdamW: matrices, tables, the rest
     assert described_groups(state.model) == "0 parameters of matrices, which decay, 400 of tables, at their own rate, 0 of the rest"
 
 

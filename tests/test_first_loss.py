@@ -29,7 +29,7 @@ def first_loss(config, statistics=None, targets=None):
 @pytest.mark.parametrize("role", ["baseline", "phase1"])
 @pytest.mark.parametrize("setting", CALM, ids=str)
 def test_the_first_loss_is_near_log_v(role, setting):
-    config = model_config(role, SHAPE)
+    config = model_config(role, SHAPE, row_norm=1.0, input_scale=None)
     assert first_loss(config) > math.log(V) + 3  # the token that is read has a logit of about sqrt(D)
     assert abs(first_loss(replace(config, **setting)) - math.log(V)) < 0.7
 
@@ -39,11 +39,15 @@ def test_the_first_loss_is_near_log_v(role, setting):
 def test_with_biases_at_log_frequency_it_is_near_the_entropy_of_single_tokens(name, setting):
     share = 1 / np.arange(1, V + 1)
     text = np.random.default_rng(0).choice(V, 40_000, p=share / share.sum())
-    config = replace(model_config(name, SHAPE), **START, **setting)
+    config = replace(model_config(name, SHAPE), **START | setting)
     targets = torch.from_numpy(text[-128:].reshape(2, 64))
     counts = np.bincount(text, minlength=V)
     expected = -np.log((counts + 1) / (len(text) + V))[text[-128:]].mean()
     assert abs(first_loss(config, start_of(config, text, 0, "cpu"), targets) - expected) < 0.7
+
+
+def test_the_plain_transformer_starts_there_by_itself():
+    assert abs(first_loss(model_config("baseline", SHAPE)) - math.log(V)) < 0.7
 
 
 @pytest.mark.parametrize("role", ["baseline", "phase1"])

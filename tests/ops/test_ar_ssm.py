@@ -10,6 +10,7 @@ from phase1.ops.ar_ssm import Parameters, State, ar_ssm_reference, fused_ar_ssm,
 pytest.importorskip("triton")
 
 from phase1.ops.ar_ssm import core, fused
+from phase1.ops.self_check import DISPROVEN
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 5e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}  # relative, of a whole tensor
@@ -164,6 +165,7 @@ class TestSelfCheck:
         self_check._proven.cache_clear()
         yield
         self_check._proven.cache_clear()
+        DISPROVEN.clear()
 
     def proven(self):
         self_check._proven.cache_clear()  # as in another process

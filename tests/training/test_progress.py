@@ -42,7 +42,7 @@ def test_without_a_terminal_there_are_lines_at_first_and_then_every_half_minute(
     out, _ = run(tmp_path, 100, monkeypatch)
     lines = out.splitlines()
     assert [int(line.split()[1].split("/")[0]) for line in lines] == [1, 2, 5, 10, 40, 70, 100] and LINE_SECONDS == 30
-    assert lines[4] == "step 40/100  40 %  loss 9.745  lr 3.0e-03  100 tok/s  1m 00s left"  # mean of steps 11 to 40
+    assert lines[4] == "step 40/100  40 %  loss 9.745  lr 6.0e-03  100 tok/s  1m 00s left"  # mean of steps 11 to 40
     assert out.isascii() and "\r" not in out
 
 
