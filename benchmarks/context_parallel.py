@@ -3,7 +3,7 @@
     python benchmarks/context_parallel.py [--gpus 2] [--seq-length 262144] [--recompute MODE] [--smoke]
 
 Every rank takes its stretch (phase1.training.context_parallel); rank 0 then takes the whole sequence alone. Both steps are
-forward, backward, sum of gradients, clipping and AdamW. Writes context_parallel.json into --out-dir. --smoke: tiny sizes, also
+forward, backward, sum of gradients, clipping and the optimizer. Writes context_parallel.json into --out-dir. --smoke: tiny sizes, also
 on a CPU.
 """
 
@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from phase1.config import EngineShape, Recompute, TrainConfig
 from phase1.files import atomic_write
+from phase1.machine.environment import environment
 from phase1.measure.workload import random_batch
 from phase1.model import LanguageModel
 from phase1.roster import model_config
@@ -114,7 +115,10 @@ def measure(options: argparse.Namespace) -> int:
         }
         file = Path(options.out_dir) / "context_parallel.json"
         file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, json.dumps(record, indent=1).encode())
+        same = ("gpus", "seq_length", "recompute")
+        rows = json.loads(file.read_text())["rows"] if file.exists() else []
+        rows = [row for row in rows if any(row[name] != record[name] for name in same)]  # of earlier runs
+        atomic_write(file, json.dumps({"environment": environment(), "rows": [*rows, record]}, indent=1).encode())
         print(
             f"{size} ranks, T = {T:,}: {record['speedup']:.2f} x one ({statistics.median(spent):.1f} against "
             f"{statistics.median(spent_alone):.1f} ms), peak {peak / 1e9:.2f} against {peak_alone / 1e9:.2f} GB, loss "
