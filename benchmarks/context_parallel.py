@@ -3,8 +3,8 @@
     python benchmarks/context_parallel.py [--gpus 2] [--seq-length 262144] [--recompute MODE] [--smoke]
 
 Every rank takes its stretch (phase1.training.context_parallel); rank 0 then takes the whole sequence alone. Both steps are
-forward, backward, sum of gradients, clipping and the optimizer. Writes context_parallel.json into --out-dir. --smoke: tiny sizes, also
-on a CPU.
+forward, backward, sum of gradients, clipping and the optimizer. Writes context_parallel.json into --out-dir, beside the rows of
+other settings. --smoke: tiny sizes, also on a CPU.
 """
 
 import argparse
