@@ -199,6 +199,16 @@ def test_the_word_on_an_overflow_stays_on_the_device_where_adamw_is_fused(monkey
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_all_gradients_are_zeroed_at_once_where_adamw_is_fused(monkeypatch):
+    net, zeroed, at_once = model(), [], torch._foreach_zero_
+    optimizer = make_optimizer(net, MUON, "cuda")
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    monkeypatch.setattr(torch, "_foreach_zero_", lambda tensors: zeroed.append(len(tensors)) or at_once(tensors))
+    optimizer.zero_grad(set_to_none=False)
+    assert zeroed == [len(list(net.parameters()))] and not any(p.grad.any() for p in net.parameters())
+
+
 def test_only_one_part_that_overflows_stops_the_other():
     s = state(replace(MUON, precision="fp16"))
     before = parameters(s)

@@ -18,7 +18,8 @@ class MuonAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, muon: Muon, adamw: torch.optim.AdamW) -> None:
-        super().__init__([*muon.param_groups, *adamw.param_groups], {})  # the same groups: a new rate is one of the parts
+        groups = [*muon.param_groups, *adamw.param_groups]  # the same ones: a new rate is one of the parts
+        super().__init__(groups, {"fused": adamw.defaults["fused"]})  # then zero_grad takes all gradients at once
         self.parts = (muon, adamw)
         muon.state = adamw.state = self.state
         self._step_supports_amp_scaling = all(group["fused"] for group in adamw.param_groups)
