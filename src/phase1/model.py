@@ -212,14 +212,14 @@ class LanguageModel(nn.Module):
         pointer, after = [], blocks
         if self.copy_head is not None:
             *pointer, copied = self.copy_head(hidden, ids, targets, past)
-            after.append(copied)
+            after.append(self.copy_head.full(copied))
         return Outputs(self._states(hidden), *pointer), self._penalty(effective_rank), after
 
     def state_after_piece(self, ids: Tensor, rows: Tensor, state: States | None) -> States:
         """The state of `outputs_of_piece` alone, without the output's work."""
         past = None if state is None or self.copy_head is None else state[-1]
         hidden, after, _ = self._of_rows(rows, state, from_first_key)
-        return after if self.copy_head is None else [*after, self.copy_head.state_after(hidden, ids, past)]
+        return after if self.copy_head is None else [*after, self.copy_head.full(self.copy_head.state_after(hidden, ids, past))]
 
     def loss_of_outputs(self, outputs: Outputs, table: Tensor, targets: Tensor, parts: int = 1) -> Tensor:
         """Mean cross-entropy in nats of `targets` (B, T); `table` is that of `table_of_loss`.

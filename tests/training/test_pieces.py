@@ -130,13 +130,14 @@ def test_a_state_says_nothing_of_how_far_the_text_has_come_so_that_one_function_
     assert counter.frame_count == 2 * 2 + 1  # outputs and gradients, of the first piece and of all others; and the loss
 
 
-def test_the_copy_heads_window_may_take_more_pieces_to_fill_than_the_compiler_would_compile():
-    model, (ids, targets) = model_of(**(ONE_LAYER | {"copy_window": 36})), text(T=36, B=1)
+def test_no_more_is_compiled_where_the_copy_heads_window_takes_many_pieces_to_fill():
+    shape = ONE_LAYER | {"copy_window": 36}
+    model, (ids, targets) = model_of(**shape), text(T=72, B=1)
     torch._dynamo.reset()
-    compile_losses(model, pieces=True, backend="eager")
-    pieces = Pieces(model, torch.amp.GradScaler("cpu", enabled=False), torch.float32, 3)
-    plain = Pieces(model_of(**(ONE_LAYER | {"copy_window": 36})), torch.amp.GradScaler("cpu", enabled=False), torch.float32, 3)
+    compile_losses(model, pieces=True, backend=(counter := CompileCounter()))
+    pieces, plain = (Pieces(m, torch.amp.GradScaler("cpu", enabled=False), torch.float32, 9) for m in (model, model_of(**shape)))
     torch.testing.assert_close(outcome(pieces, ids, targets)[0], outcome(plain, ids, targets)[0])
+    assert counter.frame_count == 2 * 2 + 1
 
 
 def test_a_training_step_in_pieces_is_the_step_of_whole_sequences():

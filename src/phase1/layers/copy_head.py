@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from phase1.ops.pointer import pointer_log_probability, pointer_matrix
 
 GATE_BIAS = -3.0  # the head begins with 5% of the probability, so that it disturbs an untrained output little
+NO_ID = -2  # of a position that is no token; a target that is not scored is another
 FORGET_BIAS = -8.0  # and forgets to 1/e in 3,000 positions
 
 
@@ -103,6 +104,14 @@ class CopyHead(nn.Module):
         """What later positions need of the keys so far."""
         keep = slice(max(0, k.shape[1] - self.window), None)
         return CopyState(prev_key, k[:, keep], bias[:, keep] - bias[:, -1:], ids[:, keep])
+
+    def full(self, state: CopyState) -> CopyState:
+        """The same, of `window` positions: those before have no weight and match nothing. All full states are of one size."""
+        missing = self.window - state.k.shape[1]
+        if not missing:
+            return state
+        k, bias = F.pad(state.k, (0, 0, missing, 0)), F.pad(state.bias, (missing, 0), value=-math.inf)
+        return CopyState(state.prev_key, k, bias, F.pad(state.ids, (missing, 0), value=NO_ID))
 
     def _gate(self, hidden: Tensor) -> Tensor:
         """w · h + b, (B, T)."""

@@ -1,6 +1,5 @@
 """What of a model is compiled, and whether `torch.compile` works here, found out before a run depends on it."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,25 +9,13 @@ from phase1.trainable import Trainable
 
 WHOLE = ("losses",)
 IN_PIECES = ("outputs_of_piece", "loss_of_outputs", "state_after_piece")
-SHAPES = 64
 
 
 def compile_losses(model: Trainable, pieces: bool, backend: Any = "inductor") -> None:
     """Compile what a step calls, of whole sequences or of pieces, at its first call, for the shapes of that call."""
     whole = model.config.model is None  # a user's model may hold what no compiler takes
     for name in IN_PIECES if pieces else WHOLE:
-        compiled = torch.compile(getattr(model, name), fullgraph=whole, dynamic=False, backend=backend)
-        setattr(model, name, _of_many_shapes(compiled) if pieces else compiled)
-
-
-def _of_many_shapes(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles for more shapes than the compiler would by default: until it fills the copy head's window, a state grows."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with torch._dynamo.config.patch(recompile_limit=SHAPES):
-            return compiled(*args, **kwargs)
-
-    return call
+        setattr(model, name, torch.compile(getattr(model, name), fullgraph=whole, dynamic=False, backend=backend))
 
 
 def require_compiler(device: torch.device) -> None:
