@@ -199,6 +199,19 @@ def test_the_word_on_an_overflow_stays_on_the_device_where_adamw_is_fused(monkey
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_what_is_loaded_is_what_both_parts_go_on_with():
+    outcomes = []
+    for reload in (False, True):
+        s = state()
+        train_step(s, split(batch_at(0), 4))
+        if reload:
+            kept_so_far, s.optimizer = s.optimizer.state_dict(), make_optimizer(s.model, MUON, "cpu")
+            s.optimizer.load_state_dict(kept_so_far)
+        train_step(s, split(batch_at(1), 4))
+        outcomes.append(parameters(s))
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
 def test_all_gradients_are_zeroed_at_once_where_adamw_is_fused(monkeypatch):
     net, zeroed, at_once = model(), [], torch._foreach_zero_
     optimizer = make_optimizer(net, MUON, "cuda")

@@ -21,8 +21,20 @@ class MuonAdamW(torch.optim.Optimizer):
         groups = [*muon.param_groups, *adamw.param_groups]  # the same ones: a new rate is one of the parts
         super().__init__(groups, {"fused": adamw.defaults["fused"]})  # then zero_grad takes all gradients at once
         self.parts = (muon, adamw)
-        muon.state = adamw.state = self.state
+        self._share()
         self._step_supports_amp_scaling = all(group["fused"] for group in adamw.param_groups)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of any optimizer."""
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def _share(self) -> None:
+        """Let the parts see these groups and this state, which loading replaces."""
+        muon, adamw = self.parts
+        count = len(muon.param_groups)
+        muon.param_groups, adamw.param_groups = self.param_groups[:count], self.param_groups[count:]
+        muon.state = adamw.state = self.state
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
