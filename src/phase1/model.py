@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from phase1.config import ModelConfig, Recompute
 from phase1.layers.ar_ssm import ARSSM, from_first_key
 from phase1.layers.attention import Attention
-from phase1.layers.copy_head import CopyHead
+from phase1.layers.copy_head import NO_ID, CopyHead
 from phase1.layers.mlp import MLP
 from phase1.layers.token_table import DenseTable, HTTTable, OutputLevels
 from phase1.ops.cross_entropy import IGNORE, tied_cross_entropy, tied_cross_entropy_reference, tied_nll
@@ -212,14 +212,16 @@ class LanguageModel(nn.Module):
         pointer, after = [], blocks
         if self.copy_head is not None:
             *pointer, copied = self.copy_head(hidden, ids, targets, past)
-            after.append(self.copy_head.full(copied))
+            after.append(copied.padded(self.config.copy_window, NO_ID))
         return Outputs(self._states(hidden), *pointer), self._penalty(effective_rank), after
 
     def state_after_piece(self, ids: Tensor, rows: Tensor, state: States | None) -> States:
         """The state of `outputs_of_piece` alone, without the output's work."""
         past = None if state is None or self.copy_head is None else state[-1]
         hidden, after, _ = self._of_rows(rows, state, from_first_key)
-        return after if self.copy_head is None else [*after, self.copy_head.full(self.copy_head.state_after(hidden, ids, past))]
+        if self.copy_head is None:
+            return after
+        return [*after, self.copy_head.state_after(hidden, ids, past).padded(self.config.copy_window, NO_ID)]
 
     def loss_of_outputs(self, outputs: Outputs, table: Tensor, targets: Tensor, parts: int = 1) -> Tensor:
         """Mean cross-entropy in nats of `targets` (B, T); `table` is that of `table_of_loss`.

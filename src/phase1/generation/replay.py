@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from phase1.layers.copy_head import CopyState
@@ -91,13 +90,7 @@ def static(state: list[Any], copy_window: int) -> list[Any]:
 
 def _static(layer: Any, copy_window: int) -> Any:
     if isinstance(layer, CopyState):
-        missing = copy_window - layer.k.shape[1]
-        return CopyState(
-            layer.prev_key,
-            F.pad(layer.k, (0, 0, missing, 0)),
-            F.pad(layer.bias, (missing, 0), value=-torch.inf),
-            F.pad(layer.ids, (missing, 0)),
-        )
+        return layer.padded(copy_window, 0)  # an id that can be looked up
     if isinstance(getattr(layer, "position", None), int):
         return layer._replace(position=torch.tensor(layer.position, device=layer.k.device))
     return layer

@@ -23,6 +23,14 @@ class CopyState(NamedTuple):
     bias: Tensor  # (B, ≤ w) -f summed over the positions after each
     ids: Tensor  # (B, ≤ w)
 
+    def padded(self, window: int, id: int) -> "CopyState":
+        """The same, of `window` positions: those before have no weight, and this id. All such states are of one size."""
+        missing = window - self.k.shape[1]
+        if not missing:
+            return self
+        k, bias = F.pad(self.k, (0, 0, missing, 0)), F.pad(self.bias, (missing, 0), value=-math.inf)
+        return CopyState(self.prev_key, k, bias, F.pad(self.ids, (missing, 0), value=id))
+
 
 class CopyHead(nn.Module):
     """p(v) = (1 - g_t) softmax(logits_t)_v + g_t Σ_s a_ts [x_s = v], a_t a pointer to the last `window` tokens, x_t among them.
@@ -104,14 +112,6 @@ class CopyHead(nn.Module):
         """What later positions need of the keys so far."""
         keep = slice(max(0, k.shape[1] - self.window), None)
         return CopyState(prev_key, k[:, keep], bias[:, keep] - bias[:, -1:], ids[:, keep])
-
-    def full(self, state: CopyState) -> CopyState:
-        """The same, of `window` positions: those before have no weight and match nothing. All full states are of one size."""
-        missing = self.window - state.k.shape[1]
-        if not missing:
-            return state
-        k, bias = F.pad(state.k, (0, 0, missing, 0)), F.pad(state.bias, (missing, 0), value=-math.inf)
-        return CopyState(state.prev_key, k, bias, F.pad(state.ids, (missing, 0), value=NO_ID))
 
     def _gate(self, hidden: Tensor) -> Tensor:
         """w · h + b, (B, T)."""

@@ -8,10 +8,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 from phase1.parallel.group import gate, size, sum_
-from phase1.parallel.parts import whole
+from phase1.parallel.parts import own, whole
 from phase1.parallel.replicas import Alone
 
 
@@ -37,7 +36,7 @@ class Shards(Alone):
     def overflow(self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
         if scaler.is_enabled():
             for found in scaler._found_inf_per_device(optimizer).values():
-                dist.all_reduce(found.to_local() if isinstance(found, DTensor) else found, dist.ReduceOp.MAX)
+                dist.all_reduce(own(found), dist.ReduceOp.MAX)
 
     def whole(self, norm: Tensor) -> Tensor:
         return whole(norm)
