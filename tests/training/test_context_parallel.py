@@ -92,7 +92,9 @@ def test_what_a_long_stretch_leaves_is_what_its_last_positions_leave(monkeypatch
         monkeypatch.setattr(context_parallel, "fused_runs", lambda *_, fused=fused: fused)
         mixer.zero_grad()
         given = proj.clone().requires_grad_()
-        S, k, x, decay = Context([40], 0)._left(mixer, given, conv)
+        context = Context([40], 0)
+        _, end, first = context._with_end(mixer, given)
+        S, k, x, decay = context._left(mixer, end, conv, first)
         left = [S, k[:, :, -5:], x[:, :, -5:]]
         assert (decay == -torch.inf).all() == (longest < 40)
         sum((part * torch.linspace(-1, 1, part.numel(), device=device).view_as(part)).sum() for part in left).backward()

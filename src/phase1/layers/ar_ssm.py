@@ -111,16 +111,16 @@ class ARSSM(nn.Module):
         fused_runs(weight.new_empty(1, 1, len(weight), dtype=dtype), self.operator_parameters(), self.window)
 
     def forward(
-        self, h: Tensor, state: State | Callable[["ARSSM", Tensor], State] | None = None
+        self, h: Tensor, state: State | Callable[["ARSSM", Tensor], tuple[Tensor, State]] | None = None
     ) -> tuple[Tensor, State, Tensor]:
         """(B, T, D) -> (B, T, D), the state after the last position, and the effective rank (mean of Σ_r g_r).
 
         state: before the first position, None at the beginning of a text; or a function that computes it from this layer and
-            the projected inputs, if earlier positions are on other ranks.
+            the projected inputs, if earlier positions are on other ranks; it returns what to use as these too.
         """
         proj, p = self.in_proj(h), self.operator_parameters()
         if callable(state):
-            state = state(self, proj)
+            proj, state = state(self, proj)
         graphed = state is not None and isinstance(state.position, Tensor)  # a graph reads it; the kernels take a number
         if not graphed and fused_runs(proj, p, self.window):
             y, state, gate = fused_ar_ssm(proj, p, window=self.window, memory=self.memory, state=state)

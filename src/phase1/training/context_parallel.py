@@ -45,32 +45,41 @@ class Context:
         """What `losses` takes as the state before this rank's stretch."""
         return [self.of_mixer] * len(model.blocks) + [self.of_copy_head] * (model.copy_head is not None)
 
-    def of_mixer(self, mixer: "Mixer", proj: Tensor) -> State:
-        """The state of an AR-SSM layer before this rank's stretch, whose projected inputs are `proj`."""
-        inputs = proj[..., : mixer.channels]
-        rows = self._earlier(self._gathered(_last(inputs, 1, TAPS - 1)), 2, TAPS - 1).to(proj.dtype)
+    def of_mixer(self, mixer: "Mixer", proj: Tensor) -> tuple[Tensor, State]:
+        """The projected inputs of an AR-SSM layer, to be used from here on, and the state before this rank's stretch."""
+        proj, end, first = self._with_end(mixer, proj)
+        wide = torch.promote_types(proj.dtype, torch.float32)
+        rows = self._earlier(self._gathered(_last(end[..., : mixer.channels], 1, TAPS - 1)), 2, TAPS - 1).to(proj.dtype)
         conv = F.pad(rows, (0, 0, TAPS - 1 - rows.shape[1], 0))
-        S, k, x, log_decay = self._left(mixer, proj, conv)
+        S, k, x, log_decay = self._left(mixer, end, conv, first)
         n = max(0, mixer.window - 1)
         parts = [S, _last(k, 2, n), _last(x, 2, n), log_decay]
-        wide = torch.promote_types(proj.dtype, torch.float32)
         everywhere = self._gathered(torch.cat([part.flatten(1).to(wide) for part in parts], 1))
         S, k, x, log_decay = (
             part.unflatten(2, own.shape[1:]) for part, own in zip(everywhere.split([p[0].numel() for p in parts], 2), parts)
         )
         keys, values = (self._earlier(part, 3, n).to(proj.dtype) for part in (k, x))
-        return State(self.start, conv, (S * self._decay(log_decay)[..., None, None]).sum(0), keys, values)
+        S = (S * self._decay(log_decay)[..., None, None]).sum(0)
+        return proj, State(self.start, conv, S, keys, values)
 
-    def _left(self, mixer: "Mixer", proj: Tensor, conv: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """S after this rank's stretch from nothing before it, its last keys and values, and its log decay (B, H)."""
-        T, (H, R), P = proj.shape[1], mixer.operator_parameters().q_scale.shape, mixer.state_scale.shape[1]
-        wide = torch.promote_types(proj.dtype, torch.float32)
+    def _with_end(self, mixer: "Mixer", proj: Tensor) -> tuple[Tensor, Tensor, int]:
+        """`proj`; its positions that matter after the stretch, with up to TAPS - 1 before them; and the first that matters."""
+        T, wide = proj.shape[1], torch.promote_types(proj.dtype, torch.float32)
         first = max(0, T - max(math.ceil(FADED.get(wide, OF_FLOAT32) * mixer.memory), mixer.window))
-        inputs = torch.cat([conv, proj[..., : mixer.channels]], 1)[:, first : first + TAPS - 1]
-        none = proj.new_zeros(len(proj), H, R, P, dtype=wide)
-        k, x = (proj.new_empty(len(proj), H, 0, width) for width in (R, P))
+        return (*_WithEnd.apply(proj, T - max(0, first - TAPS + 1)), first) if first else (proj, proj, 0)
+
+    def _left(self, mixer: "Mixer", end: Tensor, conv: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """S after this rank's stretch from nothing before it, its last keys and values, and its log decay (B, H).
+
+        Positions from `first` on count; `end` holds them and up to TAPS - 1 before, `conv` the inputs before the stretch.
+        """
+        (H, R), P = mixer.operator_parameters().q_scale.shape, mixer.state_scale.shape[1]
+        wide, before = torch.promote_types(end.dtype, torch.float32), min(first, TAPS - 1)
+        inputs = torch.cat([conv, end[:, :before, : mixer.channels]], 1)[:, before:]
+        none = end.new_zeros(len(end), H, R, P, dtype=wide)
+        k, x = (end.new_empty(len(end), H, 0, width) for width in (R, P))
         nothing = State(self.start + first, inputs, none, k, x)
-        proj, p = proj[:, first:], mixer.operator_parameters()
+        proj, p = end[:, before:], mixer.operator_parameters()
         if first and fused_runs(proj, p, mixer.window):
             _, left, _ = fused_ar_ssm(proj, p, window=mixer.window, memory=mixer.memory, state=nothing)
             return left.S, left.k, left.x, none.new_full((len(proj), H), -torch.inf)
@@ -171,6 +180,23 @@ class _Gathered(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         gradient = gradient.clone(memory_format=torch.contiguous_format)  # it may be used elsewhere too
         return sum_(gradient)[ctx.rank], None
+
+
+class _WithEnd(torch.autograd.Function):
+    """A tensor (B, T, ...) and a copy of its last n positions, whose gradient is added where it belongs.
+
+    That of a slice would be a tensor as large as the whole, of zeros but for the slice, and added to the whole's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        return tensor.view_as(tensor), _last(tensor, 1, n).clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, of_end: Tensor) -> tuple[Tensor, None]:
+        n = of_end.shape[1]
+        _last(gradient, 1, n).add_(of_end)  # in place: a layer uses the tensor once, so nobody else holds its gradient
+        return gradient, None
 
 
 def _last(tensor: Tensor, dim: int, n: int) -> Tensor:
