@@ -5,7 +5,7 @@
 steps: weak scaling, a step of --batch-size x --seq-length tokens a GPU, compiled, as CUDA graphs, all GPUs together and rank 0
 alone in the same rounds; and the losses of 20 steps on one batch order, by all and, twice, by one: their difference against
 that of one GPU to itself. resume: `phase1 train` on 1, on all, on 1 GPU again, against runs on one without a pause.
-Prints a table and writes scaling.json into --out-dir. --smoke: tiny sizes, also on a CPU.
+Prints a table and writes scaling.json into --out-dir; a part that is not run stays what it was. --smoke: tiny sizes, also on a CPU.
 """
 
 import argparse
@@ -48,20 +48,22 @@ def main() -> int:
         return measure_steps(options)
     folder = Path(options.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {"gpus": options.gpus}
+    file = folder / "scaling.json"
+    kept = json.loads(file.read_text()) if file.exists() else {}  # the other part, of an earlier run
+    record: dict[str, Any] = (kept if kept.get("gpus") == options.gpus else {}) | {"gpus": options.gpus}
     if "steps" in options.parts:
         began = time.perf_counter()
         run(torchrun(options.gpus) + [__file__, *sys.argv[1:]])
         record |= json.loads((folder / "scaling_steps.json").read_text())
         (folder / "scaling_steps.json").unlink()
         record["steps_seconds"] = time.perf_counter() - began
-        atomic_write(folder / "scaling.json", json.dumps(record, indent=1).encode())
+        atomic_write(file, json.dumps(record, indent=1).encode())
         print_steps(record)
     if "resume" in options.parts:
         record["resume"] = measure_resume(options, folder)
         print_resume(record["resume"])
-    atomic_write(folder / "scaling.json", json.dumps(record, indent=1).encode())
-    print(f"written: {folder / 'scaling.json'}")
+    atomic_write(file, json.dumps(record, indent=1).encode())
+    print(f"written: {file}")
     return 0
 
 
