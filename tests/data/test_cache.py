@@ -16,7 +16,7 @@ def none():
 
 
 def test_ids_of_a_later_run_take_no_memory(tmp_path):
-    cached_ids(tmp_path, KEY, TYPE, lambda: IDS)
+    assert isinstance(cached_ids(tmp_path, KEY, TYPE, lambda: IDS), np.memmap)  # nor do those of the first, once they are kept
     tracemalloc.start()
     ids = cached_ids(tmp_path, KEY, TYPE, none)
     assert np.array_equal(ids[-5:], IDS[-5:]) and len(ids) == len(IDS) and ids.dtype == TYPE

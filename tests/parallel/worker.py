@@ -111,11 +111,14 @@ def whole_parameters(state):
     return [p.full_tensor().clone() if hasattr(p, "full_tensor") else p.detach().clone() for p in state.model.parameters()]
 
 
-def scores():
-    """Bits of what `evaluate` finds, here and in a training."""
-    found = evaluate(fresh().model, IDS, PROTOCOL, batch_size=4, dtype=torch.float32)
-    bits = hashlib.sha256(found.losses.tobytes() + found.places.tobytes() + found.tokens.tobytes()).hexdigest()
-    return group.gathered([bits, found.effective_rank])
+def scores(shard=False):
+    """Bits of what `evaluate` finds, here and in a training, in 10 batches and in one."""
+    model, every = fresh(shard=shard).model, []
+    for windows in (PROTOCOL.max_windows, 1):
+        found = evaluate(model, IDS, replace(PROTOCOL, max_windows=windows), batch_size=4, dtype=torch.float32)
+        bits = hashlib.sha256(found.losses.tobytes() + found.places.tobytes() + found.tokens.tobytes()).hexdigest()
+        every.append([bits, found.effective_rank])
+    return group.gathered(every)
 
 
 class Stop:
@@ -219,6 +222,7 @@ def main(folder):
             found["equal runs"] = [bits(*LOSSES[-1]) for _ in range(2)]
             found["children"] = children()
             found["sharded losses"] = losses(shard=True)
+            found["sharded scores"] = scores(shard=True)
             found["muon losses"].append(losses(optimizer="muon", dtype=torch.float64, shard=True))
             found["sharded overflow"] = overflow(shard=True)
             found["jobs"] = {

@@ -13,7 +13,7 @@ from phase1.data import Corpus, load_corpus
 from phase1.machine.environment import settings
 from phase1.measure.perplexity.candidates import ScoredModel, candidates
 from phase1.measure.perplexity.evaluate import Protocol
-from phase1.measure.perplexity.result import ScoredText, measure
+from phase1.measure.perplexity.result import ScoredText, measure, to_train
 from phase1.measure.perplexity.side_by_side import train_side_by_side
 from phase1.parallel import group
 from phase1.parallel.run import visible_gpus
@@ -29,6 +29,7 @@ from phase1.text import without_private
 from phase1.trainable import build
 from phase1.training.checkpoint import read_index
 from phase1.training.optimizers import described_groups
+from phase1.training.step import windows_per_rank
 from phase1.world import is_first
 
 PLOT: Final = "phase1_perplexity_comparison.png"
@@ -45,6 +46,8 @@ def main(run: PerplexityRun) -> int:
     texts = [text_of(run, corpus) for corpus in corpora]
     folders = folders_of(run, [one.corpus.name for one in texts])
     session = Session(run, "perplexity", data=data_identity(models, texts))
+    if any(model.key not in session.journal and to_train(run, model, corpora[0]) for model in models):
+        windows_per_rank(run, group.size())  # now, before one of them is trained and scored
     group.gate()  # until all ranks have read what is kept of an earlier run
     ready: Iterable[ScoredModel] = models
     if run.gpus:

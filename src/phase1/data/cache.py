@@ -16,28 +16,33 @@ from phase1.files import atomic_write
 
 FORMAT = 2  # raise when the same key must no longer give the same tokens
 _DIGEST_BYTES = 32
+_BLOCK = 1 << 16  # ids: as uint32 they stay in a core's cache
 
 
 def cached_ids(cache_dir: Path, key: dict[str, Any], dtype: np.dtype, compute: Callable[[], np.ndarray]) -> np.ndarray:
-    """`compute()`, or its result of an earlier call with the same `key`: then its file, mapped, not read into memory.
+    """`compute()`, or its result of an earlier call with the same `key`: its file, mapped, not held in memory.
 
     A file is the SHA-256 of the ids' bytes and the ids, little-endian; one that does not match is made again.
     """
     name = hashlib.sha256(json.dumps(key | {"format": FORMAT}, sort_keys=True).encode()).hexdigest()[:32]
     path = cache_dir / "tokens" / f"{name}.{dtype.name}"
     stored = dtype.newbyteorder("<")
-    if path.is_file():  # no pipe
-        ids = _mapped(path, stored)
-        if ids is not None:
-            return ids.astype(dtype, copy=False)
-    ids = compute()
-    raw = ids.astype(stored, copy=False).tobytes()
-    store(path, hashlib.sha256(raw).digest() + raw)
-    return ids
+    found = _mapped(path, stored)
+    if found is None:
+        ids = compute()
+        raw = ids.astype(stored, copy=False).tobytes()
+        store(path, hashlib.sha256(raw).digest() + raw)
+        del raw
+        found = _mapped(path, stored)
+        if found is None:  # on a rank that writes no file
+            return ids
+    return found.astype(dtype, copy=False)
 
 
 def _mapped(path: Path, stored: np.dtype) -> np.ndarray | None:
-    """The ids of a file, read where they are used; None where it is damaged."""
+    """The ids of a file, read where they are used; None where it is damaged or not there."""
+    if not path.is_file():  # a pipe
+        return None
     with path.open("rb") as file:
         digest = file.read(_DIGEST_BYTES)
         if hashlib.file_digest(file, "sha256").digest() != digest or (size := file.tell() - _DIGEST_BYTES) % stored.itemsize:
@@ -68,7 +73,9 @@ def cache_folder(cache_dir: str) -> Path:
 
 def ids_sha256(ids: np.ndarray) -> str:
     """SHA-256 of the ids as little-endian uint32, whatever type they are kept in."""
-    digest = hashlib.sha256()
-    for start in range(0, len(ids), 1 << 22):
-        digest.update(ids[start : start + (1 << 22)].astype("<u4").tobytes())
+    digest, wide = hashlib.sha256(), np.empty(_BLOCK, "<u4")
+    for start in range(0, len(ids), _BLOCK):
+        part = ids[start : start + _BLOCK]
+        wide[: len(part)] = part
+        digest.update(wide[: len(part)].data)
     return digest.hexdigest()

@@ -19,6 +19,7 @@ LIMIT = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
 """Relative error of each result and gradient: rounding stays far below, a wrong product is near 1."""
 DISPROVEN: dict[str, str] = {}
 """Kernels that have failed their check in this process, and how."""
+KERNELS = "copy head, groups, table, loss and positions"
 LENGTH, WIDTH = 150, 64  # several tiles, and a part of one
 
 
@@ -63,7 +64,7 @@ def relative_error(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
 
 
 def proven(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels of copy head, groups and table on `device` compute what their PyTorch forms do in float64."""
+    """Whether the KERNELS on `device` compute what their PyTorch forms do in float64."""
     return _proven(torch.cuda.current_device() if device.index is None else device.index, dtype)
 
 
@@ -71,24 +72,31 @@ def proven(device: torch.device, dtype: torch.dtype) -> bool:
 def _proven(index: int, dtype: torch.dtype) -> bool:
     default = "the forms in PyTorch run in their place"
     check = lambda: worst_error(torch.device("cuda", index), dtype)  # noqa: E731
-    return passes("copy head, groups and table", index, dtype, "", Path(__file__).parent, check, default)
+    return passes(KERNELS, index, dtype, "", Path(__file__).parent, check, default)
 
 
 def worst_error(device: torch.device, dtype: torch.dtype) -> float:
     """Largest relative error of the kernels' results and gradients, against their PyTorch forms in float64."""
     from phase1.ops.anchored_table import kernel as table_kernel
     from phase1.ops.anchored_table import levels as bags
+    from phase1.ops.cross_entropy import kernel as row_kernel
+    from phase1.ops.cross_entropy.rows import softmax_rows_reference
     from phase1.ops.group_nll import gathered
     from phase1.ops.group_nll import kernel as group_kernel
     from phase1.ops.pointer import blocked
     from phase1.ops.pointer import kernel as pointer_kernel
+    from phase1.ops.rotary import kernel as angle_kernel
+    from phase1.ops.rotary import rotary_angles_reference
 
+    rows, angles = row_kernel.softmax_rows_kernel, angle_kernel.rotary_angles_kernel
     exact = torch.float64
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         return max(
             relative_error(_pointer(pointer_kernel, device, dtype, dtype), _pointer(blocked, device, dtype, exact)),
             relative_error(_groups(group_kernel, device, dtype, dtype), _groups(gathered, device, dtype, exact)),
             relative_error(_table(table_kernel, device, dtype, dtype), _table(bags, device, dtype, exact)),
+            relative_error(_rows(rows, device, dtype, dtype), _rows(softmax_rows_reference, device, dtype, exact)),
+            relative_error(_angles(angles, device, dtype, dtype), _angles(rotary_angles_reference, device, dtype, exact)),
         )
 
 
@@ -137,6 +145,20 @@ def _table(form, device: torch.device, dtype: torch.dtype, to: torch.dtype) -> S
     table, d_table = form.table(own, weights, anchors, levels, to), draw(LENGTH, WIDTH)
     d_own, d_weights = form.gradients(d_table, table, own[:2], weights, anchors, inverse_index(anchors, levels), levels)
     return table, *d_own, d_weights
+
+
+def _rows(form, device: torch.device, dtype: torch.dtype, to: torch.dtype) -> Sequence[Tensor]:  # type: ignore[no-untyped-def]
+    draw, n, V = _Draw(device, dtype, to), 3, 17_000  # columns that need no mask, and others
+    logits, bias, log_p = draw(n, V), draw(V, wide=True), draw(n, wide=True)
+    odds = draw(n, wide=True) - 10  # as probable as the target
+    target, weights = draw.ids(V, n), torch.ones(n, dtype=torch.bool, device=device)
+    form(logits, bias, target, log_p, weights, odds)
+    return log_p, logits
+
+
+def _angles(form, device: torch.device, dtype: torch.dtype, to: torch.dtype) -> Sequence[Tensor]:  # type: ignore[no-untyped-def]
+    found: Sequence[Tensor] = form(_Draw(device, dtype, to)(1), LENGTH, WIDTH // 2, 1 << 16)
+    return found
 
 
 def _source(folder: Path) -> str:

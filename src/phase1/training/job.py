@@ -67,7 +67,6 @@ def train_to_checkpoint(
     shard: each has its part of parameters, gradients and optimizer state too.
     context_parallel: its part of a batch is a stretch of every window, not some of the windows.
     """
-    context = context_of(train_config, seq_length, context_parallel)
     require_one_folder(folder)
     data = {"name": corpus.name, "split": "train", "sha256": corpus.splits["train"].sha256}
     steps = total_steps(train_config, seq_length)
@@ -81,6 +80,7 @@ def train_to_checkpoint(
     group.from_first(lambda: keep_tokenizer(folder, corpus.tokenizer))  # the others would find the file that it writes
     if begun and facts["finished"]:
         return facts
+    context = context_of(train_config, seq_length, context_parallel)
     windows = Windows(corpus.splits["train"].ids, seq_length, train_config.seed)
     seen = windows.seen(steps * train_config.train_batch_size)
     state = make_state(model_config, train_config, None if begun else seen, shard, context)

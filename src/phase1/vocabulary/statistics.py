@@ -15,7 +15,7 @@ ORDER_DIM = 64  # leading dimensions that decide which tokens are alike
 RIDGE = 1e-3  # of the weights of anchors, against the mean square norm of a row
 LEAF = 8  # groups of this size are not split further
 STATISTICS_TOKENS = 50_000_000  # of a longer text, contexts are counted in this many first tokens
-_CHUNK_TOKENS = 1 << 21
+_CHUNK_TOKENS = 1 << 18  # as int64 they stay in a core's cache
 _CHUNK_ROWS = 1 << 11
 
 

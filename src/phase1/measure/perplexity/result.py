@@ -21,7 +21,7 @@ from phase1.parallel import group
 from phase1.records.schema import Dataset, Parameters, PerplexityResult, Status
 from phase1.roster import Key
 from phase1.runs import PerplexityRun
-from phase1.training.checkpoint import NO_DIFFERENCE, load_model, load_token_order, read_index, training_facts
+from phase1.training.checkpoint import INDEX, NO_DIFFERENCE, load_model, load_token_order, read_index, training_facts
 from phase1.training.job import train_to_checkpoint
 from phase1.training.step import compute_dtype
 
@@ -55,6 +55,14 @@ def measure(run: PerplexityRun, model: ScoredModel, texts: list[ScoredText]) -> 
             more=(f"--batch-size {max(1, run.batch_size // 2)}", "a smaller --seq-length"),
         )
         return [without_number(model, "oom", f"{reason(error)}; {ladder}") for _ in texts]
+
+
+def to_train(run: PerplexityRun, model: ScoredModel, corpus: Corpus) -> bool:
+    """Whether `model` is not given and no earlier run has trained it to the end."""
+    if model.checkpoint is not None:
+        return False
+    folder, _ = training_of(run, model, corpus)
+    return not ((folder / INDEX).exists() and read_index(folder)["facts"].get("finished"))
 
 
 def train_model(run: PerplexityRun, model: ScoredModel, corpus: Corpus) -> Path:

@@ -14,10 +14,9 @@ from typing import IO
 from phase1.config import DataConfig, flags
 from phase1.data import Corpus
 from phase1.measure.perplexity.candidates import ScoredModel
-from phase1.measure.perplexity.result import training_of
+from phase1.measure.perplexity.result import to_train, training_of
 from phase1.runs import PerplexityRun, TrainRun
 from phase1.text import one_line
-from phase1.training.checkpoint import INDEX, read_index
 
 LOOK_SECONDS = 0.2
 
@@ -65,10 +64,7 @@ def train_command(run: PerplexityRun, model: ScoredModel, corpus: Corpus) -> Tra
 
 
 def _to_train(run: PerplexityRun, model: ScoredModel, corpus: Corpus, done: Container[str]) -> bool:
-    if model.key in done or model.checkpoint is not None or model.config.model is not None:
-        return False
-    folder, _ = training_of(run, model, corpus)
-    return not ((folder / INDEX).exists() and read_index(folder)["facts"].get("finished"))
+    return model.key not in done and model.config.model is None and to_train(run, model, corpus)
 
 
 def _start(command: TrainRun, key: str, gpu: str) -> "subprocess.Popen[str]":

@@ -1,10 +1,12 @@
 """Softmax of rows of logits, and its gradient written over them: the part of the loss between two matrix products."""
 
-from importlib.util import find_spec
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from phase1.ops.card import runs_kernels
 
 
 def softmax_rows_reference(
@@ -45,14 +47,20 @@ def softmax_rows_reference(
 softmax_rows = torch.library.custom_op(
     "phase1::softmax_rows", softmax_rows_reference, mutates_args=("logits", "target_log_prob")
 )
-"""Fast form of `softmax_rows_reference`: same arguments and results; a kernel on a GPU, if Triton is there."""
+"""Fast form of `softmax_rows_reference`: same arguments and results; a kernel on a GPU that runs it."""
 
 softmax_rows.register_fake(lambda *args, **options: None)
 
-if find_spec("triton"):
 
-    @softmax_rows.register_kernel("cuda")
-    def _(*args: Any, **options: Any) -> None:
-        from phase1.ops.cross_entropy.kernel import softmax_rows_kernel  # Triton takes a second to import
+@softmax_rows.register_kernel("cuda")
+def _(logits: Tensor, *args: Any, **options: Any) -> None:
+    _form(logits)(logits, *args, **options)
 
-        softmax_rows_kernel(*args, **options)
+
+def _form(logits: Tensor) -> Callable[..., None]:
+    """The kernel or the definition, whichever can compute with such logits where they are."""
+    if logits.dtype == torch.float64 or not runs_kernels(logits):
+        return softmax_rows_reference
+    from phase1.ops.cross_entropy.kernel import softmax_rows_kernel  # Triton takes a second to import
+
+    return softmax_rows_kernel

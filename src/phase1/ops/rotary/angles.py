@@ -1,9 +1,11 @@
 """Cosines and sines of rotary position embeddings. Inlined, a compiler would compute them anew for every batch and head."""
 
-from importlib.util import find_spec
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from phase1.ops.card import runs_kernels
 
 BASE = 10000.0
 
@@ -24,7 +26,7 @@ def rotary_angles_reference(like: Tensor, length: int, half: int, start: int) ->
 
 
 rotary_angles = torch.library.custom_op("phase1::rotary_angles", rotary_angles_reference, mutates_args=())
-"""Fast form of `rotary_angles_reference`: same arguments and results; one kernel on a GPU, if Triton is there."""
+"""Fast form of `rotary_angles_reference`: same arguments and results; one kernel on a GPU that runs it."""
 
 
 @rotary_angles.register_fake
@@ -37,14 +39,15 @@ def _(like: Tensor, length: int, half: int, start: int) -> tuple[Tensor, Tensor]
 rotary_angles.register_autograd(lambda ctx, d_cos, d_sin: (None, None, None, None))
 
 
-if find_spec("triton"):
+@rotary_angles.register_kernel("cuda")
+def _(like: Tensor, length: int, half: int, start: int) -> tuple[Tensor, Tensor]:
+    return _form(like)(like, length, half, start)
 
-    @rotary_angles.register_kernel("cuda")
-    def _(like: Tensor, length: int, half: int, start: int) -> tuple[Tensor, Tensor]:
-        if like.dtype == torch.float64:
-            return rotary_angles_reference(like, length, half, start)
-        from phase1.ops.rotary.kernel import write_angles  # Triton takes a second to import
 
-        cos, sin = (torch.empty(length, half, dtype=torch.float32, device=like.device) for _ in range(2))
-        write_angles(cos, sin, start)
-        return cos, sin
+def _form(like: Tensor) -> Callable[[Tensor, int, int, int], tuple[Tensor, Tensor]]:
+    """The kernel or the definition, whichever can compute in such a type where `like` is."""
+    if like.dtype == torch.float64 or not runs_kernels(like):
+        return rotary_angles_reference
+    from phase1.ops.rotary.kernel import rotary_angles_kernel  # Triton takes a second to import
+
+    return rotary_angles_kernel

@@ -1,5 +1,6 @@
 """The angles of rotary position embeddings as a Triton kernel."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,6 +18,13 @@ def _angles(cos, sin, start, T, HALF: tl.constexpr, HB: tl.constexpr, BT: tl.con
     o = t[:, None] * HALF + j[None, :]
     tl.store(cos + o, tl.cos(angle), mask=mask)
     tl.store(sin + o, tl.sin(angle), mask=mask)
+
+
+def rotary_angles_kernel(like: Tensor, length: int, half: int, start: int) -> tuple[Tensor, Tensor]:
+    """Triton form of `rotary_angles_reference`: same arguments and results, in float32."""
+    cos, sin = (torch.empty(length, half, dtype=torch.float32, device=like.device) for _ in range(2))
+    write_angles(cos, sin, start)
+    return cos, sin
 
 
 def write_angles(cos: Tensor, sin: Tensor, start: int) -> None:
