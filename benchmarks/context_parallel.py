@@ -31,7 +31,7 @@ from phase1.training.context_parallel import Context, ContextMicroBatch, stretch
 from phase1.training.micro_batch import MicroBatch
 from phase1.training.step import TrainState, make_train_state
 
-WARMUP, MEASURED, SECONDS = 3, 7, 85.0
+WARMUP, MEASURED, SECONDS = 3, 7, 150.0
 TINY = EngineShape(
     vocab_size=300, d_model=16, n_layers=2, n_heads=2, ar_ssm_max_rank=4, ar_ssm_min_rank=2, ar_ssm_window=4, htt_rank=2,
     htt_dense_rows=4, htt_groups=10, copy_window=8,

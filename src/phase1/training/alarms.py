@@ -23,9 +23,9 @@ class Alarms:
         self, step: int, losses: list[float], norms: list[float], loss_scale: float | None, closed: Sequence[int] = ()
     ) -> Iterator[str]:
         """One line for every sign in the steps up to `step` since the last look; `closed`: layers of a closed rank gate."""
-        spike = None
-        for loss in losses:
-            if len(self.losses) == RECENT and math.isfinite(loss):
+        spike, finite = None, [loss for loss in losses if math.isfinite(loss)]
+        for loss in finite:
+            if len(self.losses) == RECENT:
                 mean, deviation = statistics.fmean(self.losses), statistics.pstdev(self.losses)
                 if loss > mean + SPIKE * deviation:
                     spike = f"{loss:.3f} against {mean:.3f} +- {deviation:.3f} of the last {RECENT} steps"
@@ -34,6 +34,9 @@ class Alarms:
         often = len(self.clipped) == RECENT and sum(self.clipped) > RECENT / 2
         jumped = f"the loss jumped by step {step}: {spike}; if it stays there, lower --learning-rate"
         yield from self._tell("spike", spike is not None, jumped)
+        lost = len(losses) - len(finite)
+        none = f"the loss was no finite number in {lost} of the steps to {step}; lower --learning-rate, or --precision bf16"
+        yield from self._tell("number", lost > 0, none)
         low = loss_scale is not None and loss_scale <= SMALLEST_SCALE
         yield from self._tell("scale", low, f"the loss scale fell to {loss_scale}; lower --learning-rate, or --precision bf16")
         share = sum(self.clipped)

@@ -24,6 +24,7 @@ from phase1.training.checkpoint import INDEX, check_configs, read_index, resume,
 from phase1.training.context_parallel import Context
 from phase1.training.interrupts import interrupts_wait
 from phase1.training.progress import Follower, Progress
+from phase1.training.proof import prove_compiled
 from phase1.training.step import (
     Batch,
     TrainState,
@@ -91,6 +92,8 @@ def train_to_checkpoint(
     with interrupts_wait() as interrupted:
         try:
             batch_at = batches_of_rank(windows, train_config, context)
+            if train_config.compile and not shard and context is None:  # those that share a model compile the same
+                prove_compiled(state, batch_at(state.step))
             kept = (folder, facts, label, watch, order, corpus.tokenizer)
             facts |= Schedule(state, batch_at, steps, seq_length, *kept, interrupted=interrupted).run()
         except EndsEarly as early:

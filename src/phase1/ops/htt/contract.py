@@ -1,7 +1,5 @@
 """The holographic tensor train as batched matmuls, after the cosine and the biases are expanded into an ordinary train."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -32,26 +30,4 @@ def htt_table(cores: Cores, dtype: torch.dtype, n: int | None = None) -> Tensor:
     a, b = (core.to(dtype) for core in _expand(cores))
     (v1, _, d1), (v2, _, d2) = a.shape, b.shape
     product = a.transpose(1, 2).flatten(0, 1) @ b.transpose(0, 1).flatten(1)  # [v1·d1, v2·d2]
-    rows: Tensor = _Rows.apply(product.view(v1, d1, v2, d2), v1 * v2 if n is None else n)
-    return rows
-
-
-class _Rows(torch.autograd.Function):
-    """The first n rows of a table (v1, d1, v2, d2) as (n, d1·d2); backward in one pass, where autograd would take two."""
-
-    @staticmethod
-    def forward(ctx: Any, product: Tensor, n: int) -> Tensor:
-        ctx.shape = v1, d1, v2, d2 = product.shape
-        return product.transpose(1, 2).reshape(v1 * v2, d1 * d2)[:n]
-
-    @staticmethod
-    def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor, None]:
-        v1, d1, v2, d2 = ctx.shape
-        d_product = d_rows.new_empty(ctx.shape)
-        whole = len(d_rows) // v2
-        split = d_rows.split([whole * v2, len(d_rows) - whole * v2])
-        d_product[:whole].copy_(split[0].view(whole, v2, d1, d2).transpose(1, 2))
-        if whole < v1:
-            d_product[whole:].zero_()
-            d_product[whole, :, : len(split[1])].copy_(split[1].view(-1, d1, d2).transpose(0, 1))
-        return d_product, None
+    return product.view(v1, d1, v2, d2).transpose(1, 2).reshape(v1 * v2, d1 * d2)[:n]

@@ -1,0 +1,90 @@
+"""A compiler that is wrong is found before anything is trained with it."""
+
+import pytest
+import torch
+
+from phase1.cli import main
+from phase1.config import EngineShape, TrainConfig
+from phase1.errors import Unavailable
+from phase1.model import LanguageModel
+from phase1.roster import model_config
+from phase1.training import job
+from phase1.training.compiler import compile_losses
+from phase1.training.proof import prove_compiled, worst
+from phase1.training.step import make_train_state
+
+TINY = EngineShape(
+    vocab_size=200, d_model=32, n_layers=1, n_heads=2, ar_ssm_window=8, htt_dense_rows=8, htt_groups=10, copy_window=16
+)
+
+
+def state_compiled_by(backend, piece_length=None):
+    torch.manual_seed(0)
+    config = TrainConfig(micro_batch_size=2, piece_length=piece_length)
+    state = make_train_state(LanguageModel(model_config("phase1", TINY, recompute="none")), config, "cpu")
+    torch._dynamo.reset()
+    compile_losses(state.model, piece_length is not None, backend=backend)
+    return state
+
+
+def batch():
+    ids = torch.randint(200, (4, 25), generator=torch.Generator().manual_seed(1))
+    return ids[:, :-1], ids[:, 1:]
+
+
+def larger(graph, inputs):
+    """A backend whose results, and so their gradients, are a fifth too large."""
+
+    def run(*arguments):
+        return tuple(x * 1.2 if isinstance(x, torch.Tensor) and x.requires_grad else x for x in graph(*arguments))
+
+    return run
+
+
+@pytest.mark.parametrize("piece_length", [None, 8])
+def test_a_compiler_that_is_right_passes_and_leaves_nothing(piece_length):
+    state = state_compiled_by("aot_eager", piece_length)
+    before = {name: value.clone() for name, value in state.model.state_dict().items()}
+    prove_compiled(state, batch())
+    assert all(p.grad is None for p in state.model.parameters()) and state.step == 0 and not state.optimizer.state
+    assert all(torch.equal(value, before[name]) for name, value in state.model.state_dict().items())
+
+
+@pytest.mark.parametrize("piece_length", [None, 8])
+def test_a_compiler_that_is_wrong_is_refused_in_one_line(piece_length):
+    with pytest.raises(Unavailable, match=r"--compile must give .* differs by \d+%; leave --compile out") as raised:
+        prove_compiled(state_compiled_by(larger, piece_length), batch())
+    assert "\n" not in str(raised.value)
+
+
+def test_one_wrong_gradient_among_many_is_found_and_noise_of_small_ones_is_not():
+    wanted = {"a": torch.full((100,), 10.0), "b": torch.full((10,), 0.1), "c": torch.full((2,), 1e-6)}
+    noise = {"a": 1.001 * wanted["a"], "b": 0.99 * wanted["b"], "c": -wanted["c"]}
+    error, name = worst(noise, wanted)
+    assert name == "b" and error == pytest.approx(0.01, rel=1e-3)
+    assert worst(noise | {"b": wanted["b"].roll(1) * 0}, wanted) == (pytest.approx(1.0), "b")
+    assert worst(noise | {"b": wanted["b"] / 0 * 0}, wanted) == (float("inf"), "b")
+
+
+def test_what_needs_too_much_memory_as_written_stays_unproven(monkeypatch):
+    state = state_compiled_by("aot_eager")
+
+    def forward(*_):
+        raise torch.cuda.OutOfMemoryError("no")
+
+    monkeypatch.setattr("phase1.training.proof._gradients", forward)
+    prove_compiled(state, batch())
+
+
+def test_a_training_that_compiles_begins_with_the_proof(monkeypatch, tmp_path, capsys):
+    def prove(state, first):
+        raise Unavailable(f"asked of step {state.step} with {tuple(first[0].shape)}")
+
+    monkeypatch.setattr(job, "prove_compiled", prove)
+    monkeypatch.setattr("phase1.training.step.require_compiler", lambda device: None)
+    (tmp_path / "text.txt").write_text("some words and some more words to learn from\n" * 400)
+    shape = "--vocab-size 300 --d-model 16 --n-layers 1 --n-heads 2 --htt-dense-rows 8 --htt-groups 8 --ar-ssm-max-rank 4 --htt-rank 2"
+    size = "--seq-length 24 --train-tokens 480 --train-batch-size 4 --micro-batch-size 2 --eval-every 0"
+    where = f"--dataset-name {tmp_path}/text.txt --out-dir {tmp_path}/out"
+    assert main(["train", *shape.split(), *size.split(), *where.split(), "--compile"]) == 3
+    assert "asked of step 0 with (4, 24)" in capsys.readouterr().err
