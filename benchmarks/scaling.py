@@ -5,7 +5,7 @@
 steps: weak scaling, a step of --batch-size x --seq-length tokens a GPU, compiled, as CUDA graphs, all GPUs together and rank 0
 alone in the same rounds; and the losses of 20 steps on one batch order, by all and, twice, by one: their difference against
 that of one GPU to itself. resume: `phase1 train` on 1, on all, on 1 GPU again, against runs on one without a pause.
-Prints a table and writes scaling.json into --out-dir; a part that is not run stays as it was. --smoke: tiny sizes, on a CPU too.
+Prints a table and writes scaling.json into --out-dir; a part that is not run stays as it was. --smoke: tiny, on a CPU too.
 """
 
 import argparse
