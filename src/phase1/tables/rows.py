@@ -16,7 +16,7 @@ def benchmark(path: Path) -> Any:
 def rows_table(content: Any, entry: dict[str, Any]) -> Table:
     """The table that `entry` asks of `content`.
 
-    entry: `name`, `caption`, `rows` (dotted key of the rows, "" where the whole file is them) and `columns`, each with `title`
+    entry: `name`, `caption`, `rows` (dotted key of the rows, "" where the whole file is them, or is one) and `columns`, each with `title`
         and `key` (dotted, inside a row; `key` alone is the name of a row of an object), perhaps `unit`, `digits` and `scale`;
         `facts` are dotted keys of numbers and words that hold for all rows.
     Raises ValueError (one line) for a key that the file does not have.
@@ -40,6 +40,8 @@ def value_at(content: Any, key: str, optional: bool = False) -> Any:
 
 def _rows(content: Any, key: str) -> list[dict[str, Any]]:
     rows = value_at(content, key)
+    if isinstance(rows, dict) and not all(isinstance(row, dict) for row in rows.values()):
+        return [rows]
     return [{"key": name, **row} for name, row in rows.items()] if isinstance(rows, dict) else list(rows)
 
 

@@ -15,6 +15,7 @@ WORDS: dict[str, dict[str, str]] = {
         "training tokens, seeds {seeds}{link}.",
         "link": " ([every table, command and interval](docs/results.md), [targets met and missed](docs/results.md#targets))",
         "memory": "peak memory of a training step, {b} × {t:,} tokens (GB)",
+        "in pieces": ", in pieces {}",
         "speed": "training speed at {t} tokens (thousand tokens/s)",
         "linear": "does the time grow in proportion to the length?",
         "parameters": "parameters (of these in the token table)",
@@ -33,6 +34,7 @@ WORDS: dict[str, dict[str, str]] = {
         "シード {seeds}{link}。",
         "link": "（[すべての表、コマンド、信頼区間](docs/results.md)、[目標とその成否](docs/results.md#targets)）",
         "memory": "学習 1 ステップのピークメモリ、{b} × {t:,} トークン（GB）",
+        "in pieces": "、区間ごとの学習で {}",
         "speed": "学習速度、系列長 {t} トークン（千トークン/秒）",
         "linear": "時間は系列長に比例するか",
         "parameters": "パラメータ数（うちトークンテーブル）",
@@ -82,7 +84,11 @@ def _report(root: Path, name: str) -> Report[Any]:
 def _memory(report: Report[MemoryResult], words: dict[str, str]) -> list[str]:
     label = words["memory"].format(b=report.run["batch_size"], t=report.run["seq_length"])
     peaks = [report.results[role].peak_allocated_bytes for role in ("baseline", "baseline_optimized", "phase1")]
-    return [label, *(_three_digits(peak / 1e9) if peak else "–" for peak in peaks)]
+    cells = [_three_digits(peak / 1e9) if peak else "–" for peak in peaks]
+    pieces = report.results.get("phase1_pieces")
+    if pieces is not None and pieces.peak_allocated_bytes:
+        cells[-1] += words["in pieces"].format(_three_digits(pieces.peak_allocated_bytes / 1e9))
+    return [label, *cells]
 
 
 def speed_row(content: Any, words: dict[str, str]) -> list[str]:

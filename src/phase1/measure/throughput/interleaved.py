@@ -28,6 +28,7 @@ from phase1.records.schema import Execution, Measurement, Parameters, Scaling, T
 from phase1.roster import TRANSFORMERS
 from phase1.stats.scaling import fit_scaling
 from phase1.stats.step_times import median, median_interval, speed_ratio, with_fastest, with_ratios
+from phase1.training.proof import prove_compiled
 from phase1.training.step import Batch, TrainState, make_micro_batch, train_step
 
 
@@ -166,11 +167,12 @@ def _prepare(model: TimedModel, seq_length: int) -> None:
 
     CUDA graphs hold their memory for good, so the allocator sees no peak in a replay. The peak is therefore that of an eager
     step, the second of two: by then everything that stays allocated is there.
-    Raises RuntimeError if a model that was to be compiled was not.
+    Raises RuntimeError if a model that was to be compiled was not, and Unavailable if its compiled gradients are wrong.
     """
     state, began = model.state, time.perf_counter()
     assert state is not None
     if model.compiler is not None:
+        prove_compiled(state, random_batch(model.config.vocab_size, model.batch_size, seq_length, state.device.type))
         model.compiler.calls = 0
     if state.config.cuda_graphs:
         config = replace(state.config, cuda_graphs=False)
