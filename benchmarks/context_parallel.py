@@ -79,11 +79,9 @@ def measure(options: argparse.Namespace) -> int:
         loss = gradients(spread, ids[:, own].contiguous(), targets[:, own].contiguous(), part)
         flat = torch.cat([loss.view(1), *(p.grad.flatten() for p in state.model.parameters() if p.grad is not None)])
         dist.all_reduce(flat)
-        place = 1
-        for p in state.model.parameters():
-            if p.grad is not None:
-                p.grad.copy_(flat[place : place + p.numel()].view_as(p))
-                place += p.numel()
+        held = [p.grad for p in state.model.parameters() if p.grad is not None]
+        sums = flat[1:].split([gradient.numel() for gradient in held])
+        torch._foreach_copy_(held, [part.view_as(gradient) for part, gradient in zip(sums, held, strict=True)])
         return flat
 
     def alone() -> torch.Tensor:

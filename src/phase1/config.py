@@ -364,7 +364,7 @@ class TrainConfig(Config):
     weight_decay: float = option(0.1, "decay of the matrices of linear layers; token table, norms, scales and taps have none")
     grad_clip: float = option(1.0, "largest norm of the gradient of all parameters")
     seed: int = option(0, "seed of initial weights and of the order of windows")
-    compile: bool = option(False, "torch.compile the whole loss, once its gradients are proven (needs a working Triton; takes a minute)")
+    compile: bool = option(False, "torch.compile the loss and prove its gradients (needs a working Triton; takes a minute)")
     cuda_graphs: bool = option(False, "launch each micro batch as two CUDA graphs: faster where the host limits the GPU")
     precision: Literal["auto", "fp16", "bf16", "fp32"] = option("auto", "autocast type; auto is fp16 on CUDA, fp32 on the CPU")
 

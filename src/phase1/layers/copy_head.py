@@ -64,10 +64,8 @@ class CopyHead(nn.Module):
             hidden: normed final states h, (B, T, D).
             ids: x, (B, T).
             targets: y, (B, T); -100 matches nothing.
-            state: what the text before has left, None at the beginning; or what makes it, given this, `hidden` and `ids`.
+            state: what the text before has left, None at the beginning; or what makes it of these positions' keys.
         """
-        if callable(state):
-            state = state(self, hidden, ids)
         q, *keys = self.queries_and_keys(hidden, ids, state)
         k, bias, ids, _ = keys
         gate = self._gate(hidden)
@@ -97,13 +95,15 @@ class CopyHead(nn.Module):
         return log_p, self.state_of(*keys)
 
     def queries_and_keys(
-        self, hidden: Tensor, ids: Tensor, state: CopyState | None
+        self, hidden: Tensor, ids: Tensor, state: "CopyState | MakesState | None"
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Queries (B, T, d); keys, Σ_{i≤s} f_i and ids of the positions in `state` and of these; W2 h of the last position."""
         q, k, prev_key = self.qk_proj(hidden).chunk(3, -1)
+        bias = F.softplus(_dot(hidden, self.forget) + self.forget_bias).cumsum(1)
+        if callable(state):
+            state = state(self, k, prev_key, bias, ids)
         shifted = F.pad(prev_key, (0, 0, 1, 0)) if state is None else torch.cat([state.prev_key, prev_key], 1)
         k = k + shifted[:, :-1]
-        bias = F.softplus(_dot(hidden, self.forget) + self.forget_bias).cumsum(1)
         if state is not None:
             k, bias, ids = (torch.cat(pair, 1) for pair in ((state.k, k), (state.bias, bias), (state.ids, ids)))
         return q, k, bias, ids, shifted[:, -1:]
@@ -118,7 +118,8 @@ class CopyHead(nn.Module):
         return _dot(hidden, self.gate) + self.gate_bias
 
 
-MakesState = Callable[[CopyHead, Tensor, Tensor], CopyState]
+MakesState = Callable[[CopyHead, Tensor, Tensor, Tensor, Tensor], CopyState]
+"""The state before some positions, from the head, their W1 h and W2 h, (B, T, d) each, Σ_{i≤s} f_i and ids, (B, T) each."""
 
 
 def _dot(hidden: Tensor, w: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ def benchmark(path: Path) -> Any:
 def rows_table(content: Any, entry: dict[str, Any]) -> Table:
     """The table that `entry` asks of `content`.
 
-    entry: `name`, `caption`, `rows` (dotted key of the rows, "" where the whole file is them, or is one) and `columns`, each with `title`
-        and `key` (dotted, inside a row; `key` alone is the name of a row of an object), perhaps `unit`, `digits` and `scale`;
-        `facts` are dotted keys of numbers and words that hold for all rows.
+    entry: `name`, `caption`, `rows` (dotted key of the rows, "" where the whole file is them, or is one) and `columns`, each
+        with `title` and `key` (dotted, inside a row; `key` alone is the name of a row of an object), perhaps `unit`, `digits`
+        and `scale`; `facts` are dotted keys of numbers and words that hold for all rows.
     Raises ValueError (one line) for a key that the file does not have.
     """
     columns = tuple(Column(c["title"], c.get("unit", ""), c.get("digits", 2)) for c in entry["columns"])

@@ -13,8 +13,8 @@ from phase1.ops.ar_ssm import TAPS, State, fused_ar_ssm, fused_runs
 from phase1.parallel.group import stacked, sum_
 from phase1.training.micro_batch import MicroBatch
 
-FADED = {torch.float64: 40.0}  # log of what counts as nothing beside a state: e^-24 is far below the rounding of float32
-OF_FLOAT32 = 24.0
+FADED = {torch.float64: 40.0}  # log of what counts as nothing beside a state: e^-18 is a quarter of float32's rounding
+OF_FLOAT32 = 18.0
 
 
 class Context:
@@ -22,12 +22,13 @@ class Context:
 
     A rank knows the state that its own stretch leaves from nothing, B, and by how much the stretch decays what came before,
     A = exp(Σ log a): both follow from its own inputs. So one exchange a layer gives every rank the state before its stretch,
-    S_r = Σ_{j<r} (Π_{j<i<r} A_i) B_j, with the keys and values of the window, and none waits for another's result. Before it a
-    first exchange brings the convolution's inputs. Gradients take the same way back: all-gathered tensors get the sum of what
-    all ranks have for them. All ranks must call the same functions in the same order; stretches may have any lengths.
+    S_r = Σ_{j<r} (Π_{j<i<r} A_i) B_j, with the inputs of the convolution and the keys and values of the window, and none waits
+    for another's result. Gradients take the same way back: all-gathered tensors get the sum of what all ranks have for them.
+    All ranks must call the same functions in the same order; stretches may have any lengths.
 
-    A state fades to 1/e in `memory` positions at least. Of a stretch that is longer than 24 times that (40 in float64) B is
-    taken from its last positions alone, for what comes before them is nothing beside rounding.
+    A state fades to 1/e in `memory` positions at least. Of a stretch that is longer than 18 times that (40 in float64) B is
+    taken from its last positions alone, for what comes before them is nothing beside rounding. Where one is shorter, B depends
+    on the convolution's inputs from the rank before, which an exchange of their own brings first.
 
     Source: Sun et al. 2024, "Linear attention sequence parallelism", section 2; Dao and Gu 2024, section 8.2.
     """
@@ -47,35 +48,46 @@ class Context:
 
     def of_mixer(self, mixer: "Mixer", proj: Tensor) -> tuple[Tensor, State]:
         """The projected inputs of an AR-SSM layer, to be used from here on, and the state before this rank's stretch."""
-        proj, end, first = self._with_end(mixer, proj)
-        wide = torch.promote_types(proj.dtype, torch.float32)
-        rows = self._earlier(self._gathered(_last(end[..., : mixer.channels], 1, TAPS - 1)), 2, TAPS - 1).to(proj.dtype)
-        conv = F.pad(rows, (0, 0, TAPS - 1 - rows.shape[1], 0))
+        long = min(self._first(mixer, proj, length) for length in self.lengths) >= TAPS - 1
+        first = self._first(mixer, proj, proj.shape[1])
+        proj, end = _WithEnd.apply(proj, proj.shape[1] - first + TAPS - 1) if long else (proj, proj)
+        taps = _last(end[..., : mixer.channels], 1, TAPS - 1)
+        conv = None if long else self._inputs(self._gathered(taps))
         S, k, x, log_decay = self._left(mixer, end, conv, first)
-        n = max(0, mixer.window - 1)
-        parts = [S, _last(k, 2, n), _last(x, 2, n), log_decay]
+        n, wide = max(0, mixer.window - 1), torch.promote_types(proj.dtype, torch.float32)
+        parts = [S, _last(k, 2, n), _last(x, 2, n), log_decay, taps]
         everywhere = self._gathered(torch.cat([part.flatten(1).to(wide) for part in parts], 1))
-        S, k, x, log_decay = (
+        S, k, x, log_decay, taps = (
             part.unflatten(2, own.shape[1:]) for part, own in zip(everywhere.split([p[0].numel() for p in parts], 2), parts)
         )
         keys, values = (self._earlier(part, 3, n).to(proj.dtype) for part in (k, x))
+        conv = self._inputs(taps).to(proj.dtype) if conv is None else conv
         S = (S * self._decay(log_decay)[..., None, None]).sum(0)
         return proj, State(self.start, conv, S, keys, values)
 
-    def _with_end(self, mixer: "Mixer", proj: Tensor) -> tuple[Tensor, Tensor, int]:
-        """`proj`; its positions that matter after the stretch, with up to TAPS - 1 before them; and the first that matters."""
-        T, wide = proj.shape[1], torch.promote_types(proj.dtype, torch.float32)
-        first = max(0, T - max(math.ceil(FADED.get(wide, OF_FLOAT32) * mixer.memory), mixer.window))
-        return (*_WithEnd.apply(proj, T - max(0, first - TAPS + 1)), first) if first else (proj, proj, 0)
+    def _first(self, mixer: "Mixer", proj: Tensor, length: int) -> int:
+        """The first position of a stretch that its state still depends on."""
+        faded = FADED.get(torch.promote_types(proj.dtype, torch.float32), OF_FLOAT32) * mixer.memory
+        return max(0, length - max(math.ceil(faded), mixer.window))
 
-    def _left(self, mixer: "Mixer", end: Tensor, conv: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _inputs(self, taps: Tensor) -> Tensor:
+        """The convolution's inputs before this rank, zeros at the beginning, from the ends of all, (N, B, TAPS - 1, ·)."""
+        rows = self._earlier(taps, 2, TAPS - 1)
+        return F.pad(rows, (0, 0, TAPS - 1 - rows.shape[1], 0))
+
+    def _left(
+        self, mixer: "Mixer", end: Tensor, conv: Tensor | None, first: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """S after this rank's stretch from nothing before it, its last keys and values, and its log decay (B, H).
 
-        Positions from `first` on count; `end` holds them and up to TAPS - 1 before, `conv` the inputs before the stretch.
+        Positions from `first` on count. Without the inputs before the stretch, `conv`, `end` holds them and TAPS - 1 before;
+        with them, the whole stretch.
         """
         (H, R), P = mixer.operator_parameters().q_scale.shape, mixer.state_scale.shape[1]
-        wide, before = torch.promote_types(end.dtype, torch.float32), min(first, TAPS - 1)
-        inputs = torch.cat([conv, end[:, :before, : mixer.channels]], 1)[:, before:]
+        wide, before = torch.promote_types(end.dtype, torch.float32), TAPS - 1 if conv is None else first
+        inputs = end[:, max(0, before - TAPS + 1) : before, : mixer.channels]
+        if conv is not None:
+            inputs = torch.cat([conv, inputs], 1)[:, -(TAPS - 1) :]
         none = end.new_zeros(len(end), H, R, P, dtype=wide)
         k, x = (end.new_empty(len(end), H, 0, width) for width in (R, P))
         nothing = State(self.start + first, inputs, none, k, x)
@@ -91,11 +103,11 @@ class Context:
         log_decay = none.new_full((len(proj), H), -torch.inf) if first else total[:, -1]
         return S, o.k.transpose(1, 2), o.x.transpose(1, 2), log_decay
 
-    def of_copy_head(self, head: Any, hidden: Tensor, ids: Tensor) -> Any:
-        """The state of the copy head before this rank's stretch, of final states `hidden` and `ids`."""
-        _, k, bias, _, last = head.queries_and_keys(hidden, ids, None)
+    def of_copy_head(self, head: Any, k: Tensor, prev_key: Tensor, bias: Tensor, ids: Tensor) -> Any:
+        """The state of the copy head before this rank's stretch, as `MakesState` says."""
+        last = prev_key[:, -1:]
         before = (self._gathered(last)[max(0, self.rank - 1)] * (self.rank > 0)).to(k.dtype)
-        k = torch.cat([k[:, :1] + before, k[:, 1:]], 1)
+        k = k + torch.cat([before, prev_key], 1)[:, :-1]
         own = head.state_of(k, bias, ids, last)
         n, wide = min(head.window, max(self.lengths)), bias.dtype
         parts = [_last(own.k, 1, n), _last(own.bias, 1, n), bias[:, -1:]]
