@@ -10,7 +10,7 @@ from phase1.config import EngineShape, TrainConfig
 from phase1.model import LanguageModel
 from phase1.roster import RIVALS, model_config
 from phase1.training.checkpoint import resume, save_checkpoint
-from phase1.training.muon import Muon, orthogonal
+from phase1.training.muon import Muon, orthogonalise
 from phase1.training.optimizers import MuonAdamW, kept, make_optimizer, parameter_groups
 from phase1.training.step import learning_rate, make_train_state, skipped_steps, total_steps, train, train_step
 
@@ -268,11 +268,37 @@ def test_the_loss_that_training_shows_is_the_cross_entropy_without_the_penalty()
     torch.testing.assert_close(train_step(s, [(ids, targets)]), expected.detach())
 
 
-@pytest.mark.parametrize("shape", [(3, 8, 24), (2, 24, 8), (1, 5, 5)])
-def test_orthogonal_matrices_have_the_directions_of_the_given_ones_and_singular_values_of_about_1(shape):
-    given = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    left, _, right = torch.linalg.svd(given, full_matrices=False)
-    found = left.mT @ orthogonal(given).float() @ right.mT
-    assert found.diagonal(dim1=-2, dim2=-1).sub(1).abs().max() < 0.5
-    assert (found - torch.diag_embed(found.diagonal(dim1=-2, dim2=-1))).abs().max() < 0.05
-    assert not orthogonal(torch.zeros(shape)).any()
+SHAPES = [(3, 8, 24), (2, 24, 8), (1, 5, 5), (2, 8, 8), (1, 8, 40)]
+
+
+@pytest.mark.parametrize("shapes", [*([shape] for shape in SHAPES), SHAPES], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_orthogonal_matrices_have_the_directions_of_the_given_ones_and_singular_values_of_about_1(shapes, dtype):
+    generator = torch.Generator().manual_seed(1)
+    given = [torch.randn(shape, generator=generator) for shape in shapes]
+    units = [matrices / matrices.norm(dim=(1, 2), keepdim=True) for matrices in given]
+    orthogonalise(results := [unit.to(dtype) for unit in units])
+    for matrices, found in zip(units, results, strict=True):
+        left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+        found = left.mT @ found.float() @ right.mT
+        assert found.diagonal(dim1=-2, dim2=-1).sub(1).abs().max() < 0.5
+        assert (found - torch.diag_embed(found.diagonal(dim1=-2, dim2=-1))).abs().max() < 0.05
+    orthogonalise(nothing := [torch.zeros(shape) for shape in shapes])
+    assert not any(matrices.any() for matrices in nothing)
+
+
+@pytest.mark.parametrize("decades", [0, 1, 2, 4])
+def test_half_precision_takes_the_steps_of_double_precision_for_any_spectrum(decades):
+    """Closer than bfloat16 comes without the smaller matrices: 1, 3 and 7 % of the length for 1, 2 and 4 decades."""
+    generator = torch.Generator().manual_seed(2)
+    left, right = (torch.linalg.qr(torch.randn(size, 96, generator=generator).double())[0] for size in (96, 300))
+    x = left * 10 ** torch.linspace(0, -decades, 96).double() @ right.mT
+    x /= x.norm()
+    orthogonalise(half := [x[None].half()])
+    orthogonalise(double := [x[None]])
+    wanted = x
+    for _ in range(5):
+        A = wanted @ wanted.mT
+        wanted = 3.4445 * wanted + (-4.7750 * A + 2.0315 * A @ A) @ wanted
+    assert (half[0][0].double() - wanted).norm() < 0.015 * wanted.norm()
+    torch.testing.assert_close(double[0][0], wanted, rtol=1e-9, atol=1e-9)

@@ -1,7 +1,8 @@
-"""Muon: steps of matrices along their orthogonalised momentum, all matrices of one shape together."""
+"""Muon: steps of matrices along their orthogonalised momentum, all matrices together."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from phase1.parallel.parts import own, part_of, whole
 
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic whose slope at 0 is steepest
-ITERATIONS = 5
+ITERATIONS = (3, 2)  # after three in half precision, rounding has begun to be eigenvalues that are not there
 
 
 class Muon(torch.optim.Optimizer):
@@ -30,49 +31,49 @@ class Muon(torch.optim.Optimizer):
     """() of a loss scaler, not 0 where a gradient is not finite: then a step changes nothing. The host need not know it."""
 
     def __init__(self, params: Iterable[Any], lr: float, weight_decay: float = 0.1, dtype: torch.dtype | None = None) -> None:
-        """dtype: of the products that orthogonalise, bfloat16 on a GPU; None: that of the parameters."""
+        """dtype: of the products that orthogonalise, float16 on a GPU; None: that of the parameters."""
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        overflow = None if self.found_inf is None else own(self.found_inf) != 0
         for group in self.param_groups:
             of_shape: defaultdict[torch.Size, list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     of_shape[parameter.shape].append(parameter)
-            for shape, parameters in of_shape.items():
-                rate, decay = group["lr"] * 0.2 * max(shape) ** 0.5, group["lr"] * group["weight_decay"]
-                updates = self._updates(parameters)
-                kept = 1 - decay if self.found_inf is None else torch.where(own(self.found_inf) == 0, 1 - decay, 1.0)
-                parts = [own(parameter) for parameter in parameters]
-                torch._foreach_mul_(parts, kept)
-                torch._foreach_add_(parts, updates, alpha=-rate)
+            kept: Tensor | float = 1 - group["lr"] * group["weight_decay"]
+            kept = kept if overflow is None else torch.where(overflow, 1.0, kept)
+            updates = [self._ahead(parameters, overflow) for parameters in of_shape.values()]
+            orthogonalise(updates)
+            for shape, parameters in reversed(of_shape.items()):
+                update = updates.pop().to(parameters[0].dtype)
+                update = update if overflow is None else update.masked_fill_(overflow, 0.0)
+                mine = [own(parameter) for parameter in parameters]
+                torch._foreach_mul_(mine, kept)
+                parts = [own(part_of(part, like)) for part, like in zip(update, parameters, strict=True)]
+                torch._foreach_add_(mine, parts, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
-    def _updates(self, parameters: list[Tensor]) -> list[Tensor]:
-        """The orthogonalised momentum of each, this rank's part of it, after the momentum has taken the gradient.
+    def _ahead(self, parameters: list[Tensor], overflow: Tensor | None) -> Tensor:
+        """0.05 G + 0.95 M of matrices of one shape over its norm, (k, n, m) in the type of the products, after M has taken G.
 
-        In place, for these are the largest tensors of a step: two stacks at a time.
+        In place, for these are the largest tensors of a step. Of shards, every rank computes with the whole.
         """
         momenta = [self._momentum(parameter) for parameter in parameters]
-
-        def parts(of: Tensor) -> list[Tensor]:
-            return [own(part_of(part, like)) for part, like in zip(of, momenta, strict=True)]
-
-        # of shards, every rank computes with the whole
-        updates = torch.stack([whole(parameter.grad) for parameter in parameters if parameter.grad is not None])
+        ahead = torch.stack([whole(parameter.grad) for parameter in parameters if parameter.grad is not None])
         momentum = torch.stack([whole(momentum) for momentum in momenta])
         share: Tensor | float = 1 - MOMENTUM
-        overflow = None if self.found_inf is None else own(self.found_inf) != 0
         if overflow is not None:
-            updates.masked_fill_(overflow, 0.0)
-            share = torch.where(overflow, 0.0, share).to(updates.dtype)
-        momentum.lerp_(updates, share)
-        torch._foreach_copy_([own(momentum) for momentum in momenta], parts(momentum))
-        updates.lerp_(momentum, MOMENTUM)  # Nesterov's
-        del momentum
-        updates = orthogonal(updates.to(self.dtype or updates.dtype)).to(updates.dtype)
-        return parts(updates if overflow is None else updates.masked_fill_(overflow, 0.0))
+            ahead.masked_fill_(overflow, 0.0)
+            share = torch.where(overflow, 0.0, share).to(ahead.dtype)
+        momentum.lerp_(ahead, share)
+        parts = [own(part_of(part, like)) for part, like in zip(momentum, momenta, strict=True)]
+        torch._foreach_copy_([own(momentum) for momentum in momenta], parts)
+        ahead.lerp_(momentum, MOMENTUM)  # Nesterov's
+        del momentum, parts
+        ahead /= torch.linalg.vector_norm(ahead, dim=(1, 2), keepdim=True).clamp(min=1e-7)
+        return ahead.to(self.dtype or ahead.dtype)
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
@@ -81,16 +82,45 @@ class Muon(torch.optim.Optimizer):
         return state["momentum_buffer"]
 
 
-def orthogonal(matrices: Tensor) -> Tensor:
-    """Matrices (k, n, m) with their singular values moved to about 1 by five steps of Newton-Schulz.
+def orthogonalise(stacks: list[Tensor]) -> None:
+    """Replace matrices of norm 1, or 0, by those with singular values moved to about 1: five steps of Newton-Schulz.
 
-    X = X / ‖X‖, then five times X = (a + b X Xᵀ + c (X Xᵀ)²) X, on the shorter side.
+    Five times X = P X with P = a + b A + c A², A = X Xᵀ, on the shorter side. Since A becomes P A P, the products P … P are
+    taken of A alone, which is smaller than X, for all shapes with that side at once; X Xᵀ is taken anew after three.
+
+    Args:
+        stacks: (k, n, m) each, of any sizes.
+
+    Source: Zhang, Amsel, Chen and Dao 2026, "Gram Newton-Schulz", https://dao-lab.ai/blog/2026/gram-newton-schulz
     """
-    tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
-    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    of_side: defaultdict[int, list[int]] = defaultdict(list)
+    for number, stack in enumerate(stacks):
+        of_side[min(stack.shape[1:])].append(number)
+    for numbers in of_side.values():
+        for count in ITERATIONS:
+            factors = _factors([_wide(stacks[number]) for number in numbers], count)
+            for number, factor in zip(numbers, factors, strict=True):
+                tall, x = stacks[number].shape[1] > stacks[number].shape[2], _wide(stacks[number])
+                stacks[number] = (factor @ x).mT if tall else factor @ x
+
+
+def _wide(stack: Tensor) -> Tensor:
+    return stack.mT if stack.shape[1] > stack.shape[2] else stack
+
+
+def _factors(stacks: Sequence[Tensor], count: int) -> tuple[Tensor, ...]:
+    """The product of `count` factors P for each stack, (k, s, s)."""
+    ends = list(accumulate(map(len, stacks)))
+    gram = stacks[0].new_empty(ends[-1], *2 * stacks[0].shape[1:2])
+    for x, end in zip(stacks, ends):
+        torch.bmm(x, x.mT, out=gram[end - len(x) : end])
     a, b, c = COEFFICIENTS
-    for _ in range(ITERATIONS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT.contiguous() if tall else x
+    product = gram  # until there is one
+    for step in range(count):
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        product = factor @ product if step else factor
+        if step < count - 1:
+            gram = factor @ gram
+            gram = gram @ factor
+    return product.split([len(x) for x in stacks])

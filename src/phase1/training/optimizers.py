@@ -59,7 +59,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig, device_type: str) -> t
     adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=device_type == "cuda")
     if not taken:
         return adamw
-    return MuonAdamW(Muon(taken, lr=config.learning_rate, dtype=torch.bfloat16 if device_type == "cuda" else None), adamw)
+    return MuonAdamW(Muon(taken, lr=config.learning_rate, dtype=torch.float16 if device_type == "cuda" else None), adamw)
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:

@@ -119,7 +119,7 @@ def _make_lasting_tensors(state: TrainState) -> None:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     if isinstance(state.optimizer, MuonAdamW):
-        state.optimizer.parts[0].dtype = torch.bfloat16  # as on CUDA
+        state.optimizer.parts[0].dtype = torch.float16  # as on CUDA
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.scaler.scale(torch.zeros(()))
