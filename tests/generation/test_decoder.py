@@ -1,3 +1,4 @@
+import gc
 import tracemalloc
 from dataclasses import replace
 
@@ -6,7 +7,7 @@ import torch
 
 from phase1.config import EngineShape, TrainConfig
 from phase1.data.tokenizers import byte_alphabet, make_tokenizer
-from phase1.generation import Decoder, load, state_bytes
+from phase1.generation import Decoder, load, replay, state_bytes
 from phase1.generation.decoder import PIECE
 from phase1.generation.replay import static
 from phase1.model import LanguageModel
@@ -127,10 +128,13 @@ def peak_of(d, steps, state):
                     tensors = max(tensors, t.untyped_storage().nbytes())
             return out
 
+    gc.collect()
     tracemalloc.start()
     with Counting():
-        for id in text(steps):
+        for number, id in enumerate(text(steps)):
             _, state = d.step(id, state)
+            if number % 10 == 0:  # what waits for the collector is no part of a text
+                gc.collect()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return peak, tensors
@@ -287,3 +291,44 @@ def test_a_graph_gives_what_steps_give(length):
             torch.testing.assert_close(same, log_p, atol=1e-4, rtol=1e-4)
             (log_p, state), (same, fixed) = plain.step(id, state), graphs.step(id, fixed)
     assert graphs._replay._replay is not None
+
+
+@pytest.fixture
+def imitated_graphs(monkeypatch):
+    """Launches that compute what was captured once more, in the same tensors, without a GPU."""
+
+    def captured(step, warm=False):
+        result = step()
+        return lambda: result.copy_(step()), result
+
+    monkeypatch.setattr(replay, "captured", torch.inference_mode()(captured))
+    monkeypatch.setattr(replay, "warm_up", lambda step: None)
+    monkeypatch.setattr("phase1.generation.decoder.require_gpu_for_graphs", lambda device: None)
+
+
+def test_a_launched_step_gives_what_steps_give_in_any_mode(imitated_graphs):
+    model = decoder(shape=replace(SHAPE, copy_window=100)).model
+    plain, graphs = Decoder(model, BYTES), Decoder(model, BYTES, cuda_graphs=True)
+    for seed in range(2):  # the second text begins in the graph of the first
+        (log_p, state), (same, fixed) = plain.prefill(text(200, seed)), graphs.prefill(text(200, seed))
+        for number, id in enumerate(text(20, seed + 5)):
+            torch.testing.assert_close(same, log_p, atol=1e-5, rtol=1e-5)
+            with torch.inference_mode(number % 2 == 0):
+                (log_p, state), (same, fixed) = plain.step(id, state), graphs.step(id, fixed)
+    assert graphs._replay._replay is not None
+
+
+def test_two_texts_in_one_graph_are_refused_before_one_takes_the_state_of_the_other(imitated_graphs):
+    graphs = Decoder(decoder(shape=replace(SHAPE, copy_window=100)).model, BYTES, cuda_graphs=True)
+    _, state = graphs.prefill(text(200, 0))
+    for id in text(5, 1):
+        _, state = graphs.step(id, state)
+    _, later = graphs.step(3, state)
+    with pytest.raises(ValueError, match="the newest state must go on; got an older one"):
+        graphs.step(4, state)
+    expected, _ = graphs.step(5, later)
+    assert expected.isfinite().all()
+    _, other = graphs.prefill(text(200, 2))
+    graphs.step(1, other)
+    with pytest.raises(ValueError, match="got an older one"):
+        graphs.step(4, later)

@@ -33,7 +33,7 @@ class Decoder:
         model: changed to evaluation; weights that autocast would cast at every step are cast here.
         tokenizer: of the model; None where ids are all there is.
         dtype: of the autocast region; float32 is no autocast.
-        cuda_graphs: launch each step as one CUDA graph, once its state has stopped growing.
+        cuda_graphs: launch each step as one CUDA graph, once its state has stopped growing. Every state can go on once.
     """
 
     def __init__(

@@ -15,20 +15,25 @@ Advance = Callable[[Tensor, list[Any]], tuple[Tensor, list[Any]]]
 class GraphedStep:
     """`advance` for one token (B, 1), launched as a graph once the state has the same shapes before and after a step.
 
-    The returned state is overwritten by the next call. Until the windows of the mixers are full, `advance` runs eagerly. The
-    state of the copy head is padded at the first call, with positions that have no weight.
+    A returned state is overwritten by the next call, so only the newest one, or one of `advance`, can go on. Until the windows
+    of the mixers are full, `advance` runs eagerly. The state of the copy head is padded at the first call, with positions that
+    have no weight.
     """
 
     def __init__(self, advance: Advance, copy_window: int) -> None:
         self.advance, self.copy_window = advance, copy_window
         self._replay: Callable[[], None] | None = None
         self._ids: Tensor | None = None
-        self._state: list[Any] = []
+        self._state: list[Any] = []  # what the graph reads and writes
+        self._newest: list[Any] | None = None
         self._log_p: Tensor | None = None
 
+    @torch.inference_mode()
     def __call__(self, ids: Tensor, state: list[Any]) -> tuple[Tensor, list[Any]]:
-        """As `advance`."""
-        if state is not self._state:
+        """As `advance`. Raises ValueError for a state of an earlier call than the last, which is no more."""
+        if state is not self._newest:
+            if any(given is own for given, own in zip(state, self._state)):
+                raise ValueError("of a graph the newest state must go on; got an older one, overwritten; leave out cuda_graphs")
             state = static(state, self.copy_window)
             if self._replay is None or _shapes(state) != _shapes(self._state):
                 log_p, after = self.advance(ids, state)
@@ -40,9 +45,9 @@ class GraphedStep:
         assert self._replay is not None and self._ids is not None and self._log_p is not None
         self._ids.copy_(ids)
         self._replay()
-        return self._log_p, self._state
+        self._newest = list(self._state)
+        return self._log_p, self._newest
 
-    @torch.inference_mode()
     def _capture(self, ids: Tensor, state: list[Any]) -> None:
         self._ids = ids.clone()
         self._state = [layer._make(_clone(part) for part in layer) for layer in state]

@@ -35,6 +35,17 @@ class AttentionState(NamedTuple):
         store.k[:, start:end], store.v[:, start:end], store.used = k, v, end
         return AttentionState(store.k[:, :end], store.v[:, :end], conv, store)
 
+    def in_place(self, later: "AttentionState") -> "AttentionState":
+        """The same state in the buffer of one that follows it, which has room for what comes next."""
+        n, store = self.k.shape[1], later.store
+        assert store is not None and store.used > n
+        return AttentionState(store.k[:, :n], store.v[:, :n], self.conv, store)
+
+    def forget_later(self) -> None:
+        """Let the buffer be written from here on again."""
+        if self.store is not None:
+            self.store.used = self.k.shape[1]
+
 
 class Store:
     """A buffer for keys and values, (B, capacity, H, P) each, of which the first `used` positions are filled."""

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from phase1.config import EngineShape
+from phase1.layers import attention
 from phase1.measure.throughput import decode
 from phase1.measure.throughput.decode import measure_decoding
 from phase1.roster import model_config
@@ -38,7 +39,21 @@ def test_every_step_is_one_more_token_after_the_same_context(monkeypatch):
     )
     measure_decoding({"phase1": MODELS["phase1"]}, (16, 20), 0, 3, False, DEVICE)
     steps = [state[0].position for length, state in seen if length == 1]
-    assert steps == [16, 20] * 3
+    assert steps == [16, 20] * 4  # one that makes room for keys, then three rounds
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_no_measured_step_copies_the_keys_of_the_context(monkeypatch, graphs):
+    made, steps = [], []
+    monkeypatch.setattr(attention, "Store", lambda *args, make=attention.Store: (made.append(1), make(*args))[1])
+    monkeypatch.setattr(decode, "captured", lambda step: ([step() for _ in range(4)], (step, None))[1])  # warm-up and capture
+    contexts = decode._Contexts(MODELS["baseline"], (16, 40), graphs, DEVICE, lambda tokens: None)
+    plain = decode._Contexts(MODELS["baseline"], (16, 40), False, DEVICE, lambda tokens: None)
+    count = len(made)
+    for _ in range(3):
+        for context in (16, 40):
+            steps.append(torch.equal(contexts.steps[context]()[0], plain.steps[context]()[0]))
+    assert len(made) == count and all(steps)
 
 
 def test_a_model_that_runs_out_of_memory_is_left_out(monkeypatch):
