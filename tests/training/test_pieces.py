@@ -1,8 +1,9 @@
 """Training piece by piece is training on whole sequences: loss and every gradient, in float64."""
 
-from dataclasses import replace
+from dataclasses import copy
 
 import pytest
+import replace
 import torch
 from torch._dynamo.testing import CompileCounter
 
@@ -99,9 +100,13 @@ def test_what_graphs_of_pieces_compute_is_kept_until_it_is_used(monkeypatch, for
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     model, scaler = model_of(**FORMS[form]), torch.amp.GradScaler("cpu", enabled=False)
     graphed = graphed_pieces.GraphedPieces(Pieces(model, scaler, torch.float32, 16))
+    whole = MicroBatch(copy.deepcopy(model), scaler, torch.float32)
     for seed in range(3):
         batch = text(53, B, seed)
-        same(outcome(graphed, *batch), outcome(MicroBatch(model, scaler, torch.float32), *batch))
+        same(outcome(graphed, *batch), outcome(whole, *batch))
+    model.zero_grad(set_to_none=True)
+    with pytest.raises(AssertionError, match="zeroed, never freed"):  # a graph would add to what is no more
+        outcome(graphed, *batch)
 
 
 def same(found, wanted):

@@ -49,6 +49,7 @@ def compile_loss(state: TrainState, backend: str = INDUCTOR) -> Compiler:
 
     Returns the compiler that will have done it.
     """
+    state.model.prove_kernels(state.dtype)  # in a compiled graph they cannot be checked
     compiler = Compiler(backend)
     compile_losses(state.model, isinstance(state.micro_batch, Pieces), compiler)
     return compiler

@@ -16,13 +16,14 @@ def is_recent(tensor: Tensor) -> bool:
     return HAS_TRITON and tensor.is_cuda and torch.cuda.get_device_properties(tensor.device).major >= OLDEST
 
 
-def runs_kernels(tensor: Tensor) -> bool:
+def runs_kernels(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
     """True on such a GPU if the kernels have passed their check there; while a graph is captured an earlier answer counts.
 
-    Not of AR-SSM, which has a check for its sizes.
+    Not of AR-SSM, which has a check for its sizes. `dtype`: of their products, that of the tensor by default.
     """
+    dtype = dtype or tensor.dtype
     if not is_recent(tensor):
         return False
     if torch.cuda.is_current_stream_capturing():
-        return not self_check.DISPROVEN
-    return tensor.dtype not in self_check.LIMIT or self_check.proven(tensor.device, tensor.dtype)
+        return self_check.KERNELS not in self_check.DISPROVEN
+    return dtype not in self_check.LIMIT or self_check.proven(tensor.device, dtype)

@@ -21,6 +21,12 @@ DISPROVEN: dict[str, str] = {}
 """Kernels that have failed their check in this process, and how."""
 KERNELS = "copy head, groups, table, loss and positions"
 LENGTH, WIDTH = 150, 64  # several tiles, and a part of one
+WIDE, ANCHORS = 512, 6  # of a row of the table at the default sizes, for which other kernels are compiled
+
+
+def _width(device: torch.device) -> int:
+    """Of a row: on the CPU Triton's interpreter takes its time."""
+    return WIDE if device.type == "cuda" else WIDTH
 
 
 def passes(
@@ -127,8 +133,8 @@ def _pointer(form, device: torch.device, dtype: torch.dtype, to: torch.dtype) ->
 
 
 def _groups(form, device: torch.device, dtype: torch.dtype, to: torch.dtype) -> Sequence[Tensor]:  # type: ignore[no-untyped-def]
-    draw, size, n = _Draw(device, dtype, to), 30, 100
-    states, rows, bias, d_nll = draw(LENGTH, WIDTH), draw(n, WIDTH) / 8, draw(n, wide=True), draw(LENGTH, wide=True)
+    draw, size, n, width = _Draw(device, dtype, to), 67, 150, _width(device)
+    states, rows, bias, d_nll = draw(LENGTH, width), draw(n, width) / width**0.5, draw(n, wide=True), draw(LENGTH, wide=True)
     targets = draw.ids(n, LENGTH)
     found, order = (targets // size).sort(stable=True)
     starts = torch.searchsorted(found, torch.arange(-(-n // size) + 1, device=device))
@@ -139,10 +145,10 @@ def _groups(form, device: torch.device, dtype: torch.dtype, to: torch.dtype) -> 
 def _table(form, device: torch.device, dtype: torch.dtype, to: torch.dtype) -> Sequence[Tensor]:  # type: ignore[no-untyped-def]
     from phase1.ops.anchored_table.inverse import inverse_index
 
-    draw, levels, k = _Draw(device, dtype, to), [10, 40, LENGTH], 3
-    own = [draw(10, WIDTH, wide=True), draw(30, WIDTH, wide=True), draw(LENGTH - 40, WIDTH)]
+    draw, levels, k, width = _Draw(device, dtype, to), [10, 40, LENGTH], ANCHORS, _width(device)
+    own = [draw(10, width, wide=True), draw(30, width // 4, wide=True), draw(LENGTH - 40, width)]
     weights, anchors = draw(LENGTH - 10, k, wide=True) / k, draw.ids(10, LENGTH - 10, k)
-    table, d_table = form.table(own, weights, anchors, levels, to), draw(LENGTH, WIDTH)
+    table, d_table = form.table(own, weights, anchors, levels, to), draw(LENGTH, width)
     d_own, d_weights = form.gradients(d_table, table, own[:2], weights, anchors, inverse_index(anchors, levels), levels)
     return table, *d_own, d_weights
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from phase1.model import States
-from phase1.training.micro_batch import WARMUP_RUNS
+from phase1.parallel.group import together
+from phase1.training.micro_batch import WARMUP_RUNS, places_of_gradients, require_same_gradients
 from phase1.training.pieces import Gradients, Piece, Pieces, floating, rebuilt, tensors
 
 
@@ -27,7 +28,7 @@ class Launched:
                 function(*self.inputs)
         torch.cuda.current_stream().wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local" if together() else "global"):
             self.outputs = function(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
@@ -50,10 +51,13 @@ class GraphedPieces(Pieces):
         self._graphs: dict[Any, Launched] = {}
         self._after: dict[Any, States] = {}
         self._pool = torch.cuda.graph_pool_handle()
+        self._held: list[int] = []
 
     def forward(self, inputs: Tensor, targets: Tensor, share: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
         """As in Pieces."""
         before = len(self._graphs)
+        if before:
+            require_same_gradients(self._held, self.model)
         outcome = super().forward(inputs, targets, share, part)
         for piece in self._pieces:
             if _key("gradients", piece.inputs, piece.state, piece.given) not in self._graphs:
@@ -61,6 +65,7 @@ class GraphedPieces(Pieces):
         if len(self._graphs) > before:  # captures have left gradients
             self.model.zero_grad(set_to_none=False)
             self.table.clear()
+            self._held = places_of_gradients(self.model)
             outcome = super().forward(inputs, targets, share, part)
         return outcome
 

@@ -48,6 +48,7 @@ class GraphedMicroBatch(MicroBatch):
         super().__init__(eager.model, eager.scaler, eager.dtype)
         self._inputs: tuple[Tensor, ...] = ()  # what the graphs read
         self._outputs: tuple[Tensor, Tensor] | None = None  # what they write
+        self._held: list[int] = []  # where the gradients are that they add to
 
     def forward(self, inputs: Tensor, targets: Tensor, share: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
         """As in MicroBatch; the result is valid until the next call."""
@@ -55,6 +56,7 @@ class GraphedMicroBatch(MicroBatch):
         if [tensor.shape for tensor in self._inputs] != [tensor.shape for tensor in given]:
             self._inputs, self._outputs = (), None
             self._capture(*(tensor.clone() for tensor in given))
+        require_same_gradients(self._held, self.model)
         for mine, new in zip(self._inputs, given):
             mine.copy_(new)
         self._forward.replay()
@@ -82,6 +84,17 @@ class GraphedMicroBatch(MicroBatch):
         with torch.cuda.graph(self._backward, pool=self._forward.pool(), capture_error_mode=mode):
             add_gradients(self.scaler.scale(objective), self.model)
         self._inputs, self._outputs = inputs, (objective.detach(), loss.detach())
+        self._held = places_of_gradients(self.model)
+
+
+def places_of_gradients(model: torch.nn.Module) -> list[int]:
+    """Where the gradient of each parameter is in memory, 0 without one."""
+    return [0 if parameter.grad is None else parameter.grad.data_ptr() for parameter in model.parameters()]
+
+
+def require_same_gradients(places: list[int], model: torch.nn.Module) -> None:
+    """A graph would add to freed memory, and an optimizer find nothing, where gradients were freed since its capture."""
+    assert places == places_of_gradients(model), "gradients that graphs add to are zeroed, never freed"
 
 
 def add_gradients(objective: Tensor, model: torch.nn.Module) -> None:

@@ -183,6 +183,8 @@ def _prepare(model: TimedModel, seq_length: int) -> None:
             memory = _StepPeak(eager, batch)
             train_step(eager, [batch])
         model.peak_bytes = memory.bytes()
+        # graphs of a shorter length would add to gradients that are no more
+        state.micro_batch = make_micro_batch(state.model, state.scaler, state.dtype, state.config)
     elif model.compiler is not None:
         train_step(state, [random_batch(model.config.vocab_size, model.batch_size, seq_length, state.device.type)])
     model.ran = execution(state, model.compiler)

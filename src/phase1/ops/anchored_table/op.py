@@ -120,7 +120,7 @@ _table.register_autograd(_backward, setup_context=_keep)
 
 def _form(weights: Tensor, dtype: torch.dtype) -> ModuleType:
     """The kernels or embedding bags, whichever can compute in such a type where the weights are."""
-    if torch.float64 in (weights.dtype, dtype) or not runs_kernels(weights):
+    if torch.float64 in (weights.dtype, dtype) or not runs_kernels(weights, dtype):
         return bags
     from phase1.ops.anchored_table import kernel  # Triton takes a second to import
 

@@ -1,5 +1,6 @@
 """Launches the core's kernels: y = c ⊙ rms(semiseparable) + window attention + D x, its state, and all gradients."""
 
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -11,7 +12,8 @@ from torch import Tensor
 from phase1.ops.ar_ssm import core_kernel as kernels
 
 SHORTEST = 64  # positions of a stretch: a multiple of every chunk
-PROGRAMS = 528  # stretches that run beside each other, about: four for each of 132 multiprocessors
+PROGRAMS = ContextVar("programs", default=528)
+"""Stretches that run beside each other, about: four for each of 132 multiprocessors."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,13 @@ def _axes(R: int, P: int) -> dict[str, int]:
 
 def plan(B: int, T: int, H: int) -> tuple[int, int]:
     """Stretches, and positions in each: a power of 2, so that few variants of a kernel are compiled."""
-    stretches = max(1, min(triton.cdiv(T, SHORTEST), PROGRAMS // (B * H)))
-    span = max(SHORTEST, triton.next_power_of_2(triton.cdiv(T, stretches)))
+    span = span_of(T, max(1, min(triton.cdiv(T, SHORTEST), PROGRAMS.get() // (B * H))))
     return triton.cdiv(T, span), span
+
+
+def span_of(T: int, stretches: int) -> int:
+    """Positions in each of as many stretches or fewer; the same for the number of those that there are."""
+    return max(SHORTEST, triton.next_power_of_2(triton.cdiv(T, stretches)))
 
 
 def core_forward(
@@ -130,7 +136,8 @@ def core_backward(
     B, H, T, R = u.shape
     L, P = x.shape[2:]
     launches = launches or launches_for(R, P, x.dtype)
-    NS, span = plan(B, T, H)
+    NS = saved.states.shape[1] - 1
+    span = span_of(T, NS)
     axes = _axes(R, P)
     wide = partial(torch.empty, dtype=torch.float32, device=x.device)
     du, dv, dq, dk, dx = (torch.empty_like(tensor) for tensor in (u, v, q, k, x))

@@ -134,6 +134,7 @@ def fused_backward(
         D=D, DB=triton.next_power_of_2(D), ROWS=rows, num_warps=1,
     )  # fmt: skip
     core = Core(y, states, lse, total if total.numel() else None)
+    d_last = None if d_last is None else d_last.contiguous()  # a compiler may lay it out as it likes
     g = core_backward(dy, d_last, u, v, q, k, x, dt, log_a, state_scale, skip, past_S, core, window, eps)
     if d_k is not None:
         g.k.add_(d_k)

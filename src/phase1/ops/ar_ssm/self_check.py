@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from phase1.ops.ar_ssm.reference import Parameters, ar_ssm_reference
+from phase1.ops.ar_ssm.reference import Parameters, State, ar_ssm_reference
 from phase1.ops.self_check import passes, relative_error
 
 LENGTH, HEADS, HIDDEN = 130, 2, 16  # several chunks and stretches, and a part of one
+WHOLE = 512  # positions of one stretch of 16 chunks, for which other kernels are compiled: those of most trainings
 
 
 def proven(device: torch.device, R: int, P: int, fixed: int, window: int, dtype: torch.dtype) -> bool:
@@ -32,14 +33,24 @@ def _proven(index: int, R: int, P: int, fixed: int, window: int, dtype: torch.dt
 def worst_error(device: torch.device, R: int, P: int, fixed: int, window: int, dtype: torch.dtype) -> float:
     """Largest relative error of result, state and any gradient against float64, on random operands."""
     from phase1.ops.ar_ssm import fused_ar_ssm
+    from phase1.ops.ar_ssm.core import PROGRAMS  # Triton takes a second to import
 
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         generator = torch.Generator(device).manual_seed(0)  # of its own: the program's draw what they would have drawn
-        proj, p = operands(2, LENGTH, HEADS, R, P, HIDDEN if fixed < R else 0, fixed, dtype, device, generator)
-        got = _results(fused_ar_ssm, proj, p, window)
-        exact = Parameters(*(None if q is None else q.double() for q in p))  # type: ignore[arg-type]
-        want = _results(ar_ssm_reference, proj.double(), exact, window)
-    return relative_error(got, want)
+        whole = WHOLE if device.type == "cuda" else LENGTH  # the interpreter is slow
+        errors = []
+        for T, programs, goes_on in ((LENGTH, PROGRAMS.get(), False), (LENGTH, PROGRAMS.get(), True), (whole, 1, False)):
+            proj, p = operands(2, T, HEADS, R, P, HIDDEN if fixed < R else 0, fixed, dtype, device, generator)
+            past = _past(proj, p, window) if goes_on else None
+            token = PROGRAMS.set(programs)
+            try:
+                got = _results(fused_ar_ssm, proj, p, window, past)
+            finally:
+                PROGRAMS.reset(token)
+            exact = Parameters(*(None if q is None else q.double() for q in p))  # type: ignore[arg-type]
+            past = None if past is None else State(past.position, *(part.double() for part in past[1:]))
+            errors.append(relative_error(got, _results(ar_ssm_reference, proj.double(), exact, window, past)))
+    return max(errors)
 
 
 def operands(
@@ -59,11 +70,22 @@ def operands(
     return proj, Parameters(draw(4, conv, std=0.5), draw(conv, std=0.1), *decay, *scales, *gate)
 
 
-def _results(form, proj: Tensor, p: Parameters, window: int) -> list[Tensor]:  # type: ignore[no-untyped-def]
+def _past(proj: Tensor, p: Parameters, window: int) -> State:
+    """The state after some positions, from the definition."""
+    with torch.no_grad():
+        exact = Parameters(*(None if q is None else q.double() for q in p))  # type: ignore[arg-type]
+        state = ar_ssm_reference(proj[:, :window].double(), exact, window=window, memory=1000.0)[1]
+    half = [part.to(proj.dtype) for part in (state.conv, state.k, state.x)]
+    return State(state.position, half[0], state.S.float(), half[1], half[2])
+
+
+def _results(form, proj: Tensor, p: Parameters, window: int, past: State | None) -> list[Tensor]:  # type: ignore[no-untyped-def]
     """Result, state and all gradients of a sum with random weights."""
-    out, state, gate = form(proj, p, window=window, memory=1000.0)
+    given = [] if past is None else [part.detach().requires_grad_() for part in past[1:]]
+    past = None if past is None else State(past.position, *given)
+    out, state, gate = form(proj, p, window=window, memory=1000.0, state=past)
     generator = torch.Generator().manual_seed(1)
     weights = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device, out.dtype)
     total = (out * weights).sum() + gate.sum() + state.S.sum()
     learnt = [q for q in p if q is not None]
-    return [out.detach(), state.S.detach(), *torch.autograd.grad(total, [proj, *learnt])]
+    return [out.detach(), state.S.detach(), *torch.autograd.grad(total, [proj, *learnt, *given])]
