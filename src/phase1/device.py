@@ -8,6 +8,12 @@ def device_type() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def steadier(device: torch.device) -> str:
+    """What helps against numbers that are not finite: another type too, where the card has it."""
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "lower --learning-rate" + " or use --precision bf16" * has_bf16
+
+
 def unused_accelerator() -> str | None:
     """The accelerator that is there and not used, if there is one: an Intel GPU (xpu) or an Apple GPU (mps)."""
     if torch.cuda.is_available():

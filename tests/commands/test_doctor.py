@@ -4,7 +4,6 @@ import socket
 from datetime import datetime
 from pathlib import Path
 
-import pytest
 import torch
 
 from phase1 import __version__
@@ -44,17 +43,3 @@ def test_a_file_that_cannot_be_written_is_one_line(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     assert main(["doctor", "--submit-file", str(tmp_path / "file" / "card.json")]) == 4
     assert len(capsys.readouterr().err.splitlines()) == 1
-
-
-@pytest.mark.parametrize("name", ["xpu", "mps"])
-def test_an_accelerator_that_is_not_used_is_named(capsys, monkeypatch, name):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.xpu if name == "xpu" else torch.backends.mps, "is_available", lambda: True)
-    doctor.main(DoctorRun())
-    assert f"an accelerator is there and is not used ({name})" in capsys.readouterr().out
-
-
-def test_rocm_is_named(capsys, monkeypatch):
-    monkeypatch.setattr(torch.version, "hip", "6.4.1")
-    doctor.main(DoctorRun())
-    assert "6.4.1" in capsys.readouterr().out

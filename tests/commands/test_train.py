@@ -120,12 +120,6 @@ def test_the_precision_says_why(asked, device, says):
     assert train.precision(asked, device) == says
 
 
-@pytest.mark.parametrize("capability, says", [((7, 5), "fp16 on the GPU (sm_75 has no bf16)"), ((9, 0), "fp16 on the GPU")])
-def test_the_precision_of_a_card_says_what_it_lacks(monkeypatch, capability, says):
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
-    assert train.precision("auto", "cuda") == says
-
-
 @pytest.mark.parametrize("gigabytes, says", [(1, "it does not fit: try --micro-batch-size 4"), (1000, None), (None, None)])
 def test_a_run_that_cannot_fit_says_so_before_it_begins(data, monkeypatch, gigabytes, says):
     run = parse("train", [*data, "--train-tokens", "1000", "--vocab-size", "300", "--htt-dense-rows", "4", "--htt-groups", "10"])

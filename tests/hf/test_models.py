@@ -22,6 +22,7 @@ from phase1.cli import main
 from phase1.generation import Sampling, continuation, load, state_bytes
 from tests.generation.test_decoder import BYTES, checkpoint  # noqa: F401, a fixture
 
+ROOT = Path(__file__).parents[2]
 SMALL = {
     "vocab_size": 512, "d_model": 64, "n_layers": 2, "n_heads": 4, "htt_dense_rows": 16, "htt_groups": 16, "ar_ssm_window": 8,
     "copy_window": 16, "ar_ssm_max_rank": 8, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
@@ -181,8 +182,7 @@ def test_it_works_without_network_and_remote_code(folder):
         "print(m.generate(**t('The', return_tensors='pt'), max_new_tokens=3, do_sample=False).shape[0])"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(["src", *filter(None, sys.path)]), "HF_HUB_OFFLINE": "1"}
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=root)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.stdout.split("\n")[:2] == [str(BYTES.encode("The")), "1"], done.stderr[-2000:]
 
 
@@ -203,11 +203,14 @@ def test_other_versions_of_transformers_are_refused_in_one_line(version):
 
 
 def test_the_supported_range_and_the_plug_in_of_lm_eval_are_those_of_the_package():
-    """One range everywhere. Its lower end is what `constraints.txt` installs, until there is a newer transformers to test too."""
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    """One range everywhere. Its lower end, the newest too as yet, is what `constraints.txt` installs: a newer one has to be tested beside it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     with pytest.raises(ImportError) as refused:
         phase1.hf.require_supported("5.0.0")
-    assert project["optional-dependencies"]["hf"][0] in str(refused.value) and project["optional-dependencies"]["hf"][0] in phase1.hf.__doc__
+    (supported,) = project["optional-dependencies"]["hf"]
+    assert supported in str(refused.value) and supported in phase1.hf.__doc__
+    pins = (ROOT / "constraints.txt").read_text().split()
+    assert supported.replace(">=", "==").partition(",")[0] + ".0" in pins, "test the oldest supported transformers beside the new one"
     (name, target), *_ = project["entry-points"]["lm_eval.models"].items()
     pytest.importorskip("lm_eval")
     found = EntryPoint(name, target, "lm_eval.models").load()

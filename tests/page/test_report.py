@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from importlib.resources import files
 from pathlib import Path
 
+import html5lib
 import pytest
 
 from phase1.cli import main
@@ -69,6 +70,7 @@ class Page(HTMLParser):
 
 def assert_safe(text):
     """Nothing in it runs or is fetched; its structure is whole."""
+    html5lib.HTMLParser(strict=True).parse(text)  # raises for what a browser would have to guess
     found = Page(text)
     assert found.wrong == []
     names = {tag for tag, _ in found.tags}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shlex
 import signal
@@ -12,6 +13,7 @@ from dataclasses import replace
 
 import psutil
 import pytest
+from safetensors.torch import load_file
 from torch.distributed import run as torch_run
 
 from phase1.checks.regression import differences
@@ -50,8 +52,17 @@ def ours(text):
 
 @pytest.mark.parametrize("number, flag", [(signal.SIGKILL, ""), (signal.SIGKILL, "--context-parallel"), (signal.SIGTERM, "")])
 def test_a_run_ends_with_any_of_its_ranks_and_one_line_says_which(data, tmp_path, number, flag):
-    """SIGKILL of a rank; and SIGTERM of torchrun, which interrupts all: they leave a checkpoint."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "phase1", "train"]
+    """SIGKILL of any rank at any moment, while every step is kept; and SIGTERM of torchrun, which interrupts all: a checkpoint is left."""
+    victim, seconds = random.randrange(2), random.uniform(0, 3)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        "from phase1 import cli\n"
+        "from phase1.training import job\n"
+        f"job.SAVE_SECONDS = {0.0 if number == signal.SIGKILL else 1000.0}\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), "train"]
     words = f"{SHAPE} {RANKS} {TRAIN} {flag}".split()
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     log = tmp_path / "log"
@@ -62,14 +73,18 @@ def test_a_run_ends_with_any_of_its_ranks_and_one_line_says_which(data, tmp_path
             assert agent.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
         ranks = {int(p.environ()["RANK"]): p for p in psutil.Process(agent.pid).children() if "RANK" in p.environ()}
+        time.sleep(seconds)
         began = time.monotonic()
-        os.kill(ranks[1].pid if number == signal.SIGKILL else agent.pid, number)
+        os.kill(ranks[victim].pid if number == signal.SIGKILL else agent.pid, number)
         assert agent.wait(60) != 0
     assert time.monotonic() - began < 30
     assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in ranks.values())
     (line,) = ours(log.read_text())
+    where = f"rank {victim} after {seconds} s: {log.read_text()}"
     if number == signal.SIGKILL:
-        assert line.startswith("phase1 train: error: rank 1 of 2 was ended")
+        assert re.match(rf"phase1 train( \(rank 1 of 2\))?: error: rank {victim} of 2 was ended", line), where
+        index = read_index(tmp_path / "out")
+        assert index["step"] > 0 and all(load_file(tmp_path / "out" / name) for name in index["files"].values()), where
     else:
         assert line == "phase1 train: interrupted; older results are untouched; the same command goes on from its checkpoint"
         assert not read_index(tmp_path / "out")["facts"]["finished"]

@@ -1,9 +1,15 @@
-"""What the ranks do that a test starts: torchrun --nproc-per-node=N worker.py FOLDER; rank 0 writes N.json there."""
+"""What 2 ranks do, then 4, that a test starts: worker.py FOLDER; rank 0 of N writes N.json there.
+
+All are forks of one process, since they would spend most of their time on imports. Commands started by torchrun are in
+test_torchrun.py.
+"""
 
 import hashlib
+import importlib
 import json
 import os
 import signal
+import socket
 import sys
 from dataclasses import replace
 from functools import cache, partial
@@ -11,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.multiprocessing import start_processes
 
 from phase1 import world
 from phase1.config import EngineShape, TrainConfig
@@ -32,40 +39,45 @@ TINY = EngineShape(
     vocab_size=50, d_model=16, n_layers=1, n_heads=2, ar_ssm_max_rank=4, ar_ssm_min_rank=2, ar_ssm_window=4,
     htt_rank=1, htt_dense_rows=2, htt_groups=6,
 )  # fmt: skip
-T, B, STEPS, JOB_STEPS, PAUSE = 8, 8, 20, 10, 4
+T, B, STEPS, FEW, JOB_STEPS, PAUSE = 8, 8, 20, 6, 6, 3
 IDS = np.random.default_rng(0).zipf(1.3, 3000).astype(np.int64).clip(max=49).astype(np.uint16)
 CONFIG = TrainConfig(
     train_tokens=STEPS * B * T, train_batch_size=B, micro_batch_size=2, warmup_steps=3, learning_rate=3e-3, optimizer="adamw"
-)  # whose steps keep rounding small; Muon's make 480 times as much of it where singular values are small
+)
 JOB = replace(CONFIG, train_tokens=JOB_STEPS * B * T)
 PROTOCOL = Protocol("", "", "valid", T, 5, 0, 37)
 
 
 def fresh(role="phase1", config=CONFIG, shard=False, context=None, dtype=torch.float32):
+    """Only sharded blocks are recomputed: that costs half of the time, and only what a shard gathers for it could go wrong."""
     torch.manual_seed(0)
-    return make_train_state(LanguageModel(model_config(role, TINY)).to(dtype), config, "cpu", shard, context)
+    config_of_model = replace(model_config(role, TINY), recompute="block" if shard else "none")
+    return make_train_state(LanguageModel(config_of_model).to(dtype), config, "cpu", shard, context)
 
 
-LOSSES = (("phase1", 1), ("phase1", 2), ("baseline", 2))
+LOSSES = [(role, micro) for role in ("phase1", "baseline") for micro in (1, 2)]
 
 
 @cache
 def losses(role="phase1", micro_batch_size=2, **how):
-    """Loss and norm of the gradient of STEPS steps of the same batches, whoever takes them."""
-    return trained(role, micro_batch_size, **how)[1]
+    """Loss and norm of the gradient of steps of the same batches, whoever takes them.
+
+    In float64: a step moves what has next to no gradient by its sign, which in float32 is that of rounding.
+    """
+    return trained(role, micro_batch_size, torch.float64, **how)[1]
 
 
-def bits(role, micro_batch_size):
-    """Of all parameters after these steps."""
-    state, _ = trained(role, micro_batch_size)
+def bits():
+    """Of all parameters after such steps in float32."""
+    state, _ = trained("phase1", 2, torch.float32)
     return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in state.model.parameters())).hexdigest()
 
 
-def trained(role, micro_batch_size, shard=False, context_parallel=False, dtype=torch.float32, optimizer="adamw"):
+def trained(role, micro_batch_size, dtype, steps=FEW, shard=False, context_parallel=False, optimizer="adamw"):
     context, found = context_of(CONFIG, T, context_parallel), []
     state = fresh(role, replace(CONFIG, micro_batch_size=micro_batch_size, optimizer=optimizer), shard, context, dtype)
     batch_at = batches_of_rank(Windows(IDS, T, 0), CONFIG, context)
-    train(state, batch_at, STEPS, lambda step, loss: found.append((loss.item(), state.grad_norm.item())))
+    train(state, batch_at, steps, lambda step, loss: found.append((loss.item(), state.grad_norm.item())))
     return state, found
 
 
@@ -199,31 +211,32 @@ def opened_for_writing(found, event, arguments):
         found.append(path)
 
 
-def main(folder):
-    torch.set_num_threads(1)
+def rank_main(rank, ranks, port, folder):
+    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"WORLD_SIZE": str(ranks), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     written = []
     with world.first_speaks(), processes("worker"):
         if not world.is_first():
             sys.addaudithook(partial(opened_for_writing, written))
         n = group.size()
         found = {
-            "losses": {f"{role} {micro}": losses(role, micro) for role, micro in LOSSES[(n - 1) // 2 :]},
+            "losses": {f"{role} {micro}": losses(role, micro, steps=STEPS) for role, micro in LOSSES},
             "uneven": uneven_gradients(),
             "overflow": overflow(),
             "context overflow": overflow(context_parallel=True),
-            "context losses": losses(context_parallel=True, dtype=torch.float64),
-            "muon losses": [losses(optimizer="muon", dtype=torch.float64)],
+            "context losses": losses(context_parallel=True),
+            "muon losses": [losses(optimizer="muon")],
             "scores": scores(),
             "failures": failures(),
             "times": times(),
             "first": group.from_first(lambda: world.rank()),
         }
         if n == 2:
-            found["equal runs"] = [bits(*LOSSES[-1]) for _ in range(2)]
+            found["equal runs"] = [bits() for _ in range(2)]
             found["children"] = children()
             found["sharded losses"] = losses(shard=True)
             found["sharded scores"] = scores(shard=True)
-            found["muon losses"].append(losses(optimizer="muon", dtype=torch.float64, shard=True))
+            found["muon losses"].append(losses(optimizer="muon", shard=True))
             found["sharded overflow"] = overflow(shard=True)
             found["jobs"] = {
                 "from one": job(folder / "from one"),
@@ -241,6 +254,16 @@ def main(folder):
         found["written by others"] = [path for paths in group.gathered(written)[1:] for path in paths]
         if world.is_first():
             (folder / f"{n}.json").write_text(json.dumps(found))
+
+
+def main(folder):
+    for name in ("torch._dynamo", "torch.distributed.fsdp"):  # what a rank would import on its way
+        importlib.import_module(name)
+    torch.set_num_threads(1)
+    for ranks in (2, 4):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        start_processes(rank_main, (ranks, port, folder), ranks, start_method="fork")
 
 
 if __name__ == "__main__":

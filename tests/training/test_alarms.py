@@ -4,6 +4,8 @@ import pytest
 
 from phase1.training.alarms import Alarms
 
+STEADIER = "lower --learning-rate"
+
 
 def calm(count, seed=0):
     chance = random.Random(seed)
@@ -15,7 +17,7 @@ def told(alarms, losses=(), norms=(), loss_scale=None, closed=()):
 
 
 def test_a_calm_training_is_not_commented():
-    alarms = Alarms(1.0)
+    alarms = Alarms(1.0, STEADIER)
     losses = sorted(calm(400), reverse=True)
     assert told(alarms, losses, [0.5] * 400, 2.0**16) == []
 
@@ -32,7 +34,7 @@ def test_a_calm_training_is_not_commented():
     ],
 )
 def test_a_sign_is_told_once_until_it_has_gone(signs, says):
-    alarms = Alarms(1.0)
+    alarms = Alarms(1.0, STEADIER)
     told(alarms, calm(100), [0.5] * 100, 2.0**16)
     first = told(alarms, **signs)
     assert len(first) == 1 and says in first[0] and "--" in first[0]
@@ -43,11 +45,11 @@ def test_a_sign_is_told_once_until_it_has_gone(signs, says):
 
 
 def test_too_few_steps_say_nothing():
-    assert told(Alarms(1.0), [*calm(50), 100.0], [5.0] * 51) == []
+    assert told(Alarms(1.0, STEADIER), [*calm(50), 100.0], [5.0] * 51) == []
 
 
 def test_losses_that_are_no_numbers_are_not_what_others_are_compared_with():
-    alarms = Alarms(1.0)
+    alarms = Alarms(1.0, STEADIER)
     told(alarms, [*calm(100), float("nan"), float("inf")])
     assert told(alarms, calm(10, 1)) == []
     assert "the loss jumped" in told(alarms, [9.0])[0]

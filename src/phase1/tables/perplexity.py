@@ -1,6 +1,6 @@
 """The perplexity table."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from phase1.records.schema import PerplexityResult, Report
@@ -43,6 +43,7 @@ def perplexity_comparison(report: Report[PerplexityResult], hardware: str | None
     }
     texts |= {text for r in report.results.values() if (text := _windows_text(r, report))}
     texts |= {f"No {name.replace('_', ' ')}: {why}." for r in report.results.values() for name, why in r.absent.items()}
+    texts |= set(own_texts(report.results))
     if groups := report.run.get("optimizer_groups"):
         texts.add(f"Optimizer groups of {groups}.")
     if len({r.protocol_hash for r in report.results.values() if r.protocol_hash}) > 1:
@@ -65,6 +66,17 @@ def _windows_text(result: PerplexityResult, report: Report[PerplexityResult]) ->
         return ""
     windows = "side by side" if stride in (None, T) else f"stride {stride}"
     return f"Windows: T = {T}, {windows}; in training T = {'unknown' if trained is None else trained}."
+
+
+def own_texts(results: Mapping[str, PerplexityResult]) -> Iterator[str]:
+    """What a model and its baseline were asked for, where one of them is a user's own; what they are is in the columns."""
+    sizes = {"vocab_size": "{} and {} tokens of vocabulary", "d_model": "width {} and {}", "n_layers": "{} and {} layers"}
+    for key, result in ((Key.parse(text), result) for text, result in results.items()):
+        baseline = results.get(str(key.baseline))
+        if baseline is None or baseline is result or not any(side.config.get("model") for side in (result, baseline)):
+            continue
+        asked = (text.format(*(side.config.get(size) for side in (result, baseline))) for size, text in sizes.items())
+        yield f"Asked of {key.model} and of baseline: {', '.join(asked)}."
 
 
 class PerplexityCells(NamedTuple):

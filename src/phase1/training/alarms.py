@@ -11,10 +11,13 @@ SMALLEST_SCALE = 1.0  # of the loss scaler; below it fp16 cannot hold the gradie
 
 
 class Alarms:
-    """Reports each sign once, and again only after it has disappeared."""
+    """Reports each sign once, and again only after it has disappeared.
 
-    def __init__(self, grad_clip: float) -> None:
-        self.grad_clip = grad_clip
+    steadier: what helps against numbers that are not finite.
+    """
+
+    def __init__(self, grad_clip: float, steadier: str) -> None:
+        self.grad_clip, self.steadier = grad_clip, steadier
         self.losses: deque[float] = deque(maxlen=RECENT)
         self.clipped: deque[bool] = deque(maxlen=RECENT)
         self.told: set[str] = set()
@@ -35,10 +38,10 @@ class Alarms:
         jumped = f"the loss jumped by step {step}: {spike}; if it stays there, lower --learning-rate"
         yield from self._tell("spike", spike is not None, jumped)
         lost = len(losses) - len(finite)
-        none = f"the loss was no finite number in {lost} of the steps to {step}; lower --learning-rate, or --precision bf16"
+        none = f"the loss was no finite number in {lost} of the steps to {step}; {self.steadier}"
         yield from self._tell("number", lost > 0, none)
         low = loss_scale is not None and loss_scale <= SMALLEST_SCALE
-        yield from self._tell("scale", low, f"the loss scale fell to {loss_scale}; lower --learning-rate, or --precision bf16")
+        yield from self._tell("scale", low, f"the loss scale fell to {loss_scale}; {self.steadier}")
         share = sum(self.clipped)
         yield from self._tell(
             "clipped", often, f"{share} of the last {RECENT} gradients were clipped; lower --learning-rate or raise --grad-clip"

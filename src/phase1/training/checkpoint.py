@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from phase1.config import Config, ModelConfig, TrainConfig, present_settings
+from phase1.device import steadier
 from phase1.errors import Diverged
 from phase1.files import atomic_write, open_plain, read_json, remove
 from phase1.parallel import group
@@ -62,8 +63,7 @@ def save_checkpoint(
     if token_order is not None:
         parts["tokens"] = {"order": token_order}
     if name := group.from_first(lambda: next(filter(None, map(not_finite, parts.values())), None)):
-        remedy = "lower --learning-rate or use --precision bf16"
-        raise Diverged(f"{name} is not finite at step {state.step}, nothing is saved; {remedy}")
+        raise Diverged(f"{name} is not finite at step {state.step}, nothing is saved; {steadier(state.device)}")
     if is_first():
         _write(folder, state, facts, parts)
     group.gate()

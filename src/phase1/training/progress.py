@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from phase1.device import steadier
 from phase1.files import append_text, atomic_write
 from phase1.progress import LINE_SECONDS
 from phase1.records.metrics import METRICS, MetricsLog
@@ -85,7 +86,7 @@ class Progress(Follower):
         self.every = max(1, steps // ROWS)
         self.log = MetricsLog(folder / METRICS, state.step)
         _trim_samples(folder / SAMPLES, state.step)
-        self.alarms = Alarms(state.grad_clip)
+        self.alarms = Alarms(state.grad_clip, steadier(state.device))
         self.losses: list[Tensor] = []
         self.norms: list[Tensor] = []
         self.row_at, self.line_at = (state.step, self.began), self.began

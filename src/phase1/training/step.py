@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from phase1.config import TrainConfig
+from phase1.device import steadier
 from phase1.errors import Diverged
 from phase1.model import LanguageModel
 from phase1.ops.cross_entropy import IGNORE
@@ -232,9 +233,7 @@ def train(
 def check_finite(loss: Tensor, step: int) -> None:
     """Raise Diverged unless `loss` is finite."""
     if not math.isfinite(loss.item()):
-        bf16 = loss.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        other = " or use --precision bf16" if bf16 else ""
-        raise Diverged(f"the loss is {loss.item()} at step {step}; lower --learning-rate{other}")
+        raise Diverged(f"the loss is {loss.item()} at step {step}; {steadier(loss.device)}")
 
 
 def _micro_batches(batch: Batch, size: int, device: torch.device) -> Iterator[Batch]:
