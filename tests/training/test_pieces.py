@@ -1,9 +1,9 @@
 """Training piece by piece is training on whole sequences: loss and every gradient, in float64."""
 
-from dataclasses import copy
+import copy
+from dataclasses import replace
 
 import pytest
-import replace
 import torch
 from torch._dynamo.testing import CompileCounter
 
