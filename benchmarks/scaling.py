@@ -113,6 +113,7 @@ class Bench:
         from phase1.parallel import group
         from phase1.parallel.replicas import Alone
         from phase1.roster import model_config
+        from phase1.training.proof import prove_compiled
         from phase1.training.step import make_train_state
 
         self.ranks, self.rank = group.size(), group.rank()
@@ -125,6 +126,8 @@ class Bench:
         model = LanguageModel(shape)
         self.start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         self.state = make_train_state(model, TrainConfig(compile=self.fast, cuda_graphs=self.fast), self.device)
+        if self.fast:
+            prove_compiled(self.state, micro_batches(shape.vocab_size, *self.size, 1, self.device)[0][0][0])
         self.scaler = dict(self.state.scaler.state_dict())
         self.alone = replace(self.state, replicas=Alone())
         self.batches = micro_batches(shape.vocab_size, *self.size, self.ranks, self.device)

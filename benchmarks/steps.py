@@ -18,6 +18,7 @@ from phase1.config import EngineShape, TrainConfig, present_settings
 from phase1.machine.environment import current_command, environment
 from phase1.model import LanguageModel
 from phase1.roster import model_config
+from phase1.training.proof import prove_compiled
 from phase1.training.step import make_train_state, train_step
 
 WARMUP, MEASURED = 5, 12
@@ -40,6 +41,7 @@ def main() -> None:
     state = make_train_state(model, TrainConfig(compile=True, cuda_graphs=True, optimizer=options.optimizer), "cuda")
     ids = (torch.rand(B, T + 1, generator=torch.Generator().manual_seed(1)) ** 4 * 50_000).long().cuda()
     batch = [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())]
+    prove_compiled(state, batch[0])
     losses = [train_step(state, batch).item() for _ in range(WARMUP)]
     times = []
     for _ in range(MEASURED):

@@ -145,7 +145,7 @@ def test_memory_of_many_tokens_is_that_of_few():
     _, state = d.prefill(text(100))
     peak_of(d, 20, state)  # what is made once
     (few, widest), (many, widest_of_many) = peak_of(d, 20, state), peak_of(d, 150, state)
-    assert widest_of_many == widest and many < 1.2 * few + 20_000
+    assert widest_of_many == widest and many < 1.2 * few + 60_000  # the objects of 130 states would be 200 kB
 
 
 @pytest.mark.parametrize("role", ["phase1", "baseline"])

@@ -18,10 +18,10 @@ TINY = EngineShape(
 )
 
 
-def state_compiled_by(backend, piece_length=None):
+def state_compiled_by(backend, piece_length=None, **overrides):
     torch.manual_seed(0)
     config = TrainConfig(micro_batch_size=2, piece_length=piece_length)
-    state = make_train_state(LanguageModel(model_config("phase1", TINY, recompute="none")), config, "cpu")
+    state = make_train_state(LanguageModel(model_config("phase1", TINY, recompute="none", **overrides)), config, "cpu")
     torch._dynamo.reset()
     compile_losses(state.model, piece_length is not None, backend=backend)
     return state
@@ -73,7 +73,16 @@ def test_what_needs_too_much_memory_as_written_stays_unproven(monkeypatch):
         raise torch.cuda.OutOfMemoryError("no")
 
     monkeypatch.setattr("phase1.training.proof._gradients", forward)
+    with pytest.warns(UserWarning, match="not proven: as it is written it needs more memory"):
+        prove_compiled(state, batch())
+
+
+def test_no_parameter_hides_behind_one_that_begins_at_zero(monkeypatch):
+    seen = []
+    state = state_compiled_by("aot_eager", htt_output="two_level")
+    monkeypatch.setattr("phase1.training.proof.worst", lambda found, wanted: (seen.append(wanted), (0.0, ""))[1])
     prove_compiled(state, batch())
+    assert all(gradient.any() for name, gradient in seen[0].items() if not name.endswith("bias"))
 
 
 def test_a_training_that_compiles_begins_with_the_proof(monkeypatch, tmp_path, capsys):
@@ -87,4 +96,4 @@ def test_a_training_that_compiles_begins_with_the_proof(monkeypatch, tmp_path, c
     size = "--seq-length 24 --train-tokens 480 --train-batch-size 4 --micro-batch-size 2 --eval-every 0"
     where = f"--dataset-name {tmp_path}/text.txt --out-dir {tmp_path}/out"
     assert main(["train", *shape.split(), *size.split(), *where.split(), "--compile"]) == 3
-    assert "asked of step 0 with (4, 24)" in capsys.readouterr().err
+    assert "asked of step 0 with (2, 24)" in capsys.readouterr().err

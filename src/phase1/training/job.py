@@ -93,7 +93,8 @@ def train_to_checkpoint(
         try:
             batch_at = batches_of_rank(windows, train_config, context)
             if train_config.compile and not shard and context is None:  # those that share a model compile the same
-                prove_compiled(state, batch_at(state.step))
+                inputs, targets = (part[: train_config.micro_batch_size] for part in batch_at(state.step))
+                prove_compiled(state, (inputs, targets))
             kept = (folder, facts, label, watch, order, corpus.tokenizer)
             facts |= Schedule(state, batch_at, steps, seq_length, *kept, interrupted=interrupted).run()
         except EndsEarly as early:
