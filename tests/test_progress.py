@@ -1,7 +1,9 @@
 """Bars on a terminal, and lines elsewhere, for work that takes longer than a moment."""
 
 import io
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -68,3 +70,14 @@ def test_every_bar_of_the_program_is_one_of_these():
     for path in Path(module.__file__).parent.rglob("*.py"):
         made = "tqdm(" in path.read_text()
         assert not made or path.name == "progress.py", path
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs forks")
+def test_a_fork_that_is_killed_in_the_middle_of_a_bar_does_not_stop_the_bars_of_others():
+    child = os.fork()
+    if not child:
+        module.Bar.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert module.Bar.get_lock().acquire(timeout=5)
+    module.Bar.get_lock().release()

@@ -1,6 +1,7 @@
 """Progress of long work on standard error: a bar on a terminal, and elsewhere (a log, CI, SLURM) a line now and then."""
 
 import sys
+from threading import RLock
 from typing import Any, Final, TextIO
 
 from tqdm import tqdm
@@ -24,7 +25,13 @@ class _Lines:
         self.file.flush()
 
 
-class _Log(tqdm):
+class Bar(tqdm):
+    """A bar that a fork which is killed cannot stop."""
+
+    _lock = RLock()  # of this process: tqdm's own is shared with all forks of it, and one that is killed may keep it for good
+
+
+class _Log(Bar):
     def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
         super().set_postfix_str(s, refresh=False)  # shown by the next line
 
@@ -32,7 +39,7 @@ class _Log(tqdm):
 def progress(iterable: Any = None, *, desc: str, total: float | None = None, unit: str = "it", **options: Any) -> Any:
     """A tqdm bar over `iterable`, or to `update` by hand, on standard error; `options` are tqdm's."""
     if options.get("disable") or sys.stderr.isatty():
-        return tqdm(iterable, desc=desc, total=total, unit=unit, **options)
+        return Bar(iterable, desc=desc, total=total, unit=unit, **options)
     if total is None and hasattr(iterable, "__len__"):
         total = len(iterable)
     lines: dict[str, Any] = {"file": _Lines(sys.stderr), "bar_format": OPEN_LINE if total is None else LINE, "miniters": 1}

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phase1.layers.attention import AttentionState
 from phase1.layers.copy_head import CopyState
 
 WARMUP_RUNS = 3  # before a capture: libraries make their handles
@@ -86,6 +87,25 @@ def captured(step: Callable[[], Any], warm: bool = False) -> tuple[Callable[[], 
         graph.replay()
 
     return launch, result
+
+
+def again(advance: Advance, ids: Tensor, state: list[Any], copy_window: int | None) -> Callable[[], object]:
+    """A function that takes `ids` after the same state at every call; for a graph, with the window of its copy head.
+
+    Keys and values are written in place, as in a text that goes on, where only one token in many makes room for more.
+    """
+    later = advance(ids, state)[1]
+    state = [a.in_place(b) if isinstance(a, AttentionState) else a for a, b in zip(state, later, strict=True)]
+    if copy_window is not None:
+        state = static(state, copy_window)
+
+    def step() -> object:
+        for layer in state:
+            if isinstance(layer, AttentionState):
+                layer.forget_later()
+        return advance(ids, state)
+
+    return step
 
 
 def static(state: list[Any], copy_window: int) -> list[Any]:

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from phase1.device import steadier
 from phase1.files import append_text, atomic_write
-from phase1.progress import LINE_SECONDS
+from phase1.progress import LINE_SECONDS, Bar
 from phase1.records.metrics import METRICS, MetricsLog
 from phase1.training.alarms import Alarms
 from phase1.training.gates import closed_gates
@@ -95,7 +94,7 @@ class Progress(Follower):
         self.closed: list[int] = []  # layers whose rank gate was closed at the last score
         self.scores = [(row["step"], row["val_loss"]) for row in self.log.rows if row["val_loss"] is not None]
         self.lines = not sys.stderr.isatty()
-        self.bar = tqdm(
+        self.bar = Bar(
             total=steps * tokens_per_step, initial=state.step * tokens_per_step, desc=f"train {label}", unit="tok",
             unit_scale=True, disable=self.lines,
         )  # fmt: skip

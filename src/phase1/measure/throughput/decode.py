@@ -9,8 +9,7 @@ from torch import Tensor
 from phase1.config import ModelConfig
 from phase1.errors import is_out_of_memory
 from phase1.generation.decoder import PIECE, Decoder, States, state_bytes
-from phase1.generation.replay import captured, static
-from phase1.layers.attention import AttentionState
+from phase1.generation.replay import again, captured
 from phase1.measure.workload import SEED, make_workload
 from phase1.model import LanguageModel
 from phase1.progress import progress
@@ -54,21 +53,8 @@ class _Contexts:
             self.steps[context] = self._step(ids[:, :1], state, graphs)
 
     def _step(self, ids: Tensor, state: States, graphs: bool) -> Step:
-        """A function that generates one token after the same context at every call.
-
-        Keys and values are written in place, as in a text that goes on, where only one token in many makes room for more.
-        """
-        later = self.decoder.advance(ids, state)[1]
-        state = [a.in_place(b) if isinstance(a, AttentionState) else a for a, b in zip(state, later, strict=True)]
-        if graphs:
-            state = static(state, self.decoder.model.config.copy_window)
-
-        def step() -> object:
-            for layer in state:
-                if isinstance(layer, AttentionState):
-                    layer.forget_later()
-            return self.decoder.advance(ids, state)
-
+        """A function that generates one token after the same context at every call."""
+        step = again(self.decoder.advance, ids, state, self.decoder.model.config.copy_window if graphs else None)
         return captured(step)[0] if graphs else step
 
 
