@@ -93,6 +93,8 @@ def program(checkpoint, *flags, **options):  # noqa: F811
         "--no-copy-head",
         *flags,
     ]
+    # a shell starts what it puts in the background with interrupts ignored
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(
         command, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}, **options
     )

@@ -160,6 +160,7 @@ def job(folder, stop=None, **how):
     """`train_to_checkpoint` to the end, or interrupted after a step."""
     from phase1.data.corpora import Split
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has what is in its background ignore
     corpus = Corpus("text", "", None, {"train": Split("train", IDS, "sha")}, FakeTokenizer())
     watch = Watch(trackers=[Stop(stop)] if stop and world.is_first() else ())
     try:
