@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from phase1.model import States
-from phase1.parallel.group import together
-from phase1.training.micro_batch import WARMUP_RUNS, places_of_gradients, require_same_gradients
+from phase1.training.micro_batch import WARMUP_RUNS, capture_mode, places_of_gradients, require_same_gradients
 from phase1.training.pieces import Gradients, Piece, Pieces, floating, rebuilt, tensors
 
 
@@ -28,7 +27,7 @@ class Launched:
                 function(*self.inputs)
         torch.cuda.current_stream().wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local" if together() else "global"):
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode=capture_mode()):
             self.outputs = function(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:

@@ -77,14 +77,18 @@ class GraphedMicroBatch(MicroBatch):
         torch.cuda.current_stream().wait_stream(aside)
         self.model.zero_grad(set_to_none=False)
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # with other ranks, a thread of NCCL asks for the end of earlier sums meanwhile: no part of this capture
-        mode = "thread_local" if together() else "global"
+        mode = capture_mode()
         with torch.cuda.graph(self._forward, capture_error_mode=mode):
             objective, loss = super().forward(*inputs)
         with torch.cuda.graph(self._backward, pool=self._forward.pool(), capture_error_mode=mode):
             add_gradients(self.scaler.scale(objective), self.model)
         self._inputs, self._outputs = inputs, (objective.detach(), loss.detach())
         self._held = places_of_gradients(self.model)
+
+
+def capture_mode() -> str:
+    """Whose other work ends a capture: with other ranks, a thread of NCCL asks for the end of earlier sums meanwhile."""
+    return "thread_local" if together() else "global"
 
 
 def places_of_gradients(model: torch.nn.Module) -> list[int]:

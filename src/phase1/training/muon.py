@@ -52,8 +52,7 @@ class Muon(torch.optim.Optimizer):
                 update = update if overflow is None else update.masked_fill_(overflow, 0.0)
                 mine = [own(parameter) for parameter in parameters]
                 torch._foreach_mul_(mine, kept)
-                parts = [own(part_of(part, like)) for part, like in zip(update, parameters, strict=True)]
-                torch._foreach_add_(mine, parts, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+                torch._foreach_add_(mine, _parts(update, parameters), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
     def _ahead(self, parameters: list[Tensor], overflow: Tensor | None) -> Tensor:
         """0.05 G + 0.95 M of matrices of one shape over its norm, (k, n, m) in the type of the products, after M has taken G.
@@ -68,10 +67,9 @@ class Muon(torch.optim.Optimizer):
             ahead.masked_fill_(overflow, 0.0)
             share = torch.where(overflow, 0.0, share).to(ahead.dtype)
         momentum.lerp_(ahead, share)
-        parts = [own(part_of(part, like)) for part, like in zip(momentum, momenta, strict=True)]
-        torch._foreach_copy_([own(momentum) for momentum in momenta], parts)
+        torch._foreach_copy_([own(momentum) for momentum in momenta], _parts(momentum, momenta))
         ahead.lerp_(momentum, MOMENTUM)  # Nesterov's
-        del momentum, parts
+        del momentum
         ahead /= torch.linalg.vector_norm(ahead, dim=(1, 2), keepdim=True).clamp(min=1e-7)
         return ahead.to(self.dtype or ahead.dtype)
 
@@ -80,6 +78,11 @@ class Muon(torch.optim.Optimizer):
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
         return state["momentum_buffer"]
+
+
+def _parts(stack: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """This rank's part of each matrix of a stack, which is spread as its parameter is."""
+    return [own(part_of(matrix, other)) for matrix, other in zip(stack, like, strict=True)]
 
 
 def orthogonalise(stacks: list[Tensor]) -> None:
@@ -100,8 +103,8 @@ def orthogonalise(stacks: list[Tensor]) -> None:
         for count in ITERATIONS:
             factors = _factors([_wide(stacks[number]) for number in numbers], count)
             for number, factor in zip(numbers, factors, strict=True):
-                tall, x = stacks[number].shape[1] > stacks[number].shape[2], _wide(stacks[number])
-                stacks[number] = (factor @ x).mT if tall else factor @ x
+                x = _wide(stacks[number])
+                stacks[number] = factor @ x if x is stacks[number] else (factor @ x).mT
 
 
 def _wide(stack: Tensor) -> Tensor:

@@ -41,13 +41,13 @@ def worst_error(device: torch.device, R: int, P: int, fixed: int, window: int, d
         errors = []
         for T, programs, goes_on in ((LENGTH, PROGRAMS.get(), False), (LENGTH, PROGRAMS.get(), True), (whole, 1, False)):
             proj, p = operands(2, T, HEADS, R, P, HIDDEN if fixed < R else 0, fixed, dtype, device, generator)
-            past = _past(proj, p, window) if goes_on else None
+            exact = Parameters(*(None if q is None else q.double() for q in p))  # type: ignore[arg-type]
+            past = _past(proj, exact, window) if goes_on else None
             token = PROGRAMS.set(programs)
             try:
                 got = _results(fused_ar_ssm, proj, p, window, past)
             finally:
                 PROGRAMS.reset(token)
-            exact = Parameters(*(None if q is None else q.double() for q in p))  # type: ignore[arg-type]
             past = None if past is None else State(past.position, *(part.double() for part in past[1:]))
             errors.append(relative_error(got, _results(ar_ssm_reference, proj.double(), exact, window, past)))
     return max(errors)
@@ -70,10 +70,9 @@ def operands(
     return proj, Parameters(draw(4, conv, std=0.5), draw(conv, std=0.1), *decay, *scales, *gate)
 
 
-def _past(proj: Tensor, p: Parameters, window: int) -> State:
+def _past(proj: Tensor, exact: Parameters, window: int) -> State:
     """The state after some positions, from the definition."""
     with torch.no_grad():
-        exact = Parameters(*(None if q is None else q.double() for q in p))  # type: ignore[arg-type]
         state = ar_ssm_reference(proj[:, :window].double(), exact, window=window, memory=1000.0)[1]
     half = [part.to(proj.dtype) for part in (state.conv, state.k, state.x)]
     return State(state.position, half[0], state.S.float(), half[1], half[2])
