@@ -153,13 +153,11 @@ def test_the_operator_compiles_without_a_break():
 
 class TestSelfCheck:
     @pytest.fixture(autouse=True)
-    def a_card(self, monkeypatch, tmp_path):
-        """A card of that name, whose kernels run where these tests do, and an empty cache."""
+    def a_card(self, monkeypatch, tmp_path, named_card):
+        """Kernels that run where these tests do, and an empty cache."""
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         monkeypatch.setattr(self_check, "LENGTH", 20)
         monkeypatch.setattr(self_check, "HEADS", 1)
-        card = type("Card", (), {"name": "a card", "major": 8, "minor": 6})
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
         check = self_check.worst_error
         monkeypatch.setattr(self_check, "worst_error", lambda device, *rest: self.calls.append(rest) or check(DEVICE, *rest))
         self.calls = []
