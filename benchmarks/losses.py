@@ -173,7 +173,7 @@ def swept(options: argparse.Namespace, device: str, dtype: torch.dtype) -> Itera
 def softmax_row(options: argparse.Namespace, dtype: torch.dtype, setting: tuple[int, int, int], with_bias: bool) -> Row:
     """The softmax kernel alone on one chunk, as milliseconds for all tokens."""
     V = options.vocab_size
-    n = chunked._chunk_tokens(torch.empty(0, dtype=dtype).element_size(), V)
+    n = chunked._chunk_tokens(torch.empty(0, dtype=dtype).element_size(), V, 1)
     logits = torch.randn(n, V + -V % chunked.LINE, device="cuda", dtype=dtype)[:, :V]
     column, weights = torch.randint(V, (n,), device="cuda"), torch.ones(n, dtype=torch.bool, device="cuda")
     picked, bias = torch.empty(n, device="cuda"), torch.randn(V, device="cuda") if with_bias else None

@@ -1,5 +1,6 @@
 import gc
 import tracemalloc
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -282,15 +283,19 @@ def test_graphs_need_a_gpu():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("length", [1, 200])
 def test_a_graph_gives_what_steps_give(length):
-    model = decoder(shape=replace(SHAPE, copy_window=100)).model.cuda()
-    plain, graphs = Decoder(model, BYTES), Decoder(model, BYTES, cuda_graphs=True)
+    """As far as both are from float64: where a normed vector has nearly no length, a rounding error is many times itself."""
+    model = decoder(shape=replace(SHAPE, copy_window=100)).model
+    exact = Decoder(deepcopy(model).double(), BYTES)
+    model = model.cuda()
+    decoders = [exact, Decoder(model, BYTES), Decoder(model, BYTES, cuda_graphs=True)]
+    off = [0.0, 0.0, 0.0]
     for seed in range(2):  # the second text begins in the graph of the first
-        log_p, state = plain.prefill(text(length, seed))
-        same, fixed = graphs.prefill(text(length, seed))
+        found = [d.prefill(text(length, seed)) for d in decoders]
         for id in text(150, seed + 5):
-            torch.testing.assert_close(same, log_p, atol=1e-4, rtol=1e-4)
-            (log_p, state), (same, fixed) = plain.step(id, state), graphs.step(id, fixed)
-    assert graphs._replay._replay is not None
+            off = [max(worst, (log_p.cpu() - found[0][0]).abs().max().item()) for worst, (log_p, _) in zip(off, found)]
+            found = [d.step(id, state) for d, (_, state) in zip(decoders, found)]
+    assert off[1] < 0.02 and off[2] < 2 * off[1] + 1e-4
+    assert decoders[2]._replay._replay is not None
 
 
 @pytest.fixture

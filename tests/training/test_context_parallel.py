@@ -1,6 +1,7 @@
 """One sequence over several ranks: the loss and every gradient are those of one process, in float64 (gloo)."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -21,7 +22,7 @@ CASES = {
     "two_level": FORMS["two_level"],
     "dense, no copy head": {"embedding": "dense", "copy_head": False},
     "recomputed": {"recompute": "block"},
-    "faded": {"ar_ssm_memory": 1, "recompute": "none"},  # a stretch is longer than 40 times the memory
+    "faded": {"ar_ssm_memory": 1, "recompute": "none"},  # a stretch is longer than 38 times the memory
     "all faded": {"ar_ssm_memory": 1, "recompute": "none"},  # all stretches are longer than 22 times that
     "no window": {"ar_ssm_window": 0},
 }
@@ -41,7 +42,8 @@ def worker(rank, size, folder):
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         loss, wanted = outcome(MicroBatch(model, scaler, torch.float32), ids, targets)
         all_faded = name == "all faded"
-        context_parallel.FADED = {torch.float64: 22.0 if all_faded else 40.0}  # e^-22 is below what is asked for
+        if all_faded:
+            context_parallel.faded = lambda dtype: 22.0  # e^-22 is below what is asked for
         for lengths in ALL_FADED if all_faded else LENGTHS[size]:
             context = Context(lengths, rank)
             own = slice(context.start, context.start + lengths[rank])
@@ -82,6 +84,11 @@ def test_stretches_are_as_equal_as_can_be():
         stretches(3, 4)
 
 
+def test_what_has_faded_is_a_quarter_of_the_rounding_of_the_inputs():
+    found = [context_parallel.faded(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)]
+    assert found == pytest.approx([math.log(4 * 2**bits) for bits in (8, 11, 24, 53)])
+
+
 def test_what_a_long_stretch_leaves_is_what_its_last_positions_leave(monkeypatch):
     """By the fused operator, in Triton's interpreter without a GPU, and by PyTorch's, of all positions."""
     pytest.importorskip("triton")
@@ -92,7 +99,7 @@ def test_what_a_long_stretch_leaves_is_what_its_last_positions_leave(monkeypatch
     conv = torch.randn(1, 3, mixer.channels, device=device)
     outcomes = []
     for fused, longest in ((False, 1000.0), (False, 24.0), (True, 24.0)):
-        monkeypatch.setattr(context_parallel, "OF_FLOAT32", longest)
+        monkeypatch.setattr(context_parallel, "faded", lambda dtype, longest=longest: longest)
         monkeypatch.setattr(context_parallel, "fused_runs", lambda *_, fused=fused: fused)
         mixer.zero_grad()
         given = proj.clone().requires_grad_()

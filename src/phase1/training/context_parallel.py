@@ -13,8 +13,10 @@ from phase1.ops.ar_ssm import TAPS, State, fused_ar_ssm, fused_runs
 from phase1.parallel.group import stacked, sum_
 from phase1.training.micro_batch import MicroBatch
 
-FADED = {torch.float64: 40.0}  # log of what counts as nothing beside a state: e^-18 is a quarter of float32's rounding
-OF_FLOAT32 = 18.0
+
+def faded(dtype: torch.dtype) -> float:
+    """x where e^-x of a state is nothing beside it: a quarter of what its inputs, of that type, are rounded by."""
+    return math.log(8 / torch.finfo(dtype).eps)
 
 
 class Context:
@@ -26,9 +28,10 @@ class Context:
     for another's result. Gradients take the same way back: all-gathered tensors get the sum of what all ranks have for them.
     All ranks must call the same functions in the same order; stretches may have any lengths.
 
-    A state fades to 1/e in `memory` positions at least. Of a stretch that is longer than 18 times that (40 in float64) B is
-    taken from its last positions alone, for what comes before them is nothing beside rounding. Where one is shorter, B depends
-    on the convolution's inputs from the rank before, which an exchange of their own brings first.
+    A state fades to 1/e in `memory` positions at least. Of a stretch that is longer than 9 times that (7 in bfloat16, 18 in
+    float32, 38 in float64) B is taken from its last positions alone, for what comes before them is nothing beside the rounding
+    of B's inputs. Where one is shorter, B depends on the convolution's inputs from the rank before, which an exchange of their
+    own brings first.
 
     Source: Sun et al. 2024, "Linear attention sequence parallelism", section 2; Dao and Gu 2024, section 8.2.
     """
@@ -67,8 +70,7 @@ class Context:
 
     def _first(self, mixer: "Mixer", proj: Tensor, length: int) -> int:
         """The first position of a stretch that its state still depends on."""
-        faded = FADED.get(torch.promote_types(proj.dtype, torch.float32), OF_FLOAT32) * mixer.memory
-        return max(0, length - max(math.ceil(faded), mixer.window))
+        return max(0, length - max(math.ceil(faded(proj.dtype) * mixer.memory), mixer.window))
 
     def _inputs(self, taps: Tensor) -> Tensor:
         """The convolution's inputs before this rank, zeros at the beginning, from the ends of all, (N, B, TAPS - 1, ·)."""
