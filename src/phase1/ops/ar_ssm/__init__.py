@@ -59,10 +59,10 @@ def fused_ar_ssm(
     start = 0 if state is None else state.position
     out, gate, states, k, x, *_ = fused_forward(proj, *p, *past, start, window, float(memory), eps)
     (H, R), P = p.q_scale.shape, p.state_scale.shape[1]
-    inputs = proj[..., : H * (P + 2 * R)]
-    rows = inputs if state is None else torch.cat([state.conv, inputs], 1)
+    rows = proj[:, max(0, proj.shape[1] - TAPS + 1) :, : H * (P + 2 * R)]
     if rows.shape[1] < TAPS - 1:
-        rows = torch.nn.functional.pad(rows, (0, 0, TAPS - 1 - rows.shape[1], 0))
+        earlier = rows.new_zeros(len(rows), TAPS - 1, rows.shape[2]) if state is None else state.conv
+        rows = torch.cat([earlier, rows], 1)[:, 1 - TAPS :]
     S = states[:, -1].view(len(proj), H, R, P)
     keep = slice(max(0, k.shape[2] - max(0, window - 1)), None)
-    return out, State(start + proj.shape[1], rows[:, 1 - TAPS :], S, k[:, :, keep], x[:, :, keep]), gate
+    return out, State(start + proj.shape[1], rows, S, k[:, :, keep], x[:, :, keep]), gate
