@@ -102,3 +102,22 @@ def test_the_example_of_a_peer_is_ar_ssm_itself():
     torch.manual_seed(0)
     theirs = build(own_models(("examples.peers.ar_ssm:ar_ssm",), shape, **ranks)["ar_ssm"])
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_the_table_of_peers_joins_quality_and_speed(tmp_path, capsys):
+    from examples.peers import table
+    from phase1.records.schema import FILES, Dataset, write_report
+    from tests.reports import perplexity_report, perplexity_result, throughput_report
+
+    for text, perplexity in (("wikipedia", 30.0), ("wikitext103", 40.0)):
+        dataset = Dataset(name=text, split="valid", sha256="ab" * 32)
+        scored = {"baseline": perplexity_result("baseline", perplexity, dataset=dataset)}
+        (tmp_path / "some" / text).mkdir(parents=True)
+        write_report(perplexity_report(results=scored, checks=[]), tmp_path / "some" / text / FILES["perplexity"])
+    (tmp_path / "speed").mkdir()
+    write_report(throughput_report(), tmp_path / "speed" / FILES["throughput"])
+    table.main(tmp_path)
+    (row,) = json.loads((tmp_path / "peers.json").read_text())["rows"]
+    assert (row["perplexity_wikipedia"], row["perplexity_wikitext103"]) == (30.0, 40.0)
+    assert row["tokens_per_s"] == pytest.approx(4 * 512 / 0.020, rel=0.01) and row["mixer_parameters"]
+    assert re.search(r"\| baseline \| [\d,]+ \| [\d,]+ \| 30\.00 \| 40\.00 \| [\d,]+ \|", capsys.readouterr().out)

@@ -1,39 +1,51 @@
-"""Prints a Markdown table of what run.sh has measured: python examples/peers/table.py OUT"""
+"""What run.sh has measured, as Markdown and in OUT/peers.json: python examples/peers/table.py OUT"""
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
+from phase1.files import atomic_write
 from phase1.records.schema import FILES, read_report
 
 SPEED_OF = {"ar_ssm_dense_no_copy": "ar_ssm", "transformer_start": "baseline_fast", "gated_delta": None}
 """What a model of a perplexity report is called where its speed was measured; the same by default."""
 
 
-def main(out: Path) -> None:
-    reports = [read_report(path, "perplexity") for path in sorted(out.glob(f"*/**/{FILES['perplexity']}"))]
-    texts = list(dict.fromkeys(r.dataset.name for report in reports for r in report.results.values() if r.dataset))
+def measured(out: Path) -> list[dict[str, Any]]:
+    """A row a model: parameters, perplexity of every text, tokens/s and peak memory of a step of 64 texts of 512 tokens."""
     speeds = out / "speed" / FILES["throughput"]
     speed = read_report(speeds, "throughput").results if speeds.exists() else {}
-    rows: dict[str, dict] = {}
-    for report in reports:
-        for key, result in report.results.items():
-            row = rows.setdefault(key, {"result": result, "scores": {}})
+    rows: dict[str, dict[str, Any]] = {}
+    for path in sorted(out.glob(f"*/**/{FILES['perplexity']}")):
+        for key, result in read_report(path, "perplexity").results.items():
+            if result.status != "ok":
+                rows.setdefault(key, {"model": key, "refused": result.detail})
+                continue
+            row = rows.setdefault(key, {"model": key})
+            row |= {"parameters": result.parameters.total, "mixer_parameters": result.parameters.mixer or None}
+            row |= {"trained_tokens": result.trained_tokens, "weights_sha256": result.weights_sha256}
             if result.dataset:
-                row["scores"][result.dataset.name] = result.perplexity
-    titles = ["model", "parameters", "of them in mixers", *(f"perplexity, {text}" for text in texts), "tokens/s", "peak, GB"]
-    print("| " + " | ".join(titles) + " |\n|---|" + "---:|" * (len(titles) - 1))
-    for key, row in rows.items():
-        result, scores = row["result"], row["scores"]
-        if result.status != "ok":
-            print(f"| {key} | refused: {result.detail}" + " |" * (len(titles) - 1))
-            continue
-        timed = speed.get(SPEED_OF.get(key, key))
-        best = next((m for m in timed.measurements if m.status == "ok"), None) if timed else None
-        cells = [f"{result.parameters.total:,}", f"{result.parameters.mixer:,}" if result.parameters.mixer else "-"]
-        cells += [f"{scores[text]:.2f}" if text in scores else "-" for text in texts]
-        cells += [f"{best.tokens_per_second:,.0f}" if best else "-"]
-        cells += [f"{best.peak_allocated_bytes / 1e9:.2f}" if best and best.peak_allocated_bytes else "-"]
-        print(f"| {key} | " + " | ".join(cells) + " |")
+                row[f"perplexity_{result.dataset.name}"] = result.perplexity
+            timed = speed.get(SPEED_OF.get(key, key))
+            best = next((m for m in timed.measurements if m.status == "ok"), None) if timed else None
+            if best is not None:
+                row |= {"tokens_per_s": best.tokens_per_second, "peak_bytes": best.peak_allocated_bytes}
+    return list(rows.values())
+
+
+def main(out: Path) -> None:
+    rows = measured(out)
+    record = {"command": "bash examples/peers/run.sh OUT DATA STEP...", "rows": rows}
+    atomic_write(out / "peers.json", json.dumps(record, indent=1).encode())
+    texts = list(dict.fromkeys(name for row in rows for name in row if name.startswith("perplexity_")))
+    names = ["model", "parameters", "mixer_parameters", *texts, "tokens_per_s", "peak_bytes"]
+    print("| " + " | ".join(name.replace("_", " ") for name in names) + " |\n|---|" + "---:|" * (len(names) - 1))
+    for row in rows:
+        cells = [f"{row['model']}: refused, {row['refused']}" if "refused" in row else row["model"]]
+        numbers = {name: row.get(name) for name in names[1:]}
+        cells += ["-" if n is None else f"{n:,.{2 if name in texts else 0}f}" for name, n in numbers.items()]
+        print("| " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":
