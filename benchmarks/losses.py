@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ CHUNKS = tuple(2**20 * size for size in (32, 64, 128, 256, 512, 1024))
 SOFTMAX = tuple((block, steps, warps) for block in (2048, 4096, 8192) for steps in (1, 2, 4) for warps in (8, 16, 32))
 BATCHES = (64, 16, 4, 1)  # texts of a pointer
 CASES = ("dense", "flat", "two_level", "pointer")
+SMALL, FEWEST = "phase1, where blocks are recomputed", 2 * chunked.USUAL_PARTS  # fewest logits at once
 SHARE_IN_TAIL = 0.045  # of targets, docs/log.md
 
 Inputs = dict[str, Tensor]
@@ -94,8 +96,9 @@ def measured(options: argparse.Namespace, device: str, dtype: torch.dtype) -> It
         yield from compared("dense", dense_forms(), dense_exact, lambda n: dense_inputs(n, V, D, device, dtype), options)
     if "flat" in options.cases:
         yield from compared(
-            "HTT flat", {"phase1": biased}, biased_exact, lambda n: biased_inputs(n, V, D, device, dtype), options
-        )
+            "HTT flat", {"phase1": biased, SMALL: partial(biased, parts=FEWEST)}, biased_exact,
+            lambda n: biased_inputs(n, V, D, device, dtype), options,
+        )  # fmt: skip
     if "two_level" in options.cases:
         yield from two_levels(options, device, dtype)
     if "pointer" in options.cases:
@@ -173,7 +176,7 @@ def swept(options: argparse.Namespace, device: str, dtype: torch.dtype) -> Itera
 def softmax_row(options: argparse.Namespace, dtype: torch.dtype, setting: tuple[int, int, int], with_bias: bool) -> Row:
     """The softmax kernel alone on one chunk, as milliseconds for all tokens."""
     V = options.vocab_size
-    n = chunked._chunk_tokens(torch.empty(0, dtype=dtype).element_size(), V, 1)
+    n = chunked._chunk_tokens(torch.empty(0, dtype=dtype).element_size(), V, chunked.USUAL_PARTS)
     logits = torch.randn(n, V + -V % chunked.LINE, device="cuda", dtype=dtype)[:, :V]
     column, weights = torch.randint(V, (n,), device="cuda"), torch.ones(n, dtype=torch.bool, device="cuda")
     picked, bias = torch.empty(n, device="cuda"), torch.randn(V, device="cuda") if with_bias else None
@@ -204,8 +207,8 @@ def biased_inputs(n: int, V: int, D: int, device: str, dtype: torch.dtype) -> In
     }
 
 
-def biased(x: Inputs, odds: Tensor | None = None) -> Tensor:
-    return tied_cross_entropy(x["states"], x["table"], x["targets"], x["bias"], x["odds"] if odds is None else odds)
+def biased(x: Inputs, odds: Tensor | None = None, parts: int = 1) -> Tensor:
+    return tied_cross_entropy(x["states"], x["table"], x["targets"], x["bias"], x["odds"] if odds is None else odds, parts)
 
 
 def biased_exact(x: Inputs, odds: Tensor | None = None) -> Tensor:
@@ -216,13 +219,13 @@ def dense_exact(x: Inputs) -> Tensor:
     return F.cross_entropy(x["states"] @ x["table"].T, x["targets"])
 
 
-def phase1_dense(x: Inputs) -> Tensor:
-    return tied_cross_entropy(x["states"], x["table"], x["targets"])
+def phase1_dense(x: Inputs, parts: int = 1) -> Tensor:
+    return tied_cross_entropy(x["states"], x["table"], x["targets"], parts=parts)
 
 
 def dense_forms() -> dict[str, Form]:
     """This package's, and those of other libraries that are installed; they take states, a table of their type and targets."""
-    forms: dict[str, Form] = {"phase1": phase1_dense}
+    forms: dict[str, Form] = {"phase1": phase1_dense, SMALL: partial(phase1_dense, parts=FEWEST)}
     forms["all logits in memory"] = lambda x: tied_cross_entropy_reference(x["states"], x["table"], x["targets"])
     others: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
     if hasattr(F, "linear_cross_entropy"):

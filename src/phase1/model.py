@@ -16,7 +16,7 @@ from phase1.layers.attention import Attention
 from phase1.layers.copy_head import NO_ID, CopyHead
 from phase1.layers.mlp import MLP
 from phase1.layers.token_table import DenseTable, HTTTable, OutputLevels
-from phase1.ops.cross_entropy import IGNORE, tied_cross_entropy, tied_cross_entropy_reference, tied_nll
+from phase1.ops.cross_entropy import IGNORE, USUAL_PARTS, tied_cross_entropy, tied_cross_entropy_reference, tied_nll
 from phase1.vocabulary.statistics import TokenStatistics, TokenVectors
 
 Choice = TypeVar("Choice")
@@ -193,7 +193,7 @@ class LanguageModel(nn.Module):
         table = self.table_of_loss() if shared is None else shared
         past = None if state is None or self.copy_head is None else state[-1]
         pointer = () if self.copy_head is None else self.copy_head(hidden, ids, targets, past)[:2]
-        parts = 2 if recompute == "block" else 1
+        parts = {"none": 1, "selective": USUAL_PARTS, "block": 2 * USUAL_PARTS}[self.config.recompute]
         loss = self.loss_of_outputs(Outputs(self._states(hidden), *pointer), table, targets, parts)
         return loss, self._penalty(effective_rank)
 
@@ -223,10 +223,10 @@ class LanguageModel(nn.Module):
             return after
         return [*after, self.copy_head.state_after(hidden, ids, past).padded(self.config.copy_window, NO_ID)]
 
-    def loss_of_outputs(self, outputs: Outputs, table: Tensor, targets: Tensor, parts: int = 1) -> Tensor:
+    def loss_of_outputs(self, outputs: Outputs, table: Tensor, targets: Tensor, parts: int = USUAL_PARTS) -> Tensor:
         """Mean cross-entropy in nats of `targets` (B, T); `table` is that of `table_of_loss`.
 
-        parts: how many times fewer logits than usual to hold at once, for less memory.
+        parts: how many times fewer logits than there may be at most to hold at once.
         """
         chunked = partial(tied_cross_entropy, parts=parts)
         op = chunked if self.config.loss == "chunked" else tied_cross_entropy_reference

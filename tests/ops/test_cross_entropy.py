@@ -148,7 +148,7 @@ def test_each_gradient_may_be_the_only_one_that_is_wanted():
 
 
 def test_no_tensor_of_tokens_times_vocabulary_is_ever_made(monkeypatch):
-    monkeypatch.setattr(chunked, "CHUNK_BYTES", 4 * 1000 * 8)
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", chunked.USUAL_PARTS * 4 * 1000 * 8)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):

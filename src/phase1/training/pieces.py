@@ -12,7 +12,7 @@ from phase1.model import LanguageModel, Outputs, States
 from phase1.ops.cross_entropy import IGNORE
 from phase1.training.micro_batch import MicroBatch
 
-PARTS = 4  # of the logits that are usually held at once: 320 tokens of 50257 in half precision
+PARTS = 16  # of the most logits that are held at once: 320 tokens of 50257 in half precision
 Gradients = list[Tensor | None]
 """Of the tensors of a state, or of outputs, that gradients go through, in order; None is zero."""
 

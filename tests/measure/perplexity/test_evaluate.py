@@ -115,7 +115,7 @@ def test_losses_in_pieces_are_those_of_whole_windows(role):
 
 def test_no_tensor_of_tokens_times_vocabulary_is_made_at_long_windows(monkeypatch):
     """T x V float32 logits of T = 16384 at V = 50257 would be 3.3 GB; here the limit is 20 tokens of float64 logits at once."""
-    monkeypatch.setattr(chunked, "CHUNK_BYTES", 20 * 8 * TINY.vocab_size)
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", chunked.USUAL_PARTS * 20 * 8 * TINY.vocab_size)
     sizes = []
     original = chunked.softmax_rows
     monkeypatch.setattr(chunked, "softmax_rows", lambda *a: sizes.append(len(a[0])) or original(*a))

@@ -12,19 +12,20 @@ from phase1.ops.cross_entropy.products import add_product
 from phase1.ops.cross_entropy.reference import ALIGNMENT, IGNORE, check_arguments
 from phase1.ops.cross_entropy.rows import softmax_rows
 
-CHUNK_BYTES = 128 * 2**20  # of logits held at once: 1280 tokens of 50257 in half precision
+CHUNK_BYTES = 512 * 2**20  # of logits held at once at most: 5,248 tokens of 50,257 in half precision
+USUAL_PARTS = 4  # of these bytes one is held
 TILE = 128  # rows of a tile in cuBLAS' larger products
 LINE = 64  # numbers: rows of logits begin at multiples of it, so that kernels read them in whole lines
 
 
 def tied_cross_entropy(
     hidden: Tensor, table: Tensor, targets: Tensor, bias: Tensor | None = None, log_odds: Tensor | None = None,
-    parts: int = 1,
+    parts: int = USUAL_PARTS,
 ) -> Tensor:  # fmt: skip
     """Fast form of `tied_cross_entropy_reference`: same result, gradients and errors.
 
     Args:
-        parts: how many times fewer logits than CHUNK_BYTES to hold at once: slower, in less memory.
+        parts: how many times fewer logits than CHUNK_BYTES to hold at once: the more, the slower, in less memory.
     """
     check_arguments(hidden, table, targets, bias, log_odds)
     loss: Tensor
@@ -156,7 +157,7 @@ def _chunk_tokens(element_size: int, V: int, parts: int) -> int:
     return tokens - tokens % TILE if tokens > TILE else tokens
 
 
-def _logits_buffer(states: Tensor, V: int, parts: int = 1) -> Tensor:
+def _logits_buffer(states: Tensor, V: int, parts: int = USUAL_PARTS) -> Tensor:
     """Memory for the logits of one chunk, (tokens, V + padding), in the dtype of the states."""
     width = V + -V % ALIGNMENT
     size = min(_chunk_tokens(states.element_size(), V, parts), len(states))
