@@ -1,0 +1,75 @@
+"""One token of AR-SSM in its own kernels against the definition: on a GPU, or in Triton's interpreter (tests/conftest.py)."""
+
+import pytest
+import torch
+
+from phase1.ops.ar_ssm import Parameters, State, ar_ssm_reference, self_check
+
+pytest.importorskip("triton")
+
+from phase1.ops.ar_ssm.step import ar_ssm_step
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # relative, of a whole tensor
+TYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
+FAR = 1_000_000_007
+SIZES = [
+    # B, H, R, P, N, fixed, window, past, position
+    (1, 2, 8, 16, 4, 2, 10, 9, 9),  # a full window
+    (1, 8, 32, 64, 64, 8, 64, 63, 5000),  # the default
+    (3, 2, 12, 24, 70, 5, 7, 3, 3),  # no powers of two, and more than one block of hidden units
+    (2, 3, 16, 16, 0, 16, 8, 0, 1),  # no rank gate, nothing in the window
+    (1, 1, 16, 16, 8, 0, 1, 0, FAR),  # a window of this position alone
+    (2, 1, 20, 48, 12, 0, 2, 1, FAR),
+    (1, 1, 128, 128, 16, 8, 70, 68, 2**31 + 11),  # several blocks of keys
+]
+
+
+def exact(p):
+    return Parameters(*(None if q is None else q.double() for q in p))
+
+
+def operands(size, dtype, seed=0):
+    """A projection, parameters and the state before the token."""
+    B, H, R, P, N, fixed, _, past, position = size
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    with torch.no_grad():
+        proj, p = self_check.operands(B, 1, H, R, P, N, fixed, dtype, DEVICE, generator)
+    shapes = ((B, 3, H * (P + 2 * R)), (B, H, R, P), (B, H, past, R), (B, H, past, P))
+    conv, S, k, x = (torch.randn(shape, device=DEVICE, generator=generator) for shape in shapes)
+    return proj, p, State(position, conv.to(dtype), S, k.to(dtype), x.to(dtype))
+
+
+def flat(result):
+    out, state, gate = result
+    return {"out": out, "gate": gate, **dict(zip(["conv", "S", "k", "x"], state[1:]))}
+
+
+def compare(size, dtype, in_memory=False, strided=False):
+    proj, p, state = operands(size, dtype)
+    window = size[6]
+    if strided:
+        proj = torch.cat([proj, proj], -1)[..., : proj.shape[-1]]
+        state = state._replace(k=state.k.transpose(1, 2).contiguous().transpose(1, 2))
+    wide = State(state.position, *(part.double() for part in state[1:]))
+    given = state._replace(position=torch.tensor(state.position, device=DEVICE)) if in_memory else state
+    with torch.inference_mode():
+        found = ar_ssm_step(proj, p, window=window, memory=1000.0, state=given)
+        wanted = ar_ssm_reference(proj.double(), exact(p), window=window, memory=1000.0, state=wide)
+    assert int(found[1].position) == size[-1] + 1 and torch.is_tensor(found[1].position) == in_memory
+    assert found[0].dtype == found[1].k.dtype == dtype and found[1].S.dtype == found[2].dtype == torch.float32
+    for (name, a), b in zip(flat(found).items(), flat(wanted).values()):
+        assert a.shape == b.shape, name
+        assert (a.double() - b).norm() <= TOLERANCE[dtype] * b.norm(), (name, float((a.double() - b).norm() / b.norm()))
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_a_token_and_the_state_after_it_are_those_of_the_definition(size, in_memory):
+    compare(size, torch.float32, in_memory)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_operands_of_any_layout_and_precision_differ_by_rounding(size, dtype):
+    compare(size, dtype, strided=True)
