@@ -15,8 +15,7 @@ from triton.runtime.jit import JITFunction
 
 from phase1.ops.anchored_table import anchored_table, inverse_index
 from phase1.ops.anchored_table import op as table_op
-from phase1.ops.ar_ssm import State, fused_ar_ssm, self_check
-from phase1.ops.ar_ssm.step import ar_ssm_step
+from phase1.ops.ar_ssm import State, ar_ssm_step, fused_ar_ssm, self_check
 from phase1.ops.cross_entropy.kernel import softmax_rows_kernel
 from phase1.ops.group_nll import group_nll
 from phase1.ops.group_nll import op as group_op

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from phase1.ops.ar_ssm import Parameters, State, ar_ssm_reference, self_check
+from phase1.ops.ar_ssm import Parameters, State, ar_ssm_reference, ar_ssm_step, self_check
 
 pytest.importorskip("triton")
 
-from phase1.ops.ar_ssm.step import ar_ssm_step
+from phase1.ops.ar_ssm import step
+from phase1.ops.self_check import LIMIT
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # relative, of a whole tensor
@@ -73,3 +74,52 @@ def test_a_token_and_the_state_after_it_are_those_of_the_definition(size, in_mem
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_operands_of_any_layout_and_precision_differ_by_rounding(size, dtype):
     compare(size, dtype, strided=True)
+
+
+def test_steps_one_after_the_other_are_the_whole_sequence():
+    B, H, R, P, N, fixed, window, T = 2, 2, 8, 16, 4, 2, 6, 100
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    with torch.inference_mode():
+        proj, p = self_check.operands(B, T, H, R, P, N, fixed, torch.float32, DEVICE, generator)
+        shapes = ((B, 3, H * (P + 2 * R)), (B, H, R, P), (B, H, 0, R), (B, H, 0, P))
+        state, found = State(0, *(proj.new_zeros(shape) for shape in shapes)), []
+        for t in range(T):
+            out, state, _ = ar_ssm_step(proj[:, t : t + 1], p, window=window, memory=1000.0, state=state)
+            found.append(out)
+        wanted, last, _ = ar_ssm_reference(proj.double(), exact(p), window=window, memory=1000.0)
+    assert state.position == T
+    for a, b in zip([torch.cat(found, 1), *state[1:]], [wanted, *last[1:]]):
+        assert (a.double() - b).norm() <= 1e-5 * b.norm()
+
+
+def test_a_step_leaves_the_state_that_it_was_given():
+    proj, p, state = operands(SIZES[0], torch.float32)
+    state = state._replace(position=torch.tensor(7, device=DEVICE))
+    before = [part.clone() for part in state]
+    with torch.inference_mode():
+        ar_ssm_step(proj, p, window=10, memory=1000.0, state=state)
+    assert all(torch.equal(a, b) for a, b in zip(state, before))
+
+
+FAULTS = {
+    "out": lambda out, state, gate: (out * 0.5, state, gate),
+    "gate": lambda out, state, gate: (out, state, gate * 0.5),
+    "position": lambda out, state, gate: (out, state._replace(position=state.position + 1), gate),
+    "conv": lambda out, state, gate: (out, state._replace(conv=state.conv.roll(1, 1)), gate),
+    "S": lambda out, state, gate: (out, state._replace(S=state.S.mT.reshape(state.S.shape)), gate),
+    "k": lambda out, state, gate: (out, state._replace(k=state.k.roll(1, 2)), gate),
+    "x": lambda out, state, gate: (out, state._replace(x=state.x.roll(1, 2)), gate),
+}
+
+
+@pytest.mark.parametrize("graphed", [False, True])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_the_check_finds_a_fault_in_any_result(monkeypatch, dtype, graphed):
+    def error():
+        return self_check.error_of_step(DEVICE, 8, 16, 2, 10, dtype, graphed)
+
+    right = step.step_forward
+    assert error() < 0.1 * LIMIT[dtype]
+    for name, fault in FAULTS.items():
+        monkeypatch.setattr(step, "step_forward", lambda *a, fault=fault: fault(*right(*a)))
+        assert error() > LIMIT[dtype], name

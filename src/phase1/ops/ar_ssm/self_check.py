@@ -15,7 +15,7 @@ WHOLE = 512  # positions of one stretch of 16 chunks, for which other kernels ar
 
 
 def proven(device: torch.device, R: int, P: int, fixed: int, window: int, dtype: torch.dtype) -> bool:
-    """Whether results and gradients of `fused_ar_ssm` on `device` are those of `ar_ssm_reference` in float64.
+    """Whether results and gradients of `fused_ar_ssm`, and results of `ar_ssm_step`, are those of the definition in float64.
 
     Where they are not, the kernels are not used.
     """
@@ -48,9 +48,27 @@ def worst_error(device: torch.device, R: int, P: int, fixed: int, window: int, d
                 got = _results(fused_ar_ssm, proj, p, window, past)
             finally:
                 PROGRAMS.reset(token)
-            past = None if past is None else State(past.position, *(part.double() for part in past[1:]))
+            past = None if past is None else _double(past)
             errors.append(relative_error(got, _results(ar_ssm_reference, proj.double(), exact, window, past)))
+        errors += [error_of_step(device, R, P, fixed, window, dtype, graphed) for graphed in (False, True)]
     return max(errors)
+
+
+@torch.no_grad()
+def error_of_step(device: torch.device, R: int, P: int, fixed: int, window: int, dtype: torch.dtype, graphed: bool) -> float:
+    """Relative error of one token: after a window half full, or `graphed`, after a full one and at a position in memory."""
+    from phase1.ops.ar_ssm import ar_ssm_step
+
+    generator, N = torch.Generator(device).manual_seed(0), HIDDEN if fixed < R else 0
+    proj, p = operands(2, window + 1, HEADS, R, P, N, fixed, dtype, device, generator)
+    exact = Parameters(*(None if q is None else q.double() for q in p))  # type: ignore[arg-type]
+    past = _past(proj[:, : window if graphed else (window + 1) // 2], exact, window)
+    given = past._replace(position=torch.tensor(past.position, device=device)) if graphed else past  # type: ignore[arg-type]
+    token, settings = proj[:, -1:], {"window": window, "memory": 1000.0}
+    out, state, gate = ar_ssm_step(token, p, **settings, state=given)  # type: ignore[arg-type]
+    wanted = ar_ssm_reference(token.double(), exact, **settings, state=_double(past))  # type: ignore[arg-type]
+    moved, one = torch.as_tensor(state.position - past.position), torch.ones((), dtype=torch.float64, device=device)
+    return relative_error([out, gate, moved.to(device), *state[1:]], [wanted[0], wanted[2], one, *wanted[1][1:]])
 
 
 def operands(
@@ -76,6 +94,10 @@ def _past(proj: Tensor, exact: Parameters, window: int) -> State:
         state = ar_ssm_reference(proj[:, :window].double(), exact, window=window, memory=1000.0)[1]
     half = [part.to(proj.dtype) for part in (state.conv, state.k, state.x)]
     return State(state.position, half[0], state.S.float(), half[1], half[2])
+
+
+def _double(state: State) -> State:
+    return State(state.position, *(part.double() for part in state[1:]))
 
 
 def _results(form, proj: Tensor, p: Parameters, window: int, past: State | None) -> list[Tensor]:  # type: ignore[no-untyped-def]

@@ -1,15 +1,15 @@
-"""Triton kernel of one token: the mixer between its two projections, but for the norm behind it, from the state before it.
+"""Triton kernel of one token: the mixer between its two projections, without the norm behind it, from the state before it.
 
-Columns of the projection, (B, ·), are those of `operands_kernel`. Sizes that no block needs are numbers of the launch: the kernel
-that was checked is the one that runs. Everything is read once, so sums take the place of products.
+Columns of the projection, (B, ·), are those of `operands_kernel`. Sizes that no block depends on are numbers of the launch, so
+that the kernel which was checked is the one that runs. All is read once: sums are as fast as products of blocks.
 """
 
 import triton
 import triton.language as tl
 
-from phase1.ops.ar_ssm.core_kernel import LOG2E, load_rows, load_state, store_rows
+from phase1.ops.ar_ssm.core_kernel import LOG2E, load_rows, store_rows
 from phase1.ops.ar_ssm.gate_kernel import softplus
-from phase1.ops.ar_ssm.operands_kernel import convolved, get, put
+from phase1.ops.ar_ssm.operands_kernel import TAPS, convolved, get, put
 from phase1.ops.rotary.kernel import angle_of
 
 
@@ -61,7 +61,7 @@ def _rank_gate(  # type: ignore[no-untyped-def]
 def _window(  # type: ignore[no-untyped-def]
     q, key, value, k, x, k_after, x_after, past, kept, o_r, o_p, R: tl.constexpr, P: tl.constexpr, KB: tl.constexpr
 ):  # fmt: skip
-    """Σ_s softmax_s(q · k_s / sqrt(R)) x_s over `past` rows and this position's; the last `kept` of them are left for the next."""
+    """Σ_s softmax_s(q · k_s / sqrt(R)) x_s over `past` rows and this position's; the last `kept` of them stay."""
     to_log2: tl.constexpr = R**-0.5 * LOG2E
     highest = tl.sum(q * key) * to_log2
     z = 1.0
@@ -86,7 +86,7 @@ def _window(  # type: ignore[no-untyped-def]
     return acc / z
 
 
-@triton.jit(do_not_specialize=["position", "H", "N", "past", "kept", "stride_b"])
+@triton.jit(do_not_specialize=["position", "position_after", "H", "N", "past", "kept", "stride_b"])
 def step_kernel(  # type: ignore[no-untyped-def]
     proj, weight, bias, dt_bias, A_log, skip, q_scale, state_scale, gate_bias, gate_weight, gate_out,
     position, conv, S, k, x, y, gate, position_after, conv_after, S_after, k_after, x_after,
@@ -103,9 +103,9 @@ def step_kernel(  # type: ignore[no-untyped-def]
     mr, mp = o_r < R, o_p < P
     width = H * (P + 2 * R)
     proj += b * stride_b
-    conv += b * 3 * width
-    conv_after += b * 3 * width
-    b_S = load_state(S + i_bh * R * P, o_r[:, None], o_p[None, :], 1, R, P).to(tl.float32)
+    conv += b * (TAPS - 1) * width
+    conv_after += b * (TAPS - 1) * width
+    b_S = load_rows(S + i_bh * R * P, o_r, mr, o_p, P).to(tl.float32)
     at_x, at_u, at_v = h * P, H * P + h * R, H * P + H * R + h * R
     c = _convolution(proj, conv, weight, bias, at_x + o_p, mp, width)
     b_x = c / (1.0 + tl.exp(-c))
@@ -119,16 +119,14 @@ def step_kernel(  # type: ignore[no-untyped-def]
     dt = softplus(tl.load(raw + h).to(tl.float32) + tl.load(dt_bias + h))
     a = tl.exp(-tl.exp(tl.load(A_log + h)) * dt - forget)
     b_S = b_S * a + (g * v)[:, None] * (dt * b_x)[None, :]
-    tl.store(
-        S_after + i_bh * R * P + o_r[:, None] * P + o_p[None, :], b_S.to(S_after.dtype.element_ty), mask=mr[:, None] & mp[None, :]
-    )
+    store_rows(S_after + i_bh * R * P, o_r, mr, o_p, b_S, P)
     f = tl.sum(b_S * (g * u)[:, None], 0)
     out = f * tl.rsqrt(tl.sum(f * f) / P + eps) * get(state_scale + h * P, o_p, mp) + tl.load(skip + h) * b_x
     if READ:
         position = tl.load(position)
     HALF: tl.constexpr = R // 2
     angle = angle_of(position, o_r % HALF, HALF)
-    cos, sin = tl.cos(angle), tl.where(o_r < HALF, -tl.sin(angle), tl.sin(angle))
+    cos, sin = tl.cos(angle), tl.sin(angle) * tl.where(o_r < HALF, -1.0, 1.0)
     scale, scale_exchanged = get(q_scale + h * R, o_r, mr), get(q_scale + h * R, (o_r + HALF) % R, mr)
     q, key = u * scale * cos + u_exchanged * scale_exchanged * sin, v * cos + v_exchanged * sin
     k += i_bh * past * R
@@ -137,6 +135,6 @@ def step_kernel(  # type: ignore[no-untyped-def]
     put(y + i_bh * P, o_p, mp, out)
     if h == 0:
         tl.store(gate + b, tl.sum(g) / R)
-    if READ:
+    if READ:  # noqa: SIM102  # a constant, without which there is nothing to write to
         if i_bh == 0:
             tl.store(position_after, position + 1)
