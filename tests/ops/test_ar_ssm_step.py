@@ -36,9 +36,7 @@ def operands(size, dtype, seed=0):
     generator = torch.Generator(DEVICE).manual_seed(seed)
     with torch.no_grad():
         proj, p = self_check.operands(B, 1, H, R, P, N, fixed, dtype, DEVICE, generator)
-    shapes = ((B, 3, H * (P + 2 * R)), (B, H, R, P), (B, H, past, R), (B, H, past, P))
-    conv, S, k, x = (torch.randn(shape, device=DEVICE, generator=generator) for shape in shapes)
-    return proj, p, State(position, conv.to(dtype), S, k.to(dtype), x.to(dtype))
+    return proj, p, self_check.state_of(proj, p, past, position, generator)
 
 
 def flat(result):

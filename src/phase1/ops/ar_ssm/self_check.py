@@ -11,6 +11,7 @@ from phase1.ops.ar_ssm.reference import Parameters, State, ar_ssm_reference
 from phase1.ops.self_check import passes, relative_error
 
 LENGTH, HEADS, HIDDEN = 130, 2, 16  # several chunks and stretches, and a part of one
+FAR = 1 << 20  # a position
 WHOLE = 512  # positions of one stretch of 16 chunks, for which other kernels are compiled: those of most trainings
 
 
@@ -59,16 +60,15 @@ def error_of_step(device: torch.device, R: int, P: int, fixed: int, window: int,
     """Relative error of one token: after a window half full, or `graphed`, after a full one and at a position in memory."""
     from phase1.ops.ar_ssm import ar_ssm_step
 
-    generator, N = torch.Generator(device).manual_seed(0), HIDDEN if fixed < R else 0
-    proj, p = operands(2, window + 1, HEADS, R, P, N, fixed, dtype, device, generator)
+    generator = torch.Generator(device).manual_seed(0)
+    proj, p = operands(2, 1, HEADS, R, P, HIDDEN if fixed < R else 0, fixed, dtype, device, generator)
     exact = Parameters(*(None if q is None else q.double() for q in p))  # type: ignore[arg-type]
-    past = _past(proj[:, : window if graphed else (window + 1) // 2], exact, window)
-    given = past._replace(position=torch.tensor(past.position, device=device)) if graphed else past  # type: ignore[arg-type]
-    token, settings = proj[:, -1:], {"window": window, "memory": 1000.0}
-    out, state, gate = ar_ssm_step(token, p, **settings, state=given)  # type: ignore[arg-type]
-    wanted = ar_ssm_reference(token.double(), exact, **settings, state=_double(past))  # type: ignore[arg-type]
-    moved, one = torch.as_tensor(state.position - past.position), torch.ones((), dtype=torch.float64, device=device)
-    return relative_error([out, gate, moved.to(device), *state[1:]], [wanted[0], wanted[2], one, *wanted[1][1:]])
+    past = state_of(proj, p, window - 1 if graphed else window // 2, FAR, generator)
+    given = past._replace(position=torch.tensor(FAR, device=device)) if graphed else past  # type: ignore[arg-type]
+    out, state, gate = ar_ssm_step(proj, p, window=window, memory=1000.0, state=given)
+    wanted, after, mean = ar_ssm_reference(proj.double(), exact, window=window, memory=1000.0, state=_double(past))
+    moved = torch.as_tensor(state.position - FAR, device=device)
+    return relative_error([out, gate, moved, *state[1:]], [wanted, mean, torch.ones_like(mean), *after[1:]])
 
 
 def operands(
@@ -86,6 +86,14 @@ def operands(
     scales = (draw(H, R, mean=2.0, std=0.1), draw(H, P, mean=0.25, std=0.1), draw(H * P, mean=1.0, std=0.1))
     proj = draw(B, T, conv + H * P + H + N, std=0.7, to=dtype)
     return proj, Parameters(draw(4, conv, std=0.5), draw(conv, std=0.1), *decay, *scales, *gate)
+
+
+def state_of(proj: Tensor, p: Parameters, past: int, position: int, generator: torch.Generator | None = None) -> State:
+    """A random state at `position`, with `past` keys and values, for tokens such as `proj` (B, T, ·)."""
+    (H, R), P, B = p.q_scale.shape, p.state_scale.shape[1], len(proj)
+    shapes = ((B, 3, H * (P + 2 * R)), (B, H, R, P), (B, H, past, R), (B, H, past, P))
+    conv, S, k, x = (torch.randn(shape, device=proj.device, generator=generator) for shape in shapes)
+    return State(position, conv.to(proj.dtype), S, k.to(proj.dtype), x.to(proj.dtype))
 
 
 def _past(proj: Tensor, exact: Parameters, window: int) -> State:
