@@ -11,7 +11,7 @@ from phase1.ops.ar_ssm import step
 from phase1.ops.self_check import LIMIT
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # relative, of a whole tensor
+TOLERANCE = {torch.float32: 5e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # relative, of a whole tensor
 TYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
 FAR = 1_000_000_007
 SIZES = [
@@ -87,7 +87,7 @@ def test_steps_one_after_the_other_are_the_whole_sequence():
         wanted, last, _ = ar_ssm_reference(proj.double(), exact(p), window=window, memory=1000.0)
     assert state.position == T
     for a, b in zip([torch.cat(found, 1), *state[1:]], [wanted, *last[1:]]):
-        assert (a.double() - b).norm() <= 1e-5 * b.norm()
+        assert (a.double() - b).norm() <= TOLERANCE[torch.float32] * b.norm()
 
 
 def test_a_step_leaves_the_state_that_it_was_given():
