@@ -323,6 +323,24 @@ def test_a_launched_step_gives_what_steps_give_in_any_mode(imitated_graphs):
     assert graphs._replay._replay is not None
 
 
+def test_a_launched_step_in_the_kernels_of_one_token_gives_what_steps_give(imitated_graphs, monkeypatch):
+    """In Triton's interpreter without a GPU."""
+    pytest.importorskip("triton")
+    model = decoder(shape=replace(SHAPE, ar_ssm_window=8, copy_window=16)).model
+    plain, graphs, ids = Decoder(model, BYTES), Decoder(model, BYTES, cuda_graphs=True), text(20, 1)
+    (log_p, state), wanted = plain.prefill(text(6)), []
+    for id in ids:
+        log_p, state = plain.step(id, state)
+        wanted.append(log_p)
+    monkeypatch.setattr("phase1.layers.ar_ssm.step_runs", lambda proj, p, window: proj.shape[1] == 1)
+    (_, state), found = graphs.prefill(text(6)), []
+    for id in ids:
+        log_p, state = graphs.step(id, state)
+        found.append(log_p.clone())
+    torch.testing.assert_close(torch.stack(found), torch.stack(wanted), atol=1e-4, rtol=1e-4)
+    assert graphs._replay._replay is not None
+
+
 def test_two_texts_in_one_graph_are_refused_before_one_takes_the_state_of_the_other(imitated_graphs):
     graphs = Decoder(decoder(shape=replace(SHAPE, copy_window=100)).model, BYTES, cuda_graphs=True)
     _, state = graphs.prefill(text(200, 0))

@@ -6,7 +6,8 @@ from contextlib import nullcontext
 
 import torch
 
-from phase1.generation.replay import captured
+from phase1.generation.replay import _copy, captured
+from phase1.layers.copy_head import CopyState
 
 
 class Graph:
@@ -26,3 +27,20 @@ def test_what_a_graph_reads_lives_as_long_as_it_can_be_launched(monkeypatch):
     del launch
     gc.collect()
     assert alive() is None
+
+
+def test_a_state_is_copied_with_a_launch_for_each_type_and_layout():
+    wide = torch.arange(6.0).view(1, 3, 2)
+    state = [CopyState(wide.half(), wide.half(), wide[0], wide.long()), CopyState(*[wide[:, 1:]] * 3, wide.long()[:, 1:])]
+    mine = [layer._make(torch.zeros_like(part, memory_format=torch.contiguous_format) for part in layer) for layer in state]
+    launches = []
+
+    class Watching(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            launches.append(f)
+            return f(*args, **(kwargs or {}))
+
+    with Watching():
+        _copy(mine, state)
+    assert all(torch.equal(a, b) for new, old in zip(mine, state) for a, b in zip(new, old))
+    assert launches == [torch.ops.aten._foreach_copy_.default] * 5

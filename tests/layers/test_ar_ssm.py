@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from phase1.layers.ar_ssm import ARSSM
+from phase1.ops import ar_ssm
 from phase1.ops.semiseparable import semiseparable_matrix
 from phase1.ops.window_attention import window_attention_matrix
 
@@ -80,3 +81,34 @@ def test_the_state_fades_with_the_memory_even_where_the_input_lets_it_not():
     with torch.no_grad():
         mixer.dt_bias.fill_(-1e9)
     assert torch.equal(mixer.operands(mixer.in_proj(h))[0].log_decay.unique(), torch.tensor([-1 / 50], dtype=torch.float64))
+
+
+def test_one_token_without_gradients_runs_in_its_kernels(monkeypatch):
+    """In Triton's interpreter without a GPU."""
+    pytest.importorskip("triton")
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    mixer = ARSSM(32, n_heads=2, max_rank=8, min_rank=2, window=5, memory=50).to(device)
+    h, calls, kernels = torch.randn(2, 9, 32, device=device), [], ar_ssm.ar_ssm_step
+    monkeypatch.setattr(ar_ssm, "fused_runs", lambda *_: True)
+    monkeypatch.setattr("phase1.layers.ar_ssm.fused_runs", lambda *_: False)
+    monkeypatch.setattr("phase1.layers.ar_ssm.ar_ssm_step", lambda *a, **k: calls.append(1) or kernels(*a, **k))
+    wanted, last, _ = mixer(h)
+    for in_memory in (False, True):
+        calls.clear()
+        with torch.no_grad():
+            found, state, _ = mixer(h[:, :2])
+            if in_memory:
+                state = state._replace(position=torch.tensor(state.position, device=device))
+            for t in range(2, 9):
+                y, state, rank = mixer(h[:, t : t + 1], state)
+                found = torch.cat([found, y], 1)
+        assert len(calls) == 7 and rank.shape == () and int(state.position) == 9
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(state.S, last.S, rtol=1e-4, atol=1e-6)
+    calls.clear()
+    mixer(h[:, :1], last)
+    mixer(h[:, :2], last)
+    with torch.no_grad():
+        mixer(h[:, :1])
+    assert not calls  # gradients, two tokens, the first token

@@ -15,7 +15,7 @@ from triton.runtime.jit import JITFunction
 
 from phase1.ops.anchored_table import anchored_table, inverse_index
 from phase1.ops.anchored_table import op as table_op
-from phase1.ops.ar_ssm import fused_ar_ssm, self_check
+from phase1.ops.ar_ssm import ar_ssm_step, fused_ar_ssm, self_check
 from phase1.ops.cross_entropy.kernel import softmax_rows_kernel
 from phase1.ops.group_nll import group_nll
 from phase1.ops.group_nll import op as group_op
@@ -58,6 +58,13 @@ def ar_ssm(R: int, P: int, dtype: torch.dtype) -> None:
     proj, p = self_check.operands(1, 200, 2, R, P, 64, 8, dtype, torch.device("cpu"))
     out, state, gate = fused_ar_ssm(proj, p, window=64, memory=500.0)
     torch.autograd.grad(out.sum() + gate + state.S.sum(), [proj])
+    step(R, P, dtype)
+
+
+def step(R: int, P: int, dtype: torch.dtype) -> None:
+    proj, p = self_check.operands(1, 1, 2, R, P, 64, 8 if R > 8 else 0, dtype, torch.device("cpu"))
+    for position in (100, 2**40, torch.tensor(100)):
+        ar_ssm_step(proj, p, window=64, memory=500.0, state=self_check.state_of(proj, p, 63, position))
 
 
 def others(dtype: torch.dtype) -> None:

@@ -10,7 +10,7 @@ from phase1.ops.ar_ssm import Parameters, State, ar_ssm_reference, fused_ar_ssm,
 
 pytest.importorskip("triton")
 
-from phase1.ops.ar_ssm import core, fused
+from phase1.ops.ar_ssm import core, fused, step
 from phase1.ops.self_check import DISPROVEN
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -182,6 +182,12 @@ class TestSelfCheck:
             with pytest.warns(UserWarning, match="kernels of AR-SSM fail their check on a card .*relative error.*PyTorch"):
                 assert not self.proven()
         assert len(self.calls) == 1
+
+    def test_a_fault_in_a_step_alone_is_found(self, monkeypatch):
+        right = step.step_forward
+        monkeypatch.setattr(step, "step_forward", lambda *a: (right(*a)[0] * 0.5, *right(*a)[1:]))
+        with pytest.warns(UserWarning, match="relative error 0.5"):
+            assert not self.proven()
 
     def test_what_a_compiler_raises_is_a_failure_too(self, monkeypatch):
         monkeypatch.setattr(fused, "core_forward", lambda *a, **k: 1 / 0)

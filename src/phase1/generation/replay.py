@@ -1,5 +1,6 @@
 """One step of decoding as a CUDA graph: launched at once, in memory that stays the same."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -126,11 +127,17 @@ def _shapes(state: list[Any]) -> list[Any]:
 
 
 def _clone(part: Any) -> Any:
-    return part.clone() if isinstance(part, Tensor) else part
+    return part.clone(memory_format=torch.contiguous_format) if isinstance(part, Tensor) else part
 
 
 def _copy(to: list[Any], state: list[Any]) -> None:
+    """One launch for all tensors of a type, where the copies are laid out as the originals."""
+    groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
     for mine, given in zip(to, state, strict=True):
         for old, new in zip(mine, given, strict=True):
             if isinstance(old, Tensor):
-                old.copy_(new)
+                olds, news = groups[old.dtype, old.stride() == new.stride()]
+                olds.append(old)
+                news.append(new)
+    for olds, news in groups.values():
+        torch._foreach_copy_(olds, news)

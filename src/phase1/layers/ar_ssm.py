@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from phase1.layers.convolution import causal_conv, first_taps
 from phase1.layers.norm import rms_norm
 from phase1.layers.rotary import rotary, rotate
-from phase1.ops.ar_ssm import Parameters, State, fused_ar_ssm, fused_runs
+from phase1.ops.ar_ssm import Parameters, State, ar_ssm_step, fused_ar_ssm, fused_runs, step_runs
 from phase1.ops.semiseparable import semiseparable
 from phase1.ops.window_attention import window_attention
 
@@ -121,8 +121,10 @@ class ARSSM(nn.Module):
         proj, p = self.in_proj(h), self.operator_parameters()
         if callable(state):
             proj, state = state(self, proj)
-        graphed = state is not None and isinstance(state.position, Tensor)  # a graph reads it; the kernels take a number
-        if not graphed and fused_runs(proj, p, self.window):
+        graphed = state is not None and isinstance(state.position, Tensor)  # only the kernels of a step read it
+        if state is not None and step_runs(proj, p, self.window):
+            y, state, gate = ar_ssm_step(proj, p, window=self.window, memory=self.memory, state=state)
+        elif not graphed and fused_runs(proj, p, self.window):
             y, state, gate = fused_ar_ssm(proj, p, window=self.window, memory=self.memory, state=state)
         else:
             y, state, gate = self.composed(proj, state)

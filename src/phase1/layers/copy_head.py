@@ -84,8 +84,9 @@ class CopyHead(nn.Module):
         `hidden` (B, T, D) and `ids` (B, T) follow the text that left `state`.
         """
         q, *keys = self.queries_and_keys(hidden, ids, state)
-        k, bias, ids, _ = keys
-        first = hidden.shape[1] - logits.shape[1]
+        n = logits.shape[1]
+        k, bias, ids = (part[:, -(self.window + n - 1) :] for part in keys[:3])  # what any of the last n sees
+        first = hidden.shape[1] - n
         q, gate = q[:, first:], self._gate(hidden[:, first:])[..., None]
         pointer = pointer_matrix(q, k, bias, k.shape[1] - q.shape[1], self.window).exp()
         logits = logits.to(pointer.dtype)

@@ -1,4 +1,5 @@
-"""The AR-SSM mixer between its two projections; `fused_ar_ssm` is its form in Triton kernels, for GPUs that can run them."""
+"""The AR-SSM mixer between its two projections; `fused_ar_ssm` and, for one more token, `ar_ssm_step` are its forms in Triton
+kernels, for GPUs that can run them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from phase1.ops.ar_ssm.reference import TAPS, Parameters, State, ar_ssm_referenc
 from phase1.ops.card import HAS_TRITON, OLDEST, is_recent
 from phase1.ops.self_check import DISPROVEN
 
-__all__ = ["Parameters", "State", "ar_ssm_reference", "fused_ar_ssm", "fused_runs", "imitated_card"]
+__all__ = ["Parameters", "State", "ar_ssm_reference", "ar_ssm_step", "fused_ar_ssm", "fused_runs", "imitated_card", "step_runs"]
 
 TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -45,6 +46,24 @@ def fused_runs(proj: Tensor, p: Parameters, window: int) -> bool:
         return "AR-SSM" not in DISPROVEN
     fixed = R - (0 if p.gate_weight is None else len(p.gate_weight))
     return self_check.proven(proj.device, R, P, fixed, window, proj.dtype) and "AR-SSM" not in DISPROVEN
+
+
+def step_runs(proj: Tensor, p: Parameters, window: int) -> bool:
+    """Whether `ar_ssm_step` does, after a state: for one token of which nothing is learnt, where `fused_runs`."""
+    eager = type(proj) is Tensor and not torch.compiler.is_compiling()  # it is no operator that a compiler knows
+    return proj.shape[1] == 1 and not torch.is_grad_enabled() and eager and fused_runs(proj, p, window)
+
+
+def ar_ssm_step(
+    proj: Tensor, p: Parameters, *, window: int, memory: float, state: State, eps: float = 1e-5
+) -> tuple[Tensor, State, Tensor]:
+    """Form of `ar_ssm_reference` in two Triton kernels for T = 1: same arguments and result, without gradients.
+
+    The position may be a tensor of one number, as in a CUDA graph: the host does not read it, and the next one is a tensor too.
+    """
+    from phase1.ops.ar_ssm.step import step_forward  # Triton takes a second to import
+
+    return step_forward(proj, p, window, memory, state, eps)
 
 
 def fused_ar_ssm(

@@ -9,7 +9,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _softplus(x):  # type: ignore[no-untyped-def]
+def softplus(x):  # type: ignore[no-untyped-def]
     return tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
 
 
@@ -45,7 +45,7 @@ def gate_kernel(  # type: ignore[no-untyped-def]
     place = b * stride_b + t * stride + FIRST
     mask = m[:, None] & mh[None, :]
     raw = tl.load(proj + place[:, None] + o_h[None, :], mask=mask, other=0.0).to(tl.float32)
-    step = _softplus(raw + tl.load(dt_bias + o_h, mask=mh, other=0.0)[None, :])
+    step = softplus(raw + tl.load(dt_bias + o_h, mask=mh, other=0.0)[None, :])
     o = (b[:, None] * H + o_h[None, :]) * T + t[:, None]
     tl.store(dt + o, step, mask=mask)
     tl.store(log_a + o, -tl.exp(tl.load(A_log + o_h, mask=mh, other=0.0))[None, :] * step - forget, mask=mask)
@@ -98,7 +98,7 @@ def gate_backward_kernel(  # type: ignore[no-untyped-def]
         d_raw = (tl.load(d_dt + o, mask=mask, other=0.0) + b_log_a * rate) / (1.0 + tl.exp(-raw))
         tl.store(d_proj + d_place[:, None] + o_h[None, :], d_raw.to(d_proj.dtype.element_ty), mask=mask)
         d_bias += d_raw
-        d_A += b_log_a * rate * _softplus(raw)
+        d_A += b_log_a * rate * softplus(raw)
         if N > 0:
             o = row[:, None] * R + o_r[None, :]
             mask = m[:, None] & mr[None, :]

@@ -36,7 +36,7 @@ def _if(here, mc):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _convolved(x3, x2, x1, x0, weight, bias, columns, mc, CONV: tl.constexpr):  # type: ignore[no-untyped-def]
+def convolved(x3, x2, x1, x0, weight, bias, columns, mc, CONV):  # type: ignore[no-untyped-def]
     """bias + Σ_j weight_j of four rows of inputs, the oldest first: the convolution's output at the last one."""
     c = tl.load(bias + columns, mask=mc, other=0.0).to(tl.float32)
     c += x3 * tl.load(weight + columns, mask=mc, other=0.0).to(tl.float32)
@@ -54,12 +54,12 @@ def _mean_of_head(x, R: tl.constexpr, HEADS: tl.constexpr):  # type: ignore[no-u
 
 
 @triton.jit
-def _put(p, o, m, value):  # type: ignore[no-untyped-def]
+def put(p, o, m, value):  # type: ignore[no-untyped-def]
     tl.store(p + o, value.to(p.dtype.element_ty), mask=m)
 
 
 @triton.jit
-def _get(p, o, m):  # type: ignore[no-untyped-def]
+def get(p, o, m):  # type: ignore[no-untyped-def]
     return tl.load(p + o, mask=m, other=0.0).to(tl.float32)
 
 
@@ -75,8 +75,8 @@ def _values(  # type: ignore[no-untyped-def]
     for i in range(rows):
         t = begin + i
         x0 = _input_row(proj, past, t, T, stride, columns, mc, CONV, PAST)
-        c = _convolved(x3, x2, x1, x0, weight, bias, columns, mc, CONV)
-        _put(x, o + t * P, _if(t < T, mc), c / (1.0 + tl.exp(-c)))
+        c = convolved(x3, x2, x1, x0, weight, bias, columns, mc, CONV)
+        put(x, o + t * P, _if(t < T, mc), c / (1.0 + tl.exp(-c)))
         x3, x2, x1 = x2, x1, x0
 
 
@@ -104,24 +104,24 @@ def _heads(  # type: ignore[no-untyped-def]
         x0 = _input_row(proj, past, t, T, stride, left, mc, CONV, PAST)
         y0 = _input_row(proj, past, t, T, stride, right, mc, CONV, PAST)
         o, o_g = (b * H + head) * T * R + t * R + j, (b * T + t) * R + j
-        g1, g2 = _get(gate, o_g, m), _get(gate, o_g + HALF, m)
+        g1, g2 = get(gate, o_g, m), get(gate, o_g + HALF, m)
         if WINDOWED:
             b_cos = tl.load(cos + t * HALF + j, mask=m, other=0.0)
             b_sin = tl.load(sin + t * HALF + j, mask=m, other=0.0)
-        n1 = _convolved(x3, x2, x1, x0, weight, bias, left, mc, CONV)
-        n2 = _convolved(y3, y2, y1, y0, weight, bias, right, mc, CONV)
+        n1 = convolved(x3, x2, x1, x0, weight, bias, left, mc, CONV)
+        n2 = convolved(y3, y2, y1, y0, weight, bias, right, mc, CONV)
         r = tl.rsqrt(_mean_of_head(n1 * n1 + n2 * n2, R, HEADS) + eps)
         n1 *= r
         n2 *= r
-        _put(out, o, m, n1 * g1)
-        _put(out, o + HALF, m, n2 * g2)
+        put(out, o, m, n1 * g1)
+        put(out, o + HALF, m, n2 * g2)
         if WINDOWED:
             if SCALED:
                 n1 *= scale1
                 n2 *= scale2
             o = (b * H + head) * (T + past_rows) * R + (past_rows + t) * R + j
-            _put(turned, o, m, n1 * b_cos - n2 * b_sin)
-            _put(turned, o + HALF, m, n2 * b_cos + n1 * b_sin)
+            put(turned, o, m, n1 * b_cos - n2 * b_sin)
+            put(turned, o + HALF, m, n2 * b_cos + n1 * b_sin)
         x3, x2, x1 = x2, x1, x0
         y3, y2, y1 = y2, y1, y0
 
@@ -170,10 +170,10 @@ def _values_backward(  # type: ignore[no-untyped-def]
         t = begin + i
         m = _if(t < T, mc)
         x0 = _input_row(proj, past, t, T, stride, columns, mc, CONV, PAST)
-        d = _get(dx, o + t * P, m)
-        c = _convolved(x3, x2, x1, x0, weight, bias, columns, mc, CONV)
+        d = get(dx, o + t * P, m)
+        c = convolved(x3, x2, x1, x0, weight, bias, columns, mc, CONV)
         s = 1.0 / (1.0 + tl.exp(-c))
-        _put(dx, o + t * P, m, d * s * (1.0 + c * (1.0 - s)))
+        put(dx, o + t * P, m, d * s * (1.0 + c * (1.0 - s)))
         x3, x2, x1 = x2, x1, x0
 
 
@@ -203,15 +203,15 @@ def _heads_backward(  # type: ignore[no-untyped-def]
         x0 = _input_row(proj, past, t, T, stride, left, mc, CONV, PAST)
         y0 = _input_row(proj, past, t, T, stride, right, mc, CONV, PAST)
         o, o_g = (b * H + head) * T * R + t * R + j, (b * T + t) * R + j
-        d1, d2 = _get(d, o, m), _get(d, o + HALF, m)
-        g1, g2 = _get(gate, o_g, m), _get(gate, o_g + HALF, m)
+        d1, d2 = get(d, o, m), get(d, o + HALF, m)
+        g1, g2 = get(gate, o_g, m), get(gate, o_g + HALF, m)
         if WINDOWED:
             b_cos = tl.load(cos + t * HALF + j, mask=m, other=0.0)
             b_sin = tl.load(sin + t * HALF + j, mask=m, other=0.0)
             o_k = (b * H + head) * (T + past_rows) * R + (past_rows + t) * R + j
-            e1, e2 = _get(d_turned, o_k, m), _get(d_turned, o_k + HALF, m)
-        n1 = _convolved(x3, x2, x1, x0, weight, bias, left, mc, CONV)
-        n2 = _convolved(y3, y2, y1, y0, weight, bias, right, mc, CONV)
+            e1, e2 = get(d_turned, o_k, m), get(d_turned, o_k + HALF, m)
+        n1 = convolved(x3, x2, x1, x0, weight, bias, left, mc, CONV)
+        n2 = convolved(y3, y2, y1, y0, weight, bias, right, mc, CONV)
         r = tl.rsqrt(_mean_of_head(n1 * n1 + n2 * n2, R, HEADS) + eps)
         n1 *= r
         n2 *= r
@@ -230,8 +230,8 @@ def _heads_backward(  # type: ignore[no-untyped-def]
             d1 += f1
             d2 += f2
         mean = _mean_of_head(d1 * n1 + d2 * n2, R, HEADS)  # through n = c r, r = rsqrt(mean(c²) + eps)
-        _put(d, o, m, r * (d1 - n1 * mean))
-        _put(d, o + HALF, m, r * (d2 - n2 * mean))
+        put(d, o, m, r * (d1 - n1 * mean))
+        put(d, o + HALF, m, r * (d2 - n2 * mean))
         x3, x2, x1 = x2, x1, x0
         y3, y2, y1 = y2, y1, y0
     if SCALED:
@@ -371,7 +371,7 @@ def _put_row(  # type: ignore[no-untyped-def]
     d_proj, d_past, b, t, T, stride, columns, mc, value, CONV: tl.constexpr, PAST: tl.constexpr
 ):  # fmt: skip
     """Writes the gradient of the convolution's input at position t, of the rows before 0 into `d_past`."""
-    _put(d_proj, t * stride + columns, _if((t >= 0) & (t < T), mc), value)
+    put(d_proj, t * stride + columns, _if((t >= 0) & (t < T), mc), value)
     if PAST:
         early = _if((t < 0) & (t >= 1 - TAPS), mc)
-        _put(d_past, (b * (TAPS - 1) + t + TAPS - 1) * CONV + columns, early, value)
+        put(d_past, (b * (TAPS - 1) + t + TAPS - 1) * CONV + columns, early, value)

@@ -11,11 +11,12 @@ from phase1.ops.ar_ssm.reference import Parameters, State, ar_ssm_reference
 from phase1.ops.self_check import passes, relative_error
 
 LENGTH, HEADS, HIDDEN = 130, 2, 16  # several chunks and stretches, and a part of one
+FAR = 1 << 20  # a position
 WHOLE = 512  # positions of one stretch of 16 chunks, for which other kernels are compiled: those of most trainings
 
 
 def proven(device: torch.device, R: int, P: int, fixed: int, window: int, dtype: torch.dtype) -> bool:
-    """Whether results and gradients of `fused_ar_ssm` on `device` are those of `ar_ssm_reference` in float64.
+    """Whether results and gradients of `fused_ar_ssm`, and results of `ar_ssm_step`, are those of the definition in float64.
 
     Where they are not, the kernels are not used.
     """
@@ -48,9 +49,26 @@ def worst_error(device: torch.device, R: int, P: int, fixed: int, window: int, d
                 got = _results(fused_ar_ssm, proj, p, window, past)
             finally:
                 PROGRAMS.reset(token)
-            past = None if past is None else State(past.position, *(part.double() for part in past[1:]))
+            past = None if past is None else _double(past)
             errors.append(relative_error(got, _results(ar_ssm_reference, proj.double(), exact, window, past)))
+        errors += [error_of_step(device, R, P, fixed, window, dtype, graphed) for graphed in (False, True)]
     return max(errors)
+
+
+@torch.no_grad()
+def error_of_step(device: torch.device, R: int, P: int, fixed: int, window: int, dtype: torch.dtype, graphed: bool) -> float:
+    """Relative error of one token: after a window half full, or `graphed`, after a full one and at a position in memory."""
+    from phase1.ops.ar_ssm import ar_ssm_step
+
+    generator = torch.Generator(device).manual_seed(0)
+    proj, p = operands(2, 1, HEADS, R, P, HIDDEN if fixed < R else 0, fixed, dtype, device, generator)
+    exact = Parameters(*(None if q is None else q.double() for q in p))  # type: ignore[arg-type]
+    past = state_of(proj, p, window - 1 if graphed else window // 2, FAR, generator)
+    given = past._replace(position=torch.tensor(FAR, device=device)) if graphed else past  # type: ignore[arg-type]
+    out, state, gate = ar_ssm_step(proj, p, window=window, memory=1000.0, state=given)
+    wanted, after, mean = ar_ssm_reference(proj.double(), exact, window=window, memory=1000.0, state=_double(past))
+    moved = torch.as_tensor(state.position - FAR, device=device)
+    return relative_error([out, gate, moved, *state[1:]], [wanted, mean, torch.ones_like(mean), *after[1:]])
 
 
 def operands(
@@ -70,12 +88,24 @@ def operands(
     return proj, Parameters(draw(4, conv, std=0.5), draw(conv, std=0.1), *decay, *scales, *gate)
 
 
+def state_of(proj: Tensor, p: Parameters, past: int, position: int, generator: torch.Generator | None = None) -> State:
+    """A random state at `position`, with `past` keys and values, for tokens such as `proj` (B, T, ·)."""
+    (H, R), P, B = p.q_scale.shape, p.state_scale.shape[1], len(proj)
+    shapes = ((B, 3, H * (P + 2 * R)), (B, H, R, P), (B, H, past, R), (B, H, past, P))
+    conv, S, k, x = (torch.randn(shape, device=proj.device, generator=generator) for shape in shapes)
+    return State(position, conv.to(proj.dtype), S, k.to(proj.dtype), x.to(proj.dtype))
+
+
 def _past(proj: Tensor, exact: Parameters, window: int) -> State:
     """The state after some positions, from the definition."""
     with torch.no_grad():
         state = ar_ssm_reference(proj[:, :window].double(), exact, window=window, memory=1000.0)[1]
     half = [part.to(proj.dtype) for part in (state.conv, state.k, state.x)]
     return State(state.position, half[0], state.S.float(), half[1], half[2])
+
+
+def _double(state: State) -> State:
+    return State(state.position, *(part.double() for part in state[1:]))
 
 
 def _results(form, proj: Tensor, p: Parameters, window: int, past: State | None) -> list[Tensor]:  # type: ignore[no-untyped-def]

@@ -19,9 +19,11 @@ def check_arguments(q: Tensor, k: Tensor, bias: Tensor, ids: Tensor, targets: Te
 
 def pointer_matrix(q: Tensor, k: Tensor, bias: Tensor, past: int, window: int) -> Tensor:
     """log of a[t, s] = softmax_s(q_t · k_s / sqrt(d) + bias_s) over past + t - window < s ≤ past + t: (B, T, past + T)."""
+    scores = (q @ k.transpose(1, 2)).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5 + bias[:, None]
+    if q.shape[1] == 1 and past < window:  # sees every key: a step of generation makes no mask
+        return scores.log_softmax(-1)
     t = torch.arange(q.shape[1], device=q.device)[:, None] + past
     s = torch.arange(k.shape[1], device=q.device)
-    scores = (q @ k.transpose(1, 2)).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5 + bias[:, None]
     return scores.masked_fill((s > t) | (s <= t - window), -torch.inf).log_softmax(-1)
 
 

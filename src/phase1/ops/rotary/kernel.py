@@ -8,13 +8,19 @@ from torch import Tensor
 ROWS = 64
 
 
+@triton.jit
+def angle_of(position, j, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
+    """position · 10000^(-j / HALF) without its full turns, float32; float64 inside."""
+    turns = tl.exp2(j.to(tl.float64) * (-13.287712379549449 / HALF)) * 0.15915494309189535  # a position, in full turns
+    angle = position.to(tl.float64) * turns
+    return ((angle - tl.floor(angle)) * 6.283185307179586).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["start", "T"])
 def _angles(cos, sin, start, T, HALF: tl.constexpr, HB: tl.constexpr, BT: tl.constexpr):  # type: ignore[no-untyped-def]
     t, j = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, HB)
     mask = (t < T)[:, None] & (j < HALF)[None, :]
-    turns = tl.exp2(j.to(tl.float64) * (-13.287712379549449 / HALF)) * 0.15915494309189535  # a position, in full turns
-    angle = (start + t).to(tl.float64)[:, None] * turns[None, :]
-    angle = ((angle - tl.floor(angle)) * 6.283185307179586).to(tl.float32)
+    angle = angle_of((start + t)[:, None], j[None, :], HALF)
     o = t[:, None] * HALF + j[None, :]
     tl.store(cos + o, tl.cos(angle), mask=mask)
     tl.store(sin + o, tl.sin(angle), mask=mask)
