@@ -158,9 +158,10 @@ def _chunk_tokens(element_size: int, V: int, parts: int) -> int:
 
 
 def _logits_buffer(states: Tensor, V: int, parts: int = USUAL_PARTS) -> Tensor:
-    """Memory for the logits of one chunk, (tokens, V + padding), in the dtype of the states."""
-    width = V + -V % ALIGNMENT
-    size = min(_chunk_tokens(states.element_size(), V, parts), len(states))
+    """Memory for the logits of one chunk, (tokens, V + padding), in the dtype of the states; chunks are of one size, nearly."""
+    width, most = V + -V % ALIGNMENT, _chunk_tokens(states.element_size(), V, parts)
+    even = -(-len(states) // max(1, -(-len(states) // most)))
+    size = min(most, len(states), even + -even % TILE)
     return states.new_empty(size, width + -width % LINE)[:, :width]
 
 
