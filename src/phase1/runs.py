@@ -306,7 +306,9 @@ class GenerateRun(Config):
     copy_head: bool = option(True, "use the copy head, if the model has one")
     tokenizer: str | None = option(None, "gpt2 or a folder with tokenizer.json, for a checkpoint of an earlier version")
     precision: Literal["auto", "fp16", "bf16", "fp32"] = option("auto", "autocast type; auto is fp16 on CUDA, fp32 on the CPU")
-    cuda_graphs: bool = option(False, "launch every step as one CUDA graph: faster on a GPU")
+    cuda_graphs: bool | None = option(
+        None, "launch every step as one CUDA graph: faster; by default on a GPU, but with attention, whose state grows"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

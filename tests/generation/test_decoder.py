@@ -205,11 +205,12 @@ def checkpoint(tmp_path):
     return untrained(tmp_path, SHAPE)
 
 
-def untrained(folder, shape):
-    """A checkpoint of a new engine whose texts do not end."""
+def untrained(folder, shape, role="phase1"):
+    """A checkpoint of a new model; the texts of an engine do not end."""
     torch.manual_seed(0)
-    state = make_train_state(LanguageModel(model_config("phase1", shape)), TrainConfig(), "cpu")
-    state.model.embedding.output_bias.data[BYTES.end_of_text] = -1e4  # so that no text ends
+    state = make_train_state(LanguageModel(model_config(role, shape)), TrainConfig(), "cpu")
+    if role == "phase1":
+        state.model.embedding.output_bias.data[BYTES.end_of_text] = -1e4  # so that no text ends
     facts = {"data": {"name": "a", "split": "train", "sha256": "b"}, "tokenizer": BYTES.fingerprint, "seq_length": 8}
     facts |= {"trained_tokens": 0, "train_seconds": 0.0, "loss": 0.0, "finished": False}
     save_checkpoint(folder, state, facts, resumable=False)
@@ -223,6 +224,16 @@ def test_a_checkpoint_brings_its_tokenizer(checkpoint):
     log_p, state = d.step(int(log_p.argmax()), state)
     assert log_p.shape == (300,) and d.tokenizer.fingerprint == BYTES.fingerprint and d.trained_length == 8
     assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("mixer, device, graphs", [("ar_ssm", "cuda", True), ("ar_ssm", "cpu", False), ("attention", "cuda", False)])
+def test_graphs_are_taken_where_they_can_be_if_nothing_is_said(tmp_path, monkeypatch, mixer, device, graphs):
+    folder = untrained(tmp_path, SHAPE, "phase1" if mixer == "ar_ssm" else "baseline")
+    asked = []
+    monkeypatch.setattr("phase1.generation.decoder.Decoder", lambda *given, **_: asked.append(given[3]))
+    monkeypatch.setattr(LanguageModel, "to", lambda self, device: self)
+    load(folder, device=device, precision="fp32", cuda_graphs=None)
+    assert asked == [graphs]
 
 
 def test_what_a_prompt_and_a_step_give_is_what_one_pass_gives(checkpoint):

@@ -106,7 +106,7 @@ def load(
     precision: str = "auto",
     tokenizer: str | None = None,
     copy_head: bool = True,
-    cuda_graphs: bool = False,
+    cuda_graphs: bool | None = False,
 ) -> Decoder:
     """The model and the tokenizer of a checkpoint, or of a folder that `phase1 export` wrote.
 
@@ -114,6 +114,7 @@ def load(
         precision: auto, fp16, bf16 or fp32 as in training.
         tokenizer: gpt2 or a folder with tokenizer.json, for a checkpoint of an earlier version, which has none.
         copy_head: whether the copy head, if there is one, is mixed in.
+        cuda_graphs: as in Decoder; None is wherever it can be.
     Raises:
         ValueError: missing or damaged, without a tokenizer or with another one than that of the training.
     """
@@ -133,6 +134,8 @@ def load(
     if not copy_head:
         model.copy_head = None
     dtype = compute_dtype(precision, device)
+    if cuda_graphs is None:
+        cuda_graphs = device == "cuda" and model.config.mixer != "attention"
     return Decoder(model.to(device), found, dtype, cuda_graphs, trained_length=facts["seq_length"])
 
 
