@@ -209,9 +209,9 @@ def times():
 def opened_for_writing(found, event, arguments):
     """Note the files, but those that Python itself compiles at the first import of a module."""
     path, _, how = arguments if event == "open" else (None, None, None)
-    if isinstance(path, str) and how & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-        if not path.startswith("/dev/") and "__pycache__" not in path:
-            found.append(path)
+    writes = isinstance(path, str) and how & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    if writes and not path.startswith("/dev/") and "__pycache__" not in path:
+        found.append(path)
 
 
 def rank_main(rank, ranks, port, folder):
