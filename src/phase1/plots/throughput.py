@@ -44,7 +44,7 @@ def plot_throughput(report: Report[ThroughputResult], path: Path | str) -> Path:
 
 
 def _mark_failures(axes: "Axes", measurements: Sequence[Measurement], index: int, color: str) -> None:
-    """A cross at the foot of the plot for a length that a model did not finish."""
+    """A cross at the foot of the plot for a length that a model did not finish; the word beside it in black, to be read."""
     from matplotlib.transforms import blended_transform_factory
 
     foot = blended_transform_factory(axes.transData, axes.transAxes)
@@ -54,8 +54,8 @@ def _mark_failures(axes: "Axes", measurements: Sequence[Measurement], index: int
             axes.plot([m.seq_length], [height], marker="x", color=color, markersize=8, markeredgewidth=2, transform=foot)
             word = "OOM" if m.status == "oom" else "failed"
             axes.annotate(
-                word, (m.seq_length, height), xycoords=foot, xytext=(-7, 0), textcoords="offset points", color=color,
-                fontsize=8, ha="right", va="center",
+                word, (m.seq_length, height), xycoords=foot, xytext=(-7, 0), textcoords="offset points", fontsize=8, ha="right",
+                va="center",
             )  # fmt: skip
 
 
