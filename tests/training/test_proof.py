@@ -86,6 +86,23 @@ def test_a_gradient_that_is_mostly_rounding_may_be_as_far_from_float32s_as_the_w
     assert asked == [torch.float16, torch.float16, torch.float32]
 
 
+def test_without_memory_for_float32_a_gradient_that_differs_is_wrong(monkeypatch):
+    asked = []
+
+    def gradients(state, micro_batch, dtype):
+        asked.append(dtype)
+        if dtype == torch.float32:
+            raise torch.cuda.OutOfMemoryError("no")
+        return {"gate": torch.full((4,), float(len(asked)))}
+
+    monkeypatch.setattr(proof, "_gradients", gradients)
+    state = state_compiled_by("aot_eager")
+    state.dtype = torch.float16
+    with pytest.raises(Unavailable, match="that of gate differs by 50%"):
+        prove_compiled(state, batch())
+    assert asked[-1] == torch.float32
+
+
 def test_what_needs_too_much_memory_as_written_stays_unproven(monkeypatch):
     state = state_compiled_by("aot_eager")
 

@@ -1,6 +1,7 @@
 """Proof that a compiled loss has the gradients of the model as it is written: a compiler may be wrong without a word."""
 
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -14,8 +15,9 @@ LIMIT = {torch.float32: 0.01, torch.float16: 0.1, torch.bfloat16: 0.3}
 ROUNDING = 2.0  # times as far from float32's as the written gradient is: what a sum in another order may come to
 FLOOR = 1e-3  # of the norm of all gradients: those of smaller ones are mostly rounding
 AWAY = 0.02  # from zero, of parameters that begin there
-Gradients = dict[str, Tensor]
 SCALE = 1024.0  # of the loss, so that no gradient overflows or vanishes in half precision
+Gradients = dict[str, Tensor]
+"""Of every parameter, by name."""
 
 
 def prove_compiled(state: TrainState, micro_batch: Batch) -> None:
@@ -23,9 +25,9 @@ def prove_compiled(state: TrainState, micro_batch: Batch) -> None:
 
     For every parameter ‖compiled - written‖ / max(‖written‖, 0.001 ‖all written‖) must be within LIMIT. If one is not, as where
     a gradient in half precision is little more than rounding, the judge is float32: no compiled gradient may be further from
-    its than LIMIT, or than ROUNDING times as far as the written one is. Parameters that begin at zero, behind which no
-    gradient passes, are not zero meanwhile; afterwards all are what they were, without gradients. A model that needs more
-    memory as it is written than there is stays unproven, and one line says so.
+    its than LIMIT, or than ROUNDING times as far as the written one is; without memory for it none may differ. Parameters that
+    begin at zero, behind which no gradient passes, are not zero meanwhile; afterwards all are what they were, without
+    gradients. A model that needs more memory as it is written than there is stays unproven, and one line says so.
     Raises Unavailable, one line, with the parameter that differs most.
     """
     zeros = [parameter for parameter in state.model.parameters() if not parameter.any()]
@@ -38,7 +40,8 @@ def prove_compiled(state: TrainState, micro_batch: Batch) -> None:
             written = _gradients(state, micro_batch, state.dtype)
             wrong = {name: error for name, error in errors(found, written).items() if not error <= LIMIT[state.dtype]}
             if wrong and state.dtype != torch.float32:
-                wrong = _further(found, written, _gradients(state, micro_batch, torch.float32), LIMIT[state.dtype])
+                with suppress(torch.cuda.OutOfMemoryError):  # no room for the judge: what differs is wrong
+                    wrong = _further(found, written, _gradients(state, micro_batch, torch.float32), LIMIT[state.dtype])
     except torch.cuda.OutOfMemoryError:
         warnings.warn("the compiled model is not proven: as it is written it needs more memory than there is", stacklevel=2)
         return
