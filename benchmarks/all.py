@@ -37,6 +37,11 @@ class Job:
     gpus: int | None = 1  # None: all of them
     alone: bool = True
 
+    @property
+    def shares(self) -> bool:
+        """Whether another may run on its GPU."""
+        return self.gpus == 1 and not self.alone
+
 
 def step(role: str, size: str, *settings: str) -> Job:
     name = "-".join(["steps", role, *size.split(), *(setting.split("=")[1] for setting in settings if "output" in setting)])
@@ -57,7 +62,7 @@ JOBS = [
         "--gpus {slots} --resume --checkpoint-dir {out}/checkpoints --out-dir {out}/perplexity_fair", 800, None, False),
     Job("memory", f"{PHASE1} memory --save-plots --out-dir {{out}}", 60, 1, False),
     Job("calibration", f"{BENCHMARK}calibrate_memory.py --workers 8 --out-dir {{out}}", 120, 1, False),
-    Job("pieces", f"{BENCHMARK}pieces.py --out-dir {{out}}/pieces", 200),
+    Job("pieces", f"{BENCHMARK}pieces.py --out-dir {{out}}", 200),
     *STEPS,
     Job("ar_ssm", f"{BENCHMARK}ar_ssm.py --out-dir {{out}}/kernels", 40),
     Job("losses", f"{BENCHMARK}losses.py --out-dir {{out}}/kernels", 20),
@@ -67,7 +72,7 @@ JOBS = [
     *(Job(f"peers-{name}", f"{PEERS} {{out}}/peers {{data}} {name}", seconds, 1, False) for name, seconds in (
         ("kda", 500), ("gla", 500), ("gated_delta_by_kda", 500), ("llama", 200), ("phase1", 250),
     )),
-    Job("peers-speed", f"{PEERS} {{out}}/peers {{data}} speed", 250),
+    Job("peers-speed", f"{PEERS} {{out}}/peers {{data}} speed table", 250),
 ]  # fmt: skip
 
 
@@ -93,11 +98,7 @@ class Machine:
         return free[:wanted] if len(free) >= wanted else []
 
     def _takes(self, job: Job, there: list[Running]) -> bool:
-        many = job.gpus is None  # which runs as many as a GPU takes
-        return not there or (not job.alone and not many and len(there) < SHARED and all(self._shares(r.job) for r in there))
-
-    def _shares(self, job: Job) -> bool:
-        return not job.alone and job.gpus == 1
+        return not there or (job.shares and len(there) < SHARED and all(running.job.shares for running in there))
 
     def all(self) -> list[Running]:
         return list({id(running): running for there in self.running.values() for running in there}.values())
@@ -141,10 +142,12 @@ def run(jobs: list[Job], machine: Machine, out: Path, data: Path, end: float) ->
         for job in list(waiting):
             if job.gpus is not None and job.gpus > machine.gpus:
                 waiting.remove(job)
-                left_out += say(job, f"left out: it needs {job.gpus} GPUs")
+                left_out += 1
+                say(job, f"left out: it needs {job.gpus} GPUs")
             elif time.monotonic() + job.seconds > end:
                 waiting.remove(job)
-                left_out += say(job, f"left out: it takes some {job.seconds} s")
+                left_out += 1
+                say(job, f"left out: it takes some {job.seconds} s")
             elif gpus := machine.room_for(job):
                 waiting.remove(job)
                 begin(job, gpus, machine, out, data)
@@ -186,9 +189,8 @@ def search_path() -> str:
     return os.pathsep.join(filter(None, [str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
-def say(job: Job, what: str) -> int:
+def say(job: Job, what: str) -> None:
     print(f"{job.name:<32} {what}", flush=True)
-    return 1
 
 
 if __name__ == "__main__":

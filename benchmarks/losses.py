@@ -22,6 +22,7 @@ from torch import Tensor
 
 from phase1.files import atomic_write
 from phase1.machine.environment import current_command, environment
+from phase1.model import PARTS
 from phase1.ops.cross_entropy import chunked, tied_cross_entropy, tied_cross_entropy_reference
 
 CHECKED_TOKENS, CHECKED_LENGTH = 1003, 301
@@ -30,7 +31,7 @@ CHUNKS = tuple(2**20 * size for size in (32, 64, 128, 256, 512, 1024))
 SOFTMAX = tuple((block, steps, warps) for block in (2048, 4096, 8192) for steps in (1, 2, 4) for warps in (8, 16, 32))
 BATCHES = (64, 16, 4, 1)  # texts of a pointer
 CASES = ("dense", "flat", "two_level", "pointer")
-SMALL, FEWEST = "phase1, where blocks are recomputed", 2 * chunked.USUAL_PARTS  # fewest logits at once
+SMALL = "phase1, where blocks are recomputed"
 SHARE_IN_TAIL = 0.045  # of targets, docs/log.md
 
 Inputs = dict[str, Tensor]
@@ -96,7 +97,7 @@ def measured(options: argparse.Namespace, device: str, dtype: torch.dtype) -> It
         yield from compared("dense", dense_forms(), dense_exact, lambda n: dense_inputs(n, V, D, device, dtype), options)
     if "flat" in options.cases:
         yield from compared(
-            "HTT flat", {"phase1": biased, SMALL: partial(biased, parts=FEWEST)}, biased_exact,
+            "HTT flat", {"phase1": biased, SMALL: partial(biased, parts=PARTS["block"])}, biased_exact,
             lambda n: biased_inputs(n, V, D, device, dtype), options,
         )  # fmt: skip
     if "two_level" in options.cases:
@@ -207,7 +208,7 @@ def biased_inputs(n: int, V: int, D: int, device: str, dtype: torch.dtype) -> In
     }
 
 
-def biased(x: Inputs, odds: Tensor | None = None, parts: int = 1) -> Tensor:
+def biased(x: Inputs, odds: Tensor | None = None, parts: int = PARTS["none"]) -> Tensor:
     return tied_cross_entropy(x["states"], x["table"], x["targets"], x["bias"], x["odds"] if odds is None else odds, parts)
 
 
@@ -219,13 +220,13 @@ def dense_exact(x: Inputs) -> Tensor:
     return F.cross_entropy(x["states"] @ x["table"].T, x["targets"])
 
 
-def phase1_dense(x: Inputs, parts: int = 1) -> Tensor:
+def phase1_dense(x: Inputs, parts: int = PARTS["none"]) -> Tensor:
     return tied_cross_entropy(x["states"], x["table"], x["targets"], parts=parts)
 
 
 def dense_forms() -> dict[str, Form]:
     """This package's, and those of other libraries that are installed; they take states, a table of their type and targets."""
-    forms: dict[str, Form] = {"phase1": phase1_dense, SMALL: partial(phase1_dense, parts=FEWEST)}
+    forms: dict[str, Form] = {"phase1": phase1_dense, SMALL: partial(phase1_dense, parts=PARTS["block"])}
     forms["all logits in memory"] = lambda x: tied_cross_entropy_reference(x["states"], x["table"], x["targets"])
     others: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
     if hasattr(F, "linear_cross_entropy"):

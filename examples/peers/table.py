@@ -12,13 +12,15 @@ SPEED_OF = {"ar_ssm_dense_no_copy": "ar_ssm", "transformer_start": "baseline_fas
 """What a model of a perplexity report is called where its speed was measured; the same by default."""
 
 
-def measured(out: Path) -> list[dict[str, Any]]:
-    """A row a model: parameters, perplexity of every text, tokens/s and peak memory of a step of 64 texts of 512 tokens."""
+def measured(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The environment of the first report; and a row a model: parameters, perplexity of every text, tokens/s and peak memory
+    of a step of 64 texts of 512 tokens."""
     speeds = out / "speed" / FILES["throughput"]
     speed = read_report(speeds, "throughput").results if speeds.exists() else {}
+    reports = [read_report(path, "perplexity") for path in sorted(out.glob(f"*/**/{FILES['perplexity']}"))]
     rows: dict[str, dict[str, Any]] = {}
-    for path in sorted(out.glob(f"*/**/{FILES['perplexity']}")):
-        for key, result in read_report(path, "perplexity").results.items():
+    for report in reports:
+        for key, result in report.results.items():
             if result.status != "ok":
                 rows.setdefault(key, {"model": key, "refused": result.detail})
                 continue
@@ -31,12 +33,12 @@ def measured(out: Path) -> list[dict[str, Any]]:
             best = next((m for m in timed.measurements if m.status == "ok"), None) if timed else None
             if best is not None:
                 row |= {"tokens_per_s": best.tokens_per_second, "peak_bytes": best.peak_allocated_bytes}
-    return list(rows.values())
+    return reports[0].environment if reports else {}, list(rows.values())
 
 
 def main(out: Path) -> None:
-    rows = measured(out)
-    record = {"command": "bash examples/peers/run.sh OUT DATA STEP...", "rows": rows}
+    environment, rows = measured(out)
+    record = {"environment": environment, "command": "bash examples/peers/run.sh OUT DATA STEP...", "rows": rows}
     atomic_write(out / "peers.json", json.dumps(record, indent=1).encode())
     texts = list(dict.fromkeys(name for row in rows for name in row if name.startswith("perplexity_")))
     names = ["model", "parameters", "mixer_parameters", *texts, "tokens_per_s", "peak_bytes"]

@@ -64,6 +64,9 @@ TABLES: dict[str, Callable[[ModelConfig, TokenStatistics | TokenVectors | None],
 States = list[Any]
 """What a text leaves for what follows it: the state of every block, then that of the copy head, where there is one."""
 
+PARTS: dict[str, int] = {"none": 1, "selective": USUAL_PARTS, "block": 2 * USUAL_PARTS}
+"""Into how many the logits of the loss are divided, by what is recomputed: the more, the smaller and slower."""
+
 OUT = (".out_proj", ".down_proj", ".o_proj")
 """Names of the layers of a block that add to the residual stream; the last is what other people's mixers call theirs."""
 
@@ -193,8 +196,7 @@ class LanguageModel(nn.Module):
         table = self.table_of_loss() if shared is None else shared
         past = None if state is None or self.copy_head is None else state[-1]
         pointer = () if self.copy_head is None else self.copy_head(hidden, ids, targets, past)[:2]
-        parts = {"none": 1, "selective": USUAL_PARTS, "block": 2 * USUAL_PARTS}[self.config.recompute]
-        loss = self.loss_of_outputs(Outputs(self._states(hidden), *pointer), table, targets, parts)
+        loss = self.loss_of_outputs(Outputs(self._states(hidden), *pointer), table, targets, PARTS[self.config.recompute])
         return loss, self._penalty(effective_rank)
 
     def outputs_of_piece(

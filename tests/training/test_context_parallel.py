@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 
 from phase1.layers.ar_ssm import ARSSM
 from phase1.training import context_parallel
-from phase1.training.context_parallel import Context, ContextMicroBatch, stretches
+from phase1.training.context_parallel import Context, ContextMicroBatch, faded, stretches
 from phase1.training.micro_batch import MicroBatch
 from phase1.training.pieces import Pieces
 from tests.training.test_pieces import FORMS, model_of, outcome, text
@@ -42,8 +42,7 @@ def worker(rank, size, folder):
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         loss, wanted = outcome(MicroBatch(model, scaler, torch.float32), ids, targets)
         all_faded = name == "all faded"
-        if all_faded:
-            context_parallel.faded = lambda dtype: 22.0  # e^-22 is below what is asked for
+        context_parallel.faded = (lambda dtype: 22.0) if all_faded else faded  # e^-22 is below what is asked for
         for lengths in ALL_FADED if all_faded else LENGTHS[size]:
             context = Context(lengths, rank)
             own = slice(context.start, context.start + lengths[rank])
