@@ -3,9 +3,10 @@
     python benchmarks/all.py OUT --data DATA [--only NAME ...] [--seconds S] [--list]
 
 OUT gets the records, each where results/h200 has it, and a log a job in OUT/logs. DATA is a folder with wikipedia/ (train and
-valid) and wikitext103/ (valid). What is timed has a GPU to itself; trainings and peaks of memory share one. With --seconds no
-job begins that its usual time does not leave room for, and what still runs is interrupted at the end: started again, a job goes
-on if its command can. Says how each ended; exit status 1 if one failed, 3 if one was left out or interrupted.
+valid) and wikitext103/ (valid). What is timed has a GPU to itself, trainings and what is
+inside PyTorch's allocator share one. With --seconds no job begins that its usual time does not leave room for, and what still
+runs is interrupted at the end: started again, a job goes on if its command can. Says how each ended; exit status 1 if one
+failed, 3 if one was left out or interrupted.
 """
 
 import argparse
@@ -60,7 +61,7 @@ JOBS = [
     Job("throughput", f"{PHASE1} throughput --decode --save-plots --out-dir {{out}}", 200),
     Job("perplexity", f"{PHASE1} perplexity {TEXTS} {FAST} {FAIR} "
         "--gpus {slots} --resume --checkpoint-dir {out}/checkpoints --out-dir {out}/perplexity_fair", 800, None, False),
-    Job("memory", f"{PHASE1} memory --save-plots --out-dir {{out}}", 60, 1, False),
+    Job("memory", f"{PHASE1} memory --out-dir {{out}}", 60),  # what is outside the allocator is the card's
     Job("calibration", f"{BENCHMARK}calibrate_memory.py --workers 8 --out-dir {{out}}", 120, 1, False),
     Job("pieces", f"{BENCHMARK}pieces.py --out-dir {{out}}", 200),
     *STEPS,

@@ -135,9 +135,7 @@ def gradients(micro_batch: MicroBatch, ids: torch.Tensor, targets: torch.Tensor,
     return loss.detach()
 
 
-def timed(
-    state: TrainState, pass_of: Callable[[], torch.Tensor], device: str
-) -> tuple[list[float], int, torch.Tensor]:
+def timed(state: TrainState, pass_of: Callable[[], torch.Tensor], device: str) -> tuple[list[float], int, torch.Tensor]:
     """Milliseconds of steps, peak bytes, and loss and gradients of the first step, unscaled."""
     times, first = [], torch.empty(0)
     state.model.train()

@@ -6,7 +6,8 @@ Every row is first checked at the very size that is timed, against its definitio
 first positions of one text, and of the last ones where nothing before them is remembered. A wrong row is FAIL, one that raises
 is refused; neither has a time. The rest is timed interleaved, as CUDA graphs where these can be made. Peers are measured where
 they are installed: flash-linear-attention, mamba-ssm (its Triton code is enough).
-A process of its own does the work, and writes after every row: one that crashes or hangs costs its row alone.
+A process of its own does the work, and writes after every row: one that crashes or hangs costs its row alone. Before, rows
+that try many forms of their kernels have them compiled, each in a process, many at a time: one by one that takes an hour.
 """
 
 import argparse
@@ -34,6 +35,8 @@ CHECKED = 320  # positions: several chunks of any kernel, and a part of one
 LIMIT = {torch.float16: 0.05, torch.bfloat16: 0.2, torch.float32: 5e-3}  # relative, of a whole gradient; a wrong one is near 1
 COPY_BYTES = 2**31
 START_SECONDS = 90.0  # of a process: imports, and the card's context
+MEASURING = ("sizes", "ranks", "rows", "precision", "rounds", "seconds", "row_seconds")  # options that the record names
+TUNED = ("fla", "mamba2")  # how the names of rows begin that try many forms of their kernels
 
 
 def main() -> int:
@@ -47,6 +50,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=340.0, help="of the whole run; what is not done by then is skipped")
     parser.add_argument("--row-seconds", type=float, default=60.0, help="of one row, or of the times of a size")
+    parser.add_argument("--compile-seconds", type=float, default=240.0, help="at most, before the run; 0 leaves it out")
+    parser.add_argument("--compile-processes", type=int, default=12, help="at a time")
+    parser.add_argument("--compile-only", action="store_true", help="fill the caches of compiled kernels, and end")
     parser.add_argument("--out-dir", default="results/benchmarks/sequence_ops")
     parser.add_argument("--plot-only", action="store_true", help="draw the plot of the file that is there")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -55,6 +61,10 @@ def main() -> int:
         worker(options)
         return 0
     file = Path(options.out_dir) / "sequence_ops.json"
+    if not options.plot_only:
+        compile_tuned(options)
+    if options.compile_only:
+        return 0
     if not options.plot_only:
         measure(options, file)
     record = json.loads(file.read_text())
@@ -84,11 +94,37 @@ def jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
+def compile_tuned(options: argparse.Namespace) -> None:
+    """Run each tuned row once at every rank, at the first size; what is compiled stays in Triton's cache."""
+    first = options.sizes[0].lower()
+    waiting = [
+        {"B": job["B"], "T": job["T"], "R": job["R"], "rows": [name]}
+        for job in jobs(options)
+        for name in job["rows"]
+        if name.startswith(TUNED) and f"{job['B']}x{job['T']}" == first
+    ]
+    command = [sys.executable, __file__, "--worker", "--compile-only", "--precision", options.precision]
+    ends, running, total = time.monotonic() + options.compile_seconds, [], len(waiting)
+    while (waiting or running) and time.monotonic() < ends:
+        running = [process for process in running if process.poll() is None]
+        while waiting and len(running) < options.compile_processes:
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            assert process.stdin is not None
+            process.stdin.write(json.dumps([waiting.pop(0)]).encode())
+            process.stdin.close()
+            running.append(process)
+        time.sleep(0.2)
+    for process in running:
+        process.kill()
+        process.wait()
+    print(f"compiled: {total - len(waiting) - len(running)} of {total} tuned rows, {len(running)} broken off", flush=True)
+
+
 def measure(options: argparse.Namespace, file: Path) -> None:
     """Do all jobs, each in a process that lives as long as it can; the file is whole after every row."""
     ends, left, found = time.monotonic() + options.seconds, jobs(options), []
     facts: dict[str, Any] = {"device": "", "torch": torch.__version__, "copy_bytes_per_second": None}
-    settings = {name: value for name, value in vars(options).items() if name not in ("out_dir", "worker", "plot_only")}
+    settings = {name: value for name, value in vars(options).items() if name in MEASURING}
 
     def keep() -> None:
         record = facts | {"heads": HEADS, "channels": CHANNELS, "window": WINDOW, "options": settings, "rows": found}
@@ -187,6 +223,8 @@ def worker(options: argparse.Namespace) -> None:
             say("begin", row=name)
             torch.manual_seed(0)
             result, steps = prepared(every[name], size, device, dtype)
+            if options.compile_only:
+                continue
             print(f"  checked {name}, {size}: {result.get('worst_error', result['note'])}", file=sys.stderr, flush=True)
             if steps is None:
                 say("row", row=result)

@@ -1,14 +1,16 @@
-"""Time of a training step, compiled and replayed as CUDA graphs, and its kernels.
+"""Time of a training step among others, compiled and replayed as CUDA graphs, and its kernels.
 
     python benchmarks/steps.py ROLE B T [FIELD=VALUE ...]
 
 ROLE is a model of `phase1 throughput` (phase1, baseline, ...), FIELD one of its settings (checkpointing=False, the older name
-of recompute=none, loss=chunked, htt_output=two_level). Writes steps.jsonl, a line a run, into --out-dir. Needs a GPU.
+of recompute=none, loss=chunked, htt_output=two_level). Steps follow each other as in training: the host does not wait for one
+before it launches the next. Writes steps.jsonl, a line a run, into --out-dir. Needs a GPU.
 """
 
 import argparse
 import json
 import statistics
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -43,14 +45,13 @@ def main() -> None:
     batch = [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())]
     prove_compiled(state, batch[0])
     losses = [train_step(state, batch).item() for _ in range(WARMUP)]
-    times = []
-    for _ in range(MEASURED):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
+    ends = [torch.cuda.Event(enable_timing=True) for _ in range(MEASURED + 1)]
+    ends[0].record()
+    for end in ends[1:]:
         train_step(state, batch)
         end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
+    torch.cuda.synchronize()
+    times = [before.elapsed_time(end) for before, end in pairwise(ends)]
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         train_step(state, batch)
         torch.cuda.synchronize()

@@ -89,3 +89,19 @@ def test_every_record_that_is_awaited_has_a_job():
     commands = " ".join(job.command for job in all_.JOBS)
     for script in (ROOT / "benchmarks").glob("*.py"):
         assert script.name in ("all.py", "sequence_rows.py") or f"benchmarks/{script.name}" in commands, script.name
+
+
+@pytest.mark.parametrize("name", [job.name for job in all_.JOBS])
+def test_every_command_is_one_that_its_program_takes(name, capsys):
+    from phase1.cli import main
+
+    job = next(job for job in all_.JOBS if job.name == name)
+    program, *arguments = job.command.format(out="out", data="data", slots="0 0").removeprefix(sys.executable).split()
+    if program == "-m":
+        with pytest.raises(SystemExit) as ended:
+            main([*arguments[1:], "--print-config"])
+        assert ended.value.code in (0, None), capsys.readouterr().err
+        return
+    program = arguments[0] if program == "bash" else program
+    flags = [argument for argument in arguments if argument.startswith("--")]
+    assert [flag for flag in flags if f'"{flag}"' not in Path(program).read_text()] == []

@@ -12,14 +12,16 @@ SPEED_OF = {"ar_ssm_dense_no_copy": "ar_ssm", "transformer_start": "baseline_fas
 """What a model of a perplexity report is called where its speed was measured; the same by default."""
 
 
-def measured(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The environment of the first report; and a row a model: parameters, perplexity of every text, tokens/s and peak memory
-    of a step of 64 texts of 512 tokens."""
-    speeds = out / "speed" / FILES["throughput"]
-    speed = read_report(speeds, "throughput").results if speeds.exists() else {}
-    reports = [read_report(path, "perplexity") for path in sorted(out.glob(f"*/**/{FILES['perplexity']}"))]
-    rows: dict[str, dict[str, Any]] = {}
-    for report in reports:
+def measured(out: Path) -> dict[str, Any]:
+    """The record: of each model parameters, perplexity of every text, tokens/s and peak memory of a step of 64 texts of 512
+    tokens. What OUT has no report of stays as OUT/peers.json has it."""
+    file = out / "peers.json"
+    record: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"rows": []}
+    record["command"] = "bash examples/peers/run.sh OUT DATA STEP..."
+    rows: dict[str, dict[str, Any]] = {row["model"]: row for row in record["rows"]}
+    for path in sorted(out.glob(f"*/**/{FILES['perplexity']}")):
+        report = read_report(path, "perplexity")
+        record["environment"] = report.environment
         for key, result in report.results.items():
             if result.status != "ok":
                 rows.setdefault(key, {"model": key, "refused": result.detail})
@@ -29,16 +31,19 @@ def measured(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             row |= {"trained_tokens": result.trained_tokens, "weights_sha256": result.weights_sha256}
             if result.dataset:
                 row[f"perplexity_{result.dataset.name}"] = result.perplexity
-            timed = speed.get(SPEED_OF.get(key, key))
-            best = next((m for m in timed.measurements if m.status == "ok"), None) if timed else None
-            if best is not None:
-                row |= {"tokens_per_s": best.tokens_per_second, "peak_bytes": best.peak_allocated_bytes}
-    return reports[0].environment if reports else {}, list(rows.values())
+    speeds = out / "speed" / FILES["throughput"]
+    speed = read_report(speeds, "throughput").results if speeds.exists() else {}
+    for key, row in rows.items():
+        timed = speed.get(SPEED_OF.get(key, key))
+        best = next((m for m in timed.measurements if m.status == "ok"), None) if timed else None
+        if best is not None:
+            row |= {"tokens_per_s": best.tokens_per_second, "peak_bytes": best.peak_allocated_bytes}
+    return record | {"rows": list(rows.values())}
 
 
 def main(out: Path) -> None:
-    environment, rows = measured(out)
-    record = {"environment": environment, "command": "bash examples/peers/run.sh OUT DATA STEP...", "rows": rows}
+    record = measured(out)
+    rows = record["rows"]
     atomic_write(out / "peers.json", json.dumps(record, indent=1).encode())
     texts = list(dict.fromkeys(name for row in rows for name in row if name.startswith("perplexity_")))
     names = ["model", "parameters", "mixer_parameters", *texts, "tokens_per_s", "peak_bytes"]
