@@ -109,12 +109,12 @@ Case = Callable[[int], dict[str, Any]]
 TWO_LEVEL = {"htt_output": "two_level"}
 CASES: dict[str, Case] = {
     "whole_64x512": partial(speed, Training(64, 512, capped=False)),
-    "1M": partial(speed, Training(1, 2**20, 4096)),
-    "1M_8k": partial(speed, Training(1, 2**20, 8192)),
-    "1M_two_level": partial(speed, Training(1, 2**20, 4096, overrides=TWO_LEVEL)),
-    "16M": partial(speed, Training(1, 2**24, 8192, compile=True, graphs=False)),
+    "1M": partial(speed, Training(1, 2**20, 16384, graphs=False)),  # work enough for the host to keep ahead
+    "1M_4k": partial(speed, Training(1, 2**20, 4096)),
+    "1M_two_level": partial(speed, Training(1, 2**20, 16384, graphs=False, overrides=TWO_LEVEL)),
+    "16M": partial(speed, Training(1, 2**24, 16384, graphs=False)),
     "whole_64x512_compiled": partial(speed, Training(64, 512, capped=False, compile=True)),
-    "1M_compiled": partial(speed, Training(1, 2**20, 8192, compile=True, graphs=False)),
+    "1M_compiled": partial(speed, Training(1, 2**20, 16384, compile=True, graphs=False)),
     "large_uncapped": partial(speed, Training(64, 512, capped=False, shape=LARGE)),
     "large_micro": partial(speed, Training(64, 512, micro=8, shape=LARGE)),
     "large_pieces": partial(speed, Training(1, 32768, 4096, shape=LARGE)),
@@ -129,7 +129,7 @@ CASES: dict[str, Case] = {
 }
 RATIOS = {
     "1M over 64 x 512": ("tokens_per_s", "1M", "whole_64x512"),
-    "1M over 64 x 512, pieces of 8k": ("tokens_per_s", "1M_8k", "whole_64x512"),
+    "1M over 64 x 512, pieces of 4k": ("tokens_per_s", "1M_4k", "whole_64x512"),
     "1M over 64 x 512, compiled": ("tokens_per_s", "1M_compiled", "whole_64x512_compiled"),
     "D 768, L 12: capped over uncapped": ("tokens_per_s", "large_micro", "large_uncapped"),
     "D 768, L 12: 1 x 32k in pieces over uncapped": ("tokens_per_s", "large_pieces", "large_uncapped"),

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from phase1.config import ModelConfig
 from phase1.model import LanguageModel, Outputs, States
-from phase1.ops.cross_entropy import IGNORE
+from phase1.ops.cross_entropy import IGNORE, USUAL_PARTS
 from phase1.training.micro_batch import MicroBatch
 
-PARTS = 16  # of the most logits that are held at once: 320 tokens of 50257 in half precision
+PARTS = 16  # of the most logits, of which one is held where the loss comes first: 320 tokens of 50257 in half precision
 Gradients = list[Tensor | None]
 """Of the tensors of a state, or of outputs, that gradients go through, in order; None is zero."""
 
@@ -33,6 +33,11 @@ class Piece:
 def in_pieces(config: ModelConfig, length: int | None) -> bool:
     """Whether a model trains in pieces where `length` is asked for: not with attention, whose state grows, or a user's own."""
     return length is not None and config.mixer == "ar_ssm" and config.model is None
+
+
+def loss_first(tokens: int, vocab_size: int) -> bool:
+    """Whether the loss of so many tokens is computed before all gradients: their rows are at most half a table then."""
+    return 2 * tokens <= vocab_size
 
 
 def bounds(length: int, piece: int) -> list[int]:
@@ -77,7 +82,7 @@ class Pieces(MicroBatch):
         ]
         with self._autocast(inputs):
             self.table.build()
-        if 2 * inputs.numel() <= self.model.config.vocab_size:
+        if loss_first(inputs.numel(), self.model.config.vocab_size):
             total = self._loss_first(inputs, targets, share)
         else:
             self.table.gather()
@@ -138,16 +143,16 @@ class Pieces(MicroBatch):
     def _loss(self, outputs: list[Tensor], targets: Tensor, share: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The cross-entropy of whole sequences, and its gradients for `outputs`; others are added to what there is."""
         leaves = [part.detach().requires_grad_() for part in outputs]
-        loss = self._cross_entropy(Outputs(*leaves), targets, share)
+        loss = self._cross_entropy(Outputs(*leaves), targets, share, PARTS)
         self.table.release()
         self.scaler.scale(loss).backward()
         self.table.collect()
         return loss.detach(), [leaf.grad for leaf in leaves if leaf.grad is not None]
 
-    def _cross_entropy(self, outputs: Outputs, targets: Tensor, share: Tensor) -> Tensor:
+    def _cross_entropy(self, outputs: Outputs, targets: Tensor, share: Tensor, parts: int = USUAL_PARTS) -> Tensor:
         """What tokens of this share add to the cross-entropy of the step."""
         with self._autocast(targets):
-            loss = self.model.loss_of_outputs(outputs, self.table.tapped(), targets, PARTS)
+            loss = self.model.loss_of_outputs(outputs, self.table.tapped(), targets, parts)
         return torch.where(share > 0, loss, 0.0) * share
 
     @torch.no_grad()

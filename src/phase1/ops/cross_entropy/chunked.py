@@ -162,7 +162,10 @@ def _logits_buffer(states: Tensor, V: int, parts: int = USUAL_PARTS) -> Tensor:
     width, most = V + -V % ALIGNMENT, _chunk_tokens(states.element_size(), V, parts)
     even = -(-len(states) // max(1, -(-len(states) // most)))
     size = min(most, len(states), even + -even % TILE)
-    return states.new_empty(size, width + -width % LINE)[:, :width]
+    buffer = states.new_empty(size, width + -width % LINE)
+    if not buffer.is_cuda:
+        buffer[:, width:] = 0  # oneDNN's products in bfloat16 read past the end of rows: NaN there would be NaN everywhere
+    return buffer[:, :width]
 
 
 def _chunks(N: int, buffer: Tensor) -> list[slice]:

@@ -31,6 +31,14 @@ def test_many_pieces_are_estimated_from_few():
     assert ours.unattributed_bytes == 0
 
 
+@pytest.mark.parametrize("length", [64 * 10 + 20, 64 * 19 + 20, 64 * 24 + 20])
+def test_the_few_have_their_loss_where_all_of_them_have_it(length):
+    """At a vocabulary of 5,000 two sequences of 1,250 tokens change from one to the other."""
+    case = replace(CASE, model=replace(CASE.model, vocab_size=5000), seq_length=length)
+    ours, all_of_them = estimate_memory(case), traced_memory(case, CHIP)
+    assert ours.peak_allocated_bytes == pytest.approx(all_of_them.peak_allocated_bytes, rel=1e-2)
+
+
 def test_memory_grows_by_ids_and_states_alone():
     more = replace(CASE, seq_length=CASE.seq_length + 1000 * 64)
     state = 2 * 3 * 32 + 4 * 2 * 4 * 8 + 2 * 2 * 7 * (4 + 8) + 2 * 8 + 100 * (2 * 8 + 4 + 8)  # bytes of one sequence
