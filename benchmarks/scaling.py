@@ -27,7 +27,7 @@ STEPS, WARMUP, ROUNDS = 20, 5, 30
 SECONDS = 150.0  # for any one process
 TINY = {"vocab_size": 300, "d_model": 16, "n_layers": 1, "n_heads": 2, "ar_ssm_window": 4, "htt_dense_rows": 4}
 TINY |= {"htt_groups": 10, "ar_ssm_max_rank": 4, "ar_ssm_min_rank": 2, "htt_rank": 2}
-TRAIN = "--seq-length 256 --train-batch-size 64 --micro-batch-size 32 --eval-every 0"
+TRAIN = "--seq-length 256 --train-batch-size 64 --micro-batch-size 32 --eval-every 0 --recompute none --cuda-graphs"
 SMOKE = (
     "--d-model 16 --n-layers 1 --n-heads 2 --htt-dense-rows 16 --htt-groups 16 "
     "--ar-ssm-max-rank 4 --htt-rank 2 --seq-length 32 --train-batch-size 8 --micro-batch-size 2 --eval-every 0"
@@ -220,7 +220,7 @@ def measure_resume(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     flags = (SMOKE if options.smoke else TRAIN).split() + ["--dataset-name", options.dataset_name]
     if options.dataset_name == "builtin":  # of which a tokenizer is trained
         flags += ["--vocab-size", "512" if options.smoke else "2048"]
-    tokens = 40 * 8 * 32 if options.smoke else 300 * 64 * 256
+    tokens = 40 * 8 * 32 if options.smoke else 600 * 64 * 256
     hours = (0.4 / 3600, 1.2 / 3600) if options.smoke else (5 / 3600, 9 / 3600)
     with tempfile.TemporaryDirectory() as temporary:
         folders = {name: Path(temporary) / name for name in ("a", "b", "paused")}
@@ -236,6 +236,7 @@ def measure_resume(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         run([sys.executable, *command("a")], **one)
         if first.wait(SECONDS):
             raise SystemExit("scaling: the second run on one GPU failed")
+        print(f"two runs without a pause: {time.perf_counter() - began:.0f} s", flush=True)
         steps = []
         for launch, pause, environment in (
             ([sys.executable], hours[0], one),
@@ -244,6 +245,7 @@ def measure_resume(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         ):
             run(launch + command("paused") + (["--max-hours", f"{pause:.7f}"] if pause else []), **environment)
             steps.append(json.loads((folders["paused"] / "checkpoint.json").read_text())["step"])
+            print(f"one with pauses: at step {steps[-1]}, {time.perf_counter() - began:.0f} s", flush=True)
         curves = {name: [row for row in rows(path)] for name, path in folders.items()}
     tail = {name: statistics.fmean(row["loss"] for row in curve[-10:]) for name, curve in curves.items()}
     by_step = {name: {row["step"]: row["loss"] for row in curve} for name, curve in curves.items()}

@@ -79,6 +79,21 @@ def test_products_in_another_type_than_asked_are_said():
     assert any("float64, not in bfloat16" in line for line in execution(one, None).otherwise)
 
 
+def test_each_length_is_proven_with_the_first_weights(monkeypatch):
+    """After steps on random tokens most of a gradient is rounding, which a proof could take for an error."""
+    seen = []
+    weights = lambda state: [parameter.detach().clone() for parameter in state.model.parameters()]  # noqa: E731
+    monkeypatch.setattr(interleaved, "compile_loss", lambda state: compile_loss(state, "eager"))
+    monkeypatch.setattr(interleaved, "prove_compiled", lambda state, batch: seen.append((weights(state), state)))
+    forget_compiled()
+    models = {"phase1": model_config("phase1", SHAPE)}
+    measure_throughput(models, ThroughputPlan((8, 16, 24), 1, 1, 1, compiled=frozenset(models)), "cpu")
+    forget_compiled()
+    first, *others = (found for found, _ in seen)
+    assert len(others) == 2 and all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, weights(seen[0][1]), strict=True)), "nothing was trained"
+
+
 def test_a_compiled_model_is_counted_and_one_that_is_not_is_said():
     one = state()
     compiler = compile_loss(one, "eager")

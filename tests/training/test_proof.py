@@ -69,14 +69,20 @@ def test_one_wrong_gradient_among_many_is_found_and_noise_of_small_ones_is_not()
 
 
 @pytest.mark.parametrize("off, is_wrong", [(0.45, False), (0.7, True)])
-def test_a_gradient_that_is_mostly_rounding_may_be_as_far_from_float32s_as_the_written_one_twice_over(monkeypatch, off, is_wrong):
-    """The written gradient is 0.3 off; the compiled one to the other side, so that the two differ by more than the limit."""
+@pytest.mark.parametrize("furthest", ["gate", "other"])
+def test_where_gradients_are_mostly_rounding_the_written_ones_say_how_far_one_may_be_from_float32s(
+    monkeypatch, off, is_wrong, furthest
+):
+    """A written gradient is 0.3 off; a compiled one to the other side, so that the two differ by more than the limit."""
     asked = []
 
     def gradients(state, micro_batch, dtype):
         asked.append(dtype)
-        of = 1.0 if dtype == torch.float32 else 1 + off if len(asked) == 1 else 0.7
-        return {"gate": torch.full((4,), of), "right": torch.ones(4)}
+        if dtype == torch.float32:
+            return {"gate": torch.ones(4), "other": torch.ones(4)}
+        if len(asked) == 1:
+            return {"gate": torch.full((4,), 1 + off), "other": torch.ones(4)}
+        return {"gate": torch.ones(4), "other": torch.ones(4)} | {furthest: torch.full((4,), 0.7)}
 
     monkeypatch.setattr(proof, "_gradients", gradients)
     state = state_compiled_by("aot_eager")

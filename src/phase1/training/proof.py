@@ -12,7 +12,7 @@ from phase1.training.step import Batch, TrainState, make_micro_batch
 
 LIMIT = {torch.float32: 0.01, torch.float16: 0.1, torch.bfloat16: 0.3}
 """Relative error of a parameter's gradient that is rounding; a wrong product is near 1."""
-ROUNDING = 2.0  # times as far from float32's as the written gradient is: what a sum in another order may come to
+ROUNDING = 2.0  # times as far from float32's as the furthest written gradient is: what sums in another order may come to
 FLOOR = 1e-3  # of the norm of all gradients: those of smaller ones are mostly rounding
 AWAY = 0.02  # from zero, of parameters that begin there
 SCALE = 1024.0  # of the loss, so that no gradient overflows or vanishes in half precision
@@ -25,9 +25,10 @@ def prove_compiled(state: TrainState, micro_batch: Batch) -> None:
 
     For every parameter ‖compiled - written‖ / max(‖written‖, 0.001 ‖all written‖) must be within LIMIT. If one is not, as where
     a gradient in half precision is little more than rounding, the judge is float32: no compiled gradient may be further from
-    its than LIMIT, or than ROUNDING times as far as the written one is; without memory for it none may differ. Parameters that
-    begin at zero, behind which no gradient passes, are not zero meanwhile; afterwards all are what they were, without
-    gradients. A model that needs more memory as it is written than there is stays unproven, and one line says so.
+    its than LIMIT, or than ROUNDING times the distance of the furthest written one (which one that is, is chance); without
+    memory for it none may differ. Parameters that begin at zero, behind which no gradient passes, are not zero meanwhile;
+    afterwards all are what they were, without gradients. A model that needs more memory as it is written than there is stays
+    unproven, and one line says so.
     Raises Unavailable, one line, with the parameter that differs most.
     """
     zeros = [parameter for parameter in state.model.parameters() if not parameter.any()]
@@ -69,8 +70,8 @@ def errors(found: Gradients, wanted: Gradients) -> dict[str, float]:
 
 def _further(found: Gradients, written: Gradients, exact: Gradients, limit: float) -> dict[str, float]:
     """Errors of those found gradients that rounding does not explain."""
-    rounding = errors(written, exact)
-    return {name: e for name, e in errors(found, exact).items() if not e <= max(limit, ROUNDING * rounding[name])}
+    allowed = max(limit, ROUNDING * max(errors(written, exact).values()))
+    return {name: e for name, e in errors(found, exact).items() if not e <= allowed}
 
 
 def _gradients(state: TrainState, micro_batch: Batch, dtype: torch.dtype) -> Gradients:

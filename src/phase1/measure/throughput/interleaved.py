@@ -63,6 +63,7 @@ class TimedModel:
     batch_size: int
     state: TrainState | None = None  # None before it is made, and after a failure
     compiler: Compiler | None = None  # of its loss, if that is to be compiled
+    start: Mapping[str, Tensor] = field(default_factory=dict)  # its first weights, if so: trained on noise, gradients are noise
     ran: Execution | None = None  # how the current length runs
     parameters: dict[str, int] | None = None
     failure: Outcome[Any] | None = None
@@ -157,7 +158,9 @@ def _make(model: TimedModel, device: str, plan: ThroughputPlan, compiled: bool) 
     began = time.perf_counter()
     graphs, piece_length = plan.cuda_graphs, plan.piece_length
     model.state = make_workload(model.config, device, cuda_graphs=graphs, piece_length=piece_length)
-    model.compiler = compile_loss(model.state) if compiled else None
+    if compiled:
+        model.compiler = compile_loss(model.state)
+        model.start = {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.state.model.named_parameters()}
     model.parameters = model.state.model.parameter_counts()
     model.excluded_seconds += time.perf_counter() - began
 
@@ -172,6 +175,8 @@ def _prepare(model: TimedModel, seq_length: int) -> None:
     state, began = model.state, time.perf_counter()
     assert state is not None
     if model.compiler is not None:
+        for name, parameter in state.model.named_parameters():
+            parameter.data.copy_(model.start[name])
         prove_compiled(state, random_batch(model.config.vocab_size, model.batch_size, seq_length, state.device.type))
         model.compiler.calls = 0
     if state.config.cuda_graphs:

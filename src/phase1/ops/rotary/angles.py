@@ -36,7 +36,11 @@ def _(like: Tensor, length: int, half: int, start: int) -> tuple[Tensor, Tensor]
     return cos, sin
 
 
-rotary_angles.register_autograd(lambda ctx, d_cos, d_sin: (None, None, None, None))
+# Angles have no gradient: with one, autograd would keep all that they are multiplied by.
+rotary_angles.register_autograd(
+    lambda ctx, d_cos, d_sin: (None, None, None, None),
+    setup_context=lambda ctx, inputs, output: ctx.mark_non_differentiable(*output),
+)
 
 
 @rotary_angles.register_kernel("cuda")
