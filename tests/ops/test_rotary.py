@@ -1,5 +1,7 @@
 """Angles of rotary positions as one operator: values, and what autograd keeps because of them."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -14,6 +16,18 @@ def test_the_operator_is_its_definition():
         assert torch.equal(found, wanted)
 
 
+def numbers_kept(forward):
+    sizes = []
+
+    def keep(tensor):
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    return sum(sizes)
+
+
 @pytest.mark.parametrize("options", [{}, {"qk_norm": True}])
 def test_angles_have_no_gradient_so_that_nothing_is_kept_for_it(monkeypatch, options):
     """Of an attention layer as on a GPU, where angles are an operator, autograd keeps what it keeps without one."""
@@ -22,8 +36,5 @@ def test_angles_have_no_gradient_so_that_nothing_is_kept_for_it(monkeypatch, opt
         monkeypatch.setattr(layer, "rotary_angles_reference", angles)
         torch.manual_seed(0)
         attention, x = Attention(32, 4, **options), torch.randn(2, 9, 32)
-        sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
-            attention(x)
-        kept[angles] = sum(sizes)
+        kept[angles] = numbers_kept(partial(attention, x))
     assert kept[rotary_angles] == kept[rotary_angles_reference]

@@ -277,7 +277,10 @@ def next_command(run: TrainRun, model: ModelConfig) -> str:
     """What evaluates the model of `run`: same data and tokenizer, windows of the same length."""
     data = {f.name: getattr(run, f.name) for f in fields(DataConfig)}
     evaluation = PerplexityRun(
-        **data, vocab_size=run.vocab_size, seq_length=run.seq_length, checkpoint=(f"{Key.of(model)}={run.out_dir}",),
+        **data,
+        vocab_size=run.vocab_size,
+        seq_length=run.seq_length,
+        checkpoint=(f"{Key.of(model)}={run.out_dir}",),
         model=() if run.model is None else (f"{Key.of(model)}={run.model}",),
     )
     return f"phase1 perplexity {flags(evaluation)}"

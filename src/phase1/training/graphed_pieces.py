@@ -1,6 +1,7 @@
 """Pieces of sequences as CUDA graphs: per shape one for the state after a piece, and one for its gradients."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -9,23 +10,17 @@ from torch import Tensor
 
 from phase1.model import States
 from phase1.training.micro_batch import WARMUP_RUNS, capture_mode, places_of_gradients, require_same_gradients
-from phase1.training.pieces import Gradients, Piece, Pieces, floating, rebuilt, tensors
+from phase1.training.pieces import Gradients, Piece, Pieces, bounds, floating, loss_first, rebuilt, settled, tensors
 
 
 class Launched:
-    """A function of tensors as one graph, captured for the shapes of `inputs` after some runs that warm up.
+    """A function of tensors as one graph, captured for the shapes of `inputs`, at which it has run before.
 
     What a call returns holds until the next launch of a graph of the same `pool`.
     """
 
     def __init__(self, function: Callable[..., list[Tensor]], inputs: Sequence[Tensor], pool: Any) -> None:
         self.inputs = [tensor.clone() for tensor in inputs]
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(WARMUP_RUNS):
-                function(*self.inputs)
-        torch.cuda.current_stream().wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool, capture_error_mode=capture_mode()):
             self.outputs = function(*self.inputs)
@@ -37,11 +32,22 @@ class Launched:
         return self.outputs
 
 
+@contextmanager
+def beside() -> Iterator[None]:
+    """Within the block, the GPU's work goes to a stream of its own, as a capture's does."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
 class GraphedPieces(Pieces):
     """The same work as `Pieces`, each piece launched at once: all of a sequence but the first have one shape.
 
-    Graphs are captured in a forward pass, so gradients must be None or zero before the first one of a shape. From then on they
-    stay the same tensors: zero them, never free them. Memory of a piece, of the table and of its gradient stays reserved.
+    Graphs are captured in the first forward pass of a shape, after its first pieces have been run as they are: then the memory
+    of an activation is there once, not beside that of a graph. Gradients must be None or zero before. From then on they stay
+    the same tensors: zero them, never free them. Memory of a piece, of the table and of its gradient stays reserved.
     """
 
     def __init__(self, pieces: Pieces) -> None:
@@ -51,22 +57,40 @@ class GraphedPieces(Pieces):
         self._after: dict[Any, States] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._held: list[int] = []
+        self._warm: set[Any] = set()  # kinds of pieces that have been run
 
     def forward(self, inputs: Tensor, targets: Tensor, share: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
         """As in Pieces."""
         before = len(self._graphs)
         if before:
             require_same_gradients(self._held, self.model)
+        if warms := self._kinds(inputs) not in self._warm:
+            self._warm.add(self._kinds(inputs))
+            with beside():
+                self._warm_up(inputs, targets, share, part)
         outcome = super().forward(inputs, targets, share, part)
         for piece in self._pieces:
             if _key("gradients", piece.inputs, piece.state, piece.given) not in self._graphs:
                 self._gradients(piece, [])
-        if len(self._graphs) > before:  # captures have left gradients
+        if warms or len(self._graphs) > before:  # which have left gradients
             self.model.zero_grad(set_to_none=False)
             self.table.clear()
             self._held = places_of_gradients(self.model)
             outcome = super().forward(inputs, targets, share, part)
         return outcome
+
+    def _kinds(self, inputs: Tensor) -> Any:
+        """What decides the shapes of pieces, and where their loss is computed."""
+        B, T = inputs.shape
+        end = settled(self.model.config, T, self.length)
+        return B, bounds(T, self.length)[1], end, loss_first(B * T, self.model.config.vocab_size)
+
+    def _warm_up(self, inputs: Tensor, targets: Tensor, share: Tensor, part: Tensor) -> None:
+        """Run one piece of every kind as it is: libraries make their handles, and compiled functions their kernels."""
+        plain = Pieces(self.model, self.scaler, self.dtype, self.length)
+        *_, end, plain.loss_first = self._kinds(inputs)
+        for _ in range(WARMUP_RUNS):
+            plain.backward(plain.forward(inputs[:, :end], targets[:, :end], share, part)[0])
 
     def _launch(self, key: Any, function: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> list[Tensor]:
         if key not in self._graphs:

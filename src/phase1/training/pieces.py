@@ -1,5 +1,6 @@
 """Exact gradients of sequences of any length: piece by piece, each computed again from the state before it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,12 @@ def bounds(length: int, piece: int) -> list[int]:
     return [0, *range(min(first, length), length + 1, piece)]
 
 
+def settled(config: ModelConfig, length: int, piece: int) -> int:
+    """Tokens of a sequence after which all pieces are alike: states are as long as the windows, and no shorter piece comes."""
+    window = max(config.ar_ssm_window, config.copy_window if config.copy_head else 0)
+    return min(length, bounds(length, piece)[1] + (math.ceil(window / piece) + 1) * piece)
+
+
 class Pieces(MicroBatch):
     """The loss and gradients of `MicroBatch`, in the memory of one piece of the sequences and of the states between pieces.
 
@@ -68,6 +75,7 @@ class Pieces(MicroBatch):
         super().__init__(model, scaler, dtype)
         self.length = length
         self.table = SharedTable(model)
+        self.loss_first: bool | None = None  # None: where the sequences are short enough
         self._pieces: list[Piece] = []
 
     def forward(self, inputs: Tensor, targets: Tensor, share: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,7 +90,7 @@ class Pieces(MicroBatch):
         ]
         with self._autocast(inputs):
             self.table.build()
-        if loss_first(inputs.numel(), self.model.config.vocab_size):
+        if self.loss_first if self.loss_first is not None else loss_first(inputs.numel(), self.model.config.vocab_size):
             total = self._loss_first(inputs, targets, share)
         else:
             self.table.gather()

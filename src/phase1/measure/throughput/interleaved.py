@@ -160,7 +160,7 @@ def _make(model: TimedModel, device: str, plan: ThroughputPlan, compiled: bool) 
     model.state = make_workload(model.config, device, cuda_graphs=graphs, piece_length=piece_length)
     if compiled:
         model.compiler = compile_loss(model.state)
-        model.start = {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.state.model.named_parameters()}
+        model.start = {name: p.detach().to("cpu", copy=True) for name, p in model.state.model.named_parameters()}
     model.parameters = model.state.model.parameter_counts()
     model.excluded_seconds += time.perf_counter() - began
 
@@ -299,9 +299,7 @@ def _measurement(model: TimedModel, seq_length: int) -> Measurement:
     )
 
 
-def _many_ranks(
-    step: StepTime, total_ms: list[float], model: TimedModel, peaks: list[int], tokens: int
-) -> dict[str, Any]:
+def _many_ranks(step: StepTime, total_ms: list[float], model: TimedModel, peaks: list[int], tokens: int) -> dict[str, Any]:
     """The fields of a measurement that only several ranks have; the steps of rank 0 alone are known there."""
     alone_ms = from_first(lambda: [step.total_ms for step in model.alone])
     efficiency, interval = speed_ratio(total_ms, alone_ms)

@@ -1,6 +1,5 @@
 """Peak memory of a training step without a GPU: fake tensors, followed through PyTorch's CUDA allocator, simulated."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -20,7 +19,7 @@ from phase1.ops.ar_ssm import imitated_card
 from phase1.parallel.replicas import Imagined
 from phase1.trainable import Trainable, build
 from phase1.training.optimizers import MuonAdamW
-from phase1.training.pieces import bounds, in_pieces, loss_first
+from phase1.training.pieces import in_pieces, loss_first, settled
 from phase1.training.step import TrainState, train_step
 
 CONTEXT_BYTES = 500_000_000  # assumed for CUDA context and libraries, which take 0.3 to 0.6 GB on most cards
@@ -45,12 +44,9 @@ def pieces_to_trace(case: MemoryCase) -> tuple[int, int] | None:
     N, T = case.piece_length, case.seq_length
     if N is None or not in_pieces(case.model, N):
         return None
-    window = max(case.model.ar_ssm_window, case.model.copy_window if case.model.copy_head else 0)
-    pieces = math.ceil(window / N) + 1
-    V, B = case.model.vocab_size, case.batch_size
-    if not loss_first(B * T, V):  # nor may it be for the lengths that are traced
-        pieces = max(pieces, math.ceil(V // 2 / B / N))
-    first = bounds(T, N)[1] + pieces * N
+    first, V, B = settled(case.model, T, N), case.model.vocab_size, case.batch_size
+    while loss_first(B * first, V) and not loss_first(B * T, V):
+        first += N
     return (first, first + N) if first + N < T else None
 
 
