@@ -109,14 +109,14 @@ Case = Callable[[int], dict[str, Any]]
 TWO_LEVEL = {"htt_output": "two_level"}
 CASES: dict[str, Case] = {
     "whole_64x512": partial(speed, Training(64, 512, capped=False)),
-    "1M": partial(speed, Training(1, 2**20, 16384, graphs=False)),  # work enough for the host to keep ahead
+    "1M": partial(speed, Training(1, 2**20, 16384)),
     "1M_4k": partial(speed, Training(1, 2**20, 4096)),
-    "1M_two_level": partial(speed, Training(1, 2**20, 16384, graphs=False, overrides=TWO_LEVEL)),
-    "16M": partial(speed, Training(1, 2**24, 16384, graphs=False)),
+    "1M_two_level": partial(speed, Training(1, 2**20, 16384, overrides=TWO_LEVEL)),
+    "16M": partial(speed, Training(1, 2**24, 16384, overrides={"recompute": "block"})),
     "whole_64x512_compiled": partial(speed, Training(64, 512, capped=False, compile=True)),
-    "1M_compiled": partial(speed, Training(1, 2**20, 16384, compile=True, graphs=False)),
-    "large_uncapped": partial(speed, Training(64, 512, capped=False, shape=LARGE)),
-    "large_micro": partial(speed, Training(64, 512, micro=8, shape=LARGE)),
+    "1M_compiled": partial(speed, Training(1, 2**20, 16384, compile=True)),
+    "large_uncapped": partial(speed, Training(64, 512, capped=False, compile=True, shape=LARGE)),
+    "large_micro": partial(speed, Training(64, 512, micro=16, compile=True, shape=LARGE)),
     "large_pieces": partial(speed, Training(1, 32768, 4096, shape=LARGE)),
     "peak_baseline": partial(peak, "baseline", None, {}),
     "peak_baseline_optimized": partial(peak, "baseline_optimized", None, {}),
