@@ -73,6 +73,7 @@ JOBS = [
     *(Job(f"peers-{name}", f"{PEERS} {{out}}/peers {{data}} {name}", seconds, 1, False) for name, seconds in (
         ("kda", 500), ("gla", 500), ("gated_delta_by_kda", 500), ("llama", 200), ("phase1", 250),
     )),
+    Job("peers-compile", f"{PEERS} {{out}}/peers {{data}} compile", 250, 1, False),
     Job("peers-speed", f"{PEERS} {{out}}/peers {{data}} speed table", 250),
 ]  # fmt: skip
 

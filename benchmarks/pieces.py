@@ -22,6 +22,7 @@ import torch
 
 from phase1.config import EngineShape, ModelConfig, TrainConfig
 from phase1.files import atomic_write
+from phase1.machine.environment import environment
 from phase1.measure.memory.case import MemoryCase
 from phase1.measure.memory.largest import probe_size
 from phase1.measure.memory.limit import cap_memory, outside_bytes, parse_bytes
@@ -158,10 +159,11 @@ def main() -> None:
         parser.error(f"CASE must be one of {', '.join(CASES)}; got {', '.join(sorted(unknown))}")
     file = Path(options.out_dir) / FILE
     file.parent.mkdir(parents=True, exist_ok=True)
-    found = json.loads(file.read_text()) if file.exists() else {}
+    found = json.loads(file.read_text())["cases"] if file.exists() else {}
+    record = {"environment": environment(), "command": "python benchmarks/pieces.py [CASE ...]", "cases": found}
     for name in options.cases or CASES:
         found[name] = in_a_process(name, options.limit, options.timeout)
-        atomic_write(file, json.dumps(found, indent=1).encode())
+        atomic_write(file, json.dumps(record, indent=1).encode())
         print(f"{name:28} {line(found[name])}", flush=True)
     for label, (key, ours, theirs) in RATIOS.items():
         if found.get(ours, {}).get(key) and found.get(theirs, {}).get(key):

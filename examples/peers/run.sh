@@ -10,6 +10,7 @@
 #       gated_delta_by_kda  Gated DeltaNet through the kernels of Kimi Delta Attention, which run there
 #       llama   transformers' Llama, at the Transformer's learning rate
 #       phase1  AR-SSM and the Transformer, compiled
+#       compile the kernels of fla's layers, all at once, into Triton's cache: minutes that `speed` then does not take one by one
 #       speed   tokens/s and peak memory of all of them, 64 texts of 512 tokens a step
 #       table   Markdown of what there is in OUT
 # FLAGS further flags of phase1 perplexity. Needs a GPU, `pip install flash-linear-attention transformers`, and to be started from the folder of the repository.
@@ -30,6 +31,12 @@ for step in "$@"; do
       $run perplexity "${common[@]}" --model "$step=$mixers:$step" --out-dir "$out/$step" ;;
     llama) $run perplexity "${common[@]}" --learning-rate 3e-3 --model llama=examples.peers.llama:llama --out-dir "$out/llama" ;;
     phase1) $run perplexity "${common[@]}" --compile --cuda-graphs --variants ar_ssm_dense_no_copy transformer_start --out-dir "$out/phase1" ;;
+    compile)
+      for peer in kda gla gated_delta_by_kda; do
+        $run throughput --no-baseline --seq-lengths 512 --batch-size 64 --no-saturate --measure-steps 1 --warmup-steps 1 \
+          --model "$peer=$mixers:$peer" --out-dir "$out/compile/$peer" &
+      done
+      wait ;;
     speed) $run throughput --seq-lengths 512 --batch-size 64 --no-saturate --measure-steps 20 --warmup-steps 3 --out-dir "$out/speed" \
       --model kda=$mixers:kda gla=$mixers:gla gated_delta_by_kda=$mixers:gated_delta_by_kda llama=examples.peers.llama:llama ar_ssm=examples.peers.ar_ssm:ar_ssm ;;
     table) python3 examples/peers/table.py "$out" ;;

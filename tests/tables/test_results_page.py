@@ -164,6 +164,11 @@ def test_rows_of_an_object_have_their_names_and_numbers_that_hold_for_all_are_no
     table = rows_table(benchmark(file), entry)
     assert table.rows == (("4 x 8",),) and table.notes == ("what.x: 1.23",)
     assert rows_table({"shapes": [{"key": None}], "what": {"x": {"a": 1}}}, entry).rows == ((None,),)
+    speed = {"title": "Speed", "key": "ms"}
+    some = {"shapes": {"a": {"ms": 2}, "b": {}}, "what": {"x": 1}}
+    assert rows_table(some, entry | {"columns": [speed | {"optional": True}]}).rows == ((2,), (None,))
+    with pytest.raises(ValueError, match="expected ms in the record"):
+        rows_table(some, entry | {"columns": [speed]})
 
 
 def test_the_second_speed_is_that_of_the_fastest_transformer_at_each_length_and_the_best_is_bold():

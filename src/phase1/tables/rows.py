@@ -17,8 +17,8 @@ def rows_table(content: Any, entry: dict[str, Any]) -> Table:
     """The table that `entry` asks of `content`.
 
     entry: `name`, `caption`, `rows` (dotted key of the rows, "" where the whole file is them, or is one) and `columns`, each
-        with `title` and `key` (dotted, inside a row; `key` alone is the name of a row of an object), perhaps `unit`, `digits`
-        and `scale`; `facts` are dotted keys of numbers and words that hold for all rows.
+        with `title` and `key` (dotted, inside a row; `key` alone is the name of a row of an object), perhaps `unit`, `digits`,
+        `scale`, and `optional` where not every row has one; `facts` are dotted keys of what holds for all rows.
     Raises ValueError (one line) for a key that the file does not have.
     """
     columns = tuple(Column(c["title"], c.get("unit", ""), c.get("digits", 2)) for c in entry["columns"])
@@ -46,7 +46,7 @@ def _rows(content: Any, key: str) -> list[dict[str, Any]]:
 
 
 def _cell(row: dict[str, Any], column: dict[str, Any]) -> Cell:
-    value = value_at(row, column["key"])
+    value = value_at(row, column["key"], column.get("optional", False))
     if isinstance(value, int | float) and not isinstance(value, bool):
         return value * column["scale"] if "scale" in column else value
     return None if value is None else _text(value)
