@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from phase1.cli import parse
@@ -67,3 +69,16 @@ def test_an_interrupt_ends_the_pipeline(monkeypatch, tmp_path):
     monkeypatch.setattr(pipeline.importlib, "import_module", Step({"memory": KeyboardInterrupt()}))
     with pytest.raises(KeyboardInterrupt):
         pipeline.main(PipelineRun(preset="smoke", out_dir=str(tmp_path)))
+
+
+def test_the_last_screen_says_how_the_engine_that_was_trained_speaks(tmp_path):
+    run = PipelineRun(preset="smoke", out_dir=str(tmp_path))
+    assert not any("generate" in line for line in pipeline.next_steps(run, [], []))
+    for age, name in enumerate(("baseline-1", "phase1_htt16_ar32-1", "phase1_htt16_ar32-2")):
+        index = tmp_path / "checkpoints" / name / "checkpoint.json"
+        index.parent.mkdir(parents=True)
+        index.write_text("{}")
+        os.utime(index, (1e9 - age, 1e9 - age))
+    first = next(pipeline.next_steps(run, [], []))
+    assert first.startswith(f"phase1 generate --checkpoint {tmp_path}/checkpoints/phase1_htt16_ar32-1 --prompt ")
+    assert not any("generate" in line for line in pipeline.next_steps(run, [("memory", "failed")], []))

@@ -9,6 +9,7 @@ from phase1.commands import train
 from phase1.config import to_toml
 from phase1.records.metrics import METRICS, read_metrics
 from phase1.training.checkpoint import read_index
+from phase1.training.step import precision
 
 SHAPE = [
     "--vocab-size", "300", "--d-model", "16", "--n-layers", "1", "--n-heads", "2", "--ar-ssm-min-rank", "2", "--ar-ssm-window", "4",
@@ -119,7 +120,7 @@ def test_a_text_from_a_model_that_diverged_is_no_error(run, monkeypatch, tmp_pat
 
 @pytest.mark.parametrize("asked, device, says", [("auto", "cpu", "fp32 on the CPU"), ("bf16", "cpu", "bf16, as asked")])
 def test_the_precision_says_why(asked, device, says):
-    assert train.precision(asked, device) == says
+    assert precision(asked, device) == says
 
 
 @pytest.mark.parametrize("gigabytes, says", [(1, "it does not fit: try --micro-batch-size 4"), (1000, None), (None, None)])

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from phase1.commands import doctor, train
+from phase1.commands import doctor
 from phase1.device import device_type, steadier, unused_accelerator
 from phase1.ops import card, self_check
 from phase1.runs import DoctorRun
-from phase1.training.step import compute_dtype
+from phase1.training.step import compute_dtype, precision
 
 PLAIN, WITH_BF16 = "lower --learning-rate", "lower --learning-rate or use --precision bf16"
 NOT_USED = "an accelerator is there and is not used ({})"
@@ -48,14 +48,14 @@ def put(monkeypatch, name=None, capability=(0, 0), hip=None, other=None):
 def test_one_machine_decides_precision_kernels_and_messages(monkeypatch, capsys, machine):
     accelerator, device, dtype, why, kernels, advice, says = MACHINES[machine]
     put(monkeypatch, **accelerator)
-    assert device_type() == device and compute_dtype("auto", device) == dtype and train.precision("auto", device) == why
+    assert device_type() == device and compute_dtype("auto", device) == dtype and precision("auto", device) == why
     tensor = SimpleNamespace(is_cuda=device == "cuda", device=torch.device(device), dtype=dtype)
     assert card.runs_kernels(tensor) is kernels
     assert steadier(torch.device(device)) == advice
     assert unused_accelerator() == (machine if machine in ("mps", "xpu") else None)
     assert doctor.main(DoctorRun()) == 0
     out = capsys.readouterr().out
-    assert says in out and ("is not used" in out) == (machine in ("mps", "xpu"))
+    assert says in out and why in out and ("is not used" in out) == (machine in ("mps", "xpu"))
     assert dict(line.split(maxsplit=1) for line in out.splitlines() if line)["cuda_works"].startswith(
         "works" if device == "cuda" else "no: "
     )

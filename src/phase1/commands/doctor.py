@@ -4,11 +4,12 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 
-from phase1.device import unused_accelerator
+from phase1.device import device_type, unused_accelerator
 from phase1.files import atomic_write
 from phase1.machine.environment import environment, free_gpu_bytes, free_ram_bytes, package_version
 from phase1.machine.probe import cuda_status, rocm_version, triton_status
 from phase1.runs import DoctorRun
+from phase1.training.step import precision
 
 PACKAGES = ("numpy", "scipy", "pydantic", "safetensors", "tokenizers", "datasets", "matplotlib", "tqdm")
 
@@ -18,7 +19,7 @@ def main(run: DoctorRun) -> int:
     facts = dict(environment())
     facts |= {name: package_version(name) for name in PACKAGES}
     facts |= {"free_ram_bytes": free_ram_bytes(), "free_gpu_bytes": free_gpu_bytes()}
-    facts |= {"hip": rocm_version(), "not_used": unused_accelerator()}
+    facts |= {"hip": rocm_version(), "not_used": unused_accelerator(), "precision": precision("auto", device_type())}
     facts |= {"cuda_works": cuda_status(), "triton_works": triton_status()}
     if run.submit_file is not None:
         dated = {"created_utc": datetime.now(UTC).isoformat(timespec="seconds")} | facts

@@ -23,6 +23,7 @@ from phase1.runs import MemoryRun, PerplexityRun, PipelineRun, ReportRun, Tables
 from phase1.tables.screen import Screen, conditions, model_title, text
 
 LOG = "phase1_pipeline.log"
+CHECKPOINTS = "checkpoints"
 SUMMARY = "summary.md"
 OF_OTHERS = ("tables", "report")  # made of what the other steps left: made again by --resume
 WORDS = {0: "PASS", 1: "FAIL", 3: "INCONCLUSIVE"}
@@ -109,12 +110,22 @@ def next_steps(run: PipelineRun, failed: list[tuple[str, str]], checks: list[Che
     """What to type after the summary."""
     if failed:
         yield f"phase1 pipeline {flags(run)} --resume   tries what failed again"
+    elif engine := trained_engine(run):
+        yield f'phase1 generate --checkpoint {engine} --prompt "The function returns"   what it has learnt to say'
     if any(check.status == "inconclusive" for check in checks) and run.preset == "smoke":
         sizes = flags(dict(steps(run))["throughput"])
         yield f"close other programs, then: phase1 throughput {sizes} --measure-steps 20"
     if run.preset == "smoke":
         yield 'phase1 memory --card "RTX 3060" --fit   what trains on your card, no GPU needed'
         yield "phase1 pipeline --preset rtx3080-10g   full size, needs a GPU, hours"
+
+
+def trained_engine(run: PipelineRun) -> Path | None:
+    """The newest checkpoint of an engine that the run has trained, if there is one."""
+    from phase1.training.checkpoint import INDEX  # torch takes seconds to import
+
+    folders = [index.parent for index in (Path(run.out_dir) / CHECKPOINTS).glob(f"phase1_*/{INDEX}")]
+    return max(folders, key=lambda folder: (folder / INDEX).stat().st_mtime, default=None)
 
 
 def _minutes(seconds: float) -> str:
@@ -128,7 +139,7 @@ def steps(run: PipelineRun) -> list[tuple[str, Config]]:
     names = ("dataset_name", "dataset_config")
     data: dict[str, Any] = {name: value for name in names if (value := getattr(run, name)) is not None}
     data |= {"offline": run.offline} | ({} if run.tokenizer == "auto" else {"tokenizer": run.tokenizer})
-    checkpoints = str(Path(run.out_dir) / "checkpoints")
+    checkpoints = str(Path(run.out_dir) / CHECKPOINTS)
     return [
         ("memory", MemoryRun(**(common | sizes["memory"]))),
         ("throughput", ThroughputRun(**(common | {"save_plots": True} | sizes["throughput"]))),

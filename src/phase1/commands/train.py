@@ -36,7 +36,7 @@ from phase1.trainable import Trainable, build
 from phase1.training.checkpoint import INDEX
 from phase1.training.job import BEST, context_of, train_to_checkpoint
 from phase1.training.pieces import in_pieces
-from phase1.training.step import compute_dtype, total_steps
+from phase1.training.step import compute_dtype, precision, total_steps
 from phase1.training.trackers import tracker
 from phase1.training.watch import Watch
 from phase1.world import is_first
@@ -195,17 +195,6 @@ def flops_of(run: TrainRun, model: ModelConfig) -> int:
 def label(model: ModelConfig) -> str:
     """What a model is called while it trains."""
     return model.mixer if model.model is None else str(Key.of(model))
-
-
-def precision(asked: str, device: str) -> str:
-    """The autocast type, and why it is that one."""
-    name = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[compute_dtype(asked, device)]
-    if asked != "auto":
-        return f"{name}, as asked"
-    if device == "cpu":
-        return f"{name} on the CPU"
-    major, minor = torch.cuda.get_device_capability()
-    return f"{name} on the GPU" + ("" if major >= 8 else f" (sm_{major}{minor} has no bf16)")
 
 
 def watch_of(run: TrainRun, corpus: Corpus, valid: Corpus | None) -> Watch:

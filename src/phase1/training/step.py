@@ -52,6 +52,17 @@ def compute_dtype(precision: str, device: torch.device | str) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
+def precision(asked: str, device: str) -> str:
+    """The autocast type, and why it is that one."""
+    name = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[compute_dtype(asked, device)]
+    if asked != "auto":
+        return f"{name}, as asked"
+    if device == "cpu":
+        return f"{name} on the CPU"
+    major, minor = torch.cuda.get_device_capability()
+    return f"{name} on the GPU" + ("" if major >= 8 else f" (sm_{major}{minor} has no bf16)")
+
+
 def make_train_state(
     model: Trainable,
     config: TrainConfig,
