@@ -1,11 +1,13 @@
 import subprocess
 import sys
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from phase1.checks.memory import memory_checks, with_reductions
+from phase1.cli import parse
 from phase1.commands import memory
 from phase1.machine.isolate import Outcome
 from phase1.measure.memory.estimate.estimate import estimate_memory
@@ -206,3 +208,14 @@ def test_pieces_are_in_the_report_and_on_the_screen_and_take_less(tmp_path, caps
     assert report.run["piece_length"] == 256 and "engine in pieces of 256" in capsys.readouterr().out
     assert found[256].pop("phase1") < 0.6 * found[None].pop("phase1")
     assert found[256] == {role: peak for role, peak in found[None].items() if role != "phase1_pieces"}
+
+
+@pytest.mark.parametrize("command", ["memory", "throughput"])
+def test_the_last_screen_names_the_check_of_an_own_model_that_is_measured_as_it_is(command):
+    module, report = import_module(f"phase1.commands.{command}"), SimpleNamespace(checks=[])
+    own = "kda=examples.peers.mixers:kda"
+    asked = [
+        line for line in module.next_steps(parse(command, ["--model", own]), report) if line.startswith("phase1 check-model")
+    ]
+    assert len(asked) == 1 and asked[0].startswith(f"phase1 check-model {own} ")
+    assert not any("check-model" in line for line in module.next_steps(parse(command, []), report))

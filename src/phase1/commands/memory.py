@@ -84,6 +84,8 @@ def screen(run: MemoryRun, report: Report[MemoryResult], files: list[Any]) -> Sc
 
 def next_steps(run: MemoryRun, report: Report[MemoryResult]) -> Iterator[str]:
     """The command that goes on from here."""
+    for own in run.model:
+        yield f"phase1 check-model {own}   whether it sees no future and learns: here it was not asked"
     if any(check.status == "fail" and check.name.startswith("fits_") for check in report.checks):
         yield f"phase1 memory {flags(replace(run, batch_size=max(1, run.batch_size // 2)))}   what half the batch takes"
     elif not run.fit and (run.card or torch.cuda.is_available()):

@@ -159,6 +159,8 @@ def screen(run: ThroughputRun, report: Report[ThroughputResult], files: list[Any
 
 def next_steps(run: ThroughputRun, report: Report[ThroughputResult]) -> Iterator[str]:
     """What would decide what is undecided, or the next command."""
+    for own in run.model:
+        yield f"phase1 check-model {own}   whether it sees no future and learns: here it was not asked"
     longer_lengths = enough_lengths(run.seq_lengths)
     if set(longer_lengths) - set(run.seq_lengths):
         yield f"phase1 throughput {flags(replace(run, seq_lengths=longer_lengths))}   lengths that can decide"
