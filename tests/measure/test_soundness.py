@@ -42,6 +42,39 @@ class Own(Right):
         return self.nll(ids, targets).sum() / (targets >= 0).sum()
 
 
+class Constant(Right):
+    def __init__(self):
+        super().__init__()
+        self.c = torch.ones(16)
+
+    def forward(self, ids):
+        return self.out(self.rnn(self.table(ids))[0] * self.c)
+
+
+class ListedWeight(Right):
+    def __init__(self):
+        super().__init__()
+        self.listed = [nn.Parameter(torch.ones(16))]
+
+    def forward(self, ids):
+        return self.out(self.rnn(self.table(ids))[0] * self.listed[0])
+
+
+class StartsInFloat32(Right):
+    def forward(self, ids):
+        return self.out(self.rnn(self.table(ids), torch.zeros(1, len(ids), 16))[0])
+
+
+class RoundsLogits(Right):
+    def forward(self, ids):
+        return super().forward(ids).float()
+
+
+class RoundsLosses(Own):
+    def nll(self, ids, targets):
+        return super().nll(ids, targets).float()
+
+
 class LeakByOne(Right):
     def forward(self, ids):
         return super().forward(F.pad(ids[:, 1:], (0, 1)))
@@ -140,7 +173,7 @@ def failed(found):
     return [check.name for check in (found if isinstance(found, list) else [found]) if check.status == "fail"]
 
 
-CHECKS = ("causal_outputs", "causal_gradients", "loss_is_nats", "distribution", "uniform", "deterministic", "any_length", "precisions",
+CHECKS = ("moves", "causal_outputs", "causal_gradients", "loss_is_nats", "distribution", "uniform", "deterministic", "any_length", "precisions",
           "learns")  # fmt: skip
 
 
@@ -152,6 +185,11 @@ def test_right_models_pass_every_check(model):
 @pytest.mark.parametrize(
     ("model", "check", "name"),
     [
+        (Constant, "moves", "every_tensor_moves"),
+        (ListedWeight, "moves", "every_tensor_moves"),
+        (StartsInFloat32, "moves", "moves_to_float64"),
+        (RoundsLogits, "moves", "moves_to_float64"),
+        (RoundsLosses, "moves", "moves_to_float64"),
         (LeakByOne, "causal_outputs", "causal"),
         (Bidirectional, "causal_outputs", "causal"),
         (Bidirectional, "causal_gradients", "causal_gradients"),
@@ -172,6 +210,20 @@ def test_right_models_pass_every_check(model):
 )
 def test_each_fault_is_found_by_its_check(model, check, name):
     assert name in failed(getattr(soundness, check)(sample(model)))
+
+
+def test_a_tensor_that_does_not_move_is_named_with_its_module():
+    check = soundness.moves(sample(Constant))[0]
+    assert "c of model (Constant)" in check.detail and "register_buffer" in check.detail
+
+
+def test_a_model_for_a_gpu_alone_is_not_judged_in_float64():
+    class Kernel(Right):
+        def forward(self, ids):
+            raise RuntimeError("0 active drivers")
+
+    found = soundness.moves(sample(Kernel))[1]
+    assert found.status == "inconclusive" and "0 active drivers" in found.detail
 
 
 @pytest.mark.parametrize("model", [LeakByOne, Bidirectional, Sum, ScoresIgnored, Shifted])

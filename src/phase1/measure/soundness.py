@@ -1,4 +1,4 @@
-"""Whether a model may be measured at all: it sees no future, its loss is in nats, it learns, and it forgets its callers."""
+"""Whether a model may be measured at all: it moves, sees no future, its loss is in nats, it learns, and forgets its callers."""
 
 import copy
 import math
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from phase1.config import ModelConfig, TrainConfig
 from phase1.errors import is_out_of_memory, reason
@@ -57,7 +57,7 @@ def check_model(config: ModelConfig, seq_length: int, device: str) -> Iterator[C
     yield Check(name="builds", value=sum(p.numel() for p in model.parameters()), limit=None, status="pass", detail=detail)
     text = sample_of(model, seq_length)
     checks: dict[str, Callable[[Sample], Check | list[Check]]] = {
-        "causal": causal_outputs, "causal_gradients": causal_gradients, "loss_is_nats": loss_is_nats,
+        "moves": moves, "causal": causal_outputs, "causal_gradients": causal_gradients, "loss_is_nats": loss_is_nats,
         "distribution": distribution, "uniform_is_ln_v": uniform, "deterministic": deterministic,
         "any_length": any_length, "precisions": precisions, "learns": learns, "isolated": isolated,
     }  # fmt: skip
@@ -80,6 +80,55 @@ def require_sound(model: Trainable, seq_length: int, dtype: torch.dtype) -> None
     model.train(was_training)
     if failed := [f"{check.name}: {check.detail}" for check in checks if check.status == "fail"]:
         raise ValueError(f"--model {model.config.model} may not be scored: {failed[0]}; phase1 check-model says more")
+
+
+def moves(text: Sample) -> list[Check]:
+    """`.to` moves the model as a whole: its numbers are parameters and buffers, and in float64 it computes in float64."""
+    left = left_behind(text.model)
+    detail = "tensors that are neither parameters nor buffers, which .to leaves behind"
+    detail += f": {', '.join(left[:5])}; use register_buffer or nn.Parameter" if left else ""
+    checks = [Check.at_most("every_tensor_moves", len(left), 0, detail)]
+    what = "losses of nll" if getattr(text.model, "scores_itself", False) else "logits"
+    name, expected, found = "moves_to_float64", f"a copy in float64 gives float64 {what}", ""
+    try:
+        kind = output_type(in_float64(text))
+        if kind != torch.float64:
+            found = f"{kind}; give a new tensor the type of an input or a parameter, and no type by name"
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        found = f"{type(error).__name__}: {reason(error)}"
+        if not _runs_on_cpu(text):  # kernels for a GPU, which need not know float64
+            return [*checks, Check.undecided(name, f"{expected}: nothing runs on the CPU, where this is tried; got {found}")]
+    detail = expected + (f"; got {found}" if found else "")
+    return [*checks, Check(name=name, value=None, limit=None, status="fail" if found else "pass", detail=detail)]
+
+
+def left_behind(model: nn.Module) -> list[str]:
+    """Attributes of its modules that hold floating-point tensors, also in a list or a dict, but no parameters or buffers."""
+    known = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}  # torch's RNNs list their weights once more
+    found = []
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+            loose = (x for x in held if isinstance(x, Tensor) and id(x) not in known)
+            if any(x.is_floating_point() or x.is_complex() for x in loose):
+                found.append(f"{name} of {path or 'the model'} ({type(module).__name__})")
+    return found
+
+
+def in_float64(text: Sample) -> Sample:
+    """A deep copy of the model in float64, with the same texts: on the CPU, whose operators all know that type."""
+    return Sample(copy.deepcopy(text.model).cpu().double(), text.ids.cpu(), text.targets.cpu())
+
+
+@torch.no_grad()
+def output_type(text: Sample) -> torch.dtype:
+    """That of the logits, or of the losses where the model scores itself."""
+    model = text.model.eval()
+    with torch.autocast(text.ids.device.type, enabled=False):
+        itself = getattr(model, "scores_itself", False)
+        return (model.nll(text.ids, text.targets)[0] if itself else model(text.ids)).dtype
 
 
 def causal_outputs(text: Sample) -> Check:
@@ -239,6 +288,14 @@ def isolated(text: Sample) -> Check:
 
 def parameters_of(config: ModelConfig) -> int:
     return sum(p.numel() for p in build(config).parameters())
+
+
+def _runs_on_cpu(text: Sample) -> bool:
+    try:
+        output_type(Sample(copy.deepcopy(text.model).cpu(), text.ids.cpu(), text.targets.cpu()))
+    except Exception:
+        return False
+    return True
 
 
 def _cuts(T: int) -> list[int]:
