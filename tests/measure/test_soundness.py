@@ -86,6 +86,24 @@ class Bidirectional(Right):
         return self.out(h + 0.1 * h.mean(1, keepdim=True))
 
 
+class SmallLeak(Right):
+    def forward(self, ids):
+        h = self.rnn(self.table(ids))[0]
+        weights = torch.full((ids.shape[1],) * 2, 1 / ids.shape[1])  # in float32, as masks are made
+        return self.out(h + 5e-4 * weights.to(h.dtype) @ h)
+
+
+class LeakBelowRounding(Right):
+    def forward(self, ids):
+        h = self.rnn(self.table(ids))[0]
+        return self.out(h + 1e-7 * h.mean(1, keepdim=True))
+
+
+class SmallLeakThatRounds(SmallLeak):
+    def forward(self, ids):
+        return super().forward(ids).float()
+
+
 class LeakInBackward(Right):
     class Op(torch.autograd.Function):
         @staticmethod
@@ -192,6 +210,8 @@ def test_right_models_pass_every_check(model):
         (RoundsLosses, "moves", "moves_to_float64"),
         (LeakByOne, "causal_outputs", "causal"),
         (Bidirectional, "causal_outputs", "causal"),
+        (SmallLeak, "causal_outputs", "causal"),
+        (LeakBelowRounding, "causal_outputs", "causal"),
         (Bidirectional, "causal_gradients", "causal_gradients"),
         (LeakInBackward, "causal_gradients", "causal_gradients"),
         (Sum, "loss_is_nats", "loss_is_the_mean"),
@@ -217,6 +237,20 @@ def test_a_tensor_that_does_not_move_is_named_with_its_module():
     assert "c of model (Constant)" in check.detail and "register_buffer" in check.detail
 
 
+@pytest.mark.parametrize("model", [Right, Own, SmallLeak, SmallLeakThatRounds, StartsInFloat32])
+def test_causality_has_the_limit_of_what_the_model_computes_in(model):
+    exact = model not in (SmallLeakThatRounds, StartsInFloat32)  # which leaks less than rounding may, and which does not run
+    check = soundness.causal_outputs(sample(model))
+    assert check.limit == (soundness.EXACT_LEAK if exact else soundness.LEAK) and ("float64" in check.detail) == exact
+    assert check.status == ("fail" if model is SmallLeak else "pass")
+
+
+def test_a_leak_where_the_model_runs_is_found_though_its_copy_has_none(monkeypatch):
+    monkeypatch.setattr(soundness, "in_float64", lambda text: sample(Right))
+    check = soundness.causal_outputs(sample(LeakByOne))
+    assert check.status == "fail" and check.limit == soundness.LEAK
+
+
 def test_a_model_for_a_gpu_alone_is_not_judged_in_float64():
     class Kernel(Right):
         def forward(self, ids):
@@ -226,11 +260,12 @@ def test_a_model_for_a_gpu_alone_is_not_judged_in_float64():
     assert found.status == "inconclusive" and "0 active drivers" in found.detail
 
 
-@pytest.mark.parametrize("model", [LeakByOne, Bidirectional, Sum, ScoresIgnored, Shifted])
+@pytest.mark.parametrize("model", [LeakByOne, Bidirectional, SmallLeak, Sum, ScoresIgnored, Shifted])
 def test_no_perplexity_of_a_model_that_sees_the_future_or_counts_otherwise(model):
-    require_sound(sample(Right).model, T, torch.float32)
-    with pytest.raises(ValueError, match="may not be scored"):
-        require_sound(sample(model).model, T, torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        require_sound(sample(Right).model, T, dtype)
+        with pytest.raises(ValueError, match="may not be scored"):
+            require_sound(sample(model).model, T, dtype)
 
 
 def test_the_command_says_yes_and_no(tmp_path, monkeypatch, capsys):
