@@ -41,7 +41,7 @@ class OwnModel(nn.Module):
     def losses(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, None]:
         """Mean nats of the targets (B, T) that are not -100, and what training adds to them: nothing."""
         if not self.scores_itself:
-            return F.cross_entropy(self(ids).float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE), None
+            return F.cross_entropy(_wide(self(ids)).flatten(0, 1), targets.flatten(), ignore_index=IGNORE), None
         loss = self.model.loss(ids, targets)  # type: ignore[operator]
         if not isinstance(loss, Tensor) or loss.ndim:
             raise ValueError(f"{self._flag}: loss must return one number; got {_described(loss)}; take the mean")
@@ -56,7 +56,7 @@ class OwnModel(nn.Module):
         if self.scores_itself:
             nll = self.model.nll(ids, targets)  # type: ignore[operator]
         else:
-            scores = self(ids).float().flatten(0, 1)
+            scores = _wide(self(ids)).flatten(0, 1)
             nll = F.cross_entropy(scores, targets.flatten(), ignore_index=IGNORE, reduction="none").view(targets.shape)
         if not isinstance(nll, Tensor) or nll.shape != targets.shape:
             expected = f"nll must return one number a target, {tuple(targets.shape)}"
@@ -111,6 +111,11 @@ def require_built(configs: Iterable[ModelConfig]) -> None:
     for config in configs:
         if config.model is not None:
             build(config)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """At least float32."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _described(thing: Any) -> str:

@@ -7,12 +7,18 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
+import torch
+from torch.utils._pytree import tree_iter
 
 from phase1.cli import main
+from phase1.commands import generate
 from phase1.config import EngineShape
+from phase1.device import device_type
+from phase1.generation import load
+from phase1.model import LanguageModel
 from phase1.presets import PRESETS
 from tests.generation.test_decoder import checkpoint, untrained  # noqa: F401, one is a fixture
 
@@ -33,6 +39,29 @@ def test_the_text_is_on_stdout_and_the_rest_on_stderr(run):
     code, out, err = run("--prompt", "The cat", "--seed", "4")
     assert code == 0 and out.startswith("The cat") and out.endswith("\n") and len(out) > 9
     assert "tokens/s" in err and "state" in err and "The cat" not in err
+
+
+def test_what_is_said_has_the_bytes_of_the_state(run, checkpoint):  # noqa: F811
+    decoder = load(checkpoint, device=device_type())
+    _, state = decoder.prefill([decoder.tokenizer.end_of_text, *decoder.tokenizer.encode("The cat")])
+    size = sum(part.nbytes for part in tree_iter(state) if torch.is_tensor(part))
+    assert size > 100 and f"; state {size:,} bytes on {device_type()}\n" in run("--prompt", "The cat")[2]
+
+
+def test_without_the_copy_head_the_model_is_the_rest_of_it(run, checkpoint, monkeypatch):  # noqa: F811
+    used = []
+    monkeypatch.setattr(generate, "_generate", lambda run, decoder, prompt: used.append(decoder))
+    for flag in ("--no-copy-head", "--copy-head"):
+        assert run("--prompt", "a", "--precision", "fp32", flag)[0] == 0
+    without, whole = used
+    plain = LanguageModel(replace(whole.model.config, copy_head=False)).to(whole.device)
+    weights = whole.model.state_dict()
+    plain.load_state_dict({name: weights[name] for name in plain.state_dict()})
+    ids = whole.tokenizer.encode("The cat sees the cat")
+    with torch.no_grad():
+        log_p = plain(torch.tensor([ids], device=whole.device))[0, -1].log_softmax(-1)
+    torch.testing.assert_close(without.prefill(ids)[0], log_p, atol=1e-5, rtol=1e-5)
+    assert (whole.prefill(ids)[0] - log_p).abs().max() > 0.01
 
 
 def test_samples_are_the_same_whatever_their_number(run):

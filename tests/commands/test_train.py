@@ -1,5 +1,6 @@
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
@@ -9,7 +10,9 @@ from phase1.commands import train
 from phase1.config import to_toml
 from phase1.records.metrics import METRICS, read_metrics
 from phase1.training.checkpoint import read_index
-from phase1.training.step import precision
+from phase1.training.progress import Follower
+from phase1.training.step import precision, total_steps
+from phase1.training.watch import Watch
 
 SHAPE = [
     "--vocab-size", "300", "--d-model", "16", "--n-layers", "1", "--n-heads", "2", "--ar-ssm-min-rank", "2", "--ar-ssm-window", "4",
@@ -68,6 +71,21 @@ def test_the_last_validation_loss_is_that_of_perplexity_on_the_same_windows(run,
     main([*evaluation, "--out-dir", str(tmp_path / "out")])
     (result,) = json.loads((tmp_path / "out" / "phase1_perplexity_validation.json").read_text())["results"].values()
     assert rows[-1]["val_loss"] == pytest.approx(result["avg_loss"], rel=1e-6) and result["token_count"] == 40
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["--train-tokens", "100000000"], ["--train-tokens", "123456789", "--seq-length", "2048"]]
+)
+def test_a_long_run_has_about_20_scores_that_take_less_than_2_percent_of_it(flags):
+    plan = parse("train", flags)
+    steps = total_steps(plan, plan.seq_length)
+    watch = Watch(score=lambda model: 0.0, score_every=train._every(plan))
+    follower = Follower(None, steps, 0, None, watch)
+    scores = sum(follower._score_due(step) for step in range(1, steps + 1))
+    endless = SimpleNamespace(splits={"valid": SimpleNamespace(ids=range(10**12))})
+    scored = scores * train._windows(plan, endless) * plan.seq_length
+    forward = 1 / 3  # of a step's work
+    assert 20 <= scores <= 22 and 0.005 < forward * scored / plan.train_tokens < 0.02
 
 
 def test_the_first_lines_say_what_will_happen(run):

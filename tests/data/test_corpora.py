@@ -1,12 +1,15 @@
 import hashlib
 import lzma
+import sys
 import tracemalloc
 
 import numpy as np
 import pytest
 
+from phase1.cli import main
 from phase1.data import load_corpus
 from phase1.data.local import read_token_file
+from tests.reports import assert_one_line
 
 V = 50257
 
@@ -31,6 +34,14 @@ def test_of_a_text_file_the_last_twentieth_of_lines_is_valid(tmp_path, data_conf
     assert corpus.tokenizer.decode(valid) == "".join(lines[95:])
     assert train[-1] == valid[-1] == corpus.tokenizer.end_of_text
     assert (corpus.name, corpus.source, corpus.revision) == (name, str(tmp_path / name), None)
+
+
+def test_the_hub_without_its_package_is_one_line_that_says_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert main(["perplexity", "--dataset-name", "wikitext", "--cache-dir", str(tmp_path), "--out-dir", str(tmp_path)]) == 3
+    err = capsys.readouterr().err
+    assert_one_line(err)
+    assert "`pip install 'datasets>=3.0'`" in err and "Salesforce/wikitext" in err
 
 
 @pytest.mark.parametrize("count, held_out", [(2, 1), (39, 1), (40, 2), (300, 15)])

@@ -42,6 +42,39 @@ class Own(Right):
         return self.nll(ids, targets).sum() / (targets >= 0).sum()
 
 
+class Constant(Right):
+    def __init__(self):
+        super().__init__()
+        self.c = torch.ones(16)
+
+    def forward(self, ids):
+        return self.out(self.rnn(self.table(ids))[0] * self.c)
+
+
+class ListedWeight(Right):
+    def __init__(self):
+        super().__init__()
+        self.listed = [nn.Parameter(torch.ones(16))]
+
+    def forward(self, ids):
+        return self.out(self.rnn(self.table(ids))[0] * self.listed[0])
+
+
+class StartsInFloat32(Right):
+    def forward(self, ids):
+        return self.out(self.rnn(self.table(ids), torch.zeros(1, len(ids), 16))[0])
+
+
+class RoundsLogits(Right):
+    def forward(self, ids):
+        return super().forward(ids).float()
+
+
+class RoundsLosses(Own):
+    def nll(self, ids, targets):
+        return super().nll(ids, targets).float()
+
+
 class LeakByOne(Right):
     def forward(self, ids):
         return super().forward(F.pad(ids[:, 1:], (0, 1)))
@@ -51,6 +84,24 @@ class Bidirectional(Right):
     def forward(self, ids):
         h = self.rnn(self.table(ids))[0]
         return self.out(h + 0.1 * h.mean(1, keepdim=True))
+
+
+class SmallLeak(Right):
+    def forward(self, ids):
+        h = self.rnn(self.table(ids))[0]
+        weights = torch.full((ids.shape[1],) * 2, 1 / ids.shape[1])  # in float32, as masks are made
+        return self.out(h + 5e-4 * weights.to(h.dtype) @ h)
+
+
+class LeakBelowRounding(Right):
+    def forward(self, ids):
+        h = self.rnn(self.table(ids))[0]
+        return self.out(h + 1e-7 * h.mean(1, keepdim=True))
+
+
+class SmallLeakThatRounds(SmallLeak):
+    def forward(self, ids):
+        return super().forward(ids).float()
 
 
 class LeakInBackward(Right):
@@ -140,7 +191,7 @@ def failed(found):
     return [check.name for check in (found if isinstance(found, list) else [found]) if check.status == "fail"]
 
 
-CHECKS = ("causal_outputs", "causal_gradients", "loss_is_nats", "distribution", "uniform", "deterministic", "any_length", "precisions",
+CHECKS = ("moves", "causal_outputs", "causal_gradients", "loss_is_nats", "distribution", "uniform", "deterministic", "any_length", "precisions",
           "learns")  # fmt: skip
 
 
@@ -152,8 +203,15 @@ def test_right_models_pass_every_check(model):
 @pytest.mark.parametrize(
     ("model", "check", "name"),
     [
+        (Constant, "moves", "every_tensor_moves"),
+        (ListedWeight, "moves", "every_tensor_moves"),
+        (StartsInFloat32, "moves", "moves_to_float64"),
+        (RoundsLogits, "moves", "moves_to_float64"),
+        (RoundsLosses, "moves", "moves_to_float64"),
         (LeakByOne, "causal_outputs", "causal"),
         (Bidirectional, "causal_outputs", "causal"),
+        (SmallLeak, "causal_outputs", "causal"),
+        (LeakBelowRounding, "causal_outputs", "causal"),
         (Bidirectional, "causal_gradients", "causal_gradients"),
         (LeakInBackward, "causal_gradients", "causal_gradients"),
         (Sum, "loss_is_nats", "loss_is_the_mean"),
@@ -174,11 +232,40 @@ def test_each_fault_is_found_by_its_check(model, check, name):
     assert name in failed(getattr(soundness, check)(sample(model)))
 
 
-@pytest.mark.parametrize("model", [LeakByOne, Bidirectional, Sum, ScoresIgnored, Shifted])
+def test_a_tensor_that_does_not_move_is_named_with_its_module():
+    check = soundness.moves(sample(Constant))[0]
+    assert "c of model (Constant)" in check.detail and "register_buffer" in check.detail
+
+
+@pytest.mark.parametrize("model", [Right, Own, SmallLeak, SmallLeakThatRounds, StartsInFloat32])
+def test_causality_has_the_limit_of_what_the_model_computes_in(model):
+    exact = model not in (SmallLeakThatRounds, StartsInFloat32)  # which leaks less than rounding may, and which does not run
+    check = soundness.causal_outputs(sample(model))
+    assert check.limit == (soundness.EXACT_LEAK if exact else soundness.LEAK) and ("float64" in check.detail) == exact
+    assert check.status == ("fail" if model is SmallLeak else "pass")
+
+
+def test_a_leak_where_the_model_runs_is_found_though_its_copy_has_none(monkeypatch):
+    monkeypatch.setattr(soundness, "in_float64", lambda text: sample(Right))
+    check = soundness.causal_outputs(sample(LeakByOne))
+    assert check.status == "fail" and check.limit == soundness.LEAK
+
+
+def test_a_model_for_a_gpu_alone_is_not_judged_in_float64():
+    class Kernel(Right):
+        def forward(self, ids):
+            raise RuntimeError("0 active drivers")
+
+    found = soundness.moves(sample(Kernel))[1]
+    assert found.status == "inconclusive" and "0 active drivers" in found.detail
+
+
+@pytest.mark.parametrize("model", [LeakByOne, Bidirectional, SmallLeak, Sum, ScoresIgnored, Shifted])
 def test_no_perplexity_of_a_model_that_sees_the_future_or_counts_otherwise(model):
-    require_sound(sample(Right).model, T, torch.float32)
-    with pytest.raises(ValueError, match="may not be scored"):
-        require_sound(sample(model).model, T, torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        require_sound(sample(Right).model, T, dtype)
+        with pytest.raises(ValueError, match="may not be scored"):
+            require_sound(sample(model).model, T, dtype)
 
 
 def test_the_command_says_yes_and_no(tmp_path, monkeypatch, capsys):

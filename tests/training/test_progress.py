@@ -23,12 +23,12 @@ class Terminal(io.StringIO):
         return True
 
 
-def run(folder, steps, monkeypatch, *, stderr=None, watch=None, seconds_per_step=1.0, first=0, until=None):
+def run(folder, steps, monkeypatch, *, stderr=None, watch=None, seconds_per_step=1.0, first=0, until=None, device="cpu"):
     """A training of `steps` steps of 100 tokens whose loss is 10 - step/100; what standard error got, and the progress."""
     stderr = stderr or io.StringIO()
     monkeypatch.setattr(sys, "stderr", stderr)
     s, clock = state(), Clock()
-    s.step = first
+    s.step, s.device = first, torch.device(device)
     progress = Progress(s, steps, 100, folder, watch or Watch(), seconds=5.0, label="x", clock=clock)
     for step in range(first + 1, (until or steps) + 1):
         clock.now += seconds_per_step
@@ -49,6 +49,20 @@ def test_without_a_terminal_there_are_lines_at_first_and_then_every_half_minute(
 def test_a_terminal_gets_a_bar(tmp_path, monkeypatch):
     out, _ = run(tmp_path, 100, monkeypatch, stderr=Terminal())
     assert "\r" in out and "step 40/100" not in out
+
+
+def test_the_bar_has_loss_and_rate(tmp_path, monkeypatch):
+    last = run(tmp_path, 100, monkeypatch, stderr=Terminal())[0].split("\r")[-1]
+    assert "loss=9.000" in last and "lr=6.0e-03" in last and "peak" not in last
+
+
+def test_on_a_gpu_lines_and_the_bar_have_its_peak(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1_530_000_000)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    out, _ = run(tmp_path, 10, monkeypatch, device="cuda")
+    assert all(line.endswith("  peak 1.53 GB") for line in out.splitlines()) and len(out.splitlines()) == 4
+    assert {row["peak_allocated_bytes"] for row in read_metrics(tmp_path / METRICS)} == {1_530_000_000}
+    assert "peak=1.53 GB" in run(tmp_path, 10, monkeypatch, stderr=Terminal(), device="cuda")[0].split("\r")[-1]
 
 
 def test_metrics_have_every_look_and_means_since_the_last(tmp_path, monkeypatch):

@@ -1,12 +1,14 @@
-"""Whether a model may be measured at all: it sees no future, its loss is in nats, it learns, and it forgets its callers."""
+"""Whether a model may be measured at all: it moves, sees no future, its loss is in nats, it learns, and forgets its callers."""
 
 import copy
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from phase1.config import ModelConfig, TrainConfig
 from phase1.errors import is_out_of_memory, reason
@@ -19,6 +21,7 @@ from phase1.training.optimizers import described_groups, kept
 from phase1.training.step import make_train_state, train_step
 
 LEAK = 1e-3  # of what a changed token does to later losses; rounding does less, a model that looks ahead as much
+EXACT_LEAK = 1e-9  # the same in float64, where rounding does a millionth of that
 NATS = 5e-3  # relative, of losses that must be equal; FP16 rounds to a fifth of that
 CUTS = 8  # positions at which the text is changed
 STEPS, RATE = 30, 5e-3  # of training on one text
@@ -57,7 +60,7 @@ def check_model(config: ModelConfig, seq_length: int, device: str) -> Iterator[C
     yield Check(name="builds", value=sum(p.numel() for p in model.parameters()), limit=None, status="pass", detail=detail)
     text = sample_of(model, seq_length)
     checks: dict[str, Callable[[Sample], Check | list[Check]]] = {
-        "causal": causal_outputs, "causal_gradients": causal_gradients, "loss_is_nats": loss_is_nats,
+        "moves": moves, "causal": causal_outputs, "causal_gradients": causal_gradients, "loss_is_nats": loss_is_nats,
         "distribution": distribution, "uniform_is_ln_v": uniform, "deterministic": deterministic,
         "any_length": any_length, "precisions": precisions, "learns": learns, "isolated": isolated,
     }  # fmt: skip
@@ -82,8 +85,71 @@ def require_sound(model: Trainable, seq_length: int, dtype: torch.dtype) -> None
         raise ValueError(f"--model {model.config.model} may not be scored: {failed[0]}; phase1 check-model says more")
 
 
+def moves(text: Sample) -> list[Check]:
+    """`.to` moves the model as a whole: its numbers are parameters and buffers, and in float64 it computes in float64."""
+    left = left_behind(text.model)
+    detail = "tensors that are neither parameters nor buffers, which .to leaves behind"
+    detail += f": {', '.join(left[:5])}; use register_buffer or nn.Parameter" if left else ""
+    checks = [Check.at_most("every_tensor_moves", len(left), 0, detail)]
+    what = "losses of nll" if getattr(text.model, "scores_itself", False) else "logits"
+    name, expected, found = "moves_to_float64", f"a copy in float64 gives float64 {what}", ""
+    try:
+        kind = output_type(in_float64(text))
+        if kind != torch.float64:
+            found = f"{kind}; give a new tensor the type of an input or a parameter, and no type by name"
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        found = f"{type(error).__name__}: {reason(error)}"
+        if not _runs_on_cpu(text):  # kernels for a GPU, which need not know float64
+            return [*checks, Check.undecided(name, f"{expected}: nothing runs on the CPU, where this is tried; got {found}")]
+    detail = expected + (f"; got {found}" if found else "")
+    return [*checks, Check(name=name, value=None, limit=None, status="fail" if found else "pass", detail=detail)]
+
+
+def left_behind(model: nn.Module) -> list[str]:
+    """Attributes of its modules that hold floating-point tensors, also in a list or a dict, but no parameters or buffers."""
+    known = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}  # torch's RNNs list their weights once more
+    found = []
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+            loose = (x for x in held if isinstance(x, Tensor) and id(x) not in known)
+            if any(x.is_floating_point() or x.is_complex() for x in loose):
+                found.append(f"{name} of {path or 'the model'} ({type(module).__name__})")
+    return found
+
+
+def in_float64(text: Sample) -> Sample:
+    """A deep copy of the model in float64, with the same texts: on the CPU, whose operators all know that type."""
+    return Sample(copy.deepcopy(text.model).cpu().double(), text.ids.cpu(), text.targets.cpu())
+
+
+@torch.no_grad()
+def output_type(text: Sample) -> torch.dtype:
+    """That of the logits, or of the losses where the model scores itself."""
+    model = text.model.eval()
+    with torch.autocast(text.ids.device.type, enabled=False):
+        itself = getattr(model, "scores_itself", False)
+        return (model.nll(text.ids, text.targets)[0] if itself else model(text.ids)).dtype
+
+
 def causal_outputs(text: Sample) -> Check:
-    """Changing all inputs from position t on, or all targets, changes no loss before that of position t."""
+    """Changing all inputs from position t on, or all targets, changes no loss before that of position t.
+
+    As the model runs, and then in float64 on the CPU, where rounding hides no small leak.
+    """
+    half = torch.is_autocast_enabled(text.ids.device.type)
+    limit = 10 * LEAK if half else LEAK  # half precision rounds
+    worst, seen = _leak(text)
+    detail = "largest change of an earlier loss over that of a later one, when tokens change"
+    if worst <= limit and (exact := _exact_leak(text)) is not None:
+        (worst, seen), limit, detail = exact, EXACT_LEAK, detail + ", in float64"
+    return Check.at_most("causal", min(worst, 1e9), limit, detail + (seen if worst > limit else ""))
+
+
+def _leak(text: Sample) -> tuple[float, str]:
+    """The largest change of an earlier loss over that of a later one, and who sees what."""
     worst, seen, before = 0.0, "", text.nll(text.ids, text.targets)
     for t in _cuts(text.ids.shape[1]):
         for what, ids, targets in (
@@ -94,10 +160,34 @@ def causal_outputs(text: Sample) -> Check:
             leak = change[:, :t].max().item() / max(change[:, t:].max().item(), 1e-12)
             if not leak <= worst:  # NaN too
                 worst, seen = leak if leak == leak else math.inf, f"; a position before {t} {what}"
-    half = torch.is_autocast_enabled(text.ids.device.type)
-    limit = 10 * LEAK if half else LEAK  # half precision rounds
-    detail = "largest change of an earlier loss over that of a later one, when tokens change"
-    return Check.at_most("causal", min(worst, 1e9), limit, detail + (seen if worst > limit else ""))
+    return worst, seen
+
+
+def _exact_leak(text: Sample) -> tuple[float, str] | None:
+    """That of a copy in float64; None where it finds no room, does not run, or rounds on the way: then it tells no more."""
+    try:
+        exact = in_float64(text)
+        with torch.autocast("cpu", enabled=False):
+            found = _leak(exact)
+            if found[0] <= EXACT_LEAK:
+                return found
+            with _Roundings() as roundings:
+                exact.nll(exact.ids, exact.targets)
+    except Exception:
+        return None
+    return None if roundings.any else found
+
+
+class _Roundings(TorchDispatchMode):
+    """Whether an operator makes numbers of fewer digits from float64: those of constants alone, a mask's, do not count."""
+
+    any = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        taken, made = ({x.dtype for x in tree_iter(tree) if isinstance(x, Tensor)} for tree in ((args, kwargs), out))
+        self.any |= torch.float64 in taken and bool(made & {torch.float32, torch.float16, torch.bfloat16})
+        return out
 
 
 def causal_gradients(text: Sample) -> Check:
@@ -239,6 +329,14 @@ def isolated(text: Sample) -> Check:
 
 def parameters_of(config: ModelConfig) -> int:
     return sum(p.numel() for p in build(config).parameters())
+
+
+def _runs_on_cpu(text: Sample) -> bool:
+    try:
+        output_type(Sample(copy.deepcopy(text.model).cpu(), text.ids.cpu(), text.targets.cpu()))
+    except Exception:
+        return False
+    return True
 
 
 def _cuts(T: int) -> list[int]:

@@ -141,6 +141,40 @@ def test_a_dry_run_is_an_estimate_also_where_there_is_a_gpu(monkeypatch):
     assert "9.0" in result.assumptions and result.breakdown["workspace"] == 2 * 2**25
 
 
+@pytest.fixture
+def two_ranks(monkeypatch):
+    """Two GPUs, the other rank's outcome beside that of this one: a function of both peaks, or None for one out of memory."""
+
+    def measured(*peaks, **changes):
+        found = replace(estimate_memory(case("phase1", 1, 16)), basis="measured")
+        ours, other = (
+            Outcome("oom", message="out of memory")
+            if peak is None
+            else Outcome("ok", replace(found, phase_bytes=dict.fromkeys(PHASES, 1) | {"backward": peak}))
+            for peak in peaks
+        )
+        monkeypatch.setattr(memory, "basis", lambda *_: "measured")
+        monkeypatch.setattr(memory.group, "size", lambda: 2)
+        monkeypatch.setattr(memory.group, "gathered", lambda mine: [mine, other])
+        monkeypatch.setattr(memory, "run_isolated", lambda *_, **__: ours)
+        return memory_result("phase1", replace(case("phase1", 1, 16), ranks=2, **changes))
+
+    return measured
+
+
+@pytest.mark.parametrize("peaks", [(3_000_000, 5_000_000), (5_000_000, 3_000_000)])
+def test_of_several_gpus_each_has_its_peak_and_the_largest_counts(two_ranks, peaks):
+    result = two_ranks(*peaks)
+    assert (result.status, result.basis, result.peak_by_rank_bytes) == ("ok", "measured", [*peaks])
+    assert result.peak_allocated_bytes == result.peak_backward_bytes == 5_000_000
+
+
+@pytest.mark.parametrize("peaks", [(3_000_000, None), (None, 3_000_000)])
+def test_a_model_that_one_of_several_gpus_has_no_memory_for_does_not_fit(two_ranks, peaks):
+    result = two_ranks(*peaks)
+    assert (result.status, result.peak_allocated_bytes, result.peak_by_rank_bytes) == ("oom", None, None)
+
+
 def test_the_record_has_a_timeline_with_the_peak_and_the_largest_modules():
     result = memory_result("phase1", replace(case("phase1", 2, 128), dry_run=True))
     timeline = result.timeline
