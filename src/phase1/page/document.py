@@ -179,7 +179,8 @@ def _trainings(trainings: Sequence[Training], words: Words) -> Html:
         if text
     ]
     drawn = _drawn(plot_training, {training.name: training.rows for training in shown}, "training", words)
-    return joined(drawn, table(training_comparison(shown)), *texts)
+    made = training_comparison(shown)
+    return joined(drawn, table(made), _notes(made), *texts)
 
 
 def changes_table(changes: Sequence[Difference], words: Words) -> Table:

@@ -336,6 +336,10 @@ class PerplexityResult(Result):
     absent: dict[str, str] = Field(default_factory=dict, description="numbers that the scored text does not have, and why")
     trained_tokens: int | None = None
     skipped_steps: int | None = Field(default=None, description="of the training: gradients overflowed, nothing was learnt")
+    ended_by: Literal["patience"] | None = Field(
+        default=None,
+        description="patience: --patience ended the training early; null: it did not, or is of an earlier version",
+    )
     trained_on: Dataset | None = Field(default=None, description="the training text")
     trained_seq_length: int | None = Field(default=None, description="T in training; run.seq_length is that of the scoring")
     train_seconds: float | None = None

@@ -121,6 +121,7 @@ def evaluate_checkpoint(run: PerplexityRun, scored_model: ScoredModel, folder: P
         token_count=len(ids),
         trained_tokens=facts["trained_tokens"],
         skipped_steps=facts.get("skipped_steps"),
+        ended_by=facts.get("ended_by"),
         trained_seq_length=facts.get("seq_length"),
         train_seconds=facts["train_seconds"],
         trained_on=Dataset(**facts["data"]),
