@@ -345,6 +345,10 @@ class PerplexityResult(Result):
     train_seconds: float | None = None
     training: JsonObject | None = Field(default=None, description="settings of the training run: rates, seed, batch...")
     weights_sha256: str | None = Field(default=None, description="of the checkpoint's file of weights: which ones were scored")
+    kernels: str | None = Field(
+        default=None, description="triton or torch, as of Execution, while the model was scored; none in older records"
+    )
+    otherwise: list[str] = Field(default_factory=list, description="what ran otherwise than asked")
     dataset: Dataset | None = None
     protocol_hash: str | None = None
     untrained: bool = Field(default=False, description="the model has not beaten the unigram entropy: no verdict")
