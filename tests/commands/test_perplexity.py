@@ -22,6 +22,8 @@ from phase1.data.tokenizer_files import gpt2_tokenizer
 from phase1.errors import Diverged, Unavailable
 from phase1.measure.perplexity import result as one_case
 from phase1.measure.perplexity.evaluate import Evaluation
+from phase1.ops.self_check import DISPROVEN
+from phase1.page import page
 from phase1.records.schema import read_report
 from phase1.runs import PerplexityRun, TrainRun
 from phase1.stats.perplexity_ratio import paired_ratio_interval
@@ -95,6 +97,29 @@ def test_models_are_trained_once_and_compared_on_the_same_targets(run, capsys, m
     assert third["baseline"].window_nll_nats == pytest.approx(first.results["baseline"].window_nll_nats[:5], rel=1e-5)
     with pytest.raises(ValueError, match="the model there is baseline; use that name"):
         perplexity.main(replace(run, checkpoint=(f"phase1_htt2_ar4={folders['baseline']}",)))
+
+
+def test_a_record_says_which_kernels_scored_and_warns_of_each_that_failed_its_check(run, monkeypatch):
+    """Also of a model that an interrupted run has scored: what has failed is in its result."""
+    asked = []
+    monkeypatch.setattr(one_case, "runs_kernels", lambda tensor, dtype=None: bool(asked.append(dtype)) or len(asked) > 1)
+    short = replace(run, train_tokens=512, test_htt_ranks=(2,), precision="bf16")
+    perplexity.main(short)
+    report = read_report(f"{run.out_dir}/{FILE}", "perplexity")
+    assert [result.kernels for result in report.results.values()] == ["torch", "triton"]
+    assert asked == [torch.bfloat16] * 2 and report.warnings == []  # asked of the type that the products have
+    with monkeypatch.context() as failed:
+        for name in ("AR-SSM", "copy head"):
+            failed.setitem(DISPROVEN, name, f"relative error 1 of {name}")
+        failed.setattr(perplexity.Session, "close", lambda self: None)
+        perplexity.main(short)
+    perplexity.main(replace(short, resume=True))
+    report = read_report(f"{run.out_dir}/{FILE}", "perplexity")
+    assert report.warnings == [
+        f"kernels of {name} failed their check (relative error 1 of {name}): PyTorch's operators ran"
+        for name in ("AR-SSM", "copy head")
+    ]
+    assert "kernels of AR-SSM failed" in page({"perplexity": report}, title="x")
 
 
 def test_a_model_that_learned_nothing_is_untrained_and_undecided(run):

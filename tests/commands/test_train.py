@@ -1,5 +1,6 @@
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,9 @@ from phase1.cli import main, parse
 from phase1.commands import train
 from phase1.config import to_toml
 from phase1.records.metrics import METRICS, read_metrics
-from phase1.training.checkpoint import read_index
+from phase1.records.schema import FILES, read_report
+from phase1.tables.perplexity import perplexity_comparison
+from phase1.training.checkpoint import INDEX, read_index
 from phase1.training.progress import Follower
 from phase1.training.step import precision, total_steps
 from phase1.training.watch import Watch
@@ -208,11 +211,52 @@ def test_patience_ends_a_training_that_gets_no_better_also_over_sessions(run, sc
     out = run("a", "--eval-every", "2", "--patience", "2").out
     assert "ended after 256 tokens: no lower loss on the valid text in 2 looks (--patience)" in out  # at step 8
     assert read_index(tmp_path / "a")["step"] == 8 and not read_index(tmp_path / "a")["facts"]["finished"]
+    assert read_index(tmp_path / "a")["facts"]["ended_by"] == "patience"
     run("a", "--eval-every", "2", "--patience", "4")
     assert read_index(tmp_path / "a")["step"] == 12  # scores 7 and 8: the fourth without a new lowest
     assert "ended after 416 tokens" in run("a", "--eval-every", "2", "--patience", "4").out  # a step at a time
+    assert read_index(tmp_path / "a")["facts"]["ended_by"] == "patience"
+    paused = run("a", "--eval-every", "0", "--max-hours", "1e-9").out  # it goes on, and pauses
+    assert re.search(r"valid text +loss 8.000, best 4.000; \d\.\d+ is what token frequencies alone reach", paused)
+    assert "ended_by" not in read_index(tmp_path / "a")["facts"]
+    run("a", "--eval-every", "0")
+    assert read_index(tmp_path / "a")["facts"]["finished"] and "ended_by" not in read_index(tmp_path / "a")["facts"]
     with_best = run("b", "--eval-every", "0", "--patience", "2", code=2).err
     assert "need losses on the valid split" in with_best and with_best.count("\n") == 1
+
+
+def test_perplexity_and_reports_say_that_patience_has_ended_a_training(run, scored, data, tmp_path):
+    """Of a training's own folder too; not of one that went on to its end, nor of a damaged checkpoint."""
+    scored(5, 6, 7)
+    run("a", "--eval-every", "2", "--patience", "2")
+    ranks = ["--test-htt-ranks", "2", "--test-ar-ssm-ranks", "4"]
+    folders = [*ranks, "--checkpoint", str(tmp_path / "a"), "--out-dir", str(tmp_path / "out")]
+    note = "Training ended early, by --patience: phase1_htt2_ar4, after 192 of 640 tokens."
+
+    def says():
+        assert main(["perplexity", *SHAPE, *data, *folders]) in (0, 1, 3)
+        texts = []
+        for name in ("out", "a"):
+            assert main(["report", "--results-dir", str(tmp_path / name)]) == 0
+            texts.append((tmp_path / name / "report.html").read_text())
+        report = read_report(tmp_path / "out" / FILES["perplexity"], "perplexity")
+        (result,) = report.results.values()
+        alone = "Ended early, by --patience: a."
+        return result.ended_by, note in perplexity_comparison(report).notes, note in texts[0], alone in texts[1]
+
+    assert says() == ("patience", True, True, True)
+    index = json.loads((tmp_path / "a" / INDEX).read_text())
+    for damaged in (index | {"facts": [1]}, [1]):
+        (tmp_path / "a" / INDEX).write_text(json.dumps(damaged))
+        assert main(["report", "--results-dir", str(tmp_path / "a")]) == 0
+        assert "by --patience" not in (tmp_path / "a" / "report.html").read_text()
+    index["facts"]["ended_by"] = "boredom"
+    (tmp_path / "a" / INDEX).write_text(json.dumps(index))
+    assert main(["perplexity", *SHAPE, *data, *folders]) == 2
+    del index["facts"]["ended_by"]
+    (tmp_path / "a" / INDEX).write_text(json.dumps(index))
+    run("a", "--eval-every", "0")
+    assert says() == (None, False, False, False)
 
 
 def test_patience_without_a_valid_split_is_refused(run, tmp_path):

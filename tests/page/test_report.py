@@ -1,6 +1,9 @@
 """The page of `phase1 report`, parsed: whole, safe, the same every time, and with every verdict and number of the records."""
 
 import ast
+import base64
+import csv
+import html
 import json
 import re
 import shutil
@@ -11,6 +14,7 @@ from pathlib import Path
 import html5lib
 import pytest
 
+from phase1.checks.regression import differences
 from phase1.cli import main
 from phase1.page import page
 from phase1.page.words import JAPANESE
@@ -212,6 +216,45 @@ def test_in_japanese_every_word_of_the_page_is_japanese():
     assert len(headings) == 9 and not any(re.search("[A-Za-z]", heading) for heading in headings)
     assert set(headings) <= set(JAPANESE.values()) and '<html lang="ja">' in text
     assert not re.search(r"\b(PASS|FAIL|INCONCLUSIVE)</b>", text)
+
+
+def changed():
+    """Changes of every metric, and a reason why one is not compared."""
+    return differences({"perplexity": perplexity_report()} | {"memory": memory_report()}, all_reports())
+
+
+KNOWN = ("T", "tokens", "GB", "AR-SSM", "HTT")  # symbols, units and names, the same in both languages
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_in_japanese_headings_of_changes_and_facts_machines_and_warnings_are_japanese(apart):
+    """Also where every report has facts of its own."""
+    reports = all_reports() | {"memory": memory_report(warnings=["熱い"], **({"environment": {"cpu": "x"}} if apart else {}))}
+    text = whole(reports, changes=changed(), language="ja")
+    for section in ("changes", "environment"):
+        (inside,) = re.findall(rf'<section id="{section}">(.*?)</section>', text, re.DOTALL)
+        headings = re.findall(r'<th scope="col".*?>(.*?)</th>', inside)
+        assert len(headings) == (6 if section == "changes" else 4 if apart else 2)
+        for heading in headings:
+            assert set(re.findall("[A-Za-z-]+", heading)) <= set(KNOWN), heading
+    (header,) = re.findall("<header>(.*?)</header>", text, re.DOTALL)
+    assert "<li>メモリ: 熱い</li>" in text and "(実測)" in header and "measured" not in header
+    assert ("スループット、パープレキシティ: NVIDIA Test" in header) == apart
+
+
+def test_every_number_of_a_cell_is_in_a_csv_that_the_page_links():
+    text = whole(all_reports(), changes=changed(), language="ja")
+    linked = re.findall(r'href="data:text/csv;base64,([^"]*)"', text)
+    known = {cell for link in linked for row in csv.reader(base64.b64decode(link).decode().splitlines()) for cell in row}
+    numbers = {float(cell) for cell in known if re.fullmatch(r"-?\d+(\.\d+)?(e[+-]?\d+)?", cell)}
+    rounded = {f"{factor * n:.{d}f}" for n in numbers for d in range(5) for factor in (1, 1e-9)}
+    cells = [html.unescape(cell).removeprefix("> ") for cell in re.findall("<td[^>]*>(.*?)</td>", text)]
+    shown = [cell for cell in cells if re.match(r"-?\d", cell)]
+    assert len(shown) > 100 and len(linked) == len(set(linked))
+    for cell in shown:
+        parts = re.fullmatch(r"(-?[\d,.]+)(?: to (-?[\d,.]+))?(?: (?:GB|%|x))?", cell)
+        found = parts and all(part.replace(",", "") in rounded for part in parts.groups() if part)
+        assert cell in known or found, cell
 
 
 def test_what_changed_against_an_earlier_run(tmp_path):

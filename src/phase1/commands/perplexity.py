@@ -137,7 +137,8 @@ def report_on(
     source |= {"optimizer_groups": optimizer_groups} if optimizer_groups else {}
     plots = [(plot_losses, LOSSES_PLOT)] if any(result.status == "ok" for result in results.values()) else []
     plots += [(plot_perplexity, PLOT)] if len(results) > 1 else []
-    report, files = session.write(results, checks, plots, folder, run=conditions(run) | source)
+    warnings = list(dict.fromkeys(text for result in results.values() for text in result.otherwise))
+    report, files = session.write(results, checks, plots, folder, run=conditions(run) | source, warnings=warnings)
     if run.verbose:
         print(perplexity_text(report), checks_text(checks), sep="\n")
     print(text(screen(report, scored.corpus.name, files)))

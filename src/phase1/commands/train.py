@@ -26,7 +26,7 @@ from phase1.measure.throughput.efficiency import step_flops
 from phase1.model import LanguageModel
 from phase1.parallel import group
 from phase1.plots import plot_training
-from phase1.records.metrics import METRICS, read_metrics
+from phase1.records.metrics import METRICS, PATIENCE, read_metrics
 from phase1.records.session import require_writable
 from phase1.roster import Key
 from phase1.runs import GenerateRun, PerplexityRun, ReportRun, TrainRun
@@ -105,13 +105,14 @@ def screen(
     numbers = [f"training text   loss {facts['loss']:.3f}, mean of the last steps {_last(rows, 'loss')}"]
     if (valid := _last(rows, "val_loss")) != UNKNOWN:
         best = min(row["val_loss"] for row in rows if row["val_loss"] is not None)
-        numbers.append(f"valid text      loss {valid}, best {best:.3f}; {unigram:.3f} is what token frequencies alone reach")
+        reach = _last(rows, "unigram_loss") if unigram is None else f"{unigram:.3f}"  # None where it was looked at earlier only
+        numbers.append(f"valid text      loss {valid}, best {best:.3f}; {reach} is what token frequencies alone reach")
     if seconds:
         numbers.append(f"speed           {tokens / seconds:,.0f} tokens/s, {seconds:,.0f} s in all")
     if skipped := facts.get("skipped_steps"):
         numbers.append(f"of these steps {skipped} changed nothing: their gradients overflowed, and the loss scale was lowered")
     answer = f"trained on {tokens:,} tokens"
-    if facts.get("ended_by") == "patience":
+    if facts.get("ended_by") == PATIENCE:
         answer = f"ended after {tokens:,} tokens: no lower loss on the valid text in {run.patience} looks (--patience)"
     elif not facts["finished"]:
         hours = f"--max-hours {run.max_hours:g} are over"

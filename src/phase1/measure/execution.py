@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from phase1.ops.card import HAS_TRITON, runs_kernels
-from phase1.ops.self_check import DISPROVEN
+from phase1.ops.self_check import DISPROVEN, failed_kernels
 from phase1.records.schema import Execution
 from phase1.trainable import Trainable
 from phase1.training.compiler import compile_losses
@@ -147,7 +147,7 @@ def _otherwise(found: Execution, state: TrainState, compiler: Compiler | None) -
         said.append(f"the step ran on {found.device}, not on {state.device.type}")
     if compiler is not None and not found.compiled:
         said.append("what was compiled was not called")
-    said += [f"kernels of {name} failed their check ({why}): PyTorch's operators ran" for name, why in DISPROVEN.items()]
+    said += failed_kernels()
     if found.device == "cuda" and found.kernels == "torch" and not DISPROVEN:
         why = "this card does not run them" if HAS_TRITON else "pip install triton"
         said.append(f"PyTorch's operators ran, not the kernels: {why}")

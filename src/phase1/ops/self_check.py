@@ -29,6 +29,11 @@ def _width(device: torch.device) -> int:
     return WIDE if device.type == "cuda" else WIDTH
 
 
+def failed_kernels() -> list[str]:
+    """Each of DISPROVEN as part of a sentence."""
+    return [f"kernels of {name} failed their check ({why}): PyTorch's operators ran" for name, why in DISPROVEN.items()]
+
+
 def passes(
     kernels: str, index: int, dtype: torch.dtype, sizes: str, folder: Path, worst_error: Callable[[], float], default: str
 ) -> bool:

@@ -1,7 +1,7 @@
 """The page: verdicts first, then each report's plots and tables, the trainings, what changed, and how to repeat it all."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -46,13 +46,13 @@ def page(
     words = japanese if language == "ja" else english
     sections: dict[str, Html] = {
         "verdicts": _verdicts(reports, words, language),
-        "warnings": _warnings(reports),
+        "warnings": _warnings(reports, words),
         **{str(kind): _of_kind(reports[kind], kind, words) for kind in KINDS if kind in reports},
         "training": _trainings(trainings, words),
         "changes": joined() if changes is None else _changes(changes, words),
-        "environment": table(environment_table(reports)) if reports else joined(),
+        "environment": table(environment_table(reports, words)) if reports else joined(),
         "commands": _commands(reports, words),
-        "data": _data(reports, trainings, files_of or {}, elsewhere, words),
+        "data": _data(reports, trainings, changes, files_of or {}, elsewhere, words),
     }
     shown = {key: content for key, content in sections.items() if content}
     links = tag("nav", *(tag("a", _title(words(key)), href=f"#{key}") for key in shown))
@@ -62,7 +62,7 @@ def page(
         tag("p", words("report"), class_="kind"),
         tag("h1", title),
         _answer(reports, words),
-        *(tag("p", text) for text in _machines(reports)),
+        *(tag("p", text) for text in _machines(reports, words)),
         *([tag("p", f"{words('missing')}: {', '.join(missing)}", class_="missing")] if missing else []),
     ]
     style = files("phase1.page").joinpath("style.css").read_text("utf-8")
@@ -100,12 +100,17 @@ def _badge(status: str, words: Words) -> Html:
     return tag("b", f"{SIGNS[status]} {word.upper()}", class_=f"badge {status}")
 
 
-def _machines(reports: Mapping[str, Report[Any]]) -> list[str]:
+def _machines(reports: Mapping[str, Report[Any]], words: Words) -> list[str]:
     """Hardware and basis, once for all reports that share them."""
     kinds: dict[str, list[str]] = {}
     for kind, report in reports.items():
-        kinds.setdefault(f"{hardware_of(report)} ({basis_of(report.results.values())})", []).append(kind)
-    return [what if len(kinds) == 1 else f"{', '.join(of)}: {what}" for what, of in kinds.items()]
+        basis = _named(basis_of(report.results.values()).split(", "), words)
+        kinds.setdefault(f"{hardware_of(report)} ({basis})", []).append(kind)
+    return [what if len(kinds) == 1 else f"{_named(of, words)}: {what}" for what, of in kinds.items()]
+
+
+def _named(keys: Iterable[str], words: Words) -> str:
+    return words(", ").join(words(key) for key in keys)
 
 
 def _verdicts(reports: Mapping[str, Report[Any]], words: Words, language: str) -> Html:
@@ -117,6 +122,17 @@ def _verdicts(reports: Mapping[str, Report[Any]], words: Words, language: str) -
     return tag("table", tag("thead", tag("tr", *titles)), tag("tbody", *rows), class_="verdicts")
 
 
+def verdicts_table(reports: Mapping[str, Report[Any]]) -> Table:
+    """Every check with its numbers as they are recorded, in the unit that its reason names."""
+    columns = (Column("Report"), Column("Check"), Column("Verdict"), Column("Value"), Column("Limit"), Column("Why"))
+    rows = tuple(
+        (kind, check.name, check.status, check.value, check.limit, check.detail)
+        for kind, report in reports.items()
+        for check in report.checks
+    )
+    return Table("verdicts", "Verdicts", "", columns, rows)
+
+
 def _verdict(check: Check, words: Words, language: str) -> Html:
     value, limit = values_of(check)
     limit = limit.removeprefix("limit ").replace("over ", "> ")
@@ -125,8 +141,8 @@ def _verdict(check: Check, words: Words, language: str) -> Html:
     return tag("tr", *(tag("td", cell, class_=c) for cell, c in zip(cells, css)), data_check=check.name)
 
 
-def _warnings(reports: Mapping[str, Report[Any]]) -> Html:
-    found = [f"{kind}: {warning}" for kind, report in reports.items() for warning in report.warnings]
+def _warnings(reports: Mapping[str, Report[Any]], words: Words) -> Html:
+    found = [f"{words(kind)}: {warning}" for kind, report in reports.items() for warning in report.warnings]
     return tag("ul", *(tag("li", text) for text in found)) if found else joined()
 
 
@@ -163,31 +179,34 @@ def _trainings(trainings: Sequence[Training], words: Words) -> Html:
         if text
     ]
     drawn = _drawn(plot_training, {training.name: training.rows for training in shown}, "training", words)
-    return joined(drawn, table(training_comparison(shown)), *texts)
+    made = training_comparison(shown)
+    return joined(drawn, table(made), _notes(made), *texts)
 
 
-def changes_table(changes: Sequence[Difference]) -> Table:
+def changes_table(changes: Sequence[Difference], words: Words) -> Table:
     """Every number that is in both runs, and why others are not compared."""
-    columns = (Column("Model"), Column("Metric"), Column("T", "tokens"), Column("Old"), Column("New"), Column("Change", "%"))
+    model, metric, old, new, change = (_title(words(key)) for key in ("model", "metric", "old", "new", "change"))
+    columns = (Column(model), Column(metric), Column("T", "tokens"), Column(old), Column(new), Column(change, "%"))
     rows = tuple((d.model, d.metric, d.seq_length, d.old, d.new, d.change_percent) for d in changes if not d.reason)
     notes = tuple(dict.fromkeys(f"{d.model}, {d.metric}: {d.reason}" for d in changes if d.reason))
-    return Table("changes", "Changes", "", columns, rows, notes)
+    return Table("changes", _title(words("changes")), "", columns, rows, notes)
 
 
 def _changes(changes: Sequence[Difference], words: Words) -> Html:
-    made = changes_table(changes)
+    made = changes_table(changes, words)
     notes = [folded(f"{words('notes')}: {len(made.notes)}", _notes(made))] if made.notes else []
     return joined(*([table(made)] if made.rows else []), *notes) or tag("p", words("nothing in common"))
 
 
-def environment_table(reports: Mapping[str, Report[Any]]) -> Table:
+def environment_table(reports: Mapping[str, Report[Any]], words: Words) -> Table:
     """A row for each fact; a column for all reports where every report has the same facts."""
     facts = {kind: report.environment for kind, report in reports.items()}
     shared = len({tuple(sorted(fact.items(), key=str)) for fact in facts.values()}) == 1
-    columns = {", ".join(facts): next(iter(facts.values()))} if shared else facts
+    columns = {_named(facts, words): next(iter(facts.values()))} if shared else {words(kind): facts[kind] for kind in facts}
     names = dict.fromkeys(name for fact in facts.values() for name in fact)
     rows = tuple((name, *(_fact(name, fact.get(name)) for fact in columns.values())) for name in names)
-    return Table("environment", "Environment", "", (Column("Fact"), *map(Column, columns)), rows)
+    headings = [words("fact"), *columns]
+    return Table("environment", _title(words("environment")), "", tuple(Column(_title(text)) for text in headings), rows)
 
 
 def _fact(name: str, value: Any) -> str | None:
@@ -208,13 +227,16 @@ def _commands(reports: Mapping[str, Report[Any]], words: Words) -> Html:
 def _data(
     reports: Mapping[str, Report[Any]],
     trainings: Sequence[Training],
+    changes: Sequence[Difference] | None,
     results: Mapping[str, bytes],
     elsewhere: Sequence[str],
     words: Words,
 ) -> Html:
-    """The table that joins all reports, then every table and file to save."""
+    """The table that joins all reports, then every table and file to save; files are in English, whatever the page is in."""
     tables = build_tables(reports) if reports else []
     tables += training_tables(trainings)
+    tables += [changes_table(changes, english)] if changes else []
+    tables += [verdicts_table(reports), environment_table(reports, english)] if reports else []
     links = [download(f"{made.name}.csv", "text/csv", render(made, "csv").encode()) for made in tables]
     links += [download(name, "application/json", content) for name, content in results.items()]
     joint = [tag("div", tag("h3", made.caption), table(made)) for made in tables if made.name == "configuration_comparison"]

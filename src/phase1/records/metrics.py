@@ -4,12 +4,15 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from phase1.files import atomic_write, open_to_append
+from phase1.files import atomic_write, open_to_append, read_json
 from phase1.text import one_line
 
 METRICS = "metrics.jsonl"
+CHECKPOINT = "checkpoint.json"  # beside it: the index of a checkpoint, of phase1.training.checkpoint
+MAX_CHECKPOINT_BYTES: Final = 2**20
+PATIENCE = "patience"  # why a training has ended, in the facts of its checkpoint
 FIELDS = (
     "step", "tokens", "seconds", "loss", "val_loss", "lr", "grad_norm", "loss_scale", "tokens_per_second",
     "peak_allocated_bytes", "session", "unigram_loss",
@@ -64,6 +67,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not rows and any(lines[:-1]):
         raise ValueError(f"{one_line(path)}: expected a file that `phase1 train` wrote; got another; name another folder")
     return rows
+
+
+def ended_by_patience(folder: Path) -> bool:
+    """Whether the checkpoint in `folder` is of a training that --patience has ended; false for a damaged one or none."""
+    try:
+        index = read_json(folder / CHECKPOINT, MAX_CHECKPOINT_BYTES)
+    except ValueError:
+        return False
+    facts = index.get("facts") if isinstance(index, dict) else None
+    return isinstance(facts, dict) and facts.get("ended_by") == PATIENCE
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

@@ -336,11 +336,19 @@ class PerplexityResult(Result):
     absent: dict[str, str] = Field(default_factory=dict, description="numbers that the scored text does not have, and why")
     trained_tokens: int | None = None
     skipped_steps: int | None = Field(default=None, description="of the training: gradients overflowed, nothing was learnt")
+    ended_by: Literal["patience"] | None = Field(
+        default=None,
+        description="patience: --patience ended the training early; null: it did not, or is of an earlier version",
+    )
     trained_on: Dataset | None = Field(default=None, description="the training text")
     trained_seq_length: int | None = Field(default=None, description="T in training; run.seq_length is that of the scoring")
     train_seconds: float | None = None
     training: JsonObject | None = Field(default=None, description="settings of the training run: rates, seed, batch...")
     weights_sha256: str | None = Field(default=None, description="of the checkpoint's file of weights: which ones were scored")
+    kernels: str | None = Field(
+        default=None, description="triton or torch, as of Execution, while the model was scored; none in older records"
+    )
+    otherwise: list[str] = Field(default_factory=list, description="what ran otherwise than asked")
     dataset: Dataset | None = None
     protocol_hash: str | None = None
     untrained: bool = Field(default=False, description="the model has not beaten the unigram entropy: no verdict")

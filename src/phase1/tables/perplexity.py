@@ -43,7 +43,7 @@ def perplexity_comparison(report: Report[PerplexityResult], hardware: str | None
     }
     texts |= {text for r in report.results.values() if (text := _windows_text(r, report))}
     texts |= {f"No {name.replace('_', ' ')}: {why}." for r in report.results.values() for name, why in r.absent.items()}
-    texts |= set(own_texts(report.results))
+    texts |= set(own_texts(report.results)) | set(early_texts(report.results))
     if groups := report.run.get("optimizer_groups"):
         texts.add(f"Optimizer groups of {groups}.")
     if len({r.protocol_hash for r in report.results.values() if r.protocol_hash}) > 1:
@@ -66,6 +66,15 @@ def _windows_text(result: PerplexityResult, report: Report[PerplexityResult]) ->
         return ""
     windows = "side by side" if stride in (None, T) else f"stride {stride}"
     return f"Windows: T = {T}, {windows}; in training T = {'unknown' if trained is None else trained}."
+
+
+def early_texts(results: Mapping[str, PerplexityResult]) -> Iterator[str]:
+    """Each training that --patience has ended: its model could have learnt more."""
+    for key, result in results.items():
+        if result.ended_by is not None:
+            whole = (result.training or {}).get("train_tokens")
+            of = f" of {whole:,}" if isinstance(whole, int) else ""
+            yield f"Training ended early, by --{result.ended_by}: {key}, after {result.trained_tokens or 0:,}{of} tokens."
 
 
 def own_texts(results: Mapping[str, PerplexityResult]) -> Iterator[str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phase1.records.metrics import FIELDS, METRICS, read_metrics
+from phase1.records.metrics import FIELDS, METRICS, ended_by_patience, read_metrics
 from phase1.tables.table import Column, Table
 
 SAMPLES, SETTINGS = "samples.txt", "run.toml"
@@ -15,12 +15,13 @@ PLACES = ("", "*", "checkpoints/*")
 
 @dataclass(frozen=True)
 class Training:
-    """One training's `rows` of metrics.jsonl, its last samples and its settings, both may be empty."""
+    """One training's `rows` of metrics.jsonl, its last samples and its settings, both may be empty; did --patience end it?"""
 
     name: str
     rows: list[dict[str, Any]]
     samples: str
     settings: str
+    out_of_patience: bool = False
 
 
 def trainings_in(folder: Path) -> list[Training]:
@@ -34,7 +35,7 @@ def trainings_in(folder: Path) -> list[Training]:
 
 def _training(file: Path) -> Training:
     samples, settings = (_text(file.with_name(name)) for name in (SAMPLES, SETTINGS))
-    return Training(file.resolve().parent.name, read_metrics(file), samples[-SHOWN:], settings)
+    return Training(file.resolve().parent.name, read_metrics(file), samples[-SHOWN:], settings, ended_by_patience(file.parent))
 
 
 def _text(path: Path) -> str:
@@ -58,7 +59,9 @@ def training_comparison(trainings: Sequence[Training]) -> Table:
         Column("Peak allocated", "GB"),
     )
     rows = tuple(_row(training) for training in trainings)
-    return Table("training_comparison", "Trainings", "", columns, rows)
+    early = ", ".join(training.name for training in trainings if training.out_of_patience)
+    notes = (f"Ended early, by --patience: {early}.",) if early else ()
+    return Table("training_comparison", "Trainings", "", columns, rows, notes)
 
 
 def training_course(trainings: Sequence[Training]) -> Table:

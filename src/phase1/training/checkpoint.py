@@ -20,6 +20,7 @@ from phase1.errors import Diverged
 from phase1.files import atomic_write, open_plain, read_json, remove
 from phase1.parallel import group
 from phase1.parallel.parts import part_of, whole
+from phase1.records.metrics import CHECKPOINT, MAX_CHECKPOINT_BYTES, PATIENCE
 from phase1.tensor_names import with_present_names
 from phase1.text import one_line
 from phase1.trainable import Trainable, build
@@ -29,8 +30,7 @@ from phase1.world import is_first
 
 C = TypeVar("C", bound=Config)
 
-INDEX = "checkpoint.json"  # written last; names the tensor files that belong together
-MAX_INDEX_BYTES: Final = 2**20
+INDEX = CHECKPOINT  # written last; names the tensor files that belong together
 NO_DIFFERENCE: Final = {"micro_batch_size": TrainConfig.micro_batch_size, "piece_length": TrainConfig.piece_length}
 """Settings that change the result of a training by rounding alone, with the value that stands for all in identities: a training
 that ran out of memory can continue with another value, and a finished one is not repeated."""
@@ -114,7 +114,7 @@ def read_index(folder: Path | str) -> dict[str, Any]:
     """
     path = Path(folder) / INDEX
     try:
-        index = read_json(path, MAX_INDEX_BYTES)
+        index = read_json(path, MAX_CHECKPOINT_BYTES)
     except ValueError as error:
         raise ValueError(f"no checkpoint in {folder}: {INDEX} is {error}; train one with `phase1 train`") from error
     objects = ("model_config", "train_config", "scaler", "files", "facts")
@@ -174,6 +174,7 @@ def training_facts(folder: Path | str, index: dict[str, Any]) -> dict[str, Any]:
     data = facts.get("data")
     wrong = [name for name, kind in _FACTS.items() if type(facts.get(name)) not in kind]
     wrong += ["skipped_steps"] * (type(facts.get("skipped_steps", 0)) is not int)  # earlier versions did not count them
+    wrong += ["ended_by"] * (facts.get("ended_by") not in (None, PATIENCE))
     if isinstance(data, dict) and (data.keys() != _DATA or not all(isinstance(value, str) for value in data.values())):
         wrong.append("data")
     if wrong:

@@ -19,6 +19,7 @@ from phase1.device import device_type
 from phase1.files import atomic_write
 from phase1.parallel import group
 from phase1.parallel.replicas import equal_start
+from phase1.records.metrics import PATIENCE
 from phase1.trainable import build
 from phase1.training.checkpoint import INDEX, check_configs, read_index, resume, save_checkpoint, training_facts
 from phase1.training.context_parallel import Context
@@ -59,8 +60,8 @@ def train_to_checkpoint(
     """Train to the end of the schedule, or go on from `folder`; a finished checkpoint is left as it is.
 
     Returns:
-        The checkpoint's facts: data, seconds, tokens, skipped steps, last loss, and whether it is finished: the time of `watch`
-        may be over.
+        The checkpoint's facts: data, seconds, tokens, skipped steps, last loss, and whether it is finished: the time or the
+        patience of `watch` may be over, `ended_by` says which; of these the file of the checkpoint knows patience.
     Raises:
         ValueError: `folder` holds a checkpoint of another config or of other data, or ranks cannot share a batch.
 
@@ -238,9 +239,10 @@ class Schedule:
         """Report the step, save where it is time, and raise what ends the training; all ranks decide the same."""
         self.last = loss
         self.progress.step(step, loss)
+        reason = self.progress.end
         stop, end, due, best = group.any_of(
             self.interrupted(),
-            self.progress.end is not None,
+            reason is not None,
             time.perf_counter() - self.saved > SAVE_SECONDS,
             self.progress.is_best(step),
         )
@@ -250,10 +252,11 @@ class Schedule:
             group.from_first(lambda: keep_tokenizer(self.folder / BEST, self.tokenizer))
         if step < self.steps and (stop or end or due):
             check_finite(loss, step)  # no checkpoint to go on from, but an end with the reason
-            save_checkpoint(self.folder, self.state, self.facts | self.so_far())
+            ended = {"ended_by": reason} if reason == PATIENCE else {}  # a run that goes on from here has no such fact
+            save_checkpoint(self.folder, self.state, self.facts | self.so_far() | ended)
             self.progress.keep()
             self.saved = time.perf_counter()
             if stop:
                 raise KeyboardInterrupt
             if end:
-                raise EndsEarly(self.progress.end or "rank 0")
+                raise EndsEarly(reason or "rank 0")

@@ -13,7 +13,7 @@ from torch import Tensor
 from phase1.device import steadier
 from phase1.files import append_text, atomic_write
 from phase1.progress import LINE_SECONDS, Bar
-from phase1.records.metrics import METRICS, MetricsLog
+from phase1.records.metrics import METRICS, PATIENCE, MetricsLog
 from phase1.training.alarms import Alarms
 from phase1.training.gates import closed_gates
 from phase1.training.step import TrainState
@@ -110,7 +110,7 @@ class Progress(Follower):
         if self.seconds >= self.watch.max_seconds:
             return "time"
         patience, since = self.watch.patience, len(self.scores) - 1 - self._lowest()
-        return "patience" if patience is not None and self.scores and since >= patience else None
+        return PATIENCE if patience is not None and self.scores and since >= patience else None
 
     def is_best(self, step: int) -> bool:
         """Whether the score of `step` is lower than all before it."""

@@ -17,6 +17,8 @@ from phase1.measure.perplexity.candidates import ScoredModel
 from phase1.measure.perplexity.evaluate import LARGEST_NATS, Evaluation, Protocol, evaluate, unigram_entropy
 from phase1.measure.perplexity.loss_parts import loss_by_band, loss_by_position, order_sha256
 from phase1.measure.soundness import require_sound
+from phase1.ops.card import runs_kernels
+from phase1.ops.self_check import failed_kernels
 from phase1.parallel import group
 from phase1.records.schema import Dataset, Parameters, PerplexityResult, Status
 from phase1.roster import Key
@@ -121,11 +123,14 @@ def evaluate_checkpoint(run: PerplexityRun, scored_model: ScoredModel, folder: P
         token_count=len(ids),
         trained_tokens=facts["trained_tokens"],
         skipped_steps=facts.get("skipped_steps"),
+        ended_by=facts.get("ended_by"),
         trained_seq_length=facts.get("seq_length"),
         train_seconds=facts["train_seconds"],
         trained_on=Dataset(**facts["data"]),
         training=index["train_config"],
         weights_sha256=weights_sha256(folder, index),
+        kernels="triton" if runs_kernels(next(model.parameters()), dtype) else "torch",
+        otherwise=failed_kernels(),
         dataset=Dataset(name=corpus.name, split=scored.name, sha256=scored.sha256),
         protocol_hash=protocol.protocol_hash,
         untrained=evaluation.loss >= unigram,
