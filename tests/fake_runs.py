@@ -30,11 +30,7 @@ FLAGS = {
     "throughput": {"seq_lengths": LENGTHS, "warmup_steps": 1, "measure_steps": 5},
     "perplexity": {"test_htt_ranks": (2, 3, 4), "test_ar_ssm_ranks": (4,), "ar_ssm_min_rank": 2},
 }
-PLOTS = {
-    memory: ("plot_memory", "plot_memory_timeline"),
-    throughput: ("plot_throughput",),
-    perplexity: ("plot_perplexity", "plot_losses"),
-}
+PLOTS = {memory: ("plot_memory", "plot_memory_timeline"), throughput: ("plot_throughput",), perplexity: ("plot_perplexity", "plot_losses")}
 
 
 def fake(patch, log: Path, begin=lambda case: None) -> None:

@@ -116,9 +116,7 @@ def test_a_file_gives_flags_and_a_flag_wins_over_it(tmp_path):
     assert parse("throughput", ["--config", str(path), "--preset", "rtx4090-24g"]).d_model == 512
 
 
-@pytest.mark.parametrize(
-    "command", sorted(COMMANDS.keys() - {"compare", "check-model", "curves"})
-)  # which must be given what they are about
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"compare", "check-model", "curves"}))  # which must be given what they are about
 def test_a_printed_file_gives_the_same_run(command, tmp_path, capsys):
     path = tmp_path / "run.toml"
     with pytest.raises(SystemExit) as exit:
@@ -132,9 +130,7 @@ def test_a_printed_file_gives_the_same_run(command, tmp_path, capsys):
     st.builds(
         TrainRun,
         prompt=st.text(st.characters(exclude_categories=["Cs"]), max_size=9),
-        dataset_name=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=9).filter(
-            lambda name: name[0] != "~"
-        ),
+        dataset_name=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=9).filter(lambda name: name[0] != "~"),
         seed=st.integers(0, 2**31),
         learning_rate=st.floats(1e-9, 1e9),
         copy_head=st.booleans(),
@@ -161,12 +157,7 @@ def test_a_printed_file_says_where_a_value_is_from(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["throughput", "--preset", "smoke", "--config", str(path), "--batch-size", "2", "--print-config"])
     out = capsys.readouterr().out
-    for line in (
-        "batch-size = 2  # flag",
-        f"measure-steps = 4  # {path}",
-        "warmup-steps = 1  # preset smoke",
-        "compile = false  # default",
-    ):
+    for line in ("batch-size = 2  # flag", f"measure-steps = 4  # {path}", "warmup-steps = 1  # preset smoke", "compile = false  # default"):
         assert line in out.splitlines()
 
 
@@ -228,9 +219,7 @@ NUMBERS = [
 def test_every_number_flag_is_finite_and_no_larger_than_libraries_can_hold(command, name, capsys):
     for value in ("nan", "inf", "-inf", "1e16", "18446744073709551616", "9" * 400):
         try:
-            code = main(
-                [command, *["package.module:factory"] * (command == "check-model"), f"--{name.replace('_', '-')}={value}"]
-            )
+            code = main([command, *["package.module:factory"] * (command == "check-model"), f"--{name.replace('_', '-')}={value}"])
         except SystemExit as exit:  # an integer flag: argparse
             code = exit.code
         err = capsys.readouterr().err
@@ -335,9 +324,7 @@ def test_a_signal_at_any_moment_of_a_start_ends_with_one_line_and_status_130(num
 def test_a_tilde_is_the_home_folder_in_every_spelling(flag, monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere/ann")
     assert parse("memory", flag.split()).out_dir.startswith("/somewhere/ann")
-    run = parse(
-        "perplexity", ["--dataset-name=~/a.txt", "--checkpoint", "baseline=~/b", "phase1_htt1_ar2=c~d", "--cache-dir=~/c"]
-    )
+    run = parse("perplexity", ["--dataset-name=~/a.txt", "--checkpoint", "baseline=~/b", "phase1_htt1_ar2=c~d", "--cache-dir=~/c"])
     assert run.dataset_name == "/somewhere/ann/a.txt" and run.cache_dir == "/somewhere/ann/c"
     assert run.checkpoint == ("baseline=/somewhere/ann/b", "phase1_htt1_ar2=c~d")
     assert flags(parse("perplexity", [])) == "" and flags(run).startswith("--dataset-name /somewhere/ann/a.txt")

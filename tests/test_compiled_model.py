@@ -8,9 +8,7 @@ from phase1.model import LanguageModel
 from phase1.ops.cross_entropy import IGNORE
 from phase1.roster import ROLES, model_config
 
-TINY = EngineShape(
-    vocab_size=503, d_model=32, n_layers=1, n_heads=2, htt_dense_rows=16, htt_groups=40, ar_ssm_max_rank=8, htt_rank=8
-)
+TINY = EngineShape(vocab_size=503, d_model=32, n_layers=1, n_heads=2, htt_dense_rows=16, htt_groups=40, ar_ssm_max_rank=8, htt_rank=8)
 OPTIMIZED = [role for role in ROLES if role != "baseline"]
 
 

@@ -402,13 +402,7 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(three_steps):
 
 
 def test_a_save_removes_its_own_older_files_and_no_other(tmp_path):
-    foreign = [
-        "model.safetensors",
-        "my_lora.safetensors",
-        "model-00001-of-00002.safetensors",
-        "model-00000007.safetensors",
-        "x.safetensors",
-    ]
+    foreign = ["model.safetensors", "my_lora.safetensors", "model-00001-of-00002.safetensors", "model-00000007.safetensors", "x.safetensors"]
     for name in foreign:
         (tmp_path / name).write_bytes(b"weights of another program")
     saved = state()

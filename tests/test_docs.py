@@ -18,10 +18,7 @@ ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README.ja.md")
 REFERENCES = ("docs/reference.md", "docs/ja/reference.md")
 PAGES = sorted(str(page.relative_to(ROOT)) for place in ("*.md", "docs/**/*.md", "specs/**/*.md") for page in ROOT.glob(place))
-BOTH = [
-    READMES,
-    *((f"docs/{Path(page).name}", page) for page in PAGES if "/ja/" in page and f"docs/{Path(page).name}" in PAGES),
-]
+BOTH = [READMES, *((f"docs/{Path(page).name}", page) for page in PAGES if "/ja/" in page and f"docs/{Path(page).name}" in PAGES)]
 NUMBERS = {"docs/log.md", "docs/design.md", PAGE, *REFERENCES, *(page for page in PAGES if page.startswith("specs/"))}
 """Pages with typed or generated numbers: stories of measurements are in the log; others have sizes, counts, simulations, limits."""
 SCRIPTS = {
@@ -69,9 +66,7 @@ def test_both_languages_have_the_same_commands_tables_and_sections(english, japa
 
 def test_the_search_for_commands_finds_them():
     found = {page: len(list(commands(page))) for page in PAGES}
-    assert (
-        min(found["docs/benchmarking.md"], found["docs/ja/benchmarking.md"]) > 30 and min(found[page] for page in READMES) > 5
-    )
+    assert min(found["docs/benchmarking.md"], found["docs/ja/benchmarking.md"]) > 30 and min(found[page] for page in READMES) > 5
     assert ("docs/benchmarking.md", "docs/ja/benchmarking.md") in BOTH
 
 
@@ -84,10 +79,7 @@ def test_results_in_the_documents_are_those_of_the_records():
 
 
 def test_a_page_without_its_markers_and_a_folder_without_the_list_are_refused(tmp_path):
-    assert (
-        between("a\n<!-- x: begin -->\nold\n<!-- x: end -->\nb", "x", "new", "p")
-        == "a\n<!-- x: begin -->\nnew\n<!-- x: end -->\nb"
-    )
+    assert between("a\n<!-- x: begin -->\nold\n<!-- x: end -->\nb", "x", "new", "p") == "a\n<!-- x: begin -->\nnew\n<!-- x: end -->\nb"
     with pytest.raises(ValueError, match="must have the lines <!-- x: begin -->"):
         between("no markers", "x", "new", "README.md")
     with pytest.raises(ValueError, match="must run in a checkout"):
@@ -245,6 +237,4 @@ def test_the_repository_keeps_records_and_the_pictures_that_documents_show():
     drawn = [entry["record"] for entry in entries if "record" in entry] + listed["cards"] + list(listed["summary"].values())
     assert all((ROOT / "results" / name).exists() and not name.startswith("archive/") for name in drawn)
     left = {str(f.relative_to(ROOT / "results")) for f in files if f.suffix in (".json", ".jsonl")} - set(drawn)
-    assert not [name for name in left if not name.startswith("archive/")], (
-        "records that the page does not show: list or archive them"
-    )
+    assert not [name for name in left if not name.startswith("archive/")], "records that the page does not show: list or archive them"

@@ -74,10 +74,7 @@ def test_every_command_of_the_page_runs(folder, monkeypatch, capsys):
     mean = report.results["mean"]
     assert mean.status == "ok" and re.fullmatch(r"my_mixer:build@[0-9a-f]{12}", mean.config["model"])
     assert mean.training["learning_rate"] == report.results["ar_ssm_dense_no_copy"].training["learning_rate"]
-    assert (
-        "Asked of mean and of baseline: 300 and 300 tokens of vocabulary, width 16 and 16, 1 and 1 layers."
-        in perplexity_comparison(report).notes
-    )
+    assert "Asked of mean and of baseline: 300 and 300 tokens of vocabulary, width 16 and 16, 1 and 1 layers." in perplexity_comparison(report).notes
     assert len({result.trained_tokens for result in report.results.values()}) == 1
     (groups,) = (note for note in perplexity_comparison(report).notes if note.startswith("Optimizer groups of "))
     counts = [int(count.replace(",", "")) for count in re.findall(r"[\d,]+(?= of| parameters)", groups.partition("mean: ")[2])]

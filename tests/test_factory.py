@@ -189,10 +189,7 @@ def test_tables_of_a_users_model_learn_at_their_own_rate(folder):
     state = make_train_state(build(config("right")), TrainConfig(), "cpu")
     sizes = [sum(p.numel() for p in group["params"]) for group in state.optimizer.param_groups]
     assert sizes == [0, 0, 400, 0]  # of Muon, then of AdamW: matrices, tables, the rest
-    assert (
-        described_groups(state.model)
-        == "0 parameters of matrices, which decay, 400 of tables, at their own rate, 0 of the rest"
-    )
+    assert described_groups(state.model) == "0 parameters of matrices, which decay, 400 of tables, at their own rate, 0 of the rest"
 
 
 def test_two_models_of_one_source_and_size_have_one_id_and_others_another(folder):

@@ -120,18 +120,8 @@ def test_what_killed_writers_of_this_machine_left_is_removed_by_the_next_write_a
     dead.wait()
     machine, ours = files._machine(), os.getpid()
     other = "0" * 8 if machine != "0" * 8 else "1" * 8
-    stay = [
-        f".a.json.{machine}-{ours:x}-abcdef.tmp",
-        f".a.json.{other}-{dead.pid:x}-abcdef.tmp",
-        ".a.json.0123456789ab.tmp",
-        "x.tmp",
-        ".x.tmp",
-    ]
-    for name in (
-        *stay,
-        f".a.json.{machine}-{dead.pid:x}-abcdef.tmp",
-        f".b-00000001.safetensors.{machine}-{dead.pid:x}-012345.tmp",
-    ):
+    stay = [f".a.json.{machine}-{ours:x}-abcdef.tmp", f".a.json.{other}-{dead.pid:x}-abcdef.tmp", ".a.json.0123456789ab.tmp", "x.tmp", ".x.tmp"]
+    for name in (*stay, f".a.json.{machine}-{dead.pid:x}-abcdef.tmp", f".b-00000001.safetensors.{machine}-{dead.pid:x}-012345.tmp"):
         (tmp_path / name).write_bytes(b"half")
     atomic_write(tmp_path / "c.json", b"{}")
     assert sorted(os.listdir(tmp_path)) == sorted([*stay, "c.json"])

@@ -13,16 +13,9 @@ from phase1.roster import START, model_config
 from phase1.training.job import start_of
 
 V = 3000
-SHAPE = EngineShape(
-    vocab_size=V, d_model=256, n_layers=2, n_heads=4, copy_window=16, htt_dense_rows=100, htt_groups=50, ar_ssm_window=8
-)
+SHAPE = EngineShape(vocab_size=V, d_model=256, n_layers=2, n_heads=4, copy_window=16, htt_dense_rows=100, htt_groups=50, ar_ssm_window=8)
 SMALL = {"row_norm": 0.02 * 16, "input_scale": 1.0}  # rows of standard deviation 0.02, no factor sqrt(D)
-CALM = [
-    SMALL,
-    {"logit_scale": 0.1},
-    {"logit_scale": 0.1, "learnt_logit_scale": True},
-    {"logit_scale": 0.0, "learnt_logit_scale": True},
-]
+CALM = [SMALL, {"logit_scale": 0.1}, {"logit_scale": 0.1, "learnt_logit_scale": True}, {"logit_scale": 0.0, "learnt_logit_scale": True}]
 
 
 def first_loss(config, statistics=None, targets=None):
@@ -60,13 +53,7 @@ def test_the_plain_transformer_starts_there_by_itself():
 @pytest.mark.parametrize("role", ["baseline", "phase1"])
 def test_every_setting_of_the_start_changes_the_model_and_its_id(role):
     config = model_config(role, SHAPE)
-    found = [
-        config,
-        *(
-            replace(config, **change)
-            for change in ({"row_norm": 0.3}, {"input_scale": 2.0}, {"logit_scale": 0.3}, {"learnt_logit_scale": True})
-        ),
-    ]
+    found = [config, *(replace(config, **change) for change in ({"row_norm": 0.3}, {"input_scale": 2.0}, {"logit_scale": 0.3}, {"learnt_logit_scale": True}))]
     assert len({c.config_id for c in found}) == 5
     assert len({first_loss(c) for c in found[:4]}) == 4
     torch.manual_seed(0)
@@ -81,9 +68,7 @@ def test_rows_are_as_long_as_the_setting_says(embedding):
     rows = []
     for norm in (1.0, 0.25):
         torch.manual_seed(0)
-        rows.append(
-            LanguageModel(model_config("phase1", SHAPE, embedding=embedding, row_norm=norm)).embedding.table(torch.float32)
-        )
+        rows.append(LanguageModel(model_config("phase1", SHAPE, embedding=embedding, row_norm=norm)).embedding.table(torch.float32))
     torch.testing.assert_close(rows[1], rows[0] / 4)
 
 

@@ -146,9 +146,7 @@ def as_in_training():
 
 
 @pytest.mark.usefixtures("as_in_training")
-@pytest.mark.parametrize(
-    "overrides", [{}, {"htt_output": "two_level"}, {"embedding": "dense"}, {"mixer": "attention"}], ids=str
-)
+@pytest.mark.parametrize("overrides", [{}, {"htt_output": "two_level"}, {"embedding": "dense"}, {"mixer": "attention"}], ids=str)
 @pytest.mark.parametrize("recompute", ["none", "block"])
 def test_the_compiled_loss_has_the_gradients_of_the_model_at_its_size(overrides, recompute):
     """At the default sizes: PyTorch 2.11 has compiled a permutation of the tail's rows wrongly there, and right in small."""

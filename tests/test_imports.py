@@ -50,20 +50,7 @@ MAY_IMPORT = {
     | {"data", "generation", "machine", "model", "ops", "parallel", "records", "stats", "trainable", "training"},
     "commands": LEAVES
     | SETTINGS
-    | {
-        "checks",
-        "data",
-        "factory",
-        "generation",
-        "machine",
-        "measure",
-        "model",
-        "page",
-        "parallel",
-        "plots",
-        "records",
-        "stats",
-    }
+    | {"checks", "data", "factory", "generation", "machine", "measure", "model", "page", "parallel", "plots", "records", "stats"}
     | {"tables", "trainable", "training"},
 }
 WINGS = {
@@ -185,9 +172,7 @@ except AttributeError as error:
 
 @pytest.mark.parametrize(
     "path",
-    sorted(
-        path for part in ("records", "stats", "checks", "tables", "plots", "page") for path in (PACKAGE / part).glob("*.py")
-    ),
+    sorted(path for part in ("records", "stats", "checks", "tables", "plots", "page") for path in (PACKAGE / part).glob("*.py")),
     ids=lambda p: str(p.relative_to(PACKAGE)),
 )
 def test_work_on_result_files_imports_no_torch(path):

@@ -236,9 +236,7 @@ def test_a_training_killed_at_any_moment_goes_on_with_every_step_once_in_its_met
         folder = tmp_path / f"killed {number}"
         with monkeypatch.context() as patched:
             patched.setattr(job, "SAVE_SECONDS", 0.0)
-            patched.setattr(
-                MetricsLog, "append", dies_at(2 + 4 * number % 9, cut=number % 2 * random.Random(number).randrange(1, 40))
-            )
+            patched.setattr(MetricsLog, "append", dies_at(2 + 4 * number % 9, cut=number % 2 * random.Random(number).randrange(1, 40)))
             assert os.WIFSIGNALED(killed_child(partial(train, tmp_path, *ten, str(folder))))
         assert train(tmp_path, *ten, str(folder)) == 0
         rows = read_metrics(folder / METRICS)

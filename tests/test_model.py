@@ -81,10 +81,7 @@ def test_what_is_recomputed_has_an_id_and_the_name_it_had_before():
     assert len(set(ids.values())) == 3
     for old, new in ((True, "block"), (False, "none")):
         assert ModelConfig(**present_settings({"checkpointing": old})).config_id == ids[new]
-    assert present_settings({"checkpointing": 1, "d_model": 8}) == {
-        "checkpointing": 1,
-        "d_model": 8,
-    }  # no setting of any version
+    assert present_settings({"checkpointing": 1, "d_model": 8}) == {"checkpointing": 1, "d_model": 8}  # no setting of any version
     with pytest.raises(ValueError, match="--recompute must be one of none, selective, block; got 'all'"):
         ModelConfig(recompute="all")
 

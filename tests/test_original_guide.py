@@ -80,9 +80,7 @@ def test_a_script_runs_from_a_checkout_that_is_not_installed(script, tmp_path):
 
 def test_a_missing_package_is_one_line(tmp_path):
     (tmp_path / "pydantic").mkdir()
-    (tmp_path / "pydantic" / "__init__.py").write_text(
-        'raise ModuleNotFoundError("No module named \'pydantic\'", name="pydantic")'
-    )
+    (tmp_path / "pydantic" / "__init__.py").write_text('raise ModuleNotFoundError("No module named \'pydantic\'", name="pydantic")')
     command = [sys.executable, str(ROOT / "scripts" / "generate_phase1_comparison_tables.py")]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)}, cwd=tmp_path)
     assert done.returncode == 3 and done.stderr.count("\n") == 1, done.stderr

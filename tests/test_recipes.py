@@ -133,8 +133,6 @@ def test_a_recipe_does_what_it_says(name, project):
 def test_what_the_recipes_add_is_as_clean_as_the_rest(project):
     root = project[0]
     result = subprocess.run(
-        [sys.executable, "-m", "ruff", "check", "--config", ROOT / "pyproject.toml", root / "src"],
-        capture_output=True,
-        text=True,
+        [sys.executable, "-m", "ruff", "check", "--config", ROOT / "pyproject.toml", root / "src"], capture_output=True, text=True
     )
     assert result.returncode == 0, result.stdout

@@ -118,8 +118,7 @@ def test_every_part_of_fair_attention_has_an_effect_of_its_own():
     ids, targets = batch()
     base = variant("transformer_fair", ENGINE)
     losses = [
-        model(replace(base, **{name: False} if name else {})).loss(ids, targets).item()
-        for name in (None, *(part for part in FAIR if part.startswith("attention")))
+        model(replace(base, **{name: False} if name else {})).loss(ids, targets).item() for name in (None, *(part for part in FAIR if part.startswith("attention")))
     ]
     assert len(set(losses)) == 4
 

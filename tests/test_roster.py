@@ -35,9 +35,7 @@ def test_any_text_is_a_key_that_gives_it_back(text):
     assert str(Key.parse(text)) == text
 
 
-@pytest.mark.parametrize(
-    "text", ["phase1_htt0_ar4", "phase1_htt16", "a_seed01", "a_seed", "seeded", "phase1_ar4_htt4", "_seed1x"]
-)
+@pytest.mark.parametrize("text", ["phase1_htt0_ar4", "phase1_htt16", "a_seed01", "a_seed", "seeded", "phase1_ar4_htt4", "_seed1x"])
 def test_what_only_looks_like_ranks_or_a_seed_is_a_name(text):
     assert Key.parse(text) == Key(text)
 
@@ -61,7 +59,5 @@ def test_baselines_are_known_by_their_names():
 def test_nobody_else_takes_the_name_of_a_model_apart():
     for path in PACKAGE.rglob("*.py"):
         if path.name != "roster.py":
-            strings = {
-                n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant) and type(n.value) is str
-            }
+            strings = {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant) and type(n.value) is str}
             assert not any(text in ("_seed", "phase1_htt") or "_htt(" in text or "htt\\d" in text for text in strings), path

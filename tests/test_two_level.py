@@ -10,17 +10,7 @@ from phase1.roster import model_config
 from phase1.training.optimizers import parameter_groups
 
 # 503 - 16 x 8 = 375 rows in the tail: 94 groups of 4, the last of 3; all 320 of 5 with 64 groups
-TINY = EngineShape(
-    vocab_size=503,
-    d_model=32,
-    n_layers=1,
-    n_heads=2,
-    htt_dense_rows=8,
-    htt_groups=100,
-    ar_ssm_max_rank=8,
-    htt_rank=8,
-    htt_output="two_level",
-)
+TINY = EngineShape(vocab_size=503, d_model=32, n_layers=1, n_heads=2, htt_dense_rows=8, htt_groups=100, ar_ssm_max_rank=8, htt_rank=8, htt_output="two_level")
 MODELS = {
     "engine": {},
     "no copy head": {"copy_head": False},
@@ -65,9 +55,7 @@ def test_gradients_are_those_of_the_distribution(name):
     leaves = list(net.parameters())
     outcomes = [torch.autograd.grad(loss, leaves) for loss in (net.loss(ids, targets), expected)]
     for (parameter, _), got, wanted in zip(net.named_parameters(), *outcomes, strict=True):
-        torch.testing.assert_close(
-            got, wanted, rtol=1e-8, atol=1e-12, msg=lambda text, parameter=parameter: f"{parameter}: {text}"
-        )
+        torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-12, msg=lambda text, parameter=parameter: f"{parameter}: {text}")
 
 
 def test_text_in_two_parts_continues_the_first():
@@ -79,9 +67,7 @@ def test_text_in_two_parts_continues_the_first():
 
 def test_where_the_rows_of_each_group_are_equal_it_starts_as_the_flat_output():
     torch.manual_seed(0)
-    two, flat = (
-        LanguageModel(model_config("phase1", TINY, copy_head=False, htt_output=form)).double() for form in ("two_level", "flat")
-    )
+    two, flat = (LanguageModel(model_config("phase1", TINY, copy_head=False, htt_output=form)).double() for form in ("two_level", "flat"))
     flat.load_state_dict(two.state_dict(), strict=False)
     for net in (two, flat):
         with torch.no_grad():
@@ -107,9 +93,7 @@ def test_everything_else_starts_as_in_the_flat_model_of_the_same_seed():
 def test_the_matrices_of_the_second_level_are_none_of_the_tables():
     net = model_and_batch("engine")[0]
     matrices, table, vectors = (group["params"] for group in parameter_groups(net, TrainConfig()))
-    assert all(
-        any(p is part.weight for p in matrices) for part in (net.embedding.groups.down, net.embedding.groups.up)
-    ) and any(p is net.embedding.groups.rows for p in table)
+    assert all(any(p is part.weight for p in matrices) for part in (net.embedding.groups.down, net.embedding.groups.up)) and any(p is net.embedding.groups.rows for p in table)
     assert any(p is net.embedding.groups.bias for p in vectors)
 
 
@@ -117,9 +101,7 @@ def test_it_compiles_without_a_break():
     net, ids, targets = model_and_batch("engine", torch.float32)
     torch._dynamo.reset()
     compiled = torch.compile(net.loss, fullgraph=True, backend="aot_eager")
-    outcomes = [
-        (loss, *torch.autograd.grad(loss, list(net.parameters()))) for loss in (net.loss(ids, targets), compiled(ids, targets))
-    ]
+    outcomes = [(loss, *torch.autograd.grad(loss, list(net.parameters()))) for loss in (net.loss(ids, targets), compiled(ids, targets))]
     for got, expected in zip(*outcomes, strict=True):
         torch.testing.assert_close(got, expected)
 

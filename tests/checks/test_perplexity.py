@@ -29,9 +29,7 @@ def checks_of(*results):
 
 
 def test_the_limit_belongs_to_the_claim():
-    found, checks = checks_of(
-        result("baseline"), result("phase1_htt16_ar32", 1.04), result("ar_ssm_dense", 1.04), result("equal_parameters", 0.99)
-    )
+    found, checks = checks_of(result("baseline"), result("phase1_htt16_ar32", 1.04), result("ar_ssm_dense", 1.04), result("equal_parameters", 0.99))
     assert found["phase1_htt16_ar32"].ppl_degradation_percent == pytest.approx(4, abs=0.1)
     assert {name: check.status for name, check in checks.items()} == {
         "phase1_htt16_ar32_within_5_percent": "pass", "ar_ssm_dense_within_3_percent": "fail", "equal_parameters_within_0_percent": "pass",
@@ -41,9 +39,7 @@ def test_the_limit_belongs_to_the_claim():
 def test_each_seed_is_compared_with_its_own_baseline_and_the_mean_decides_apart():
     seeds = ("", "_seed1", "_seed2")
     models = [result(f"baseline{seed}", 1 + 0.5 * i) for i, seed in enumerate(seeds)]
-    models += [
-        result(f"phase1_htt16_ar32{seed}", (1 + 0.5 * i) * r) for i, (seed, r) in enumerate(zip(seeds, (1.06, 1.03, 1.0)))
-    ]
+    models += [result(f"phase1_htt16_ar32{seed}", (1 + 0.5 * i) * r) for i, (seed, r) in enumerate(zip(seeds, (1.06, 1.03, 1.0)))]
     _, checks = checks_of(*models)
     singles = [checks[f"phase1_htt16_ar32{seed}_within_5_percent"] for seed in seeds]
     assert [check.status for check in singles] == ["fail", "pass", "pass"]

@@ -89,20 +89,7 @@ def trained(folder):
 
 @pytest.mark.parametrize(
     "command",
-    [
-        "memory",
-        "throughput",
-        "perplexity",
-        "train",
-        "generate",
-        "export",
-        "tables",
-        "report",
-        "compare",
-        "curves",
-        "pipeline",
-        "check-model",
-    ],
+    ["memory", "throughput", "perplexity", "train", "generate", "export", "tables", "report", "compare", "curves", "pipeline", "check-model"],
 )
 def test_every_flag_is_read_by_its_command(command, data, tmp_path, monkeypatch, checkpoint):  # noqa: F811
     out = {"out_dir": str(tmp_path / "out")}

@@ -132,11 +132,7 @@ def test_ablate_needs_the_baseline(tmp_path):
 def test_the_row_in_pieces_is_one_of_longer_sequences_and_of_runs_without_pieces_of_their_own(tmp_path):
     cases = memory.cases_of(longer := run(tmp_path, seq_length=300), memory.models(longer), None, None)
     assert {role: case.piece_length for role, case in cases.items() if case.piece_length} == {"phase1_pieces": 256}
-    for other in (
-        {},
-        {"seq_length": 300, "piece_length": 64},
-        {"seq_length": 300, "model": ("phase1=tests.test_factory:right",)},
-    ):
+    for other in ({}, {"seq_length": 300, "piece_length": 64}, {"seq_length": 300, "model": ("phase1=tests.test_factory:right",)}):
         assert "phase1_pieces" not in memory.models(run(tmp_path, **other))
 
 

@@ -251,12 +251,7 @@ def test_steps_whose_gradients_overflow_are_counted_where_the_trained_tokens_are
     skipped = 26 - int(math.log2(index["scaler"]["scale"]))  # every overflow halves the scale
     assert 0 < skipped < 40 and index["facts"]["skipped_steps"] == skipped and index["facts"]["trained_tokens"] == 40 * 512
     assert f"of these steps {skipped} changed nothing: their gradients overflowed" in out
-    perplexity.main(
-        parse(
-            "perplexity",
-            [*shlex.split(out.split("next  phase1 perplexity ")[1].split("   its perplexity")[0]), "--out-dir", run.out_dir],
-        )
-    )
+    perplexity.main(parse("perplexity", [*shlex.split(out.split("next  phase1 perplexity ")[1].split("   its perplexity")[0]), "--out-dir", run.out_dir]))
     assert read_report(f"{run.out_dir}/{FILE}", "perplexity").results["phase1_htt2_ar4"].skipped_steps == skipped
 
 
@@ -375,9 +370,7 @@ def other(folder, tmp_path):
 
 def test_a_further_text_has_a_report_of_its_own_like_a_run_on_it_alone(trained, other, tmp_path, capsys):
     status, first = evaluated(replace(trained, also_evaluate=(str(other),)), tmp_path / "both")
-    assert (
-        capsys.readouterr().out.count("phase1_perplexity_losses.png, phase1_perplexity_comparison.png") == 2
-    )  # each a report and two plots
+    assert capsys.readouterr().out.count("phase1_perplexity_losses.png, phase1_perplexity_comparison.png") == 2  # each a report and two plots
     _, alone = evaluated(trained, tmp_path / "first")
     other_status, other_alone = evaluated(replace(trained, dataset_name=str(other)), tmp_path / "second")
     beside = read_report(tmp_path / "both" / "other_text" / FILE, "perplexity")

@@ -91,10 +91,7 @@ def test_models_with_attention_have_their_own_learning_rate(monkeypatch, tmp_pat
     seen = {}
     monkeypatch.setattr(one_case, "train_to_checkpoint", lambda model, train, *rest, label: seen.update({label: train}))
     run = PerplexityRun(
-        learning_rate=1e-3,
-        baseline_learning_rate=2e-3,
-        checkpoint_dir=str(tmp_path),
-        variants=("attention_htt", "ar_ssm_dense"),
+        learning_rate=1e-3, baseline_learning_rate=2e-3, checkpoint_dir=str(tmp_path), variants=("attention_htt", "ar_ssm_dense")
     )
     corpus = SimpleNamespace(splits={"train": SimpleNamespace(sha256="0")}, tokenizer=SimpleNamespace(fingerprint="0"))
     for model in candidates(run):

@@ -56,14 +56,7 @@ def test_it_writes_every_model_and_length_with_plot_and_checks(tmp_path, capsys)
 def test_controls_are_measured_beside_the_models_and_checked(tmp_path, capsys):
     code = throughput.main(run(tmp_path, a_a=True, quadratic_control=True, measure_steps=9, verbose=True))
     report = read_report(tmp_path / "phase1_throughput_benchmark.json", "throughput")
-    assert list(report.results) == [
-        "baseline",
-        "baseline_optimized",
-        "baseline_fast",
-        "phase1",
-        "quadratic_control",
-        "baseline_again",
-    ]
+    assert list(report.results) == ["baseline", "baseline_optimized", "baseline_fast", "phase1", "quadratic_control", "baseline_again"]
     checks = {check.name: check for check in report.checks}
     assert list(checks) == ["scaling_linear", "r_squared", "a_a_no_difference", "control_rejected"]
     assert checks["a_a_no_difference"].status in ("pass", "fail") and checks["control_rejected"].detail

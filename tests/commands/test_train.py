@@ -100,9 +100,7 @@ def test_the_first_lines_say_what_will_happen(run):
     lines = out.splitlines()
     assert len(lines) <= 25 and lines[0].startswith("Training of phase1_htt2_ar4 on ") and "trained on 640 tokens" in lines
     assert [line.split()[2] for line in lines if line.startswith("next")] == ["generate", "perplexity", "report"]
-    assert any("training.png" in line and line.startswith("files") for line in lines) and any(
-        "valid text" in line for line in lines
-    )
+    assert any("training.png" in line and line.startswith("files") for line in lines) and any("valid text" in line for line in lines)
 
 
 def test_a_run_pauses_when_its_hours_are_over_and_goes_on_with_more(run, tmp_path):
@@ -146,9 +144,7 @@ def test_the_precision_says_why(asked, device, says):
 
 @pytest.mark.parametrize("gigabytes, says", [(1, "it does not fit: try --micro-batch-size 4"), (1000, None), (None, None)])
 def test_a_run_that_cannot_fit_says_so_before_it_begins(data, monkeypatch, gigabytes, says):
-    run = parse(
-        "train", [*data, "--train-tokens", "1000", "--vocab-size", "300", "--htt-dense-rows", "4", "--htt-groups", "10"]
-    )
+    run = parse("train", [*data, "--train-tokens", "1000", "--vocab-size", "300", "--htt-dense-rows", "4", "--htt-groups", "10"])
     monkeypatch.setattr(train, "device_type", lambda: "cuda")
     monkeypatch.setattr(train, "total_gpu_bytes", lambda: gigabytes and gigabytes * 10**9)
     monkeypatch.setattr(train, "precision", lambda *_: "fp16")
@@ -158,9 +154,7 @@ def test_a_run_that_cannot_fit_says_so_before_it_begins(data, monkeypatch, gigab
     assert line.endswith(says) if says else "fit" not in line
     assert "NVIDIA" not in line
     monkeypatch.setattr(train, "amd_gpu", lambda: "a card")
-    assert (
-        " GB estimated as on a card of NVIDIA, of " in train.plan(run, train.part_of(train.ModelConfig, run), corpus, None)[-1]
-    )
+    assert " GB estimated as on a card of NVIDIA, of " in train.plan(run, train.part_of(train.ModelConfig, run), corpus, None)[-1]
 
 
 @pytest.mark.parametrize(

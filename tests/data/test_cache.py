@@ -27,9 +27,7 @@ def test_ids_of_a_later_run_take_no_memory(tmp_path):
     assert np.array_equal(cached_ids(tmp_path, KEY, TYPE, none), IDS)
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda b: b[:-1], lambda b: b[:20], lambda b: b"", lambda b: b[:40] + b"x" + b[41:], lambda b: b + b"x"]
-)
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:20], lambda b: b"", lambda b: b[:40] + b"x" + b[41:], lambda b: b + b"x"])
 def test_a_damaged_file_is_made_again(tmp_path, damage):
     cached_ids(tmp_path, KEY, TYPE, lambda: IDS[:100])
     (path,) = (tmp_path / "tokens").iterdir()

@@ -169,11 +169,7 @@ def file(name, content):
         (file("corpus.csv", b"a\nb\n"), {}, "must be a text file .* got another ending"),
         (lambda path: path / "missing.txt", {}, "existing path or a hub repository owner/name; got .*missing.txt"),
         (lambda path: "wikitext103", {}, "must be wikitext, c4, builtin, .* got wikitext103"),
-        (
-            lambda path: "c4",
-            {"dataset_config": "wikitext-103-raw-v1"},
-            "--dataset-config of c4 .* got wikitext-103-raw-v1; try --dataset-config en",
-        ),
+        (lambda path: "c4", {"dataset_config": "wikitext-103-raw-v1"}, "--dataset-config of c4 .* got wikitext-103-raw-v1; try --dataset-config en"),
         (lambda path: "wikitext", {"dataset_config": "en"}, "must be one of wikitext-103-raw-v1, .* got en"),
     ],
 )

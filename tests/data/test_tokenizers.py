@@ -213,9 +213,7 @@ def learnt(**options):
     backend = Backend(models.BPE(**options))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(byte_alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False, **options
-    )
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False, **options)
     backend.train_from_iterator([text], trainer)
     return json.loads(backend.to_str()), text
 

@@ -226,9 +226,7 @@ def test_a_checkpoint_brings_its_tokenizer(checkpoint):
     assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    "mixer, device, graphs", [("ar_ssm", "cuda", True), ("ar_ssm", "cpu", False), ("attention", "cuda", False)]
-)
+@pytest.mark.parametrize("mixer, device, graphs", [("ar_ssm", "cuda", True), ("ar_ssm", "cpu", False), ("attention", "cuda", False)])
 def test_graphs_are_taken_where_they_can_be_if_nothing_is_said(tmp_path, monkeypatch, mixer, device, graphs):
     folder = untrained(tmp_path, SHAPE, "phase1" if mixer == "ar_ssm" else "baseline")
     asked = []

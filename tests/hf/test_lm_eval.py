@@ -90,17 +90,7 @@ def test_lm_eval_scores_an_export_as_phase1_perplexity_scores_the_checkpoint(wor
     (data / "valid.txt").write_text(TEXT)
     evaluation = ["perplexity", "--dataset-name", str(data), "--tokenizer", str(folder), "--seq-length", str(T)]
     evaluation += ["--vocab-size", str(SHAPE.vocab_size), "--max-samples", str(WINDOWS), "--batch-size", "4"]
-    main(
-        [
-            *evaluation,
-            "--checkpoint",
-            f"phase1_htt2_ar8={checkpoint}",
-            "--out-dir",
-            str(work / "p"),
-            "--cache-dir",
-            str(work / "c"),
-        ]
-    )
+    main([*evaluation, "--checkpoint", f"phase1_htt2_ar8={checkpoint}", "--out-dir", str(work / "p"), "--cache-dir", str(work / "c")])
     (result,) = json.loads((work / "p" / "phase1_perplexity_validation.json").read_text())["results"].values()
     assert result["token_count"] == T * WINDOWS == result["byte_count"], result["detail"]
     nats = sum(result["window_nll_nats"])
@@ -120,16 +110,12 @@ def test_lm_eval_scores_an_export_as_phase1_perplexity_scores_the_checkpoint(wor
 def test_log_likelihoods_do_not_depend_on_the_size_of_a_batch(folder, monkeypatch):
     """Requests of other lengths are padded on the right in lm-eval's own batches, and never in those of whole texts."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    pairs = [
-        (a, b) for a in ("", "north", "in seven a mariners", "the") for b in (" of", " unknown brown world", " the lazy dog .")
-    ]
+    pairs = [(a, b) for a in ("", "north", "in seven a mariners", "the") for b in (" of", " unknown brown world", " the lazy dog .")]
     texts = [TEXT[:n] for n in (T - 7, 2 * T, 3 * T + 5, 1)]
     found = []
     for size in (1, 4):
         model = Phase1LM(pretrained=str(folder), dtype="float64", max_length=T, batch_size=size, device="cpu")
-        scored = model.loglikelihood(
-            [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)], disable_tqdm=True
-        )
+        scored = model.loglikelihood([Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)], disable_tqdm=True)
         whole = model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(texts)])
         found.append(([nats for nats, _ in scored], [greedy for _, greedy in scored], whole))
     one, four = found

@@ -210,9 +210,7 @@ def test_the_supported_range_and_the_plug_in_of_lm_eval_are_those_of_the_package
     (supported,) = project["optional-dependencies"]["hf"]
     assert supported in str(refused.value) and supported in phase1.hf.__doc__
     pins = (ROOT / "constraints.txt").read_text().split()
-    assert supported.replace(">=", "==").partition(",")[0] + ".0" in pins, (
-        "test the oldest supported transformers beside the new one"
-    )
+    assert supported.replace(">=", "==").partition(",")[0] + ".0" in pins, "test the oldest supported transformers beside the new one"
     (name, target), *_ = project["entry-points"]["lm_eval.models"].items()
     pytest.importorskip("lm_eval")
     found = EntryPoint(name, target, "lm_eval.models").load()

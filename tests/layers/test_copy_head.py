@@ -151,13 +151,7 @@ def test_a_model_with_the_head_trains_and_is_read_back(mixer, precision, recompu
     train(state, lambda step: (ids, targets), 3, lambda step, loss: losses.append(loss))
     assert torch.stack(losses).isfinite().all() and losses[-1] < losses[0]
     assert all(p.isfinite().all() for p in net.parameters())
-    for name in (
-        "copy_head.qk_proj.weight",
-        "copy_head.gate",
-        "copy_head.gate_bias",
-        "copy_head.forget",
-        "copy_head.forget_bias",
-    ):
+    for name in ("copy_head.qk_proj.weight", "copy_head.gate", "copy_head.gate_bias", "copy_head.forget", "copy_head.forget_bias"):
         assert not torch.equal(net.get_parameter(name), begin[name]), name
     net.loss(ids, targets).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.copy_head.parameters())

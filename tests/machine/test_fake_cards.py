@@ -26,9 +26,7 @@ MACHINES = {  # its accelerator, then: device, type, why, kernels, advice, and a
 def put(monkeypatch, name=None, capability=(0, 0), hip=None, other=None):
     """This accelerator into PyTorch, in place of what is there."""
     there, (major, minor) = name is not None, capability
-    properties = SimpleNamespace(
-        name=name, major=major, minor=minor, total_memory=16 * 2**30, multi_processor_count=40, gcnArchName="gfx942"
-    )
+    properties = SimpleNamespace(name=name, major=major, minor=minor, total_memory=16 * 2**30, multi_processor_count=40, gcnArchName="gfx942")
     answers = {
         "is_available": there, "device_count": int(there), "current_device": 0, "get_device_properties": properties,
         "get_device_capability": capability, "is_current_stream_capturing": False, "device_memory_used": 2**30,
@@ -56,6 +54,4 @@ def test_one_machine_decides_precision_kernels_and_messages(monkeypatch, capsys,
     assert doctor.main(DoctorRun()) == 0
     out = capsys.readouterr().out
     assert says in out and why in out and ("is not used" in out) == (machine in ("mps", "xpu"))
-    assert dict(line.split(maxsplit=1) for line in out.splitlines() if line)["cuda_works"].startswith(
-        "works" if device == "cuda" else "no: "
-    )
+    assert dict(line.split(maxsplit=1) for line in out.splitlines() if line)["cuda_works"].startswith("works" if device == "cuda" else "no: ")

@@ -72,11 +72,7 @@ def others(dtype: torch.dtype) -> None:
     from phase1.ops.group_nll import kernel as groups
     from phase1.ops.pointer import kernel as pointer
 
-    pointer_op._form, group_op._form, table_op._form = (
-        lambda q: pointer,
-        lambda states, size: groups,
-        lambda weights, dtype: table,
-    )
+    pointer_op._form, group_op._form, table_op._form = lambda q: pointer, lambda states, size: groups, lambda weights, dtype: table
     q, k = (torch.zeros(1, 300, 64, dtype=dtype, requires_grad=True) for _ in range(2))
     bias, ids = torch.zeros(1, 300, requires_grad=True), torch.zeros(1, 300, dtype=torch.int64)
     pointer_log_probability(q, k, bias, ids, ids, window=128, past=0).sum().backward()

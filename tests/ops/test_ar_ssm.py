@@ -175,7 +175,9 @@ class TestSelfCheck:
 
     def test_a_fault_is_found_said_in_one_line_and_remembered(self, monkeypatch):
         right = fused.core_backward
-        monkeypatch.setattr(fused, "core_backward", lambda *a, **k: (lambda g: g._replace(v=g.v * 0.5))(right(*a, **k)))
+        monkeypatch.setattr(
+            fused, "core_backward", lambda *a, **k: (lambda g: g._replace(v=g.v * 0.5))(right(*a, **k))
+        )
         for _ in range(2):
             with pytest.warns(UserWarning, match="kernels of AR-SSM fail their check on a card .*relative error.*PyTorch"):
                 assert not self.proven()

@@ -39,9 +39,7 @@ def test_in_a_compiled_graph_it_is_one_node_with_the_same_loss_and_gradients(bia
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     torch._dynamo.reset()
-    compiled = torch.compile(
-        lambda: tied_cross_entropy(hidden, table, targets, bias, odds) * 3, fullgraph=True, backend=backend
-    )
+    compiled = torch.compile(lambda: tied_cross_entropy(hidden, table, targets, bias, odds) * 3, fullgraph=True, backend=backend)
     outcomes = [
         (loss, *torch.autograd.grad(loss, leaves))
         for loss in (compiled(), tied_cross_entropy_reference(hidden, table, targets, bias, odds) * 3)
@@ -58,9 +56,7 @@ def test_in_a_compiled_graph_each_gradient_may_be_the_only_one_that_is_wanted(wa
     for leaf in leaves_of(hidden, table, bias, odds):
         leaf.requires_grad_(any(leaf is mine for mine in parts[wanted]))
     torch._dynamo.reset()
-    compiled = torch.compile(
-        lambda: tied_cross_entropy(hidden, table, targets, bias, odds), fullgraph=True, backend="aot_eager"
-    )
+    compiled = torch.compile(lambda: tied_cross_entropy(hidden, table, targets, bias, odds), fullgraph=True, backend="aot_eager")
     loss, expected = compiled(), tied_cross_entropy_reference(hidden, table, targets, bias, odds)
     torch.testing.assert_close(loss, expected)
     if wanted != "none":

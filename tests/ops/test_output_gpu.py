@@ -118,11 +118,7 @@ def test_products_are_added_to_float32_without_one_of_their_own():
         return
     for dtype in HALF:
         assert _adds_in_float32(torch.cuda.current_device(), dtype)
-        sums, a, b = (
-            torch.randn(4096, 520, device="cuda"),
-            leaf(1000, 4096, dtype=dtype).detach().T,
-            leaf(1000, 520, dtype=dtype).detach(),
-        )
+        sums, a, b = torch.randn(4096, 520, device="cuda"), leaf(1000, 4096, dtype=dtype).detach().T, leaf(1000, 520, dtype=dtype).detach()
         expected = sums.double() + a.double() @ b.double()
         add_product(sums.clone(), a, b)  # workspaces
         before = torch.cuda.memory_allocated()
@@ -147,9 +143,7 @@ def test_offsets_past_two_to_the_31():
     rows, group_bias = leaf(300, 64, dtype=torch.float16), leaf(300)
     members = torch.randint(0, 300, (1200,), device="cuda")
     flat = room.view(1200, stride)[:, :64]
-    outcomes = [
-        gradients(group_nll, [x.detach().requires_grad_(), rows, group_bias], members, 67) for x in (flat, flat.contiguous())
-    ]
+    outcomes = [gradients(group_nll, [x.detach().requires_grad_(), rows, group_bias], members, 67) for x in (flat, flat.contiguous())]
     assert all(torch.equal(x, y) for x, y in zip(*outcomes))
 
 

@@ -35,20 +35,7 @@ def outcome(op, inputs, **settings):
 
 @pytest.mark.parametrize(
     "T, window, past",
-    [
-        (1, 1, 0),
-        (5, 8, 0),
-        (8, 8, 0),
-        (16, 8, 0),
-        (19, 8, 0),
-        (19, 1, 3),
-        (1, 8, 30),
-        (5, 8, 3),
-        (20, 8, 9),
-        (20, 8, 5),
-        (5, 10**15, 0),
-        (3, 10**15, 4),
-    ],
+    [(1, 1, 0), (5, 8, 0), (8, 8, 0), (16, 8, 0), (19, 8, 0), (19, 1, 3), (1, 8, 30), (5, 8, 3), (20, 8, 9), (20, 8, 5), (5, 10**15, 0), (3, 10**15, 4)],
 )
 def test_output_and_gradients_match_the_definition(T, window, past):
     inputs = operands(T, past)

@@ -75,9 +75,7 @@ def test_a_fault_of_any_kernel_is_found_said_in_one_line_and_the_forms_in_pytorc
     q = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=torch.float32, shape=(1, 1, 64))
     for _ in range(2):
         self_check._proven.cache_clear()
-        with pytest.warns(
-            UserWarning, match=f"^kernels of {self_check.KERNELS} fail their check on a card .*relative error.*PyTorch"
-        ):
+        with pytest.warns(UserWarning, match=f"^kernels of {self_check.KERNELS} fail their check on a card .*relative error.*PyTorch"):
             assert op._form(q) is blocked
         assert rows._form(q) is rows.softmax_rows_reference and angles._form(q) is angles.rotary_angles_reference
     assert len(asked) == 1 and list(self_check.DISPROVEN) == [self_check.KERNELS]

@@ -15,19 +15,7 @@ def operands(T, past=0, B=2, H=3, R=4, P=5):
 
 
 @pytest.mark.parametrize(
-    "T, window, past",
-    [
-        (1, 1, 0),
-        (5, 8, 0),
-        (8, 8, 0),
-        (19, 8, 0),
-        (19, 1, 3),
-        (1, 8, 30),
-        (5, 8, 3),
-        (20, 8, 9),
-        (5, 10**15, 0),
-        (3, 10**15, 4),
-    ],
+    "T, window, past", [(1, 1, 0), (5, 8, 0), (8, 8, 0), (19, 8, 0), (19, 1, 3), (1, 8, 30), (5, 8, 3), (20, 8, 9), (5, 10**15, 0), (3, 10**15, 4)]
 )
 def test_output_and_gradients_match_the_banded_matrix(T, window, past):
     inputs = operands(T, past)

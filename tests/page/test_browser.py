@@ -101,9 +101,7 @@ def test_on_a_phone_tables_scroll_in_themselves_and_folded_parts_open_without_a_
 
 def test_the_numbers_of_a_course_are_in_reach_of_a_keyboard(browser, pages):
     page, _ = opened(browser, pages / "training.html", PHONE)
-    reached = page.evaluate(
-        "[...document.querySelectorAll('.scroll')].every(e => e.tabIndex === 0 && e.getAttribute('aria-label'))"
-    )
+    reached = page.evaluate("[...document.querySelectorAll('.scroll')].every(e => e.tabIndex === 0 && e.getAttribute('aria-label'))")
     assert reached
 
 

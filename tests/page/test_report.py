@@ -274,8 +274,7 @@ def test_what_changed_against_an_earlier_run(tmp_path):
 def training(folder, losses=(5.0, 4.0)):
     folder.mkdir(parents=True)
     rows = [
-        dict.fromkeys(FIELDS)
-        | {"session": 1, "step": i + 1, "tokens": 32 * i + 32, "seconds": 1.5, "loss": x, "val_loss": x + 1}
+        dict.fromkeys(FIELDS) | {"session": 1, "step": i + 1, "tokens": 32 * i + 32, "seconds": 1.5, "loss": x, "val_loss": x + 1}
         for i, x in enumerate(losses)
     ]
     (folder / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -333,11 +332,7 @@ def code_lines(source):
     """Lines that say something to Python: no docstrings, comments and blank lines."""
     docstrings = (node.body[0] for node in ast.walk(ast.parse(source)) if getattr(node, "body", None) and ast_docstring(node))
     said = {line for node in docstrings for line in range(node.lineno, node.end_lineno + 1)}
-    return [
-        line
-        for i, line in enumerate(source.splitlines(), 1)
-        if i not in said and line.strip() and not line.lstrip().startswith("#")
-    ]
+    return [line for i, line in enumerate(source.splitlines(), 1) if i not in said and line.strip() and not line.lstrip().startswith("#")]
 
 
 def ast_docstring(node):
@@ -345,9 +340,6 @@ def ast_docstring(node):
 
 
 def test_the_source_of_the_page_stays_small():
-    assert code_lines('"""Doc."""\n\ndef f():\n    """Doc\n    more."""\n    # why\n    return 1\n') == [
-        "def f():",
-        "    return 1",
-    ]
+    assert code_lines('"""Doc."""\n\ndef f():\n    """Doc\n    more."""\n    # why\n    return 1\n') == ["def f():", "    return 1"]
     source = [path for path in Path(files("phase1.page")).glob("*.py") if path.name != "words.py"]
     assert len(source) == 3 and 100 < sum(len(code_lines(path.read_text())) for path in source) <= 250

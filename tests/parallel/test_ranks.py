@@ -25,12 +25,7 @@ def started(*command, **options):
     launch = [sys.executable, *map(str, command)]
     paths = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
-        launch,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        **options,
+        launch, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, **options
     )
 
 
@@ -120,16 +115,7 @@ def test_losses_with_muon_are_those_of_one_process(found):
         assert_equal(ours, worker.losses(optimizer="muon"))
 
 
-CONTINUED = [
-    "from one",
-    "to one",
-    "to four",
-    "sharded, to one",
-    "from one, sharded",
-    "context, to one",
-    "context, to four",
-    "from one, context",
-]
+CONTINUED = ["from one", "to one", "to four", "sharded, to one", "from one, sharded", "context, to one", "context, to four", "from one, context"]
 
 
 @pytest.mark.parametrize("name", CONTINUED)

@@ -67,9 +67,7 @@ def test_a_run_ends_with_any_of_its_ranks_and_one_line_says_which(data, tmp_path
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     log = tmp_path / "log"
     with log.open("w") as file:
-        agent = subprocess.Popen(
-            [*command, *words, *data, "--out-dir", str(tmp_path / "out")], stdout=file, stderr=file, env=environment
-        )
+        agent = subprocess.Popen([*command, *words, *data, "--out-dir", str(tmp_path / "out")], stdout=file, stderr=file, env=environment)
         deadline = time.monotonic() + 120
         while "step 2/" not in log.read_text():
             assert agent.poll() is None and time.monotonic() < deadline, log.read_text()
@@ -108,9 +106,7 @@ def test_memory_that_runs_out_on_one_rank_ends_all_with_its_line(data, tmp_path)
     )
     done = torchrun(2, script, "train", *f"{SHAPE} {RANKS} {TRAIN}".split(), *data, "--out-dir", tmp_path / "out")
     (line,) = ours(done.stderr)
-    assert done.returncode and line.startswith(
-        "phase1 train (rank 1 of 2): error: out of memory: 1 GB; try --micro-batch-size 1"
-    )
+    assert done.returncode and line.startswith("phase1 train (rank 1 of 2): error: out of memory: 1 GB; try --micro-batch-size 1")
     assert not (tmp_path / "out" / INDEX).exists()
 
 
@@ -131,9 +127,7 @@ def test_models_that_ranks_cannot_train_are_refused_before_one_is_trained_or_sco
 
 
 def test_throughput_of_two_ranks_and_no_comparison_with_one(tmp_path):
-    words = (
-        f"throughput {SHAPE} {RANKS} --seq-lengths 8 --batch-size 1 --warmup-steps 1 --measure-steps 5 --no-baseline".split()
-    )
+    words = f"throughput {SHAPE} {RANKS} --seq-lengths 8 --batch-size 1 --warmup-steps 1 --measure-steps 5 --no-baseline".split()
     done = torchrun(2, "-m", "phase1", *words, "--out-dir", tmp_path / "two")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("tokens/s at T =") == 1 and "engine on 2 GPUs at T = 8: " in done.stdout
@@ -190,15 +184,7 @@ def test_models_of_a_grid_train_side_by_side_as_they_would_alone(data, tmp_path,
 def test_models_that_a_journal_has_are_not_trained_again(data, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr("phase1.measure.perplexity.side_by_side._start", lambda *_: pytest.fail("a training"))
     flags = dict(zip(("dataset_name", "tokenizer", "cache_dir"), data[1::2]))
-    run = PerplexityRun(
-        **flags,
-        checkpoint_dir=str(tmp_path),
-        d_model=16,
-        n_heads=2,
-        ar_ssm_min_rank=2,
-        test_htt_ranks=(2,),
-        test_ar_ssm_ranks=(4,),
-    )
+    run = PerplexityRun(**flags, checkpoint_dir=str(tmp_path), d_model=16, n_heads=2, ar_ssm_min_rank=2, test_htt_ranks=(2,), test_ar_ssm_ranks=(4,))
     models = candidates(run)
     assert list(train_side_by_side(run, models, None, ["0"], done={model.key for model in models})) == models
 
@@ -232,9 +218,7 @@ def test_context_parallel_needs_several_gpus_that_share_a_sequence_evenly(data, 
     assert "--seq-length must be a multiple of the 3 ranks; got 8; start 2, or change it" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "other", ["--shard", "--piece-length 4", "--compile", "--cuda-graphs", "--mixer attention", "--model x=a:b"]
-)
+@pytest.mark.parametrize("other", ["--shard", "--piece-length 4", "--compile", "--cuda-graphs", "--mixer attention", "--model x=a:b"])
 def test_context_parallel_says_what_it_cannot_do(other, capsys):
     assert main(["train", "--context-parallel", *other.split()]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -264,10 +248,7 @@ def test_the_report_of_perplexity_is_that_of_one_process(data, tmp_path):
     done = torchrun(3, "-m", "phase1", "perplexity", *words, "--out-dir", tmp_path / "two")
     one, two = (read_report(tmp_path / name / "phase1_perplexity_validation.json", "perplexity") for name in ("one", "two"))
     assert two.environment["world_size"] == 3, done.stderr
-    contents = [
-        report.model_dump(exclude={"environment": True, "command": True, "created_utc": True, "run": {"out_dir"}})
-        for report in (one, two)
-    ]
+    contents = [report.model_dump(exclude={"environment": True, "command": True, "created_utc": True, "run": {"out_dir"}}) for report in (one, two)]
     assert contents[0] == contents[1] and contents[0]["run"]["batch_size"] == 8
     assert 2 < len(one.results["baseline"].window_nll_nats) <= 8
 

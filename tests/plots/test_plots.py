@@ -73,9 +73,7 @@ def test_names_below_the_bars_do_not_overlap(tmp_path, drawn):
 
 def test_the_limits_drawn_are_those_of_the_checks(tmp_path, drawn):
     check = Check(name="fits_16gb", value=1.0, limit=14.4e9, status="pass")
-    plot_memory(
-        memory_report(checks=[check, check.model_copy(update={"name": "reduction", "limit": 50.0})]), tmp_path / "plot.png"
-    )
+    plot_memory(memory_report(checks=[check, check.model_copy(update={"name": "reduction", "limit": 50.0})]), tmp_path / "plot.png")
     (axes,) = drawn[0].axes
     assert [line.get_ydata()[0] for line in axes.lines] == [14.4]
     assert "14.4 GB: limit of the 16 GB card" in words(drawn[0]) and "7.2 GB" not in words(drawn[0])
@@ -145,9 +143,7 @@ def test_a_grid_of_ranks_is_a_series_per_ar_ssm_rank_joined_by_seed_at_the_sizes
     entries = ["baseline: 34.90", "no_gate: 34.00", "phase1, AR-SSM rank 16", "phase1, AR-SSM rank 64"]
     assert [text.get_text() for text in legend.get_texts()] == entries
     joined = sorted(tuple(line.get_ydata()) for line in axes.lines if line.get_alpha() and len(line.get_xdata()) > 1)
-    assert joined == sorted(
-        [tuple(grid[htt, 16] for htt in (8, 16, 32)), tuple(grid[htt, 64] for htt in (8, 16, 32)), (3.0, 3.0)]
-    )
+    assert joined == sorted([tuple(grid[htt, 16] for htt in (8, 16, 32)), tuple(grid[htt, 64] for htt in (8, 16, 32)), (3.0, 3.0)])
     places = sorted(x for line in axes.lines if line.get_alpha() for x in line.get_xdata() if 1 < x < 2)
     assert len(places) == 4 and len(set(places)) == 3  # two seeds of rank 16 at one place, rank 64 and no_gate beside it
     assert all(abs(x / 1.6 - 1) < 0.1 for x in places) and min(places) * max(places) == pytest.approx(1.6**2)

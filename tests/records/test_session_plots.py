@@ -19,9 +19,7 @@ def written(session, *plots):
     return session.write(memory_report().results, [], plots=[(plot, f"phase1_memory_{i}.png") for i, plot in enumerate(plots)])
 
 
-@pytest.mark.parametrize(
-    "error", [RuntimeError("latex could not be found"), OSError(28, "No space left"), ValueError("x\ny"), KeyError()]
-)
+@pytest.mark.parametrize("error", [RuntimeError("latex could not be found"), OSError(28, "No space left"), ValueError("x\ny"), KeyError()])
 def test_a_plot_that_fails_is_a_line_and_costs_neither_the_report_nor_the_other_plots(session, tmp_path, capsys, error):
     def fails(report, path):
         raise error

@@ -323,11 +323,7 @@ def test_the_smallest_published_bend_that_is_taken_for_growth_is_known_and_half_
 def test_raw_steps_of_any_noise_hold_the_error_rates(lengths, noise):
     """What the floor for growth costs: nothing in N^2, 5 of 100 N log N with four lengths at 2 %, which are undecided then."""
     rng = np.random.default_rng(2)
-    for term, right, wrong, share in (
-        ("N", "linear", "not linear", 0.98),
-        ("N log N", "not linear", "linear", 0.93),
-        ("N^2", "not linear", "linear", 1),
-    ):
+    for term, right, wrong, share in (("N", "linear", "not linear", 0.98), ("N log N", "not linear", "linear", 0.93), ("N^2", "not linear", "linear", 1)):
         found = Counter()
         for i in range(100):
             samples = [noisy(rng, np.full(20, t), noise) for t in times(term, lengths, (0, 0.1, 0.25, 0.4, 0.5)[i % 5])]

@@ -223,8 +223,8 @@ def test_a_perplexity_belongs_to_its_model_with_or_without_recomputation(kinds):
 def test_a_peak_belongs_to_one_way_of_training_alone_and_a_perplexity_to_its_own_first():
     reports = trained_without_recomputation(all_reports())
     engine = reports["perplexity"].results["phase1_htt16_ar32"]
-    reports["throughput"].results["phase1"] = (
-        reports["throughput"].results["phase1"].model_copy(update={"config": engine.config, "config_id": engine.config_id})
+    reports["throughput"].results["phase1"] = reports["throughput"].results["phase1"].model_copy(
+        update={"config": engine.config, "config_id": engine.config_id}
     )
     rows = [row for row in records(configuration_comparison(reports)) if row["Model"] == "phase1"]
     found = [(row["Config id"], row["Peak allocated (GB)"], row["At T (tokens)"], row["Perplexity"]) for row in rows]
@@ -389,9 +389,7 @@ def test_an_estimate_says_once_what_it_assumes():
 
 def test_the_ablation_has_every_change_in_bytes_and_percent():
     rows = [
-        Ablation(
-            name="with the engine's loss", from_role="baseline", peak_allocated_bytes=4_630_000_000, change_bytes=-4_630_000_000
-        ),
+        Ablation(name="with the engine's loss", from_role="baseline", peak_allocated_bytes=4_630_000_000, change_bytes=-4_630_000_000),
         Ablation(name="without the engine's loss", from_role="phase1", detail="out of memory"),
     ]
     table = memory_tables(memory_report(ablation=rows))[-1]

@@ -132,11 +132,7 @@ def test_a_guide_says_the_preset_of_a_card_and_what_trains_on_it(root, card, pre
     write_report(of_card("RTX Z", 7, card=card), root / "results/card" / FILES["memory"])
     english, japanese = (generated(root)[root / name] for name in GUIDES)
     assert f"| RTX Z | {preset} | 7 | 7 | 7 |" in english and "| RTX Z |" in japanese
-    assert (
-        "Largest batch of 2,048 tokens" in english
-        and english.startswith("a\n<!-- cards: begin -->\n")
-        and english.endswith("b\n")
-    )
+    assert "Largest batch of 2,048 tokens" in english and english.startswith("a\n<!-- cards: begin -->\n") and english.endswith("b\n")
 
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "smoke"])

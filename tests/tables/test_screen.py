@@ -50,9 +50,7 @@ def test_a_command_is_one_line_to_copy():
     assert f"next  {command}" in text(Screen("Q", next=[command])).splitlines()
 
 
-@pytest.mark.parametrize(
-    "peaks, says", [([2 * 10**9, 3 * 10**9], "2.00 3.00 GB"), ([n * 10**9 for n in range(1, 10)], "1.00 to 9.00 GB")]
-)
+@pytest.mark.parametrize("peaks, says", [([2 * 10**9, 3 * 10**9], "2.00 3.00 GB"), ([n * 10**9 for n in range(1, 10)], "1.00 to 9.00 GB")])
 def test_memory_of_several_ranks_is_shown_by_rank(peaks, says):
     report = memory_report()
     results = {key: result.model_copy(update={"peak_by_rank_bytes": peaks}) for key, result in report.results.items()}
@@ -62,9 +60,7 @@ def test_memory_of_several_ranks_is_shown_by_rank(peaks, says):
 
 
 def test_names_of_files_are_harmless():
-    shown = text(
-        Screen("Q\x1b[2J", numbers=["a\x1b[2Jb\n"], checks=[check("x\x1b")], files=["d/\x1b[2J"], next=["\x1b"], answer="\x1b")
-    )
+    shown = text(Screen("Q\x1b[2J", numbers=["a\x1b[2Jb\n"], checks=[check("x\x1b")], files=["d/\x1b[2J"], next=["\x1b"], answer="\x1b"))
     assert "\x1b" not in shown
 
 

@@ -102,11 +102,7 @@ def test_the_csv_of_every_comparison_has_its_numbers_in_full(built):
     assert head == [heading for column in built.columns for heading in column.csv_headings] + ["Hardware"]
     assert len(rows) == len(built.rows)
     for row, cells in zip(rows, built.rows):
-        whole = [
-            ends
-            for column, cell in zip(built.columns, cells)
-            for ends in ((cell or (None, None)) if column.interval else (cell,))
-        ]
+        whole = [ends for column, cell in zip(built.columns, cells) for ends in ((cell or (None, None)) if column.interval else (cell,))]
         assert len(row) == len(whole) + 1
         for text, cell in zip(row, whole):
             if isinstance(cell, int | float):
@@ -118,10 +114,7 @@ def test_the_csv_of_every_comparison_has_its_numbers_in_full(built):
 def test_an_interval_is_one_cell_for_people_and_two_columns_in_csv():
     columns = (Column("Model"), Column("95 %", "x", 1, interval=True))
     built = Table("t", "c", "", columns, (("a", Interval(0.94, 1234.5)), ("b", None)))
-    assert csv_rows(render(built, "csv"))[:2] == [
-        ["Model", "95 % from (x)", "95 % to (x)", "Hardware"],
-        ["a", "0.94", "1234.5", ""],
-    ]
+    assert csv_rows(render(built, "csv"))[:2] == [["Model", "95 % from (x)", "95 % to (x)", "Hardware"], ["a", "0.94", "1234.5", ""]]
     assert csv_rows(render(built, "csv"))[2] == ["b", "n/a", "n/a", ""]
     for form in ("markdown", "latex"):
         assert "0.9 to 1,234.5" in render(built, form)

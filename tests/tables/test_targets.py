@@ -39,11 +39,7 @@ def row(tmp_path, **target):
             "FAIL",
         ),
         ({"at_most": 80, "value": place() | {"where": {"T": 512}, "starts": {"role": "ph"}, "pick": "least"}}, "80", "PASS"),
-        (
-            {"at_least": 2e9, "value": {"record": "steps.json", "rows": "", "where": {}, "pick": "most", "key": "bytes"}},
-            "2,000,000,000",
-            "PASS",
-        ),
+        ({"at_least": 2e9, "value": {"record": "steps.json", "rows": "", "where": {}, "pick": "most", "key": "bytes"}}, "2,000,000,000", "PASS"),
         ({"at_least": 1, "value": {"record": "none.json", "key": "x"}}, NOT_MEASURED, NOT_MEASURED),
         ({"at_least": 1, "value": place("nobody")}, NOT_MEASURED, NOT_MEASURED),
         ({"at_least": 1, "value": place(key="seconds")}, NOT_MEASURED, NOT_MEASURED),

@@ -39,7 +39,4 @@ def test_a_training_says_it_once(tmp_path, monkeypatch):
 
     out, _ = run(tmp_path, 10, monkeypatch, watch=Watch(score=score, score_every=2))
     (line,) = (line for line in out.splitlines() if "gate" in line)
-    assert (
-        line
-        == "warning: the rank gate is closed in layer 1: only ranks that are always on are used there; lower --rank-penalty"
-    )
+    assert line == "warning: the rank gate is closed in layer 1: only ranks that are always on are used there; lower --rank-penalty"

@@ -73,11 +73,7 @@ def test_the_scales_and_taps_keep_their_size_where_decay_alone_acts():
 def test_muon_takes_the_matrices_of_blocks_and_steps_them_as_torchs_own():
     net, config = model("fair"), replace(MUON, learning_rate=0.02, weight_decay=0.3)
     optimizer = make_optimizer(net, config, "cpu")
-    matrices = {
-        n: p
-        for n, p in net.named_parameters()
-        if n.startswith("blocks.") and p.ndim == 2 and "conv" not in n and "scale" not in n
-    }
+    matrices = {n: p for n, p in net.named_parameters() if n.startswith("blocks.") and p.ndim == 2 and "conv" not in n and "scale" not in n}
     tensors = kept(optimizer)
     assert {n for n, p in net.named_parameters() if tensors[p] == ("momentum_buffer",)} == set(matrices)
     assert tensors[net.copy_head.qk_proj.weight] == tensors[net.embedding.rows] == ("step", "exp_avg", "exp_avg_sq")
@@ -132,12 +128,7 @@ def test_a_step_of_muon_whose_gradients_overflow_changes_nothing_though_the_host
 def test_rates_of_the_schedule_reach_both_parts():
     s = state()
     rates = []
-    train(
-        s,
-        batch_at,
-        STEPS,
-        lambda step, loss: rates.append([group["lr"] for part in s.optimizer.parts for group in part.param_groups]),
-    )
+    train(s, batch_at, STEPS, lambda step, loss: rates.append([group["lr"] for part in s.optimizer.parts for group in part.param_groups]))
     for step, found in enumerate(rates):
         rate = learning_rate(MUON, step, STEPS)
         assert found == [rate, rate, 3 * rate, rate]

@@ -142,9 +142,7 @@ def test_no_more_is_compiled_where_the_copy_heads_window_takes_many_pieces_to_fi
     model, (ids, targets) = model_of(**shape), text(T=72, B=1)
     torch._dynamo.reset()
     compile_losses(model, pieces=True, backend=(counter := CompileCounter()))
-    pieces, plain = (
-        Pieces(m, torch.amp.GradScaler("cpu", enabled=False), torch.float32, 9) for m in (model, model_of(**shape))
-    )
+    pieces, plain = (Pieces(m, torch.amp.GradScaler("cpu", enabled=False), torch.float32, 9) for m in (model, model_of(**shape)))
     torch.testing.assert_close(outcome(pieces, ids, targets)[0], outcome(plain, ids, targets)[0])
     assert counter.frame_count == 2 * 2 + 1
 

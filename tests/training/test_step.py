@@ -199,9 +199,7 @@ def test_compilation_without_a_compiler_is_one_line_before_training(monkeypatch)
         raise RuntimeError("No working C++ compiler found\nin 100 lines")
 
     monkeypatch.setattr(torch, "compile", no_compiler)
-    with pytest.raises(
-        Unavailable, match="--compile needs a C.. compiler that works here; got RuntimeError: No working"
-    ) as error:
+    with pytest.raises(Unavailable, match="--compile needs a C.. compiler that works here; got RuntimeError: No working") as error:
         state(replace(CONFIG, compile=True))
     assert "\n" not in str(error.value)
 

@@ -25,13 +25,7 @@ def test_tensorboard_gets_numbers_and_samples(tmp_path, monkeypatch):
     t.log(ROW)
     t.sample(3, "text")
     t.close()
-    assert calls == [
-        str(tmp_path / "tensorboard"),
-        ("settings", "    seed = 0"),
-        ("loss", 1.5, 3),
-        ("sample", "text", 3),
-        "closed",
-    ]
+    assert calls == [str(tmp_path / "tensorboard"), ("settings", "    seed = 0"), ("loss", 1.5, 3), ("sample", "text", 3), "closed"]
 
 
 @pytest.mark.parametrize("offline", [False, True])

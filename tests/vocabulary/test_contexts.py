@@ -11,9 +11,7 @@ SIDED = Contexts(0, 5, range(1, 3), sided=True)
 LOOSE = Contexts(3, 6, range(3, 6), sided=False)
 
 
-@pytest.mark.parametrize(
-    "kinds", [(SIDED,), (LOOSE,), (SIDED, LOOSE), (Contexts(9, 40, range(2, 3), sided=True), SIDED)], ids=str
-)
+@pytest.mark.parametrize("kinds", [(SIDED,), (LOOSE,), (SIDED, LOOSE), (Contexts(9, 40, range(2, 3), sided=True), SIDED)], ids=str)
 def test_contexts_are_counted_as_a_plain_loop_does(monkeypatch, kinds):
     monkeypatch.setattr(contexts, "CHUNK_TOKENS", 7)
     ids = np.random.default_rng(0).integers(0, 12, 100)

@@ -16,9 +16,7 @@ from phase1.measure.memory.case import MemoryCase
 from phase1.measure.memory.estimate.estimate import estimate_memory
 from phase1.roster import model_config
 
-SMALL = MemoryCase(
-    model_config("phase1", EngineShape(vocab_size=3000, d_model=32, n_layers=1, n_heads=2, htt_dense_rows=64)), 1, 16
-)
+SMALL = MemoryCase(model_config("phase1", EngineShape(vocab_size=3000, d_model=32, n_layers=1, n_heads=2, htt_dense_rows=64)), 1, 16)
 SCRIPT = Path(__file__).parents[3] / "benchmarks" / "calibrate_memory.py"
 
 

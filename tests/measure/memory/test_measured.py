@@ -116,7 +116,9 @@ def test_without_a_gpu_a_result_is_labelled_estimated():
 def test_out_of_memory_is_recorded_with_the_sizes_to_try_next():
     result = as_result("baseline", case("baseline", 4, 2048), Outcome("oom", message="CUDA out of memory"), "measured")
     assert result.status == "oom" and result.peak_allocated_bytes is None
-    assert result.detail == ("CUDA out of memory; try --batch-size 2, then --seq-length 1024")
+    assert result.detail == (
+        "CUDA out of memory; try --batch-size 2, then --seq-length 1024"
+    )
     engine = case("phase1", 4, 2048)
     plain = replace(engine, model=replace(engine.model, recompute="none"))
     assert sizes_to_try(plain).endswith("then recomputation (--recompute block)")

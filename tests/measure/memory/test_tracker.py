@@ -131,11 +131,7 @@ def test_what_a_block_recomputes_belongs_to_it_and_gradients_to_the_module_of_th
     model, x = Blocks(), torch.ones(128, 64, requires_grad=True)
     tracker.watch(model)
     step(tracker, model, x)
-    backward = [
-        tracker.trace.blocks[event]
-        for event in tracker.trace.events
-        if event >= tracker.trace.events[tracker.trace.begins["backward"]]
-    ]
+    backward = [tracker.trace.blocks[event] for event in tracker.trace.events if event >= tracker.trace.events[tracker.trace.begins["backward"]]]
     recomputed = {block.module for block in backward if block.size == 128 * 64 * 4}
     assert {"blocks.0.mixer", "blocks.1.mixer"} <= recomputed
     gradients = [block for block in tracker.trace.blocks if block.part == "gradients"]
@@ -152,23 +148,13 @@ def test_watching_modules_changes_no_allocation_and_leaves_no_hook_behind():
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
         assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
         first = tracker.trace.resident[-1] + 1
-        return [
-            (tracker.trace.blocks[e].size if e >= 0 else ~tracker.trace.blocks[~e].size)
-            for e in tracker.trace.events
-            if max(e, ~e) >= first
-        ]
+        return [(tracker.trace.blocks[e].size if e >= 0 else ~tracker.trace.blocks[~e].size) for e in tracker.trace.events if max(e, ~e) >= first]
 
     assert sizes(watched=True) == sizes(watched=False)
 
 
 def test_modules_are_named_as_deep_as_the_mixer_of_a_block():
-    names = [
-        "blocks.3.mixer.rank_gate.out_proj.bias",
-        "blocks.3.mlp_norm.weight",
-        "blocks.3.x",
-        "embedding.parts.0.basis",
-        "norm.weight",
-    ]
+    names = ["blocks.3.mixer.rank_gate.out_proj.bias", "blocks.3.mlp_norm.weight", "blocks.3.x", "embedding.parts.0.basis", "norm.weight"]
     assert [site_of(name) for name in names] == ["blocks.3.mixer", "blocks.3.mlp_norm", "blocks.3", "embedding", "norm"]
 
 

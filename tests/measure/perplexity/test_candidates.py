@@ -8,12 +8,7 @@ from phase1.model import LanguageModel
 from phase1.roster import model_config
 from phase1.runs import PerplexityRun
 
-ENGINE = model_config(
-    "phase1",
-    EngineShape(
-        vocab_size=2000, d_model=16, n_heads=2, n_layers=2, htt_dense_rows=20, htt_groups=10, htt_rank=2, ar_ssm_max_rank=6
-    ),
-)
+ENGINE = model_config("phase1", EngineShape(vocab_size=2000, d_model=16, n_heads=2, n_layers=2, htt_dense_rows=20, htt_groups=10, htt_rank=2, ar_ssm_max_rank=6))
 
 
 def test_parameters_are_counted_without_making_the_model():
@@ -24,14 +19,7 @@ def test_parameters_are_counted_without_making_the_model():
 
 def test_every_variant_changes_one_thing_of_the_engine():
     dense = ("embedding", "dense_start")
-    for name, changes in {
-        "ar_ssm_dense": dense,
-        "ar_ssm_dense_no_copy": (*dense, "copy_head"),
-        "attention_htt": ("mixer",),
-        "no_gate": ("ar_ssm_min_rank",),
-        "no_copy": ("copy_head",),
-        "equal_parameters": ("n_layers",),
-    }.items():
+    for name, changes in {"ar_ssm_dense": dense, "ar_ssm_dense_no_copy": (*dense, "copy_head"), "attention_htt": ("mixer",), "no_gate": ("ar_ssm_min_rank",), "no_copy": ("copy_head",), "equal_parameters": ("n_layers",)}.items():
         changed = variant(name, ENGINE)
         assert all(getattr(changed, field) != getattr(ENGINE, field) for field in changes)
         assert replace(changed, **{field: getattr(ENGINE, field) for field in changes}) == ENGINE
@@ -72,17 +60,10 @@ def test_checkpoints_are_evaluated_alone_and_each_once(monkeypatch):
     index = {"model_config": {f: getattr(ENGINE, f) for f in ENGINE.__dataclass_fields__}, "train_config": {"seed": 5}}
     monkeypatch.setattr("phase1.measure.perplexity.candidates.read_index", lambda path: index)
     found = candidates(PerplexityRun(checkpoint=("phase1_htt2_ar6=a", "no_gate=b", "phase1_htt2_ar6_seed5=c")))
-    assert [(c.key, str(c.checkpoint), c.seed) for c in found] == [
-        ("phase1_htt2_ar6", "a", 5),
-        ("no_gate", "b", 5),
-        ("phase1_htt2_ar6_seed5", "c", 5),
-    ]
+    assert [(c.key, str(c.checkpoint), c.seed) for c in found] == [("phase1_htt2_ar6", "a", 5), ("no_gate", "b", 5), ("phase1_htt2_ar6_seed5", "c", 5)]
     copying = {"model_config": index["model_config"] | {"mixer": "attention", "embedding": "dense"}, "train_config": {}}
     monkeypatch.setattr("phase1.measure.perplexity.candidates.read_index", lambda path: copying if path == "t" else index)
-    assert [c.key for c in candidates(PerplexityRun(checkpoint=("transformer_copy=t", "no_copy=a")))] == [
-        "transformer_copy",
-        "no_copy",
-    ]
+    assert [c.key for c in candidates(PerplexityRun(checkpoint=("transformer_copy=t", "no_copy=a")))] == ["transformer_copy", "no_copy"]
     with pytest.raises(ValueError, match="the model there is transformer_copy; use that name"):
         candidates(PerplexityRun(checkpoint=("baseline=t",)))
     with pytest.raises(ValueError, match="every model once"):

@@ -84,9 +84,7 @@ def system(user, idle, own):
                 raise Ended
             return SimpleNamespace(user=seconds, system=seconds / 2)
 
-        return SimpleNamespace(
-            cpu_times=cpu_times, children=lambda recursive: children if recursive else pytest.fail("one level")
-        )
+        return SimpleNamespace(cpu_times=cpu_times, children=lambda recursive: children if recursive else pytest.fail("one level"))
 
     every = namedtuple("every", "user system idle iowait steal guest")(user, 1.0, idle, 5.0, 0.5, 0.25)
     this = process(own, [process(own), process(None)])

@@ -49,7 +49,5 @@ def test_memory_grows_by_ids_and_states_alone():
 
 def test_few_pieces_whole_sequences_and_attention_are_traced_as_they_are():
     attention = replace(CASE, model=model_config("baseline", SHAPE))
-    assert [pieces_to_trace(c) for c in (attention, replace(CASE, piece_length=None), replace(CASE, seq_length=200))] == [
-        None
-    ] * 3
+    assert [pieces_to_trace(c) for c in (attention, replace(CASE, piece_length=None), replace(CASE, seq_length=200))] == [None] * 3
     assert estimate_memory(attention) == estimate_memory(replace(attention, piece_length=None))

@@ -88,9 +88,7 @@ def test_the_fused_mixer_holds_gradients_of_its_operands_besides_what_it_returns
     proj = torch.empty(B, T, H * (2 * P + 2 * R + 1), dtype=torch.float16)
     q_scale, state_scale = torch.empty(H, R), torch.empty(H, P)
     forward = scratch_bytes(torch.ops.phase1.ar_ssm.default, [proj, *[None] * 5, q_scale, state_scale], H100)
-    backward = scratch_bytes(
-        torch.ops.phase1.ar_ssm_backward.default, [*[None] * 5, proj, *[None] * 5, q_scale, state_scale], H100
-    )
+    backward = scratch_bytes(torch.ops.phase1.ar_ssm_backward.default, [*[None] * 5, proj, *[None] * 5, q_scale, state_scale], H100)
     assert forward == 0, "one stretch adds to no state"
     assert backward == B * T * H * (2 * (3 * P + 4 * R) + 16) + 4 * B * H * R * P
 
