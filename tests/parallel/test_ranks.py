@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from phase1.config import TrainConfig
-from phase1.training.checkpoint import read_index
+from phase1.training.checkpoint import load_model, read_index
 from phase1.training.step import stretch_per_rank, windows_per_rank
 from tests.parallel import worker
 
@@ -36,9 +37,10 @@ def folder(tmp_path_factory):
     worker.job(folder / "whole")
     for name in ("from one", "from one, sharded", "from one, context"):
         assert worker.job(folder / name, stop=worker.PAUSE) == "paused"
+    assert worker.job(folder / "from one, to one", stop=worker.PAUSE - 1) == "paused"
     done = started(ROOT / "tests" / "parallel" / "worker.py", folder)
     assert done.returncode == 0, done.stderr[-4000:]
-    for name in ("to one", "sharded, to one", "context, to one"):
+    for name in ("to one", "from one, to one", "sharded, to one", "context, to one"):
         assert worker.job(folder / name) == "finished"
     return folder
 
@@ -115,7 +117,10 @@ def test_losses_with_muon_are_those_of_one_process(found):
         assert_equal(ours, worker.losses(optimizer="muon"))
 
 
-CONTINUED = ["from one", "to one", "to four", "sharded, to one", "from one, sharded", "context, to one", "context, to four", "from one, context"]
+CONTINUED = [
+    "from one", "to one", "from one, to one", "to four", "sharded, to one", "from one, sharded", "context, to one", "context, to four",
+    "from one, context",
+]
 
 
 @pytest.mark.parametrize("name", CONTINUED)
@@ -130,6 +135,17 @@ def test_a_training_goes_on_with_another_number_of_ranks(folder, name):
     assert [row["step"] for row in rows] == list(range(1, worker.JOB_STEPS + 1))  # every step once
     for row in alone:
         assert ours[row["step"]] == pytest.approx(row["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", CONTINUED)
+def test_its_parameters_are_those_of_one_process(folder, name):
+    whole, ours = (load_model(folder / run)[0].state_dict() for run in ("whole", name))
+    torch.testing.assert_close(ours, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_a_training_that_pauses_twice_has_a_session_for_each_number_of_ranks(folder):
+    rows = [json.loads(line) for line in (folder / "from one, to one" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["session"] for row in rows] == [1, 1, 2, 2, 3, 3]
 
 
 def test_two_runs_of_the_same_ranks_are_equal_bit_for_bit(folder):

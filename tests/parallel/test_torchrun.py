@@ -6,6 +6,7 @@ import random
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from phase1.measure.memory.estimate.estimate import estimate_memory
 from phase1.measure.perplexity.candidates import candidates
 from phase1.measure.perplexity.result import train_model, training_of
 from phase1.measure.perplexity.side_by_side import train_side_by_side
-from phase1.records.metrics import METRICS
+from phase1.records.metrics import METRICS, read_metrics
 from phase1.records.schema import read_report
 from phase1.roster import model_config
 from phase1.runs import PerplexityRun
@@ -238,6 +239,31 @@ def test_two_ranks_share_every_sequence_and_train_and_score_as_one_process(data,
         assert {"loss", "val_loss"} <= alone.keys()
         for name in ("step", "tokens", "loss", "val_loss", "grad_norm"):
             assert ours[name] == (alone[name] if alone[name] is None else pytest.approx(alone[name], rel=1e-5))
+
+
+def test_two_nodes_train_as_one_process(data, tmp_path):
+    """Two torchruns that meet at a port of this machine, as those of two machines do, with a shared --out-dir."""
+    words = [*f"{SHAPE} {RANKS} {TRAIN} --train-tokens 160".split(), *data]
+    assert main(["train", *words, "--out-dir", str(tmp_path / "one")]) in (0, 3)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        meeting = f"--rdzv-endpoint=127.0.0.1:{free.getsockname()[1]}"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", meeting]
+    command = [*launch, "-m", "phase1", "train", *words, "--out-dir", str(tmp_path / "two")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    nodes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) for _ in "ab"
+    ]
+    try:
+        said = [node.communicate(timeout=120) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert sorted("trained on 160 tokens" in out for out, _ in said) == [False, True]  # one of both nodes has rank 0
+    losses = [{row["step"]: row["loss"] for row in read_metrics(tmp_path / name / METRICS)} for name in ("one", "two")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and len(losses[0]) == 5
+    one, two = (read_index(tmp_path / name) for name in ("one", "two"))
+    assert two["facts"]["finished"] and two["train_config"] == one["train_config"]
 
 
 def test_the_report_of_perplexity_is_that_of_one_process(data, tmp_path):

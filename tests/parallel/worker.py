@@ -244,6 +244,7 @@ def rank_main(rank, ranks, port, folder):
             found["jobs"] = {
                 "from one": job(folder / "from one"),
                 "to one": job(folder / "to one", stop=PAUSE),
+                "from one, to one": job(folder / "from one, to one", stop=PAUSE + 1),
                 "to four": job(folder / "to four", stop=PAUSE),
                 "sharded, to one": job(folder / "sharded, to one", stop=PAUSE, shard=True),
                 "from one, sharded": job(folder / "from one, sharded", shard=True),
