@@ -10,7 +10,7 @@ from phase1.ops.ar_ssm import Parameters, State, ar_ssm_reference, fused_ar_ssm,
 
 pytest.importorskip("triton")
 
-from phase1.ops.ar_ssm import core, fused, step
+from phase1.ops.ar_ssm import fused, sizes, step
 from phase1.ops.self_check import DISPROVEN
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -102,7 +102,7 @@ def test_a_state_goes_in_and_out_with_its_gradients(rows):
 def test_many_stretches_and_tiles_of_one_program_add_up(monkeypatch):
     monkeypatch.setattr(fused, "PROGRAMS", 2)
     monkeypatch.setattr(fused, "STRETCH", 16)
-    monkeypatch.setattr(core, "PROGRAMS", ContextVar("programs", default=4))
+    monkeypatch.setattr(sizes, "PROGRAMS", ContextVar("programs", default=4))
     compare((1, 135, 1, 16, 16, 8, 4, 16), torch.float32, rows=15)
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from phase1.ops.ar_ssm import self_check
+from phase1.ops.ar_ssm.operator import fused_forward
 from phase1.ops.ar_ssm.reference import TAPS, Parameters, State, ar_ssm_reference
-from phase1.ops.card import HAS_TRITON, OLDEST, is_recent
+from phase1.ops.card import OLDEST, is_recent
 from phase1.ops.self_check import DISPROVEN
 
 __all__ = ["Parameters", "State", "ar_ssm_reference", "ar_ssm_step", "fused_ar_ssm", "fused_runs", "imitated_card", "step_runs"]
@@ -39,7 +40,7 @@ def fused_runs(proj: Tensor, p: Parameters, window: int) -> bool:
     (_, R), P = p.q_scale.shape, p.state_scale.shape[1]
     fits = proj.shape[1] > 0 and window > 0 and R % 2 == 0 and 8 <= R <= 128 and 16 <= P <= 128 and proj.dtype in TYPES
     if not proj.is_cuda:
-        return fits and HAS_TRITON and not torch.compiler.is_compiling() and _IMITATED.get()
+        return fits and not torch.compiler.is_compiling() and _IMITATED.get()
     if not fits or not is_recent(proj):
         return False
     if torch.compiler.is_compiling() or type(proj) is not Tensor or torch.cuda.is_current_stream_capturing():
@@ -70,8 +71,6 @@ def fused_ar_ssm(
     proj: Tensor, p: Parameters, *, window: int, memory: float, state: State | None = None, eps: float = 1e-5
 ) -> tuple[Tensor, State, Tensor]:
     """Form of `ar_ssm_reference` in Triton kernels: same arguments, result, gradients and errors; parameters in float32."""
-    from phase1.ops.ar_ssm.fused import fused_forward  # Triton takes a second to import
-
     left = () if state is None else (state.conv, state.S, state.k, state.x)
     past: list[Tensor | None] = [tensor.contiguous() for tensor in left]
     past = past or [None] * 4

@@ -1,6 +1,5 @@
 """Launches the core's kernels: y = c ⊙ rms(semiseparable) + window attention + D x, its state, and all gradients."""
 
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -10,10 +9,7 @@ import triton
 from torch import Tensor
 
 from phase1.ops.ar_ssm import core_kernel as kernels
-
-SHORTEST = 64  # positions of a stretch: a multiple of every chunk
-PROGRAMS = ContextVar("programs", default=528)
-"""Stretches that run beside each other, about: four for each of 132 multiprocessors."""
+from phase1.ops.ar_ssm.sizes import plan, span_of
 
 
 @dataclass(frozen=True)
@@ -82,17 +78,6 @@ def launches_for(R: int, P: int, dtype: torch.dtype) -> Launches:
 def _axes(R: int, P: int) -> dict[str, int]:
     """Ranks and channels, and the blocks that hold them: a product takes 16 or more."""
     return {"R": R, "P": P, "RB": max(16, triton.next_power_of_2(R)), "PB": max(16, triton.next_power_of_2(P))}
-
-
-def plan(B: int, T: int, H: int) -> tuple[int, int]:
-    """Stretches, and positions in each: a power of 2, so that few variants of a kernel are compiled."""
-    span = span_of(T, max(1, min(triton.cdiv(T, SHORTEST), PROGRAMS.get() // (B * H))))
-    return triton.cdiv(T, span), span
-
-
-def span_of(T: int, stretches: int) -> int:
-    """Positions in each of as many stretches or fewer; the same for the number of those that there are."""
-    return max(SHORTEST, triton.next_power_of_2(triton.cdiv(T, stretches)))
 
 
 def core_forward(

@@ -112,7 +112,7 @@ def _ar_ssm_bytes(proj: Tensor, q_scale: Tensor, state_scale: Tensor, backward: 
     Forward: what each stretch adds to the state. Backward: gradients of y, u, v, q, k, x and f in the compute type, four
     numbers a head and position in float32, and two states of each stretch.
     """
-    from phase1.ops.ar_ssm.core import plan  # imports Triton, which an operator that runs has imported
+    from phase1.ops.ar_ssm.sizes import plan
 
     (B, T), (H, R), P = proj.shape[:2], q_scale.shape, state_scale.shape[1]
     stretches, _ = plan(B, T, H)
