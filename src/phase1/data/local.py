@@ -47,13 +47,18 @@ def file_text(path: Path) -> Text:
     return Text(f"text:{_file_sha256(path)}", lambda: iter([_blocks(path)]))
 
 
-def split_file(path: Path) -> dict[str, Text]:
-    """train and valid of one text file: valid is the last 5 % of its lines, at least one."""
+def require_text_name(path: Path) -> None:
+    """Raise ValueError for a single file whose name is not that of a text."""
     if not path.name.endswith(TEXT_SUFFIXES):
         raise ValueError(
             f"{path} must be a text file ({', '.join(TEXT_SUFFIXES)}); got another ending; rename it, or put "
             f"{TOKEN_SUFFIXES[0]} files in a folder as train and valid"
         )
+
+
+def split_file(path: Path) -> dict[str, Text]:
+    """train and valid of one text file: valid is the last 5 % of its lines, at least one."""
+    require_text_name(path)
     with _readable(path), _open_text(path) as file:
         count = sum(1 for _ in file)
     if count < 2:
