@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "files": {"text", "world"},
     "parallel": LEAVES,
     "factory": {"errors"},
-    "config": {"factory"},
+    "config": {"factory", "text"},
     "presets": set(),
     "roster": {"config", "factory"},
     "runs": {"config", "factory", "machine", "presets", "roster"},

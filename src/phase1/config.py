@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final, Literal, TypeVar, get_args
 
 from phase1.factory import split
+from phase1.text import printable_name
 
 
 def option(
@@ -273,7 +274,9 @@ def to_toml(config: Config, origins: dict[str, str] | None = None) -> str:
         value, origin = getattr(config, setting.name), (origins or {}).get(setting.name)
         key = setting.name.replace("_", "-")
         line = f"# {key} has no value" if value is None else f"{key} = {_toml(value)}"
-        lines.append(line + (f"  # {origin}" if origin else ""))
+        lost = "" if line == printable_name(line) else f"not UTF-8, so not as it was: give --{key} itself"
+        notes = "; ".join(note for note in (origin, lost) if note)
+        lines.append(printable_name(line + (f"  # {notes}" if notes else "")))
     return "\n".join(lines) + "\n"
 
 

@@ -1,10 +1,12 @@
 import os
+import re
+from dataclasses import fields, replace
 
 import pytest
 
-from phase1.cli import parse
+from phase1.cli import main, parse
 from phase1.commands import pipeline
-from phase1.config import flags
+from phase1.config import flag_of, flags
 from phase1.errors import Unavailable
 from phase1.presets import PRESETS
 from phase1.runs import PipelineRun
@@ -47,6 +49,44 @@ def test_every_step_runs_and_the_worst_decides(ends, code, monkeypatch, tmp_path
     monkeypatch.setattr(pipeline.importlib, "import_module", step)
     assert pipeline.main(PipelineRun(preset="smoke", out_dir=str(tmp_path))) == code
     assert list(step.runs) == ["memory", "throughput", "perplexity", "tables", "report"]
+
+
+@pytest.mark.parametrize(
+    "preset, words, says",
+    [
+        ("smoke", ["--dataset-name", "nofile.txt"], "--dataset-name must be wikitext, .*; got nofile.txt; check the spelling"),
+        ("smoke", ["--dataset-name", "readme.md"], "readme.md must be a text file .*; got another ending; rename it"),
+        ("smoke", ["--tokenizer", "no/folder"], "--tokenizer must be auto, gpt2, bpe or a folder .*; got no/folder; use one"),
+        ("smoke", ["--tokenizer", "data"], "--tokenizer data: a folder must hold tokenizer.json; got none"),
+        ("smoke", ["--tokenizer", "gpt2"], "--tokenizer gpt2 must have at most 2048 entries, .*; got 50257; use --tokenizer bpe"),
+        ("rtx3080-10g", ["--dataset-name", "c4", "--dataset-config", "wikitext-2-v1"], "--dataset-config of c4 must be .*; try --dataset-config en"),
+        ("rtx3080-10g", ["--dataset-name", "data"], "data must have a train split for --tokenizer auto; got valid; add train.txt"),
+        ("smoke", ["--dataset-name", "data"], "data must have a train split for --tokenizer bpe; got valid; add train.txt"),
+        ("smoke", ["--dataset-name", "tokens"], "tokens must have a train split for --tokenizer bpe; got none that this tokenizer can read"),
+        ("smoke", ["--dataset-name", "empty"], "empty must hold train, valid or test as .*; got none of them; rename the files"),
+    ],
+)
+def test_wrong_names_of_data_end_it_before_any_step(preset, words, says, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("readme.md", "data/valid.txt", "tokens/train.gpt2.bin", "tokens/valid.gpt2.bin", "empty/a.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    monkeypatch.setattr(pipeline, "_run_step", lambda *_: pytest.fail("a step ran"))
+    assert main(["pipeline", "--preset", preset, "--out-dir", "out", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(f"phase1 pipeline: error: {says}", line)
+    assert set(re.findall(r"--[a-z][a-z-]+", line)) <= {flag_of(field.name) for field in fields(PipelineRun)}
+
+
+def test_data_that_were_scored_already_are_not_asked_for_again(monkeypatch, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("a\nb\n")
+    run = PipelineRun(preset="smoke", out_dir=str(tmp_path / "out"), dataset_name=str(text))
+    monkeypatch.setattr(pipeline.importlib, "import_module", Step({"throughput": OSError("disk full")}))
+    assert pipeline.main(run) == 4
+    text.unlink()
+    monkeypatch.setattr(pipeline.importlib, "import_module", Step({}))
+    assert pipeline.main(replace(run, resume=True)) == 0
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -1,6 +1,8 @@
 import json
 import math
+import os
 import re
+import tomllib
 from types import SimpleNamespace
 
 import pytest
@@ -278,3 +280,18 @@ def test_an_interrupt_promises_a_checkpoint_only_if_there_is_one(run, monkeypatc
     run("a")
     monkeypatch.setattr(train, "train_to_checkpoint", interrupted)
     assert run("a", code=130).err.splitlines()[-1].endswith("; the same command goes on from its checkpoint")
+
+
+def test_a_name_and_a_prompt_that_are_no_text_end_with_settings_that_say_so(run, tmp_path):
+    name, prompt = tmp_path / os.fsdecode(b"\x83.txt"), os.fsdecode(b"the \x83")
+    try:
+        name.write_text("the cat sees the dog . a dog sees the cat .\n" * 40)
+    except OSError:
+        pytest.skip("this file system has names of UTF-8 only")
+    run("a", "--dataset-name", str(name), "--sample-every", "20", "--prompt", prompt)
+    written = (tmp_path / "a" / "run.toml").read_text()
+    assert tomllib.loads(written)["prompt"] == "the \ufffd"
+    for flag in ("dataset-name", "prompt"):
+        (line,) = (line for line in written.splitlines() if line.startswith(f"{flag} = "))
+        assert line.endswith(f"  # not UTF-8, so not as it was: give --{flag} itself")
+    assert (tmp_path / "a" / "samples.txt").read_text().startswith("== step 20\nthe \ufffd")

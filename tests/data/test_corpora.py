@@ -1,4 +1,5 @@
 import hashlib
+import io
 import lzma
 import sys
 import tracemalloc
@@ -131,6 +132,12 @@ def test_ids_are_arrays_that_can_be_written_to(tmp_path, data_config):
             assert split.ids.dtype == np.uint16 and split.ids.flags.writeable
 
 
+def npy(ids):
+    file = io.BytesIO()
+    np.save(file, np.array(ids, np.uint16))
+    return file.getvalue()
+
+
 def folder(**files):
     def make(path):
         path.mkdir()
@@ -160,6 +167,9 @@ def file(name, content):
         (folder(train_txt=b"text", valid_gpt2_bin=b""), {}, "valid split of .* must hold text; got none"),
         (folder(train_txt=b"text", valid_gpt2_bin=b"abc"), {}, "two bytes per token; got 3 bytes, an odd number"),
         (folder(train_txt=b"text", valid_gpt2_bin=b"\x51\xc4"), {}, "ids below 50257; got 50257; tokenise it with gpt2"),
+        (folder(train_txt=b"text", valid_gpt2_bin=npy([1, 2, 3])), {}, r"little-endian uint16, .*; got a .npy file; write ids.astype\('<u2'\).tofile\('valid.gpt2.bin'\)"),
+        (folder(train_txt=b"text", valid_gpt2_bin=np.arange(9999, dtype="<u4").tobytes()), {}, r"uint16, .*; got uint32, .*; write ids"),
+        (folder(train_txt=b"text", valid_gpt2_bin_xz=lzma.compress(np.array([5, 6], "<u4").tobytes())), {}, r"got uint32, .*; write ids"),
         (folder(train_txt=b"text", valid_gpt2_bin_xz=b"no xz"), {}, "must be a readable file"),
         (folder(train_txt_xz=lzma.compress(b"text" * 99)[:-9], valid_txt=b"a"), {}, "must be a readable file"),
         (folder(train_txt=b"text", valid_txt=b"\xff"), {}, "must be UTF-8 text; got invalid start byte"),

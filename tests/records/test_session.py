@@ -2,6 +2,7 @@
 
 import pytest
 
+from phase1.records.collect import read_reports
 from phase1.records.schema import read_report
 from phase1.records.session import Session
 from phase1.runs import MemoryRun
@@ -47,6 +48,19 @@ def test_the_report_of_the_same_command_is_replaced_and_of_another_kept(session,
     report, files = write(session)
     assert [path.name for path in files] == ["phase1_memory_validation.json", "phase1_memory_validation.previous.json"]
     assert read_report(files[1], "memory").command == "phase1 memory" and report.command == "phase1 memory --fit"
+
+
+def test_no_kept_report_is_replaced_by_a_later_one(session, tmp_path, monkeypatch, capsys):
+    for words in (["--fit"], ["--ablate"], ["--dry-run"], ["--fit"]):
+        monkeypatch.setattr("sys.argv", ["phase1", "memory", *words])
+        _, files = write(session)
+    path = tmp_path / "out" / "phase1_memory_validation.json"
+    kept = [path.with_name(f"phase1_memory_validation.previous{number}.json") for number in ("", "-2", "-3")]
+    assert [read_report(file, "memory").command[14:] for file in kept] == ["--fit", "--ablate", "--dry-run"]
+    assert files == [path, kept[2]]
+    line = f"replaced: {path}, the report of another command (kept as phase1_memory_validation.previous-2.json)"
+    assert line in capsys.readouterr().err.splitlines()
+    assert [report.command for report in read_reports(tmp_path / "out").values()] == ["phase1 memory --fit"]
 
 
 def test_what_is_no_report_of_ours_is_replaced(session, tmp_path):

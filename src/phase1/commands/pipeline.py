@@ -39,6 +39,8 @@ def main(run: PipelineRun) -> int:
     todo, out, began = steps(run), Path(run.out_dir), time.monotonic()
     require_writable(out)
     journal = open_journal(out / "phase1_pipeline.json", deciding_settings(run), machine=machine(), resume=run.resume)
+    if "perplexity" not in journal:  # now, and not after two long steps
+        _check_data(todo)
     codes: dict[str, int] = {}
     failed: list[tuple[str, str]] = []
     with (out / LOG).open("a" if run.resume else "w", encoding="utf-8", errors="replace") as log:
@@ -58,6 +60,15 @@ def main(run: PipelineRun) -> int:
     atomic_write(out / SUMMARY, f"```\n{summary}\n```\n".encode())
     print("", summary, sep="\n")
     return next((code for code in (5, 1, 2, 4, 3) if code in codes.values()), 0)
+
+
+def _check_data(todo: list[tuple[str, Config]]) -> None:
+    """Raise ValueError for a data set or tokenizer that the perplexity step would not find."""
+    from phase1.data import check_names  # torch takes seconds to import
+
+    for _, config in todo:
+        if isinstance(config, PerplexityRun):
+            check_names(config, vocab_size=config.vocab_size)
 
 
 def _run_step(name: str, config: Config, log: TextIO | None) -> int:

@@ -31,7 +31,7 @@ from phase1.records.session import require_writable
 from phase1.roster import Key
 from phase1.runs import GenerateRun, PerplexityRun, ReportRun, TrainRun
 from phase1.tables.screen import Screen, text
-from phase1.text import one_line
+from phase1.text import one_line, printable_name
 from phase1.trainable import Trainable, build
 from phase1.training.checkpoint import INDEX
 from phase1.training.job import BEST, context_of, train_to_checkpoint
@@ -245,16 +245,16 @@ def scorer(run: TrainRun, valid: Corpus) -> Callable[[Trainable], float]:
 
 def sampler(run: TrainRun, corpus: Corpus) -> Callable[[Trainable], str]:
     """A short text, by draws of its own: no random number of the training is used."""
-    tokenizer = corpus.tokenizer
+    tokenizer, prompt = corpus.tokenizer, printable_name(run.prompt)  # which may be bytes that are no text
 
     def sample(model: Trainable) -> str:
         assert isinstance(model, LanguageModel)  # TrainRun allows no samples of others
         was_training = model.training
         try:
             decoder = Decoder(model, tokenizer)
-            log_p, state = decoder.prefill([tokenizer.end_of_text, *tokenizer.encode(run.prompt)])
+            log_p, state = decoder.prefill([tokenizer.end_of_text, *tokenizer.encode(prompt)])
             ids = continuation(decoder, log_p, state, Sampling(0.8), max_tokens=SAMPLE_TOKENS, seed=run.seed)
-            return run.prompt + "".join(text_of(ids, tokenizer))
+            return prompt + "".join(text_of(ids, tokenizer))
         except ValueError as error:  # NaN: the training says so itself
             return f"({error})"
         finally:

@@ -1,6 +1,6 @@
 """Text in, token ids out: corpora, tokenizers, token statistics and the order of training windows."""
 
-from phase1.data.corpora import Corpus, Split, load_corpus
+from phase1.data.corpora import Corpus, Split, check_names, load_corpus
 from phase1.data.text import count_words
 from phase1.data.tokenizers import Tokenizer
 from phase1.data.windows import Windows
@@ -10,6 +10,7 @@ __all__ = [
     "Split",
     "Tokenizer",
     "Windows",
+    "check_names",
     "count_words",
     "load_corpus",
 ]

@@ -12,9 +12,9 @@ from phase1.config import DataConfig
 from phase1.data.builtin import builtin_texts
 from phase1.data.cache import cache_folder, cached_ids, ids_sha256
 from phase1.data.hub import go_offline, hub_set, hub_texts, quiet
-from phase1.data.local import file_text, local_files, read_token_file, split_file
+from phase1.data.local import file_text, local_files, read_token_file, require_text_name, split_file
 from phase1.data.text import Text
-from phase1.data.tokenizer_files import load_tokenizer, tokenizer_kind
+from phase1.data.tokenizer_files import load_tokenizer, ready_tokenizer, tokenizer_kind
 from phase1.data.tokenizers import Tokenizer
 from phase1.text import printable_name
 
@@ -93,6 +93,34 @@ def load_corpus(
     return Corpus(origin.name, origin.source, origin.revision, splits, tokenizer)
 
 
+def check_names(config: DataConfig, *, vocab_size: int, need: tuple[str, ...] = ("train", "valid")) -> None:
+    """Raise the ValueError of `load_corpus` for names that mean no data set or tokenizer; no text is read, no hub asked."""
+    kind, path = tokenizer_kind(config, vocab_size), Path(config.dataset_name)
+    if kind != "bpe" and (entries := ready_tokenizer(kind).vocab_size) > vocab_size:
+        expected = f"--tokenizer {config.tokenizer} must have at most {vocab_size} entries, as the model"
+        raise ValueError(f"{expected}; got {entries}; use --tokenizer bpe")
+    if config.dataset_name == "builtin":
+        return
+    if _is_on_hub(config.dataset_name):
+        hub_set(config.dataset_name, config.dataset_config)
+    elif not path.is_dir():
+        require_text_name(path)
+    else:
+        texts, tokens = local_files(path)
+        there = {*texts, *(tokens if kind == "gpt2" else ())}
+        for name in need:
+            if name not in there:
+                raise _no_split(printable_name(config.dataset_name), name, there, config)
+
+
+def _no_split(source: str, name: str, found: set[str], config: DataConfig) -> ValueError:
+    there = ", ".join(sorted(found)) or "none that this tokenizer can read"
+    return ValueError(
+        f"{source} must have a {name} split for --tokenizer {config.tokenizer}; got {there}; "
+        f"add {name}.txt (or {name}.gpt2.bin for gpt2) to a folder, or choose another data set"
+    )
+
+
 def _is_on_hub(name: str) -> bool:
     return name in ("wikitext", "c4") or (name != "builtin" and not Path(name).exists())
 
@@ -130,11 +158,7 @@ def _split(origin: _Origin, name: str, tokenizer: Tokenizer, config: DataConfig,
         more_than = (train_tokens if name == "train" else STREAMED_VALID_TOKENS) if origin.streamed else None
         ids = _tokenise(origin.texts[name], tokenizer, cache_folder(config.cache_dir), more_than)
     else:
-        there = ", ".join(sorted({*origin.texts, *origin.token_files})) or "none that this tokenizer can read"
-        raise ValueError(
-            f"{origin.source} must have a {name} split for --tokenizer {config.tokenizer}; got {there}; "
-            f"add {name}.txt (or {name}.gpt2.bin for gpt2) to a folder, or choose another data set"
-        )
+        raise _no_split(origin.source, name, {*origin.texts, *origin.token_files}, config)
     if not any(np.any(ids[i : i + CHUNK] != tokenizer.end_of_text) for i in range(0, len(ids), CHUNK)):  # the first has text
         raise ValueError(f"the {name} split of {origin.source} must hold text; got none; choose another data set")
     if ids.max() >= tokenizer.vocab_size:  # which load_tokenizer keeps at most the model's

@@ -19,6 +19,7 @@ VALID_LINES_DIVISOR = 20  # the last 5 % of lines of a single text file, at leas
 STEMS = {"train": ("train",), "valid": ("valid", "validation"), "test": ("test",)}
 TEXT_SUFFIXES = (".txt", ".txt.xz")
 TOKEN_SUFFIXES = (".gpt2.bin", ".gpt2.bin.xz")
+TOKENS_LOOKED_AT = 4096  # of a token file, for the type of its numbers
 _BLOCK = 1 << 20
 
 
@@ -47,13 +48,18 @@ def file_text(path: Path) -> Text:
     return Text(f"text:{_file_sha256(path)}", lambda: iter([_blocks(path)]))
 
 
-def split_file(path: Path) -> dict[str, Text]:
-    """train and valid of one text file: valid is the last 5 % of its lines, at least one."""
+def require_text_name(path: Path) -> None:
+    """Raise ValueError for a single file whose name is not that of a text."""
     if not path.name.endswith(TEXT_SUFFIXES):
         raise ValueError(
             f"{path} must be a text file ({', '.join(TEXT_SUFFIXES)}); got another ending; rename it, or put "
             f"{TOKEN_SUFFIXES[0]} files in a folder as train and valid"
         )
+
+
+def split_file(path: Path) -> dict[str, Text]:
+    """train and valid of one text file: valid is the last 5 % of its lines, at least one."""
+    require_text_name(path)
     with _readable(path), _open_text(path) as file:
         count = sum(1 for _ in file)
     if count < 2:
@@ -71,12 +77,24 @@ def read_token_file(path: Path) -> np.ndarray:
     packed = path.name.endswith(".xz")
     with _readable(path), _open(path) as file:
         data = file.read() if packed else None
+        _require_token_bytes(path, file.read(2 * TOKENS_LOOKED_AT) if data is None else data[: 2 * TOKENS_LOOKED_AT])
         size = len(data) if data is not None else file.seek(0, os.SEEK_END)
         if size % 2:
             raise ValueError(f"{path} must hold two bytes per token; got {size} bytes, an odd number; copy it again")
         if data is not None or not size:  # nothing cannot be mapped
             return np.frombuffer(data or b"", "<u2").astype(np.uint16)  # a writable copy
         return np.memmap(file, "<u2", "c").astype(np.uint16, copy=False)  # "c": what is written to it stays in memory
+
+
+def _require_token_bytes(path: Path, head: bytes) -> None:
+    """Raise ValueError where a file begins as one of NumPy, or as ids of four bytes each: the high halves are all 0."""
+    halves = np.frombuffer(head[: len(head) // 4 * 4], "<u2")
+    got = "a .npy file" if head.startswith(b"\x93NUMPY") else None
+    if len(halves) >= 4 and not halves[1::2].any() and halves[::2].any():
+        got = "uint32, four bytes per token"
+    if got is not None:
+        remedy = f"write ids.astype('<u2').tofile({path.name.removesuffix('.xz')!r})"
+        raise ValueError(f"{path} must hold little-endian uint16, two bytes per token; got {got}; {remedy}")
 
 
 def _open(path: Path) -> IO[Any]:

@@ -60,18 +60,23 @@ def load_tokenizer(config: DataConfig, vocab_size: int, training_text: Text | No
     kind = tokenizer_kind(config, vocab_size)
     if kind == "bpe":
         tokenizer = trained_tokenizer(training_text, vocab_size, cache_folder(config.cache_dir))
-    elif kind == "gpt2":
-        tokenizer = gpt2_tokenizer()
-    elif Path(kind).is_dir():
-        tokenizer = folder_tokenizer(Path(kind))
     else:
-        raise ValueError(f"--tokenizer must be auto, gpt2, bpe or a folder with tokenizer.json; got {kind}; use one")
+        tokenizer = ready_tokenizer(kind)
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"--vocab-size must be at least {tokenizer.vocab_size}, the entries of tokenizer {tokenizer.name}; "
             f"got {vocab_size}; raise it or use --tokenizer bpe"
         )
     return tokenizer
+
+
+def ready_tokenizer(kind: str) -> Tokenizer:
+    """GPT-2's tokenizer, or that of a folder; ValueError where `kind` is neither."""
+    if kind == "gpt2":
+        return gpt2_tokenizer()
+    if Path(kind).is_dir():
+        return folder_tokenizer(Path(kind))
+    raise ValueError(f"--tokenizer must be auto, gpt2, bpe or a folder with tokenizer.json; got {kind}; use one")
 
 
 def gpt2_tokenizer() -> Tokenizer:

@@ -1,5 +1,6 @@
 """One run of a measuring command: its folder, its journal, and the report it ends with."""
 
+import itertools
 import os
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from phase1.world import is_first
 
 T = TypeVar("T")
 Plot = Callable[[Report[Any], Path], Path]
-PREVIOUS: Final = ".previous.json"  # a report that another command had written where this one goes
+PREVIOUS: Final = ".previous"  # a report that another command had written where this one goes; then .previous-2, -3, ...
 
 
 class Session:
@@ -109,13 +110,16 @@ def require_writable(folder: Path) -> None:
 
 
 def keep_previous(path: Path, kind: Kind, command: str) -> list[Path]:
-    """Move a report of another command at `path` aside, so that it is not lost; its new place, if there was one."""
+    """Move a report of another command at `path` to the first free name, so that none is lost; its new place, if any."""
     try:
         old = read_report(path, kind)
     except ValueError:  # none, or nothing of ours
         return []
     if old.command == command or not is_first():
         return []
-    kept = path.with_name(path.name.removesuffix(".json") + PREVIOUS)
+    numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    places = (path.with_name(f"{path.stem}{PREVIOUS}{number}.json") for number in numbers)
+    kept = next(place for place in places if not os.path.lexists(place))
     os.replace(path, kept)
+    print(one_line(f"replaced: {path}, the report of another command (kept as {kept.name})", 1000), file=sys.stderr)
     return [kept]

@@ -33,7 +33,8 @@ def as_users_run_it():
     "text, size",
     [
         ("8GB", 8 * 10**9), ("7.2GB", 7_200_000_000), ("7.2 gb", 7_200_000_000), ("8GiB", 8 * 2**30), ("0.5GiB", 2**29),
-        ("7200000000", 7_200_000_000), ("600MB", 600_000_000), ("600 MiB", 600 * 2**20), ("1TB", 10**12), (" 8kb ", 8000), ("12B", 12),
+        ("7200000000", 7_200_000_000), ("600MB", 600_000_000), ("600 MiB", 600 * 2**20), ("1TB", 10**12), (" 8000kb ", 8 * 10**6),
+        ("8G", 8 * 10**9), ("7.2 g", 7_200_000_000), ("512M", 512 * 10**6), ("1000000B", 10**6), ("1MB", 10**6),
     ],
 )  # fmt: skip
 def test_a_size_is_read_with_its_unit(text, size):
@@ -41,12 +42,18 @@ def test_a_size_is_read_with_its_unit(text, size):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "GB", "8 G", "8g", "-8GB", "8,5GB", "0", "0GB", "1e9", "nan", "inf", "8GBs", "8 8GB", "0.1B"]
+    "text", ["", "GB", "8 Gi", "-8GB", "8,5GB", "0", "0GB", "1e9", "nan", "inf", "8GBs", "8 8GB", "0.1B"]
 )
 def test_anything_else_is_refused_with_an_example(text):
     with pytest.raises(
         ValueError, match=r"^--vram-limit must be a size such as 8GB \(decimal\), 8GiB or 7200000000 \(bytes\); got '"
     ):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize("text, meant", [("8", "8GB"), ("7.2", "7.2GB"), ("8kb", "8GB"), ("12B", "8GB"), ("999999", "8GB")])
+def test_a_limit_without_its_unit_is_refused(text, meant):
+    with pytest.raises(ValueError, match=rf"^--vram-limit must be at least 1MB; got '{text}', [\d,]+ bytes; did you mean {meant}\?$"):
         parse_bytes(text)
 
 

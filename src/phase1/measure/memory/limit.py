@@ -16,7 +16,9 @@ from phase1.training.step import train_step
 T = TypeVar("T")
 
 _UNITS = {"": 1} | {f"{prefix}b": 1000**i for i, prefix in enumerate(("", "k", "m", "g", "t"))}
+_UNITS |= {prefix: 1000**i for i, prefix in enumerate(("k", "m", "g", "t"), 1)}
 _UNITS |= {f"{prefix}ib": 1024**i for i, prefix in enumerate(("k", "m", "g", "t"), 1)}
+SMALLEST = 10**6  # bytes of a limit: less is a unit forgotten
 SHORT_SEQUENCE = 64  # tokens of the step that loads the libraries
 
 
@@ -28,11 +30,14 @@ def basis(vram_limit_bytes: int | None, dry_run: bool = False) -> Basis:
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of "8GB" (10^9), "7.2 GB", "8GiB" (2^30) or "7200000000"; ValueError for anything else, and for 0."""
+    """Bytes of "8GB" or "8G" (10^9), "7.2 GB", "8GiB" (2^30) or "7200000000"; ValueError for anything else, and below 1 MB."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-z]*)\s*", text.lower())
     size = round(float(found[1]) * _UNITS[found[2]]) if found and found[2] in _UNITS else 0
     if size < 1:
         raise ValueError(f"--vram-limit must be a size such as 8GB (decimal), 8GiB or 7200000000 (bytes); got {text!r}")
+    if size < SMALLEST:
+        meant = f"{found[1]}GB" if found and not found[2] and size < 1000 else "8GB"
+        raise ValueError(f"--vram-limit must be at least 1MB; got {text!r}, {size:,} bytes; did you mean {meant}?")
     return size
 
 
