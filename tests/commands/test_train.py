@@ -129,7 +129,8 @@ def test_a_run_pauses_when_its_hours_are_over_and_goes_on_with_more(run, tmp_pat
     assert "\npaused after 32 tokens" in out and "more of them goes on" in out
     assert not read_index(tmp_path / "a")["facts"]["finished"]
     assert run("a", "--max-hours", "1e-9").out.count("\npaused after 64 tokens") == 1  # a step at a time: it always gets on
-    run("a", "--max-hours", "100")
+    err = run("a", "--max-hours", "100").err
+    assert "\nphase1_htt2_ar4: resuming at step 2 of 20\n" in err and "\nphase1_htt2_ar4: step 20/20 100 %" in err
     assert weights(tmp_path / "a") == weights(tmp_path / "whole")  # the schedule is that of the whole run
     assert [row["step"] for row in read_metrics(tmp_path / "a" / METRICS)] == list(range(1, 21))
 

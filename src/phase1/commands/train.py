@@ -67,7 +67,7 @@ def main(run: TrainRun) -> int:
     watch = watch_of(run, corpus, valid)
     try:
         configs = model_config, train_config
-        how: dict[str, Any] = {"label": label(model_config), "watch": watch}
+        how: dict[str, Any] = {"label": str(Key.of(model_config)), "watch": watch}
         how |= {"shard": run.shard, "context_parallel": run.context_parallel}
         facts = train_to_checkpoint(*configs, corpus, run.seq_length, folder, **how)
     except (RuntimeError, MemoryError) as error:
@@ -202,11 +202,6 @@ def flops_of(run: TrainRun, model: ModelConfig) -> int:
     """Of one optimizer step."""
     flops = step_flops(model, min(run.micro_batch_size, run.train_batch_size), run.seq_length)
     return flops * math.ceil(run.train_batch_size / run.micro_batch_size)
-
-
-def label(model: ModelConfig) -> str:
-    """What a model is called while it trains."""
-    return model.mixer if model.model is None else str(Key.of(model))
 
 
 def watch_of(run: TrainRun, corpus: Corpus, valid: Corpus | None) -> Watch:
