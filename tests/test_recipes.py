@@ -15,6 +15,8 @@ RECIPES = dict(re.findall(r"^### (.+?)\n(.*?)(?=^### |\Z)", TEXT, re.MULTILINE |
 CHECKS = {
     "A mixer": """
 from dataclasses import replace
+from phase1.measure.perplexity import candidates
+from phase1.tables.screen import model_title
 model = LanguageModel(replace(small, mixer="running_mean"))
 whole = model(ids)
 first, states = model.continue_from(ids[:, :3], None)
@@ -24,16 +26,25 @@ changed = ids.clone(); changed[:, -1] += 1
 assert torch.equal(model(changed)[:, :-1], whole[:, :-1])
 learns(model)
 assert parse("train", ["--mixer", "running_mean"]).mixer == "running_mean"
+for table in ("htt", "dense"):
+    config, name = replace(small, mixer="running_mean", embedding=table), f"running_mean_{table}"
+    assert str(Key.of(config)) == name and Key.parse(name) == Key.of(config) and not Key.of(config).is_engine
+    assert model_title(name + "_seed1") == f"running mean {table}, seed 1"
+    candidates.read_index, candidates.model_config_of = lambda path: {"train_config": {}}, lambda index: config
+    (given,) = candidates.candidates(parse("perplexity", ["--checkpoint", f"{name}=folder"]))  # as the screen of train says
+    assert given.key == name
 """,
     "A token table": """
 model = LanguageModel(replace(small, embedding="low_rank"))
 assert model.parameter_counts()["embedding"] == 40 * 2 + 2 * 16
 learns(model)
 assert parse("train", ["--embedding", "low_rank"]).embedding == "low_rank"
+for mixer in ("ar_ssm", "attention"):
+    key = Key.of(replace(small, mixer=mixer, embedding="low_rank"))
+    assert str(key) == f"{mixer}_low_rank" and Key.parse(str(key)) == key
 """,
     "A rival": """
 from phase1.measure.perplexity.candidates import candidates
-from phase1.roster import Key
 run = parse("perplexity", ["--variants", "transformer_gate"])
 found = {c.key: c.config for c in candidates(run)}
 assert found["transformer_gate"].attention_gate and str(Key.of(found["transformer_gate"])) == "transformer_gate"
@@ -61,6 +72,7 @@ import torch
 from phase1.cli import parse
 from phase1.config import ModelConfig
 from phase1.model import LanguageModel
+from phase1.roster import Key
 torch.manual_seed(0)
 ids = torch.randint(39, (2, 7))
 small = ModelConfig(vocab_size=40, d_model=16, n_layers=2, n_heads=2, ar_ssm_max_rank=4, ar_ssm_min_rank=2, ar_ssm_window=4,

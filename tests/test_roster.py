@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phase1.config import EngineShape
-from phase1.roster import CONTROLS, ROLES, VARIANTS, Key, model_config
+from phase1.roster import CONTROLS, PAIRS, ROLES, VARIANTS, Key, model_config
 
 PACKAGE = Path(__file__).parents[1] / "src" / "phase1"
 NAMES = [*ROLES, *CONTROLS, *VARIANTS, "transformer", "mine"]
@@ -49,6 +49,13 @@ def test_the_key_of_a_config_is_that_of_the_report():
         change = entry.change(base) if callable(entry.change) else entry.change
         found = str(Key.of(replace(base, **change)))
         assert found == ("phase1_htt8_ar16" if name in ("no_gate", "no_copy", "equal_parameters") else name)
+
+
+def test_every_pair_of_mixer_and_table_has_the_name_that_reports_have():
+    engine = model_config("phase1", EngineShape())
+    found = {str(Key.of(replace(engine, mixer=mixer, embedding=table))) for mixer in ("ar_ssm", "attention") for table in ("htt", "dense")}
+    assert found == {"phase1_htt16_ar32", "ar_ssm_dense", "attention_htt", "transformer_copy"}
+    assert PAIRS == ("ar_ssm_htt", "ar_ssm_dense", "attention_htt", "attention_dense")
 
 
 def test_baselines_are_known_by_their_names():

@@ -3,7 +3,8 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from itertools import product
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from phase1.config import YOUNGER, EngineShape, ModelConfig, ModelShape
 from phase1.factory import pinned, split
@@ -93,6 +94,9 @@ RIVALS: dict[str, dict[str, Any]] = {
 }
 """The Transformers among the variants, by what they have that the baseline lacks."""
 
+_CHOICES = (get_args(get_type_hints(ModelConfig)[setting]) for setting in ("mixer", "embedding"))
+PAIRS = tuple(f"{mixer}_{embedding}" for mixer, embedding in product(*_CHOICES))
+"""What a model is called that is neither the engine nor a Transformer: its mixer and its token table."""
 
 OWN: dict[str, Any] = TRANSFORMER | START | {"loss": "chunked", "recompute": "none"}
 """The config that a user's own model gets: the same table and start for all, and no part that only the engine has."""
@@ -147,11 +151,11 @@ class Key:
             if extras == plain:
                 return cls("baseline")
             return cls(next((name for name, change in RIVALS.items() if plain | change == extras), "transformer"))
-        if config.mixer == "attention":
-            return cls("attention_htt")
-        if config.embedding == "dense":
-            return cls("ar_ssm_dense" if config.copy_head else "ar_ssm_dense_no_copy")
-        return cls("phase1", config.htt_rank, config.ar_ssm_max_rank)
+        if (config.mixer, config.embedding) == ("ar_ssm", "htt"):
+            return cls("phase1", config.htt_rank, config.ar_ssm_max_rank)
+        if (config.mixer, config.embedding) == ("ar_ssm", "dense") and not config.copy_head:
+            return cls("ar_ssm_dense_no_copy")
+        return cls(f"{config.mixer}_{config.embedding}")  # one of PAIRS
 
     def __str__(self) -> str:
         return self.model + ("" if self.seed is None else f"_seed{self.seed}")

@@ -105,13 +105,34 @@ def test_the_first_lines_say_what_will_happen(run):
     assert any("training.png" in line and line.startswith("files") for line in lines) and any("valid text" in line for line in lines)
 
 
+def test_the_last_screen_has_the_mean_loss_of_the_last_steps(run, tmp_path):
+    out = run("a").out
+    rows = read_metrics(tmp_path / "a" / METRICS)
+    last, mean = rows[-1]["loss"], sum(row["loss"] for row in rows[-10:]) / 10
+    assert f"loss {last:.3f} in the last step, mean of the last 10 steps {mean:.3f}\n" in out and f"{last:.3f}" != f"{mean:.3f}"
+
+
+@pytest.mark.parametrize(
+    "rows, says",
+    [
+        ([(1, 5.0), (2, 4.0), (4, 2.5)], ", mean of the last 4 steps 3.500"),
+        ([(100 * i, float(i)) for i in range(1, 13)] + [(3000, 3.0)], ", mean of the last 2,700 steps 4.667"),
+        ([(1, 5.0), (2, None)], ""),
+        ([], ""),
+    ],
+)
+def test_rows_count_by_their_steps_in_the_mean_loss(rows, says):
+    assert train._mean_of_last([{"step": step, "loss": loss} for step, loss in rows]) == says
+
+
 def test_a_run_pauses_when_its_hours_are_over_and_goes_on_with_more(run, tmp_path):
     run("whole")
     out = run("a", "--max-hours", "1e-9").out
     assert "\npaused after 32 tokens" in out and "more of them goes on" in out
     assert not read_index(tmp_path / "a")["facts"]["finished"]
     assert run("a", "--max-hours", "1e-9").out.count("\npaused after 64 tokens") == 1  # a step at a time: it always gets on
-    run("a", "--max-hours", "100")
+    err = run("a", "--max-hours", "100").err
+    assert "\nphase1_htt2_ar4: resuming at step 2 of 20\n" in err and "\nphase1_htt2_ar4: step 20/20 100 %" in err
     assert weights(tmp_path / "a") == weights(tmp_path / "whole")  # the schedule is that of the whole run
     assert [row["step"] for row in read_metrics(tmp_path / "a" / METRICS)] == list(range(1, 21))
 

@@ -75,6 +75,23 @@ def test_strong_decay_underflows_to_zero_without_nan():
     assert y.isfinite().all() and last.isfinite().all()
 
 
+@pytest.mark.parametrize("group", [4, 64])
+def test_resets_take_no_digits_of_what_comes_after_them(group, monkeypatch):
+    """3 % of the log decays are -1,000, whose sum over 4,096 positions leaves float32 with three digits of the others."""
+    monkeypatch.setattr(chunked, "GROUP", group)
+    exact = [tensor.detach().float().double() for tensor in operands(4096, B=1, H=2)]
+    exact[3] = torch.where(torch.rand_like(exact[3]) < 0.03, -1000.0, 0.1 * exact[3]).float().double()
+    weights = torch.randn_like(exact[2]), torch.randn_like(exact[4])
+    outcomes = []
+    for op, dtype in ((semiseparable, torch.float32), (semiseparable_reference, torch.float64)):
+        inputs = [tensor.to(dtype).requires_grad_() for tensor in exact]
+        y, state = op(*inputs)
+        loss = (y * weights[0].to(dtype)).sum() + (state * weights[1].to(dtype)).sum()
+        outcomes.append((y, state, *torch.autograd.grad(loss, inputs)))
+    for got, expected in zip(*outcomes, strict=True):
+        assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 def test_the_cost_of_the_scan_is_linear_in_the_length(monkeypatch):
     sizes = []
     prefix = chunked._prefix

@@ -23,13 +23,13 @@ class Terminal(io.StringIO):
         return True
 
 
-def run(folder, steps, monkeypatch, *, stderr=None, watch=None, seconds_per_step=1.0, first=0, until=None, device="cpu"):
+def run(folder, steps, monkeypatch, *, stderr=None, watch=None, seconds_per_step=1.0, first=0, until=None, device="cpu", label=""):
     """A training of `steps` steps of 100 tokens whose loss is 10 - step/100; what standard error got, and the progress."""
     stderr = stderr or io.StringIO()
     monkeypatch.setattr(sys, "stderr", stderr)
     s, clock = state(), Clock()
     s.step, s.device = first, torch.device(device)
-    progress = Progress(s, steps, 100, folder, watch or Watch(), seconds=5.0, label="x", clock=clock)
+    progress = Progress(s, steps, 100, folder, watch or Watch(), seconds=5.0, label=label, clock=clock)
     for step in range(first + 1, (until or steps) + 1):
         clock.now += seconds_per_step
         s.step, s.grad_norm = step, torch.tensor(0.5)
@@ -44,6 +44,25 @@ def test_without_a_terminal_there_are_lines_at_first_and_then_every_half_minute(
     assert [int(line.split()[1].split("/")[0]) for line in lines] == [1, 2, 5, 10, 40, 70, 100] and LINE_SECONDS == 30
     assert lines[4] == "step 40/100  40 %  loss 9.745  lr 6.0e-03  100 tok/s  1m 00s left"  # mean of steps 11 to 40
     assert out.isascii() and "\r" not in out
+
+
+def test_lines_begin_with_the_label_of_the_model(tmp_path, monkeypatch):
+    watch = Watch(sample=lambda model: "text", sample_every=10)
+    out, _ = run(tmp_path, 10, monkeypatch, label="phase1_htt16_ar32", watch=watch)
+    words = [line.removeprefix("phase1_htt16_ar32: ").split()[0] for line in out.splitlines()]
+    assert words == ["step", "step", "step", "sample", "step"] and out.count("phase1_htt16_ar32: ") == 5
+
+
+def test_a_terminal_gets_the_label_once_on_its_bar(tmp_path, monkeypatch):
+    out, _ = run(tmp_path, 10, monkeypatch, stderr=Terminal(), label="phase1_htt16_ar32", first=5)
+    assert "train phase1_htt16_ar32: " in out and "phase1_htt16_ar32: resuming" not in out and "resuming at step 5 of 10\n" in out
+
+
+@pytest.mark.parametrize("label, begins", [("", ""), ("no_gate", "no_gate: ")])
+def test_a_resumed_run_says_once_where_it_goes_on(label, begins, tmp_path, monkeypatch):
+    assert "resuming" not in run(tmp_path, 2000, monkeypatch, until=1200, label=label)[0]
+    lines = run(tmp_path, 2000, monkeypatch, first=1200, label=label)[0].splitlines()
+    assert lines[0] == f"{begins}resuming at step 1,200 of 2,000" and sum("resuming" in line for line in lines) == 1
 
 
 def test_a_terminal_gets_a_bar(tmp_path, monkeypatch):

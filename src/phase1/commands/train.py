@@ -45,6 +45,7 @@ PLOT = "training.png"
 SETTINGS = "run.toml"  # a file that --config reads
 SCORES = 20  # validation losses of a run, by default
 SHARE = 500  # training tokens per token of a validation loss: all of them together cost about 1 % of the time
+LAST_ROWS = 10  # of metrics.jsonl, whose mean loss the last screen has
 SAMPLE_TOKENS = 40
 UNKNOWN = "n/a"
 UNDECIDED = 3  # the exit status of a training that has learnt nothing
@@ -66,7 +67,7 @@ def main(run: TrainRun) -> int:
     watch = watch_of(run, corpus, valid)
     try:
         configs = model_config, train_config
-        how: dict[str, Any] = {"label": label(model_config), "watch": watch}
+        how: dict[str, Any] = {"label": str(Key.of(model_config)), "watch": watch}
         how |= {"shard": run.shard, "context_parallel": run.context_parallel}
         facts = train_to_checkpoint(*configs, corpus, run.seq_length, folder, **how)
     except (RuntimeError, MemoryError) as error:
@@ -102,7 +103,7 @@ def screen(
     """How well the model predicts now, and what to do with it."""
     folder, own = Path(run.out_dir), run.model is None
     seconds, tokens = facts["train_seconds"], facts["trained_tokens"]
-    numbers = [f"training text   loss {facts['loss']:.3f}, mean of the last steps {_last(rows, 'loss')}"]
+    numbers = [f"training text   loss {facts['loss']:.3f} in the last step{_mean_of_last(rows)}"]
     if (valid := _last(rows, "val_loss")) != UNKNOWN:
         best = min(row["val_loss"] for row in rows if row["val_loss"] is not None)
         reach = _last(rows, "unigram_loss") if unigram is None else f"{unigram:.3f}"  # None where it was looked at earlier only
@@ -133,6 +134,16 @@ def screen(
 def _last(rows: list[dict[str, Any]], name: str) -> str:
     """The last known value of a column."""
     return next((f"{row[name]:.3f}" for row in reversed(rows) if row[name] is not None), UNKNOWN)
+
+
+def _mean_of_last(rows: list[dict[str, Any]]) -> str:
+    """The mean loss of the steps of the last LAST_ROWS rows, and how many steps they are; nothing where one is not finite."""
+    starts = [0, *(row["step"] for row in rows)]
+    last = [(row["step"] - start, row["loss"]) for start, row in zip(starts, rows)][-LAST_ROWS:]
+    if not last or any(loss is None for _, loss in last):
+        return ""
+    steps = sum(count for count, _ in last)
+    return f", mean of the last {steps:,} steps {sum(count * loss for count, loss in last) / steps:.3f}"
 
 
 def _texts(run: TrainRun) -> tuple[Corpus, Corpus | None]:
@@ -191,11 +202,6 @@ def flops_of(run: TrainRun, model: ModelConfig) -> int:
     """Of one optimizer step."""
     flops = step_flops(model, min(run.micro_batch_size, run.train_batch_size), run.seq_length)
     return flops * math.ceil(run.train_batch_size / run.micro_batch_size)
-
-
-def label(model: ModelConfig) -> str:
-    """What a model is called while it trains."""
-    return model.mixer if model.model is None else str(Key.of(model))
 
 
 def watch_of(run: TrainRun, corpus: Corpus, valid: Corpus | None) -> Watch:

@@ -63,7 +63,8 @@ class Follower:
 class Progress(Follower):
     """Called after every step; reads the loss, which waits for the GPU, only about ROWS times in a run.
 
-    A terminal gets a bar. Anything else gets lines: at the first steps, then every LINE_SECONDS, and at the end.
+    A terminal gets a bar. Anything else gets lines: at the first steps, then every LINE_SECONDS, and at the end; each begins
+    with `label`, what the model is called, unless it is empty.
     """
 
     def __init__(
@@ -94,10 +95,13 @@ class Progress(Follower):
         self.closed: list[int] = []  # layers whose rank gate was closed at the last score
         self.scores = [(row["step"], row["val_loss"]) for row in self.log.rows if row["val_loss"] is not None]
         self.lines = not sys.stderr.isatty()
+        self.prefix = f"{label}: " if label and self.lines else ""  # the bar has its own
         self.bar = Bar(
-            total=steps * tokens_per_step, initial=state.step * tokens_per_step, desc=f"train {label}", unit="tok",
+            total=steps * tokens_per_step, initial=state.step * tokens_per_step, desc=f"train {label}".rstrip(), unit="tok",
             unit_scale=True, disable=self.lines,
         )  # fmt: skip
+        if state.step > 0:
+            self._print(f"resuming at step {state.step:,} of {steps:,}")
 
     @property
     def seconds(self) -> float:  # type: ignore[override]
@@ -225,7 +229,7 @@ class Progress(Follower):
         return f"{duration(seconds)} left"
 
     def _print(self, text: str) -> None:
-        ascii_text = text.encode("ascii", "backslashreplace").decode()
+        ascii_text = (self.prefix + text).encode("ascii", "backslashreplace").decode()
         if self.lines:
             print(ascii_text, file=sys.stderr, flush=True)
         else:

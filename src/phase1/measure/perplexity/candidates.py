@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from phase1.config import ModelConfig
-from phase1.roster import ROLES, VARIANTS, Key, model_config, own_models
+from phase1.roster import PAIRS, ROLES, VARIANTS, Key, model_config, own_models
 from phase1.runs import PerplexityRun
 from phase1.trainable import build
 from phase1.training.checkpoint import model_config_of, read_index, require_model
@@ -83,7 +83,7 @@ def _given(argument: str, own: dict[str, ModelConfig]) -> ScoredModel:
         require_model(path, config := model_config_of(index), own[name].model)
         return ScoredModel(name, config, index["train_config"].get("seed", 0), Path(path))
     key = Key.parse(name)
-    is_key = bool(separator) and (key.name in ("baseline", "transformer", *VARIANTS) or key.ranks is not None)
+    is_key = bool(separator) and (key.name in ("baseline", "transformer", *VARIANTS, *PAIRS) or key.ranks is not None)
     if Path(argument).exists() and not is_key:  # a folder: the model says what it is
         index = read_index(argument)
         require_model(argument, config := model_config_of(index), None)

@@ -19,11 +19,10 @@ def semiseparable(u: Tensor, v: Tensor, x: Tensor, log_decay: Tensor, state: Ten
         return x, x.new_zeros(x.shape[0], x.shape[2], u.shape[-1], x.shape[-1], dtype=wide) if state is None else state
     chunk = min(CHUNK, T)
     u, v, x_, log_decay = (_chunks(tensor, chunk) for tensor in (u, v, x, log_decay[..., None]))  # [B, H, N, C, ·]
-    total = log_decay.squeeze(-1).to(wide).cumsum(-1)  # [B, H, N, C] log decay since the chunk began
-    later = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu(1)
-    decay = (total[..., :, None] - total[..., None, :]).masked_fill(later, -torch.inf).exp()
-    y = ((u @ v.transpose(-1, -2)) * decay).to(x.dtype) @ x_
-    to_end = (total[..., -1:] - total).exp()[..., None]
+    log_decay = log_decay.squeeze(-1).to(wide)  # [B, H, N, C]
+    total = log_decay.cumsum(-1)  # since the chunk began
+    y = ((u @ v.transpose(-1, -2)) * _decays(log_decay)).to(x.dtype) @ x_
+    to_end = F.pad(log_decay[..., 1:].flip(-1).cumsum(-1).flip(-1), (0, 1)).exp()[..., None]
     added = (v * to_end).to(x.dtype).transpose(-1, -2) @ x_  # [B, H, N, R, P] what each chunk adds to the state
     with torch.autocast(x.device.type, enabled=False):
         before, last = _scan(added.to(wide), total[..., -1], state)
@@ -36,6 +35,17 @@ def _chunks(tensor: Tensor, chunk: int) -> Tensor:
     if fill := -tensor.shape[1] % chunk:
         tensor = F.pad(tensor, (0, 0, 0, 0, 0, fill))
     return tensor.unflatten(1, (-1, chunk)).permute(0, 3, 1, 2, 4).contiguous()  # once, and not for every product
+
+
+def _decays(log_decay: Tensor) -> Tensor:
+    """D[t, s] = exp(log_decay_{s+1} + ... + log_decay_t) for s ≤ t, else 0: (..., C) -> (..., C, C).
+
+    Every sum has its own terms only: as a difference of two longer ones it would lose its digits after a reset of -1,000.
+    """
+    C = log_decay.shape[-1]
+    terms = torch.ones(C, C, dtype=torch.bool, device=log_decay.device).tril(-1)  # of column s those after s
+    sums = log_decay[..., :, None].expand(*log_decay.shape, C).masked_fill(~terms, 0).cumsum(-2)
+    return sums.masked_fill(terms.T, -torch.inf).exp()
 
 
 def _scan(added: Tensor, log_decay: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -58,9 +68,9 @@ def _scan(added: Tensor, log_decay: Tensor, state: Tensor | None) -> tuple[Tenso
 
 def _prefix(added: Tensor, log_decay: Tensor, state: Tensor | None) -> Tensor:
     """All N+1 states of a short scan, by one product with the (N+1, N) matrix of decays."""
-    N, total = added.shape[-3], log_decay.cumsum(-1)
-    since = F.pad(total, (1, 0))  # [..., N+1] log decay before chunk n
-    unborn = torch.ones(N + 1, N, dtype=torch.bool, device=added.device).triu()
-    weights = (since[..., :, None] - total[..., None, :]).masked_fill(unborn, -torch.inf).exp()
+    weights = F.pad(_decays(log_decay), (0, 0, 1, 0))  # nothing is added before the first state
     states = (weights @ added.flatten(-2)).unflatten(-1, added.shape[-2:])
-    return states if state is None else torch.addcmul(states, since.exp()[..., None, None], state.unsqueeze(-3))
+    if state is None:
+        return states
+    since = F.pad(log_decay.cumsum(-1), (1, 0)).exp()  # [..., N+1] before chunk n
+    return torch.addcmul(states, since[..., None, None], state.unsqueeze(-3))
