@@ -58,3 +58,9 @@ def test_limits_and_goals_say_on_which_side_they_are(tmp_path):
 def test_a_place_that_fits_several_rows_is_refused(tmp_path):
     with pytest.raises(ValueError, match="expected one row where .* got 2"):
         row(tmp_path, at_least=1, value=place() | {"where": {"role": "phase1"}})
+
+
+def test_a_miss_is_seen_in_the_digits(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"ms": 10.518}))
+    target = {"what": "w", "at_most": 10.5, "value": {"record": "a.json", "key": "ms"}}
+    assert targets_table(tmp_path, {"name": "n", "caption": "c", "targets": [target]}).rows[0][3:] == ("10.52", "FAIL")

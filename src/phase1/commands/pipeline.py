@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -124,8 +125,8 @@ def next_steps(run: PipelineRun, failed: list[tuple[str, str]], checks: list[Che
     elif engine := trained_engine(run):
         yield f'phase1 generate --checkpoint {engine} --prompt "The function returns"   what it has learnt to say'
     if any(check.status == "inconclusive" for check in checks) and run.preset == "smoke":
-        sizes = flags(dict(steps(run))["throughput"])
-        yield f"close other programs, then: phase1 throughput {sizes} --measure-steps 20"
+        sizes = {**asdict(dict(steps(run))["throughput"]), "measure_steps": 20}
+        yield f"close other programs, then: phase1 throughput {flags(ThroughputRun(**sizes))}"
     if run.preset == "smoke":
         yield 'phase1 memory --card "RTX 3060" --fit   what trains on your card, no GPU needed'
         yield "phase1 pipeline --preset rtx3080-10g   full size, needs a GPU, hours"

@@ -34,7 +34,8 @@ def _row(folder: Path, target: dict[str, Any]) -> tuple[str, str, str | None, st
     if value is None:
         return target["what"], f"{sign} {_text(limit, unit)}", goal, NOT_MEASURED, NOT_MEASURED
     held = value >= limit if least else value <= limit
-    return target["what"], f"{sign} {_text(limit, unit)}", goal, _text(value, unit), "PASS" if held else "FAIL"
+    digits = next((n for n in range(3, 8) if held or _text(value, unit, n) != _text(limit, unit, n)), 8)  # a miss shows
+    return target["what"], f"{sign} {_text(limit, unit)}", goal, _text(value, unit, digits), "PASS" if held else "FAIL"
 
 
 def _value(folder: Path, target: dict[str, Any]) -> float | None:
@@ -76,6 +77,6 @@ def _fits(row: Any, place: dict[str, Any]) -> bool:
     return begins and all(value_at(row, key, optional=True) == value for key, value in place["where"].items())
 
 
-def _text(number: float, unit: str) -> str:
-    rounded = f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"
+def _text(number: float, unit: str, digits: int = 3) -> str:
+    rounded = f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.{digits}g}"
     return f"{rounded} {unit}".strip()
