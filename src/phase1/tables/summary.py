@@ -25,9 +25,9 @@ WORDS: dict[str, dict[str, str]] = {
         "inconclusive_": "undecided",
         "million": "{total:.1f}M ({table:.1f}M)",
         "comma": ", ",
-        "tricks": "\\* Memory: activations recomputed, loss in chunks. Speed: the fastest Transformer that these give; both compiled, "
-        "nothing recomputed. Proportion: by `phase1 throughput` as documented, engine not compiled; below 1: a cost that no length "
-        "changes. Parameters and perplexity: with the engine's copy head.",
+        "tricks": "\\* Memory: activations recomputed, loss in chunks. Speed: the fastest Transformer that these give; both "
+        "compiled, nothing recomputed. Proportion: by `phase1 throughput` as documented, engine not compiled; below 1: a cost "
+        "that no length changes. Parameters and perplexity: with the engine's copy head.",
     },
     "ja": {
         "head": "| | Transformer | 同じ工夫を加えた Transformer \\* | エンジン |\n|---|---:|---:|---:|",
@@ -45,8 +45,10 @@ WORDS: dict[str, dict[str, str]] = {
         "inconclusive_": "判定不能",
         "million": "{total:.1f}M（{table:.1f}M）",
         "comma": "、",
-        "tricks": "\\* メモリ：活性を再計算し、損失を分割して計算したもの。速度：これらで最も速い Transformer。どちらもコンパイルし、再計算なし。"
-        "比例：文書どおりの `phase1 throughput` の結果で、エンジンはコンパイルなし。指数が 1 より小さいのは、系列長によらない時間があるため。パラメータ数とパープレキシティ：エンジンと同じコピーヘッドを加えたもの。M は百万。",
+        "tricks": "\\* メモリ：活性を再計算し、損失を分割して計算したもの。速度：これらで最も速い Transformer。"
+        "どちらもコンパイルし、再計算なし。比例：文書どおりの `phase1 throughput` の結果で、"
+        "エンジンはコンパイルなし。指数が 1 より小さいのは、系列長によらない時間があるため。"
+        "パラメータ数とパープレキシティ：エンジンと同じコピーヘッドを加えたもの。M は百万。",
     },
 }
 TEXTS = {"wikitext103": "WikiText-103"}
