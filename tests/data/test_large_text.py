@@ -1,5 +1,6 @@
 """A training on a long text begins at once, and holds none of it."""
 
+import hashlib
 import time
 import tracemalloc
 
@@ -32,12 +33,17 @@ def begin(tmp_path, data_config):
     return text_of
 
 
-def test_a_billion_tokens_begin_in_ten_seconds(begin):
+def seconds_of(function):
     """Of this process: other tests may run beside it."""
-    first_batch_and_counts = begin(1_000_000_000)
     began = time.process_time()
-    first_batch_and_counts()
-    assert time.process_time() - began < 10
+    function()
+    return time.process_time() - began
+
+
+def test_a_billion_tokens_begin_in_ten_seconds(begin):
+    """Where a gigabyte is hashed in 0.6 seconds; a slower core has as many times more."""
+    gigabyte = seconds_of(lambda: [digest.update(bytes(1 << 24)) for digest in [hashlib.sha256()] for _ in range(60)])
+    assert seconds_of(begin(1_000_000_000)) < 10 * max(1, gigabyte / 0.6)
 
 
 def test_memory_does_not_grow_with_the_text(begin):

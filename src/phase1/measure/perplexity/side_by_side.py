@@ -86,4 +86,5 @@ def _start(command: TrainRun, key: str, gpu: str) -> "subprocess.Popen[str]":
 
 def _show(lines: IO[str], key: str) -> None:
     for line in lines:
-        print(f"[{key}] {one_line(line.rstrip(), 500)}", file=sys.stderr, flush=True)
+        own = line.rstrip().removeprefix(f"{key}: ")  # named once
+        print(f"[{key}] {one_line(own, 500)}", file=sys.stderr, flush=True)
