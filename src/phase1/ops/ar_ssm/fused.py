@@ -10,7 +10,7 @@ from phase1.ops.ar_ssm.core import Core, core_backward, core_forward
 from phase1.ops.ar_ssm.gate_kernel import gate_backward_kernel, gate_kernel
 from phase1.ops.ar_ssm.gated_norm_kernel import gated_norm_backward_kernel, gated_norm_kernel
 from phase1.ops.ar_ssm.operands_kernel import conv_backward_kernel, operands_backward_kernel, operands_kernel
-from phase1.ops.ar_ssm.reference import TAPS
+from phase1.ops.ar_ssm.reference import TAPS, Parameters
 from phase1.ops.ar_ssm.sizes import Sizes, parameter_sizes, sizes_of
 from phase1.ops.ar_ssm.sum_kernel import sums_of_rows
 from phase1.ops.rotary.kernel import write_angles
@@ -41,14 +41,12 @@ def _operand_blocks(s: Sizes) -> dict[str, int]:
 
 
 def forward(
-    proj: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A_log: Tensor, skip: Tensor, q_scale: Tensor,
-    state_scale: Tensor, norm: Tensor, gate_bias: Tensor | None, gate_weight: Tensor | None, gate_out: Tensor | None,
-    past_conv: Tensor | None, past_S: Tensor | None, past_k: Tensor | None, past_x: Tensor | None,
+    proj: Tensor, p: Parameters, past_conv: Tensor | None, past_S: Tensor | None, past_k: Tensor | None, past_x: Tensor | None,
     position: int, window: int, memory: float, eps: float,
 ) -> list[Tensor]:  # fmt: skip
-    """The result of `operator.fused_forward`, of the same arguments."""
+    """The result of `operator.fused_forward`, of the same arguments, parameters together."""
     assert proj.stride(2) == 1
-    s = sizes_of(proj, q_scale, state_scale, gate_weight)
+    s = sizes_of(proj, p.q_scale, p.state_scale, p.gate_weight)
     past = 0 if past_k is None else past_k.shape[2]
     L, half = past + s.T, partial(torch.empty, dtype=proj.dtype, device=proj.device)
     u, v = (half(s.B, s.H, s.T, s.R) for _ in range(2))
@@ -62,22 +60,22 @@ def forward(
     gate = half(s.B, s.T, s.R)
     n = s.B * s.T
     gate_kernel[(triton.cdiv(n, GATE_ROWS),)](
-        proj, dt_bias, A_log, gate_bias, gate_weight, gate_out, gate, dt, log_a, n, s.T, *proj.stride()[:2], 1 / memory,
-        **_gate_blocks(s), num_warps=4,
+        proj, p.dt_bias, p.A_log, p.gate_bias, p.gate_weight, p.gate_out, gate, dt, log_a, n, s.T, *proj.stride()[:2],
+        1 / memory, **_gate_blocks(s), num_warps=4,
     )  # fmt: skip
     cos, sin = (torch.empty(s.T if window else 0, s.R // 2, dtype=torch.float32, device=proj.device) for _ in range(2))
     write_angles(cos, sin, position)
     operands_kernel[(triton.cdiv(s.T, FORWARD_ROWS), 2 + triton.cdiv(s.H * s.P, COLUMNS), s.B)](
-        proj, past_conv if past_conv is not None else proj, conv_weight, conv_bias, q_scale, gate, cos, sin, u, v, q, k, x,
-        s.T, L, FORWARD_ROWS, *proj.stride()[:2], eps, **_operand_blocks(s), PAST=past_conv is not None, WINDOWED=window > 0,
+        proj, past_conv if past_conv is not None else proj, p.conv_weight, p.conv_bias, p.q_scale, gate, cos, sin, u, v, q, k,
+        x, s.T, L, FORWARD_ROWS, *proj.stride()[:2], eps, **_operand_blocks(s), PAST=past_conv is not None, WINDOWED=window > 0,
         num_warps=1,
     )  # fmt: skip
-    core = core_forward(u, v, q, k, x, dt, log_a, state_scale, skip, past_S, window, eps)
+    core = core_forward(u, v, q, k, x, dt, log_a, p.state_scale, p.D, past_S, window, eps)
     D = s.H * s.P
     z, out = proj[..., s.conv : s.conv + D], half(s.B, s.T, D)
     rows = max(1, 2048 // triton.next_power_of_2(D))
     gated_norm_kernel[(triton.cdiv(n, rows),)](
-        core.y, z, norm, out, n, s.T, proj.stride(0), proj.stride(1), eps,
+        core.y, z, p.norm, out, n, s.T, proj.stride(0), proj.stride(1), eps,
         D=D, DB=triton.next_power_of_2(D), ROWS=rows, num_warps=4,
     )  # fmt: skip
     total = proj.new_empty(0, dtype=torch.float32) if core.total is None else core.total
@@ -86,14 +84,12 @@ def forward(
 
 def backward(
     d_out: Tensor, d_mean: Tensor | None, d_last: Tensor | None, d_k: Tensor | None, d_x: Tensor | None,
-    proj: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A_log: Tensor, skip: Tensor, q_scale: Tensor,
-    state_scale: Tensor, norm: Tensor, gate_bias: Tensor | None, gate_weight: Tensor | None, gate_out: Tensor | None,
-    past_conv: Tensor | None, past_S: Tensor | None, past: int, gate: Tensor, saved: list[Tensor],
+    proj: Tensor, p: Parameters, past_conv: Tensor | None, past_S: Tensor | None, past: int, gate: Tensor, saved: list[Tensor],
     window: int, memory: float, eps: float,
 ) -> list[Tensor]:  # fmt: skip
-    """The result of `operator.fused_backward`, of the same arguments."""
+    """The result of `operator.fused_backward`, of the same arguments, parameters together."""
     states, k, x, u, v, q, dt, log_a, y, lse, total, cos, sin = saved
-    s = sizes_of(proj, q_scale, state_scale, gate_weight)
+    s = sizes_of(proj, p.q_scale, p.state_scale, p.gate_weight)
     D, n, L = s.H * s.P, s.B * s.T, x.shape[2]
     wide = partial(torch.empty, dtype=torch.float32, device=proj.device)
     d_proj = torch.empty_like(proj, memory_format=torch.contiguous_format)
@@ -102,12 +98,12 @@ def backward(
     dy, rows = torch.empty_like(y), NORM_ROWS
     norm_sums = wide(min(triton.cdiv(n, rows), 8 * PROGRAMS), D)
     gated_norm_backward_kernel[(len(norm_sums),)](
-        y, z, norm, d_out.contiguous(), dy, dz, norm_sums, n, s.T, *strides, eps,
+        y, z, p.norm, d_out.contiguous(), dy, dz, norm_sums, n, s.T, *strides, eps,
         D=D, DB=triton.next_power_of_2(D), ROWS=rows, num_warps=1,
     )  # fmt: skip
     core = Core(y, states, lse, total if total.numel() else None)
     d_last = None if d_last is None else d_last.contiguous()  # a compiler may lay it out as it likes
-    g = core_backward(dy, d_last, u, v, q, k, x, dt, log_a, state_scale, skip, past_S, core, window, eps)
+    g = core_backward(dy, d_last, u, v, q, k, x, dt, log_a, p.state_scale, p.D, past_S, core, window, eps)
     if d_k is not None:
         g.k.add_(d_k)
     if d_x is not None:
@@ -118,12 +114,13 @@ def backward(
     scale_sums = wide(s.B * stretches, s.H * s.R)
     d_gate_u, d_gate_v = (wide(s.B, s.T, s.R) for _ in range(2))
     operands_backward_kernel[(stretches, 2 + triton.cdiv(D, COLUMNS), s.B)](
-        proj, first, conv_weight, conv_bias, q_scale, gate, cos, sin, g.u, g.v, g.q, g.k, g.x, d_gate_u, d_gate_v, scale_sums,
-        s.T, L, *strides[:2], rows, eps, **_operand_blocks(s), PAST=past_conv is not None, WINDOWED=window > 0, num_warps=1,
+        proj, first, p.conv_weight, p.conv_bias, p.q_scale, gate, cos, sin, g.u, g.v, g.q, g.k, g.x, d_gate_u, d_gate_v,
+        scale_sums, s.T, L, *strides[:2], rows, eps, **_operand_blocks(s), PAST=past_conv is not None, WINDOWED=window > 0,
+        num_warps=1,
     )  # fmt: skip
     gate_sums = wide(min(triton.cdiv(n, GATE_ROWS), PROGRAMS), sum(sizes[3:8]))
     gate_backward_kernel[(len(gate_sums),)](
-        proj, dt_bias, A_log, gate_bias, gate_weight, gate, g.dt, g.log_a, d_gate_u, d_gate_v,
+        proj, p.dt_bias, p.A_log, p.gate_bias, p.gate_weight, gate, g.dt, g.log_a, d_gate_u, d_gate_v,
         d_mean if d_mean is not None else proj, 1 / max(1, n * s.R), d_proj, gate_sums, n, s.T, *strides, **_gate_blocks(s),
         TOTAL=sum(sizes[3:8]), MEAN_USED=d_mean is not None, num_warps=4,
         num_stages=3 if s.R <= 64 else 1,  # Ampere and Ada have 99 KiB of shared memory
@@ -133,7 +130,7 @@ def backward(
     conv_sums = wide(s.B * stretches, (TAPS + 1) * s.conv)
     columns = triton.cdiv(D, COLUMNS) + 2 * triton.cdiv(s.H * s.R, COLUMNS)
     conv_backward_kernel[(stretches, columns, s.B)](
-        g.u, g.v, g.x, proj, first, d_proj, d_past, conv_weight, conv_sums, s.T, L, rows, *strides,
+        g.u, g.v, g.x, proj, first, d_proj, d_past, p.conv_weight, conv_sums, s.T, L, rows, *strides,
         H=s.H, R=s.R, P=s.P, BC=COLUMNS, PAST=past_conv is not None, num_warps=1,
     )  # fmt: skip
     flat = sums_of_rows((conv_sums, scale_sums, gate_sums, norm_sums, g.scale_and_skip))

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phase1.ops.ar_ssm.reference import TAPS
+from phase1.ops.ar_ssm.reference import TAPS, Parameters
 from phase1.ops.ar_ssm.sizes import Sizes, parameter_sizes, plan, sizes_of
 
 ANY_ROWS = (torch.Tag.flexible_layout,)  # without it a compiler that aligns rows to 128 bytes copies proj, twice a layer
@@ -24,10 +24,8 @@ def fused_forward(
     """
     from phase1.ops.ar_ssm.fused import forward  # Triton takes a second to import
 
-    return forward(
-        proj, conv_weight, conv_bias, dt_bias, A_log, skip, q_scale, state_scale, norm, gate_bias, gate_weight, gate_out,
-        past_conv, past_S, past_k, past_x, position, window, memory, eps,
-    )  # fmt: skip
+    p = Parameters(conv_weight, conv_bias, dt_bias, A_log, skip, q_scale, state_scale, norm, gate_bias, gate_weight, gate_out)
+    return forward(proj, p, past_conv, past_S, past_k, past_x, position, window, memory, eps)
 
 
 @torch.library.custom_op("phase1::ar_ssm_backward", mutates_args=(), tags=ANY_ROWS)
@@ -41,10 +39,9 @@ def fused_backward(
     """Gradients of proj; of all parameters, one after the other as `parameter_sizes` says; of the past (empty without one)."""
     from phase1.ops.ar_ssm.fused import backward  # Triton takes a second to import
 
-    return backward(
-        d_out, d_mean, d_last, d_k, d_x, proj, conv_weight, conv_bias, dt_bias, A_log, skip, q_scale, state_scale, norm,
-        gate_bias, gate_weight, gate_out, past_conv, past_S, past, gate, saved, window, memory, eps,
-    )  # fmt: skip
+    p = Parameters(conv_weight, conv_bias, dt_bias, A_log, skip, q_scale, state_scale, norm, gate_bias, gate_weight, gate_out)
+    given = d_out, d_mean, d_last, d_k, d_x
+    return backward(*given, proj, p, past_conv, past_S, past, gate, saved, window, memory, eps)
 
 
 def parameter_gradients(flat: Tensor, s: Sizes) -> list[Tensor | None]:
