@@ -3,10 +3,9 @@
     python benchmarks/all.py OUT --data DATA [--only NAME ...] [--seconds S] [--list]
 
 OUT gets the records, each where results/h200 has it, and a log a job in OUT/logs. DATA is a folder with wikipedia/ (train and
-valid) and wikitext103/ (valid). What is timed has a GPU to itself, trainings and what is
-inside PyTorch's allocator share one. With --seconds no job begins that its usual time does not leave room for, and what still
-runs is interrupted at the end: started again, a job goes on if its command can. Says how each ended; exit status 1 if one
-failed, 3 if one was left out or interrupted.
+valid) and wikitext103/ (valid). What is timed has a GPU to itself, trainings and what is inside PyTorch's allocator share one.
+With --seconds no job begins that its usual time does not leave room for, and what still runs is interrupted at the end: started
+again, a job goes on if its command can. Says how each ended; exit status 1 if one failed, 3 if one was left out or interrupted.
 """
 
 import argparse

@@ -63,9 +63,8 @@ def main() -> int:
     file = Path(options.out_dir) / "sequence_ops.json"
     if not options.plot_only:
         compile_tuned(options)
-    if options.compile_only:
-        return 0
-    if not options.plot_only:
+        if options.compile_only:
+            return 0
         measure(options, file)
     record = json.loads(file.read_text())
     if options.plot_only:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from phase1.layers.attention import AttentionState
 from phase1.layers.copy_head import CopyState
+from phase1.training.micro_batch import WARMUP_RUNS, beside
 
-WARMUP_RUNS = 3  # before a capture: libraries make their handles
 Advance = Callable[[Tensor, list[Any]], tuple[Tensor, list[Any]]]
 
 
@@ -66,12 +66,9 @@ class GraphedStep:
 
 def warm_up(step: Callable[[], Any]) -> None:
     """Run `step` a few times on another stream, as a capture requires."""
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
+    with beside():
         for _ in range(WARMUP_RUNS):
             step()
-    torch.cuda.current_stream().wait_stream(aside)
 
 
 @torch.inference_mode()

@@ -1,7 +1,6 @@
 """Pieces of sequences as CUDA graphs: per shape one for the state after a piece, and one for its gradients."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from phase1.model import States
-from phase1.training.micro_batch import WARMUP_RUNS, capture_mode, places_of_gradients, require_same_gradients
+from phase1.training.micro_batch import WARMUP_RUNS, beside, capture_mode, places_of_gradients, require_same_gradients
 from phase1.training.pieces import Gradients, Piece, Pieces, bounds, floating, loss_first, rebuilt, settled, tensors
 
 
@@ -30,16 +29,6 @@ class Launched:
             mine.copy_(given)
         self.graph.replay()
         return self.outputs
-
-
-@contextmanager
-def beside() -> Iterator[None]:
-    """Within the block, the GPU's work goes to a stream of its own, as a capture's does."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream().wait_stream(stream)
 
 
 class GraphedPieces(Pieces):

@@ -1,5 +1,8 @@
 """Forward and backward pass of one micro batch: as they are, or replayed as CUDA graphs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -69,12 +72,9 @@ class GraphedMicroBatch(MicroBatch):
         self._backward.replay()
 
     def _capture(self, *inputs: Tensor) -> None:
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        with beside():
             for _ in range(WARMUP_RUNS):
                 super().backward(super().forward(*inputs)[0])
-        torch.cuda.current_stream().wait_stream(aside)
         self.model.zero_grad(set_to_none=False)
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         mode = capture_mode()
@@ -84,6 +84,16 @@ class GraphedMicroBatch(MicroBatch):
             add_gradients(self.scaler.scale(objective), self.model)
         self._inputs, self._outputs = inputs, (objective.detach(), loss.detach())
         self._held = places_of_gradients(self.model)
+
+
+@contextmanager
+def beside() -> Iterator[None]:
+    """Within the block, the GPU's work goes to a stream of its own, as a capture's does."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
 
 
 def capture_mode() -> str:

@@ -90,7 +90,8 @@ class Pieces(MicroBatch):
         ]
         with self._autocast(inputs):
             self.table.build()
-        if self.loss_first if self.loss_first is not None else loss_first(inputs.numel(), self.model.config.vocab_size):
+        first = self.loss_first
+        if loss_first(inputs.numel(), self.model.config.vocab_size) if first is None else first:
             total = self._loss_first(inputs, targets, share)
         else:
             self.table.gather()
