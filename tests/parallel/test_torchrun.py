@@ -241,6 +241,22 @@ def test_two_ranks_share_every_sequence_and_train_and_score_as_one_process(data,
             assert ours[name] == (alone[name] if alone[name] is None else pytest.approx(alone[name], rel=1e-5))
 
 
+def test_rank_0_alone_estimates_what_a_gpu_has_to_hold(data, tmp_path):
+    """An estimate takes a training step, in which it once waited for the other ranks, who do not estimate."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        "from phase1.cli import main\n"
+        "from phase1.commands import train\n"
+        "train.device_type, train.precision = lambda: 'cuda', lambda *_: 'fp16'\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    words = [*f"train {SHAPE} {RANKS} {TRAIN} --train-tokens 64".split(), *data]
+    done = torchrun(2, script, *words, "--out-dir", tmp_path / "out")
+    assert done.returncode in (0, 1) and done.stderr.count("memory: ") == 1, done.stderr  # 1: it has learnt nothing
+    assert read_index(tmp_path / "out")["facts"]["finished"]
+
+
 def test_two_nodes_train_as_one_process(data, tmp_path):
     """Two torchruns that meet at a port of this machine, as those of two machines do, with a shared --out-dir."""
     words = [*f"{SHAPE} {RANKS} {TRAIN} --train-tokens 160".split(), *data]

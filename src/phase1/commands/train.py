@@ -184,7 +184,8 @@ def plan(run: TrainRun, model: ModelConfig, corpus: Corpus, valid: Corpus | None
         lines.append(f"loss on {_windows(run, valid) * run.seq_length:,} tokens of the valid split every {_every(run)} steps")
     if device == "cuda" and run.model is None:
         size = min(run.micro_batch_size, run.train_batch_size), tokens_at_once(run)
-        case = MemoryCase(model, *size, piece_length=run.piece_length, optimizer=run.optimizer)
+        ranks = 1 if run.shard else group.size()
+        case = MemoryCase(model, *size, piece_length=run.piece_length, optimizer=run.optimizer, ranks=ranks)
         needed, total = estimate_memory(case, chip_of(case)).needed_bytes, total_gpu_bytes()
         fits = total is None or needed <= total
         remedy = "" if fits else f"; it does not fit: try --micro-batch-size {max(1, case.batch_size // 2)}"

@@ -1,12 +1,13 @@
 """The workload of memory and throughput: a model ready to train, and random tokens to train it on."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from phase1.config import ModelConfig, Optimizer, TrainConfig
+from phase1.parallel.replicas import Alone, replicas_of
 from phase1.trainable import Trainable, build
 from phase1.training.step import TrainState, make_train_state
 
@@ -23,12 +24,13 @@ def make_workload(
     make: Callable[[ModelConfig], Trainable] = build,
     piece_length: int | None = None,
     optimizer: Optimizer = TrainConfig.optimizer,
+    replicas_of: Callable[[Iterable[Tensor]], Alone] = replicas_of,
 ) -> TrainState:
     """The training state of a new model, made as `phase1 train` makes it."""
     torch.manual_seed(SEED)
     way: dict[str, Any] = {"compile": compile, "cuda_graphs": cuda_graphs, "piece_length": piece_length}
     config = TrainConfig(precision=precision, optimizer=optimizer, **way)
-    return make_train_state(make(model), config, device)
+    return make_train_state(make(model), config, device, replicas_of=replicas_of)
 
 
 def scores_bytes(config: ModelConfig, batch_size: int, seq_length: int) -> int:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,11 +69,13 @@ def make_train_state(
     device: torch.device | str,
     shard: bool = False,
     context: Context | None = None,
+    replicas_of: Callable[[Iterable[Tensor]], Alone] = replicas_of,
 ) -> TrainState:
     """Move `model` to `device` and give it an optimizer, loss scaling for fp16 and, if asked, a compiled loss.
 
     shard: spread it over the ranks, on all of which it is equal.
     context: spread the sequences of its batches, whole ones, over the ranks.
+    replicas_of: what takes the step with other ranks, from the parameters; those of this run by default.
     """
     device = torch.device(device)
     replicas: Alone | None = None

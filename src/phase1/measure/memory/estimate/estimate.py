@@ -1,6 +1,6 @@
 """Peak memory of a training step without a GPU: fake tensors, followed through PyTorch's CUDA allocator, simulated."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from phase1.measure.memory.estimate.workspaces import ModelledCuda, workspace_by
 from phase1.measure.memory.tracker import MemoryTracker
 from phase1.measure.workload import make_workload, optimizer_tensors, random_batch
 from phase1.ops.ar_ssm import imitated_card
-from phase1.parallel.replicas import Imagined
+from phase1.parallel.replicas import Alone, Imagined
 from phase1.trainable import Trainable, build
 from phase1.training.optimizers import MuonAdamW
 from phase1.training.pieces import in_pieces, loss_first, settled
@@ -79,9 +79,11 @@ def traced_memory(case: MemoryCase, chip: Chip = CHIP) -> MemoryPeaks:
     operator_memory = ModelledCuda(chip)
     with imitated_cuda(), imitated_card(chip.major), MemoryTracker(case.model.vocab_size, "cpu", operator_memory) as tracker:
         way: dict[str, Any] = {"piece_length": case.piece_length, "optimizer": case.optimizer}
-        state = make_workload(case.model, "cpu", "fp16", make=_unmoved, **way)
-        if case.ranks > 1:
-            state.replicas = Imagined(state.model.parameters(), case.ranks)
+
+        def replicas_of(parameters: Iterable[Tensor]) -> Alone:  # without the other ranks of this run, which do not estimate
+            return Imagined(parameters, case.ranks) if case.ranks > 1 else Alone()
+
+        state = make_workload(case.model, "cpu", "fp16", make=_unmoved, replicas_of=replicas_of, **way)
         _make_lasting_tensors(state)
         moved = tracker.label(_moved(state.model), "parameters", "")  # for their order; `watch` names them
         tracker.watch(state.model)
