@@ -35,7 +35,7 @@ from phase1.training.step import make_train_state, train_step
 
 LARGE = EngineShape(d_model=768, n_layers=12, n_heads=12)  # the class of 124M parameters with a dense table
 WARMUP, MEASURED = 2, 3  # steps of a speed
-SHORT = 2**15  # tokens of the step that warms up a long sequence
+SHORT = 4  # pieces of the step that warms up a long sequence: all kinds that it has
 FILE = "pieces.json"
 
 
@@ -68,8 +68,8 @@ def speed(case: Training, limit: int) -> dict[str, Any]:
     ids, targets = random_batch(model.vocab_size, case.B, case.T, "cuda")
     size = case.micro or case.B
     batch = list(zip(ids.split(size), targets.split(size), strict=True))
-    long = case.piece_length is not None and case.T > 8 * SHORT
-    short = [(a[:, :SHORT], b[:, :SHORT]) for a, b in batch] if long else batch
+    few = case.T if case.piece_length is None else min(case.T, SHORT * case.piece_length)
+    short = [(a[:, :few], b[:, :few]) for a, b in batch]
     for _ in range(WARMUP):
         train_step(state, short)
     torch.cuda.synchronize()
@@ -79,6 +79,7 @@ def speed(case: Training, limit: int) -> dict[str, Any]:
         loss = train_step(state, batch).item()
         seconds.append(time.perf_counter() - began)
     return {
+        "d_model": model.d_model,
         "B": case.B,
         "T": case.T,
         "capped": case.capped,
@@ -111,6 +112,8 @@ TWO_LEVEL = {"htt_output": "two_level"}
 CASES: dict[str, Case] = {
     "whole_64x512": partial(speed, Training(64, 512, capped=False)),
     "1M": partial(speed, Training(1, 2**20, 16384)),
+    "1M_32k": partial(speed, Training(1, 2**20, 32768, capped=False)),
+    "1M_64k": partial(speed, Training(1, 2**20, 65536, capped=False)),
     "1M_4k": partial(speed, Training(1, 2**20, 4096)),
     "1M_two_level": partial(speed, Training(1, 2**20, 16384, overrides=TWO_LEVEL)),
     "16M": partial(speed, Training(1, 2**24, 16384, overrides={"recompute": "block"})),
@@ -118,6 +121,8 @@ CASES: dict[str, Case] = {
     "1M_compiled": partial(speed, Training(1, 2**20, 16384, compile=True)),
     "large_uncapped": partial(speed, Training(64, 512, capped=False, compile=True, shape=LARGE)),
     "large_micro": partial(speed, Training(64, 512, micro=16, compile=True, shape=LARGE)),
+    "large_micro_8": partial(speed, Training(64, 512, micro=8, compile=True, shape=LARGE)),
+    "large_selective": partial(speed, Training(64, 512, micro=32, compile=True, shape=LARGE, overrides={"recompute": "selective"})),
     "large_pieces": partial(speed, Training(1, 32768, 4096, shape=LARGE)),
     "peak_baseline": partial(peak, "baseline", None, {}),
     "peak_baseline_optimized": partial(peak, "baseline_optimized", None, {}),
@@ -131,6 +136,8 @@ CASES: dict[str, Case] = {
 RATIOS = {
     "1M over 64 x 512": ("tokens_per_s", "1M", "whole_64x512"),
     "1M over 64 x 512, pieces of 4k": ("tokens_per_s", "1M_4k", "whole_64x512"),
+    "1M over 64 x 512, pieces of 32k, without a limit": ("tokens_per_s", "1M_32k", "whole_64x512"),
+    "1M over 64 x 512, pieces of 64k, without a limit": ("tokens_per_s", "1M_64k", "whole_64x512"),
     "1M over 64 x 512, compiled": ("tokens_per_s", "1M_compiled", "whole_64x512_compiled"),
     "D 768, L 12: capped over uncapped": ("tokens_per_s", "large_micro", "large_uncapped"),
     "D 768, L 12: 1 x 32k in pieces over uncapped": ("tokens_per_s", "large_pieces", "large_uncapped"),

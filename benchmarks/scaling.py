@@ -221,7 +221,7 @@ def measure_resume(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if options.dataset_name == "builtin":  # of which a tokenizer is trained
         flags += ["--vocab-size", "512" if options.smoke else "2048"]
     tokens = 40 * 8 * 32 if options.smoke else 600 * 64 * 256
-    hours = (0.4 / 3600, 1.2 / 3600) if options.smoke else (5 / 3600, 9 / 3600)
+    hours = (0.4 / 3600, 1.2 / 3600) if options.smoke else (5 / 3600, 13 / 3600)
     with tempfile.TemporaryDirectory() as temporary:
         folders = {name: Path(temporary) / name for name in ("a", "b", "paused")}
 
