@@ -13,12 +13,18 @@ STEPS = {
         {"role": "phase1", "T": 512, "settings": {"htt_output": "two_level"}, "tokens_per_s": 121.0},
     ],
     "peak": {"bytes": 2e9},
+    "long": {"failed": "out of memory"},
+    "noise": {"one": 0.0, "two": 0.0, "three": 0.1},
 }
 
 
 def place(role="phase1", settings=None, **more):
     where = {"role": role, "T": 512, "settings": settings or {}}
     return {"record": "steps.json", "rows": "rows", "where": where, "key": "tokens_per_s"} | more
+
+
+def at(key):
+    return {"record": "steps.json", "key": key}
 
 
 def row(tmp_path, **target):
@@ -40,6 +46,9 @@ def row(tmp_path, **target):
         ),
         ({"at_most": 80, "value": place() | {"where": {"T": 512}, "starts": {"role": "ph"}, "pick": "least"}}, "80", "PASS"),
         ({"at_least": 2e9, "value": {"record": "steps.json", "rows": "", "where": {}, "pick": "most", "key": "bytes"}}, "2,000,000,000", "PASS"),
+        ({"at_least": 0, "value": at("long.tokens_per_s"), "over": at("peak.bytes")}, "failed", "FAIL"),
+        ({"at_most": 2, "value": at("noise.two"), "over": at("noise.one")}, "0", "PASS"),
+        ({"at_most": 2, "value": at("noise.three"), "over": at("noise.one")}, "inf", "FAIL"),
         ({"at_least": 1, "value": {"record": "none.json", "key": "x"}}, NOT_MEASURED, NOT_MEASURED),
         ({"at_least": 1, "value": place("nobody")}, NOT_MEASURED, NOT_MEASURED),
         ({"at_least": 1, "value": place(key="seconds")}, NOT_MEASURED, NOT_MEASURED),

@@ -9,6 +9,7 @@ from phase1.tables.table import Column, Table
 
 COLUMNS = (Column("What"), Column("Required"), Column("Goal"), Column("Measured"), Column("Verdict"))
 NOT_MEASURED = "not measured"
+FAILED = math.nan  # in place of a number
 
 
 def targets_table(folder: Path, entry: dict[str, Any]) -> Table:
@@ -18,7 +19,8 @@ def targets_table(folder: Path, entry: dict[str, Any]) -> Table:
     With places `over` it is the ratio of the two; with `percent`, how many percent the value is above the other. Of several
     places, as many on both sides, it is the geometric mean. A place is a `record` and the dotted `key` of a number in it, or
     in the one row of its `rows` that has all that `where` says and begins as `starts` says; of several rows the "least" or
-    the "most", as `pick` says. `scale` multiplies it.
+    the "most", as `pick` says. `scale` multiplies it. Beside a number that is not there a record may say that it `failed`: that
+    misses any limit.
     Raises ValueError (one line) for a place that fits no row or several.
     """
     rows = tuple(_row(folder, target) for target in entry["targets"])
@@ -33,6 +35,8 @@ def _row(folder: Path, target: dict[str, Any]) -> tuple[str, str, str | None, st
     goal = f"{sign} {_text(target['goal'], unit)}" if "goal" in target else None
     if value is None:
         return target["what"], f"{sign} {_text(limit, unit)}", goal, NOT_MEASURED, NOT_MEASURED
+    if math.isnan(value):
+        return target["what"], f"{sign} {_text(limit, unit)}", goal, "failed", "FAIL"
     held = value >= limit if least else value <= limit
     digits = next((n for n in range(3, 8) if held or _text(value, unit, n) != _text(limit, unit, n)), 8)  # a miss shows
     return target["what"], f"{sign} {_text(limit, unit)}", goal, _text(value, unit, digits), "PASS" if held else "FAIL"
@@ -66,7 +70,7 @@ def _number(folder: Path, place: dict[str, Any]) -> float | None:
         return None
     found = benchmark(path)
     if "rows" not in place:
-        values = [value_at(found, place["key"], optional=True)]
+        values = [_or_failed(found, place["key"])]
     else:
         rows = value_at(found, place["rows"], optional=True) or []
         rows = rows.values() if isinstance(rows, dict) else rows
@@ -76,6 +80,14 @@ def _number(folder: Path, place: dict[str, Any]) -> float | None:
         raise ValueError(f"{place['record']}: expected one row where {place['where']}; got {len(values)}; say more of it")
     pick = max if place.get("pick") == "most" else min
     return pick(values) * place.get("scale", 1) if values else None
+
+
+def _or_failed(found: Any, key: str) -> Any:
+    """The number at `key`, FAILED where it is said to have failed, else None."""
+    beside, _, _ = key.rpartition(".")
+    value = value_at(found, key, optional=True)
+    failed = value is None and beside and value_at(found, f"{beside}.failed", optional=True)
+    return FAILED if failed else value
 
 
 def _fits(row: Any, place: dict[str, Any]) -> bool:
