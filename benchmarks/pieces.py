@@ -122,7 +122,9 @@ CASES: dict[str, Case] = {
     "large_uncapped": partial(speed, Training(64, 512, capped=False, compile=True, shape=LARGE)),
     "large_micro": partial(speed, Training(64, 512, micro=16, compile=True, shape=LARGE)),
     "large_micro_8": partial(speed, Training(64, 512, micro=8, compile=True, shape=LARGE)),
-    "large_selective": partial(speed, Training(64, 512, micro=32, compile=True, shape=LARGE, overrides={"recompute": "selective"})),
+    "large_selective": partial(
+        speed, Training(64, 512, micro=32, compile=True, shape=LARGE, overrides={"recompute": "selective"})
+    ),
     "large_pieces": partial(speed, Training(1, 32768, 4096, shape=LARGE)),
     "peak_baseline": partial(peak, "baseline", None, {}),
     "peak_baseline_optimized": partial(peak, "baseline_optimized", None, {}),

@@ -24,3 +24,12 @@ def test_every_kernel_compiles_within_the_shared_memory_of_the_card(capability, 
     assert len({name for name, _, _ in kernels}) >= (16 if cases else 24)
     too_large = [(name, int(shared), sizes) for name, shared, sizes in kernels if int(shared) > MOST[capability]]
     assert not too_large
+
+
+def test_kernels_that_are_compiled_together_are_all_that_will_run():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("together.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    together, later, launches = map(int, done.stdout.split())
+    assert 20 <= together < launches and later == 0

@@ -48,7 +48,9 @@ def _value(folder: Path, target: dict[str, Any]) -> float | None:
     others = _numbers(folder, target["over"]) if "over" in target else [1.0] * len(values)
     if not values or None in values or None in others:
         return None
-    ratios = [_ratio(value, other) for value, other in zip(values, others, strict=True) if value is not None and other is not None]
+    ratios = [
+        _ratio(value, other) for value, other in zip(values, others, strict=True) if value is not None and other is not None
+    ]
     mean = ratios[0] if len(ratios) == 1 else math.exp(sum(map(math.log, ratios)) / len(ratios))
     return 100 * (mean - 1) if target.get("percent") else mean
 

@@ -77,9 +77,7 @@ class Context:
         rows = self._earlier(taps, 2, TAPS - 1)
         return F.pad(rows, (0, 0, TAPS - 1 - rows.shape[1], 0))
 
-    def _left(
-        self, mixer: "Mixer", end: Tensor, conv: Tensor | None, first: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _left(self, mixer: "Mixer", end: Tensor, conv: Tensor | None, first: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """S after this rank's stretch from nothing before it, its last keys and values, and its log decay (B, H).
 
         Positions from `first` on count. Without the inputs before the stretch, `conv`, `end` holds them and TAPS - 1 before;

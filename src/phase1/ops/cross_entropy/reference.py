@@ -57,4 +57,3 @@ def tied_cross_entropy_reference(
     nll = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
     scored = targets != IGNORE
     return (nll - F.softplus(nll + log_odds)).where(scored, 0).sum() / scored.sum()
-
