@@ -59,7 +59,7 @@ EXAMPLES = {
     "compare": ("phase1 compare old new --fail-on peak:+2%,tokens_per_second:-5%",),
     "curves": ("phase1 curves results/checkpoints/train results/checkpoints/longer",),
     "pipeline": ("phase1 pipeline --preset smoke", "phase1 pipeline --preset rtx3080-10g --resume"),
-    "train": ("phase1 train --dataset-name my.txt --tokenizer bpe --vocab-size 8192",),
+    "train": ("phase1 train --preset smoke", "phase1 train --dataset-name my.txt --tokenizer bpe --vocab-size 8192"),
     "generate": (
         'phase1 generate --checkpoint results/checkpoints/train --prompt "The "',
         "phase1 generate --checkpoint results/checkpoints/train --prompt-file - --temperature 0",

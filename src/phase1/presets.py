@@ -53,6 +53,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 """Defaults that a hardware preset replaces, per command; a flag on the command line wins over both."""
+for _commands in PRESETS.values():  # a training alone has the sizes of the trainings that are compared
+    _commands["train"] = {name: value for name, value in _commands["perplexity"].items() if name != "batch_size"}
 
 if TYPE_CHECKING:
     Preset = str

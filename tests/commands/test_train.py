@@ -165,6 +165,15 @@ def test_the_precision_says_why(asked, device, says):
     assert precision(asked, device) == says
 
 
+@pytest.mark.parametrize("flags, long", [([], True), (["--preset", "smoke"], False)])
+def test_a_run_that_takes_days_on_a_cpu_says_so_before_it_begins(data, monkeypatch, flags, long):
+    run = parse("train", [*flags, *data])
+    monkeypatch.setattr(train, "device_type", lambda: "cpu")
+    corpus = SimpleNamespace(name="text", splits={"train": SimpleNamespace(ids=range(10**6))})
+    said = train.plan(run, train.part_of(train.ModelConfig, run), corpus, None)
+    assert any("hours or days on a CPU; --preset smoke" in line for line in said) == long
+
+
 @pytest.mark.parametrize("gigabytes, says", [(1, "it does not fit: try --micro-batch-size 4"), (1000, None), (None, None)])
 def test_a_run_that_cannot_fit_says_so_before_it_begins(data, monkeypatch, gigabytes, says):
     run = parse("train", [*data, "--train-tokens", "1000", "--vocab-size", "300", "--htt-dense-rows", "4", "--htt-groups", "10"])

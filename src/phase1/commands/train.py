@@ -47,6 +47,7 @@ SCORES = 20  # validation losses of a run, by default
 SHARE = 500  # training tokens per token of a validation loss: all of them together cost about 1 % of the time
 LAST_ROWS = 10  # of metrics.jsonl, whose mean loss the last screen has
 SAMPLE_TOKENS = 40
+HOURS = 1e15  # floating-point operations that take hours on a CPU
 UNKNOWN = "n/a"
 UNDECIDED = 3  # the exit status of a training that has learnt nothing
 
@@ -171,13 +172,16 @@ def plan(run: TrainRun, model: ModelConfig, corpus: Corpus, valid: Corpus | None
     with torch.device("meta"):
         parameters = build(model).parameter_counts()["total"]
     windows = max(1, (len(corpus.splits["train"].ids) - 1) // run.seq_length)
-    flops = "" if run.model is not None else f"; {steps * flops_of(run, model):.2e} FLOPs"
+    work = 0 if run.model is not None else steps * flops_of(run, model)
+    flops = f"; {work:.2e} FLOPs" if work else ""
     device = device_type()
     epochs = steps * run.train_batch_size / windows
     lines = [
         f"{Key.of(model)}: {parameters:,} parameters; {steps:,} steps of {tokens:,} tokens = {steps * tokens:,} tokens, "
         f"{epochs:.2f} epochs of {corpus.name}{flops}; {precision(run.precision, device)}"
     ]
+    if device == "cpu" and work > HOURS:
+        lines.append("that is hours or days on a CPU; --preset smoke trains a small model in minutes")
     if run.context_parallel:
         lines.append(f"each of {group.size()} ranks takes {tokens_at_once(run):,} tokens of every sequence")
     if valid is not None:
