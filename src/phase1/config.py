@@ -302,7 +302,7 @@ class DataConfig(Config):
     dataset_name: str = option(
         "wikitext",
         "wikitext, c4 (both from the Hugging Face hub), builtin (offline), or a path: a text file, "
-        "or a folder with train/valid/test as .txt, .txt.xz, .gpt2.bin or .gpt2.bin.xz",
+        "or a folder with train/valid/test as .txt, .md, .jsonl or .gpt2.bin, each also as .xz",
     )
     dataset_config: str | None = option(
         None, "configuration of a hub data set; by default wikitext-103-raw-v1 of wikitext, en of c4, the only one of others"

@@ -1,5 +1,6 @@
 import hashlib
 import io
+import json
 import lzma
 import sys
 import tracemalloc
@@ -35,6 +36,28 @@ def test_of_a_text_file_the_last_twentieth_of_lines_is_valid(tmp_path, data_conf
     assert corpus.tokenizer.decode(valid) == "".join(lines[95:])
     assert train[-1] == valid[-1] == corpus.tokenizer.end_of_text
     assert (corpus.name, corpus.source, corpus.revision) == (name, str(tmp_path / name), None)
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.jsonl.xz"])
+def test_every_line_of_json_is_a_document(tmp_path, data_config, name):
+    lines = [json.dumps({"id": i, "text": text}) for i, text in enumerate(["one\nand", "two", "", "half \ud83d"])]
+    data = "\n\n".join(lines).encode()
+    (tmp_path / name).write_bytes(lzma.compress(data) if name.endswith(".xz") else data)
+    (tmp_path / "val.md").write_text("# valid")
+    corpus = load_corpus(data_config(tmp_path), vocab_size=V)
+    end = corpus.tokenizer.end_of_text
+    texts = ["".join(corpus.tokenizer.decode(part)) for part in np.split(corpus.splits["train"].ids, np.flatnonzero(corpus.splits["train"].ids == end))]
+    assert [text.removeprefix("<|endoftext|>") for text in texts] == ["one\nand", "two", "", "half ?", ""]
+    assert corpus.tokenizer.decode(corpus.splits["valid"].ids).startswith("# valid")
+
+
+def test_of_a_file_of_json_the_last_twentieth_of_lines_is_valid(tmp_path, data_config):
+    path = tmp_path / "all.jsonl"
+    path.write_text("".join(f'{{"text": "line {i}"}}\n' for i in range(40)))
+    corpus = load_corpus(data_config(path), vocab_size=V)
+    ids = {name: split.ids for name, split in corpus.splits.items()}
+    assert [int((part == corpus.tokenizer.end_of_text).sum()) for part in ids.values()] == [38, 2]
+    assert corpus.tokenizer.decode(ids["valid"][:-1]).replace("<|endoftext|>", "|").replace("||", "|") in ("line 38|line 39", "line 38line 39")
 
 
 def test_the_hub_without_its_package_is_one_line_that_says_what_to_install(tmp_path, monkeypatch, capsys):
@@ -162,7 +185,13 @@ def file(name, content):
     [
         (folder(train_txt=b"text"), {}, "must have a valid split .* got train; add valid.txt"),
         (folder(readme_md=b"text"), {}, "must hold train, valid or test as .* got none"),
-        (folder(train_txt=b"a", valid_txt=b"b", validation_txt=b"c"), {}, "one .txt file of valid; got .*; remove all but one"),
+        (folder(train_txt=b"a", valid_txt=b"b", validation_txt=b"c"), {}, "one text file of valid; got .*; remove all but one"),
+        (folder(train_txt=b"a", val_md=b"b", valid_txt=b"c"), {}, "one text file of valid; got valid.txt and val.md; remove"),
+        (folder(train_jsonl=b'{"text": "a"}\n{"txt": "b"}\n', valid_txt=b"a"), {}, 'line 2 of .*train.jsonl must be a JSON object with a string "text"; got txt; rename'),
+        (folder(train_jsonl=b'{"text": 3}\n', valid_txt=b"a"), {}, 'a string "text"; got text; '),
+        (folder(train_jsonl=b'["a"]\n', valid_txt=b"a"), {}, "must be a JSON object .*; got list"),
+        (folder(train_jsonl=b'{"text": "a"\n', valid_txt=b"a"), {}, "line 1 .*; got Expecting ',' delimiter"),
+        (folder(train_jsonl=b"[" * 100_000, valid_txt=b"a"), {}, "line 1 .*; got .*recursion"),
         (folder(train_txt=b"text", valid_txt=b""), {}, "valid split of .* must hold text; got none"),
         (folder(train_txt=b"text", valid_gpt2_bin=b""), {}, "valid split of .* must hold text; got none"),
         (folder(train_txt=b"text", valid_gpt2_bin=b"abc"), {}, "two bytes per token; got 3 bytes, an odd number"),
@@ -176,7 +205,7 @@ def file(name, content):
         (folder(train_gpt2_bin=b"ab", valid_gpt2_bin=b"ab"), {"tokenizer": "bpe"}, "--tokenizer bpe must have a training text"),
         (file("corpus.txt", b"one line\n"), {}, "at least 2 lines .* got 1"),
         (file("corpus.txt", b""), {}, "at least 2 lines .* got 0"),
-        (file("corpus.csv", b"a\nb\n"), {}, "must be a text file .* got another ending"),
+        (file("corpus.parquet", b"a\nb\n"), {}, "must be a text file .* got another ending; .* into lines of a .jsonl file"),
         (lambda path: path / "missing.txt", {}, "existing path or a hub repository owner/name; got .*missing.txt"),
         (lambda path: "wikitext103", {}, "must be wikitext, c4, builtin, .* got wikitext103"),
         (lambda path: "c4", {"dataset_config": "wikitext-103-raw-v1"}, "--dataset-config of c4 .* got wikitext-103-raw-v1; try --dataset-config en"),

@@ -4,9 +4,11 @@ import contextlib
 import hashlib
 import io
 import itertools
+import json
 import lzma
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -14,10 +16,12 @@ import numpy as np
 
 from phase1.data.text import Document, Text
 from phase1.files import open_plain
+from phase1.text import one_line
 
 VALID_LINES_DIVISOR = 20  # the last 5 % of lines of a single text file, at least one, are its valid split
-STEMS = {"train": ("train",), "valid": ("valid", "validation"), "test": ("test",)}
-TEXT_SUFFIXES = (".txt", ".txt.xz")
+STEMS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}
+TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".txt.xz", ".md.xz", ".jsonl.xz")
+FIELD = "text"  # of a line of JSON
 TOKEN_SUFFIXES = (".gpt2.bin", ".gpt2.bin.xz")
 TOKENS_LOOKED_AT = 4096  # of a token file, for the type of its numbers
 _BLOCK = 1 << 20
@@ -32,7 +36,8 @@ def local_files(path: Path) -> tuple[dict[str, Path], dict[str, Path]]:
             there = [file for stem in stems for suffix in suffixes if (file := path / (stem + suffix)).is_file()]
             if len(there) > 1:
                 names = " and ".join(file.name for file in there)
-                raise ValueError(f"{path} must hold one {suffixes[0]} file of {split}; got {names}; remove all but one")
+                kind = "text" if suffixes is TEXT_SUFFIXES else "token"
+                raise ValueError(f"{path} must hold one {kind} file of {split}; got {names}; remove all but one")
             if there:
                 found[split] = there[0]
     if not texts and not tokens:
@@ -44,7 +49,9 @@ def local_files(path: Path) -> tuple[dict[str, Path], dict[str, Path]]:
 
 
 def file_text(path: Path) -> Text:
-    """A whole file as one document."""
+    """A whole file: one document, or one of each line of JSON."""
+    if _is_json(path):
+        return Text(f"json:{_file_sha256(path)}", lambda: _json_texts(path, 0, None))
     return Text(f"text:{_file_sha256(path)}", lambda: iter([_blocks(path)]))
 
 
@@ -52,24 +59,26 @@ def require_text_name(path: Path) -> None:
     """Raise ValueError for a single file whose name is not that of a text."""
     if not path.name.endswith(TEXT_SUFFIXES):
         raise ValueError(
-            f"{path} must be a text file ({', '.join(TEXT_SUFFIXES)}); got another ending; rename it, or put "
-            f"{TOKEN_SUFFIXES[0]} files in a folder as train and valid"
+            f"{path} must be a text file ({', '.join(TEXT_SUFFIXES)}); got another ending; rename it, write its texts "
+            f"as {{'{FIELD}': ...}} into lines of a .jsonl file, or put {TOKEN_SUFFIXES[0]} files in a folder as train and valid"
         )
 
 
 def split_file(path: Path) -> dict[str, Text]:
-    """train and valid of one text file: valid is the last 5 % of its lines, at least one."""
+    """train and valid of one text file: valid is the last 5 % of its lines, at least one. A line of JSON is a document."""
     require_text_name(path)
     with _readable(path), _open_text(path) as file:
         count = sum(1 for _ in file)
     if count < 2:
         raise ValueError(f"{path} must have at least 2 lines to be split into train and valid; got {count}; add text")
     first_valid = count - max(1, count // VALID_LINES_DIVISOR)
-    key = f"text:{_file_sha256(path)}:lines"
-    return {
-        "train": Text(f"{key}:0:{first_valid}", lambda: iter([_lines(path, 0, first_valid)])),
-        "valid": Text(f"{key}:{first_valid}:{count}", lambda: iter([_lines(path, first_valid, count)])),
-    }
+    key = f"{'json' if _is_json(path) else 'text'}:{_file_sha256(path)}:lines"
+
+    def part(start: int, stop: int) -> Text:
+        documents = partial(_json_texts, path, start, stop) if _is_json(path) else lambda: iter([_lines(path, start, stop)])
+        return Text(f"{key}:{start}:{stop}", documents)
+
+    return {"train": part(0, first_valid), "valid": part(first_valid, count)}
 
 
 def read_token_file(path: Path) -> np.ndarray:
@@ -124,9 +133,34 @@ def _blocks(path: Path) -> Document:
             yield block
 
 
-def _lines(path: Path, start: int, stop: int) -> Document:
+def _lines(path: Path, start: int, stop: int | None) -> Iterator[str]:
     with _readable(path), _open_text(path) as file:
         yield from itertools.islice(file, start, stop)
+
+
+def _is_json(path: Path) -> bool:
+    return path.name.endswith((".jsonl", ".jsonl.xz"))
+
+
+def _json_texts(path: Path, start: int, stop: int | None) -> Iterator[Document]:
+    """Of each line that is not empty, its text."""
+    for number, line in enumerate(_lines(path, start, stop), start + 1):
+        if line.strip():
+            yield [_json_text(path, number, line)]
+
+
+def _json_text(path: Path, number: int, line: str) -> str:
+    expected = f'line {number} of {path} must be a JSON object with a string "{FIELD}"'
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{expected}; got {one_line(str(error), 80)}; mend the line") from error
+    if not isinstance(found, dict) or not isinstance(found.get(FIELD), str):
+        got = ", ".join(map(str, found)) if isinstance(found, dict) else type(found).__name__
+        raise ValueError(
+            f"{expected}; got {one_line(got, 80) or 'none'}; rename the field, or write the texts into a .txt file"
+        )
+    return str(found[FIELD]).encode("utf-8", "replace").decode()  # JSON can spell half a character
 
 
 def _file_sha256(path: Path) -> str:
