@@ -58,10 +58,10 @@ def file_text(path: Path) -> Text:
 def require_text_name(path: Path) -> None:
     """Raise ValueError for a single file whose name is not that of a text."""
     if not path.name.endswith(TEXT_SUFFIXES):
-        raise ValueError(
-            f"{path} must be a text file ({', '.join(TEXT_SUFFIXES)}); got another ending; rename it, write its texts "
-            f"as {{'{FIELD}': ...}} into lines of a .jsonl file, or put {TOKEN_SUFFIXES[0]} files in a folder as train and valid"
-        )
+        as_lines = f"write its texts as {{'{FIELD}': ...}} into lines of a .jsonl file"
+        or_tokens = f"put {TOKEN_SUFFIXES[0]} files in a folder as train and valid"
+        expected = f"{path} must be a text file ({', '.join(TEXT_SUFFIXES)})"
+        raise ValueError(f"{expected}; got another ending; rename it, {as_lines}, or {or_tokens}")
 
 
 def split_file(path: Path) -> dict[str, Text]:

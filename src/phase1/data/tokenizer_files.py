@@ -113,7 +113,8 @@ def trained_tokenizer(text: Text | None, vocab_size: int, cache_dir: Path) -> To
     Has `vocab_size` entries, or fewer where no pair of tokens is left that occurs twice.
     """
     if text is None:
-        raise ValueError("--tokenizer bpe must have a training text; got none; add train.txt or use gpt2")
+        remedy = "add train.txt, or give gpt2 or the folder of a checkpoint"
+        raise ValueError(f"--tokenizer bpe must have a training text; got none; {remedy}")
     smallest = 1 + len(byte_alphabet())
     if vocab_size < smallest:
         raise ValueError(
