@@ -108,6 +108,7 @@ def test_two_folders_are_compared_kind_by_kind(gate, tmp_path):
 
 
 CONDITIONS = {"batch_size": 4, "seq_length": 2048}
+CONFIG = memory_result("phase1", 1000).config
 TEXT = Dataset(name="other", split="train", sha256="cd" * 32)
 
 
@@ -119,6 +120,8 @@ TEXT = Dataset(name="other", split="train", sha256="cd" * 32)
         (peak(1000, run=CONDITIONS | {"batch_size": 8}), "peak:+2%", "batch_size is 4 in OLD and 8 in NEW"),
         (peak(1000, run=CONDITIONS | {"seq_length": 1024}), "peak:+2%", "at T = 1024: not in OLD"),
         (memory_report(results={"phase1": memory_result("phase1", 1000, config_id="x\x1b[2J")}), "peak:+2%", "config_id is id-phase1 in OLD and x?[2J in NEW"),
+        (memory_report(results={"phase1": memory_result("phase1", 1000, config_id="x", config=CONFIG | {"d_model": 768})}), "peak:+2%", f"d_model is {CONFIG['d_model']} in OLD and 768 in NEW"),
+        (memory_report(results={"phase1": memory_result("phase1", 1000, config_id="x", config=dict.fromkeys(CONFIG, 7))}), "peak:+2%", "more settings"),
         (memory_report(results={"phase1": memory_result("phase1", 1000, basis="estimated")}), "peak:+2%", "basis is measured in OLD and estimated in NEW"),
         (memory_report(results={"other": memory_result("baseline", 1000)}), "peak:+2%", "of other at T = 2048: not in OLD"),
         (perplexity(30.0, protocol_hash="fedcba987654"), "perplexity:+1%", "protocol_hash is 0123456789ab in OLD and fedcba987654 in NEW"),

@@ -15,6 +15,7 @@ METRICS = {"peak": "memory", "tokens_per_second": "throughput", "perplexity": "p
 _RULE = re.compile(r"([a-z_]{1,40}):([+-])([0-9]{1,4}(?:\.[0-9]{1,2})?)%")
 _MAY_BE_UNKNOWN = ("precision", "trained_on")  # not in every report, and then equal only to its like
 _UNKNOWN_ON_FAILURE = ("protocol_hash", "trained_tokens", "trained_on")
+SETTINGS = 3  # of a model that differ, which a reason names
 Key = tuple[str, str, int | None]  # model, metric, seq_length
 
 
@@ -40,11 +41,12 @@ class Rule:
 
 @dataclass(frozen=True)
 class Number:
-    """A value of one report (None where the model failed), and the conditions it holds under."""
+    """A value of one report (None where the model failed), the conditions it holds under, and the settings of the model."""
 
     value: float | None
     status: Status
     conditions: Mapping[str, object]
+    config: Mapping[str, object]
     detail: str = ""
 
 
@@ -127,12 +129,21 @@ def _mismatch(old: Number, new: Number) -> str:
         if failed and name in _UNKNOWN_ON_FAILURE and None in (before, after):
             continue
         if before != after:
+            if name == "config_id" and (settings := _changed_settings(old.config, new.config)):
+                return settings
             return f"{name} is {_shown(before)} in OLD and {_shown(after)} in NEW"
         if before is None and name not in _MAY_BE_UNKNOWN:
             return f"{name} is not recorded"
         if name == "untrained" and before:
             return "untrained in both"
     return ""
+
+
+def _changed_settings(old: Mapping[str, object], new: Mapping[str, object]) -> str:
+    """The settings that are in both files and differ, the first few of them; nothing where none does."""
+    changed = [name for name in old if name in new and old[name] != new[name]]
+    shown = [f"{name} is {_shown(old[name])} in OLD and {_shown(new[name])} in NEW" for name in changed[:SETTINGS]]
+    return ", ".join(shown) + (f", and {len(changed) - SETTINGS} more settings" if len(changed) > SETTINGS else "")
 
 
 def _shown(value: object) -> str:
@@ -151,12 +162,12 @@ def _numbers(reports: Mapping[str, Report[Any]]) -> dict[Key, Number]:
             if isinstance(result, MemoryResult):
                 conditions |= world_size | {"batch_size": run.get("batch_size"), "seq_length": run.get("seq_length")}
                 key = (model, "peak", _length(run))
-                numbers[key] = Number(result.peak_allocated_bytes, result.status, conditions, result.detail)
+                numbers[key] = Number(result.peak_allocated_bytes, result.status, conditions, result.config, result.detail)
             elif isinstance(result, PerplexityResult):
                 conditions |= {name: getattr(result, name) for name in ("protocol_hash", "trained_tokens", "trained_on")}
                 conditions |= {"seq_length": run.get("seq_length"), "untrained": result.untrained}
                 key = (model, "perplexity", _length(run))
-                numbers[key] = Number(result.perplexity, result.status, conditions, result.detail)
+                numbers[key] = Number(result.perplexity, result.status, conditions, result.config, result.detail)
             elif isinstance(result, ThroughputResult):
                 conditions |= {"precision": run.get("precision"), "compile": bool(run.get("compile"))}
                 conditions |= world_size | {"cuda_graphs": bool(run.get("cuda_graphs"))}
@@ -166,7 +177,8 @@ def _numbers(reports: Mapping[str, Report[Any]]) -> dict[Key, Number]:
                         raise ValueError(
                             f"{model} must have one measurement per length; got T = {m.seq_length} twice; remove one"
                         )
-                    numbers[key] = Number(m.tokens_per_second, m.status, at_length, m.detail or result.detail)
+                    detail = m.detail or result.detail
+                    numbers[key] = Number(m.tokens_per_second, m.status, at_length, result.config, detail)
     return numbers
 
 

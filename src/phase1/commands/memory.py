@@ -63,10 +63,10 @@ def main(run: MemoryRun) -> int:
         run=session.settings | known,
         ablation=ablated,
     )
+    session.close()  # before what may be cut off: `| head`
     if run.verbose:
         print(memory_text(report), checks_text(report.checks), sep="\n")
     print(text(screen(run, report, files)))
-    session.close()
     return exit_code(report.checks)
 
 

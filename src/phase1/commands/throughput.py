@@ -78,12 +78,12 @@ def main(run: ThroughputRun) -> int:
         run=session.settings | way | {"precision": precision, "batch_size_asked": run.batch_size},
         warnings=[*way["otherwise"], *run_warnings(monitor.samples, monitor.cpu_use())],
     )
+    session.close()  # before what may be cut off: `| head`
     if run.verbose and run.decode:
         print(console(decoding_comparison(report)), end="\n\n")
     if run.verbose:
         print(throughput_text(report), checks_text(report.checks), sep="\n")
     print(text(screen(run, report, files)))
-    session.close()
     return exit_code(report.checks)
 
 
