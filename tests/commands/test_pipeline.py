@@ -55,7 +55,7 @@ def test_every_step_runs_and_the_worst_decides(ends, code, monkeypatch, tmp_path
     "preset, words, says",
     [
         ("smoke", ["--dataset-name", "nofile.txt"], "--dataset-name must be wikitext, .*; got nofile.txt; check the spelling"),
-        ("smoke", ["--dataset-name", "readme.md"], "readme.md must be a text file .*; got another ending; rename it"),
+        ("smoke", ["--dataset-name", "readme.pdf"], "readme.pdf must be a text file .*; got another ending; rename it"),
         ("smoke", ["--tokenizer", "no/folder"], "--tokenizer must be auto, gpt2, bpe or a folder .*; got no/folder; use one"),
         ("smoke", ["--tokenizer", "data"], "--tokenizer data: a folder must hold tokenizer.json; got none"),
         ("smoke", ["--tokenizer", "gpt2"], "--tokenizer gpt2 must have at most 2048 entries, .*; got 50257; use --tokenizer bpe"),
@@ -68,7 +68,7 @@ def test_every_step_runs_and_the_worst_decides(ends, code, monkeypatch, tmp_path
 )
 def test_wrong_names_of_data_end_it_before_any_step(preset, words, says, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    for name in ("readme.md", "data/valid.txt", "tokens/train.gpt2.bin", "tokens/valid.gpt2.bin", "empty/a.csv"):
+    for name in ("readme.pdf", "data/valid.txt", "tokens/train.gpt2.bin", "tokens/valid.gpt2.bin", "empty/a.csv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("text")
     monkeypatch.setattr(pipeline, "_run_step", lambda *_: pytest.fail("a step ran"))
