@@ -8,9 +8,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def cores(v1=5, v2=3, rank=4, d1=2, d2=6, bias=True):
     torch.manual_seed(0)
-    shapes = [(v1, rank, d1), (v2, rank, d2), (v1, rank), (v2, rank)] + [(v1, d1 * d2), (v2, d1 * d2)] * bias
+    shapes = [(v1, rank, d1), (v2, rank, d2), (v1, rank), (v2, rank)] + [(v2, d1 * d2)] * bias
     tensors = [torch.randn(shape, dtype=torch.float64, device=DEVICE, requires_grad=True) for shape in shapes]
-    return Cores(*tensors) if bias else Cores(*tensors, None, None)
+    return Cores(*tensors) if bias else Cores(*tensors, None)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -92,7 +92,7 @@ class TensorTrainTail(nn.Module):
     @property
     def cores(self) -> Cores:
         """The parameters as the operator takes them."""
-        return Cores(self.core_a, self.core_b, self.phase_a, self.phase_b, None, self.bias_b)
+        return Cores(self.core_a, self.core_b, self.phase_a, self.phase_b, self.bias_b)
 
     def table(self, dtype: torch.dtype) -> Tensor:
         """All rows, (n, D); the grid may have a few more."""

@@ -38,8 +38,8 @@ def _softmax_rows(  # type: ignore[no-untyped-def]
     logits,
     stride,
     bias,
-    column,
-    picked,
+    targets,
+    log_p,
     weights,
     log_odds,
     V,
@@ -51,7 +51,7 @@ def _softmax_rows(  # type: ignore[no-untyped-def]
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
-    wide = picked.dtype.element_ty
+    wide = log_p.dtype.element_ty
     lanes = tl.arange(0, BLOCK)
     # every lane keeps the maximum of what it saw and the sum of exponentials relative to it; they are joined at the end
     highest = tl.full([BLOCK], -1e30, wide)
@@ -73,12 +73,12 @@ def _softmax_rows(  # type: ignore[no-untyped-def]
         highest = higher
     peak = tl.max(highest, 0)
     total = tl.sum(total * tl.exp(highest - peak), 0)
-    target = tl.load(column + row)
+    target = tl.load(targets + row)
     chosen = tl.load(logits + target).to(wide)
     if BIASED:
         chosen += tl.load(bias + target)
     chosen = chosen - peak - tl.log(total)
-    tl.store(picked + row, chosen)
+    tl.store(log_p + row, chosen)
     if GRADIENT:
         weight = tl.load(weights + row).to(wide)
         if ODDS:

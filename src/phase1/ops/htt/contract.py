@@ -1,4 +1,4 @@
-"""The holographic tensor train as batched matmuls, after the cosine and the biases are expanded into an ordinary train."""
+"""The holographic tensor train as batched matmuls, after the cosine and the bias are expanded into an ordinary train."""
 
 import torch
 from torch import Tensor
@@ -7,18 +7,15 @@ from phase1.ops.htt.reference import Cores
 
 
 def _expand(cores: Cores) -> tuple[Tensor, Tensor]:
-    """Cores (v1, R, d1) and (v2, R, d2) of an ordinary train without phases and biases.
+    """Cores (v1, R, d1) and (v2, R, d2) of an ordinary train without phases and bias.
 
-    cos(φ1 + φ2) = cos φ1 cos φ2 - sin φ1 sin φ2 makes two terms of each; a bias is d1 or d2 more, with 1 in the other core:
-    the product adds it in float32, and no pass over the table does.
+    cos(φ1 + φ2) = cos φ1 cos φ2 - sin φ1 sin φ2 makes two terms of each; the bias is d1 more, with 1 in the other core: the
+    product adds it in float32, and no pass over the table does.
     """
     cos_a, sin_a = cores.phase_a.cos()[..., None], cores.phase_a.sin()[..., None]
     cos_b, sin_b = cores.phase_b.cos()[..., None], cores.phase_b.sin()[..., None]
     a, b = [cores.a * cos_a, -cores.a * sin_a], [cores.b * cos_b, cores.b * sin_b]
     (v1, _, d1), (v2, _, d2) = cores.a.shape, cores.b.shape
-    if cores.bias_a is not None:
-        a.append(cores.bias_a.view(v1, d1, d2).transpose(1, 2))
-        b.append(torch.eye(d2, dtype=cores.b.dtype, device=cores.b.device).expand(v2, d2, d2))
     if cores.bias_b is not None:
         a.append(torch.eye(d1, dtype=cores.a.dtype, device=cores.a.device).expand(v1, d1, d1))
         b.append(cores.bias_b.view(v2, d1, d2))

@@ -7,13 +7,12 @@ from torch import Tensor
 
 
 class Cores(NamedTuple):
-    """Parameters of a table of v1·v2 rows of width d1·d2 with r terms; the biases may be None."""
+    """Parameters of a table of v1·v2 rows of width d1·d2 with r terms; the bias may be None."""
 
     a: Tensor  # (v1, r, d1)
     b: Tensor  # (v2, r, d2)
     phase_a: Tensor  # (v1, r), radians
     phase_b: Tensor  # (v2, r), radians
-    bias_a: Tensor | None  # (v1, d1·d2)
     bias_b: Tensor | None  # (v2, d1·d2)
 
     @property
@@ -29,7 +28,7 @@ def check_positions(positions: Tensor, cores: Cores) -> None:
 
 
 def htt_lookup_reference(positions: Tensor, cores: Cores) -> Tensor:
-    """E[i] = Σ_ρ cos(φ1[i1, ρ] + φ2[i2, ρ]) A[i1, ρ, :] ⊗ B[i2, ρ, :] + b1[i1] + b2[i2], with i = i1·v2 + i2.
+    """E[i] = Σ_ρ cos(φ1[i1, ρ] + φ2[i2, ρ]) A[i1, ρ, :] ⊗ B[i2, ρ, :] + b2[i2], with i = i1·v2 + i2.
 
     Args:
         positions: rows to read, any shape, integers in [0, v1·v2).
@@ -49,9 +48,6 @@ def htt_lookup_reference(positions: Tensor, cores: Cores) -> Tensor:
         for rho in range(cores.a.shape[1]):
             wave = torch.cos(cores.phase_a[i1, rho] + cores.phase_b[i2, rho])
             row = row + wave * torch.outer(cores.a[i1, rho], cores.b[i2, rho])
-        row = row.flatten()
-        for bias, index in ((cores.bias_a, i1), (cores.bias_b, i2)):
-            row = row if bias is None else row + bias[index]
-        rows.append(row)
+        rows.append(row.flatten() if cores.bias_b is None else row.flatten() + cores.bias_b[i2])
     width = cores.a.shape[2] * cores.b.shape[2]
     return torch.stack(rows).view(*positions.shape, width) if rows else cores.a.new_zeros(*positions.shape, width)
