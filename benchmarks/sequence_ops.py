@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from sequence_rows import CHANNELS, HEADS, WINDOW, Inputs, Row, Size, rows
 from torch import Tensor
+from tune_together import tune_together
 
 from phase1.files import atomic_write
 
@@ -51,7 +52,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=340.0, help="of the whole run; what is not done by then is skipped")
     parser.add_argument("--row-seconds", type=float, default=60.0, help="of one row, or of the times of a size")
     parser.add_argument("--compile-seconds", type=float, default=240.0, help="at most, before the run; 0 leaves it out")
-    parser.add_argument("--compile-processes", type=int, default=12, help="at a time")
+    parser.add_argument("--compile-processes", type=int, default=6, help="at a time")
     parser.add_argument("--compile-only", action="store_true", help="fill the caches of compiled kernels, and end")
     parser.add_argument("--out-dir", default="results/benchmarks/sequence_ops")
     parser.add_argument("--plot-only", action="store_true", help="draw the plot of the file that is there")
@@ -211,6 +212,8 @@ def answers(options: argparse.Namespace, left: list[dict[str, Any]], ends: float
 
 def worker(options: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        tune_together()
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[options.precision]
     left = json.loads(sys.stdin.read())
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"

@@ -33,7 +33,8 @@ for step in "$@"; do
     phase1) $run perplexity "${common[@]}" --compile --cuda-graphs --variants ar_ssm_dense_no_copy transformer_start --out-dir "$out/phase1" ;;
     compile)
       for peer in kda gla gated_delta_by_kda; do
-        $run throughput --no-baseline --seq-lengths 512 --batch-size 64 --no-saturate --measure-steps 1 --warmup-steps 1 \
+        python3 benchmarks/tune_together.py throughput --no-baseline --seq-lengths 512 --batch-size 64 --no-saturate --no-cuda-graphs \
+          --measure-steps 1 --warmup-steps 1 \
           --model "$peer=$mixers:$peer" --out-dir "$out/compile/$peer" &
       done
       wait ;;

@@ -33,3 +33,10 @@ def test_kernels_that_are_compiled_together_are_all_that_will_run():
     assert done.returncode == 0, done.stderr[-2000:]
     together, later, launches = map(int, done.stdout.split())
     assert 20 <= together < launches and later == 0
+
+
+def test_forms_of_a_tuned_kernel_are_compiled_before_they_are_timed():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("tuned.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and done.stdout.split() == ["0"] * 3, done.stderr[-2000:] + done.stdout
