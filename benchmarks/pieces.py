@@ -56,6 +56,16 @@ class Training:
     def model(self) -> ModelConfig:
         return model_config("phase1", self.shape, **{"recompute": "none", **self.overrides})
 
+    @property
+    def what(self) -> str:
+        """In words."""
+        model, parts = self.model(), [f"{self.B} x {self.T:,} tokens"]
+        parts += [f"width {model.d_model}, {model.n_layers} layers"] * (self.shape != EngineShape())
+        parts += [f"in pieces of {self.piece_length:,}"] if self.piece_length else []
+        parts += [f"{self.micro} sequences at a time"] if self.micro else []
+        parts += ["compiled"] * self.compile + ["blocks recomputed"] * (model.recompute == "block")
+        return ", ".join(parts + ["two-level output"] * (model.htt_output == "two_level"))
+
 
 def speed(case: Training, limit: int) -> dict[str, Any]:
     """Tokens per second, peak bytes and loss; long sequences are warmed up by shorter ones, which capture the same graphs."""
@@ -171,12 +181,23 @@ def main() -> None:
     found = json.loads(file.read_text())["cases"] if file.exists() else {}
     record = {"environment": environment(), "command": "python benchmarks/pieces.py [CASE ...]", "cases": found}
     for name in options.cases or CASES:
-        found[name] = in_a_process(name, options.limit, options.timeout)
+        found[name] = {"what": what(name)} | in_a_process(name, options.limit, options.timeout)
         atomic_write(file, json.dumps(record, indent=1).encode())
         print(f"{name:28} {line(found[name])}", flush=True)
     for label, (key, ours, theirs) in RATIOS.items():
         if found.get(ours, {}).get(key) and found.get(theirs, {}).get(key):
             print(f"{label:48} {found[ours][key] / found[theirs][key]:.3f}")
+
+
+def what(name: str) -> str:
+    """A case in words."""
+    kind, arguments = CASES[name].func, CASES[name].args  # type: ignore[attr-defined]
+    if kind is speed:
+        return str(arguments[0].what)
+    role = "engine" if arguments[0] == "phase1" else arguments[0]
+    pieces = f", in pieces of {arguments[1]}" if arguments[1] else ""
+    measured = "peak of 4 x 2,048 tokens" if kind is peak else "sequences of 2,048 tokens that train under the limit"
+    return f"{role}{pieces}: {measured}"
 
 
 def in_a_process(name: str, limit: str, timeout: float) -> dict[str, Any]:
@@ -190,7 +211,7 @@ def in_a_process(name: str, limit: str, timeout: float) -> dict[str, Any]:
         return conditions | {"failed": f"no result within {timeout:g} s"}
     spent = {"process_seconds": time.perf_counter() - began}
     if done.returncode:
-        return conditions | spent | {"failed": (done.stderr.strip() or "no message").splitlines()[-1][:300]}
+        return conditions | spent | {"failed": (done.stderr.strip() or "no message").splitlines()[-1].split(". ")[0]}
     return conditions | spent | json.loads(done.stdout.splitlines()[-1])
 
 
