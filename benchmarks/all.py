@@ -9,6 +9,7 @@ again, a job goes on if its command can. Says how each ended; exit status 1 if o
 """
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ PEERS = f"bash {ROOT}/examples/peers/run.sh"
 TEXTS = "--dataset-name {data}/wikipedia --also-evaluate {data}/wikitext103"
 FAIR = "--variants equal_parameters transformer_fair_copy transformer_fair no_copy ar_ssm_dense_no_copy --repeats 2"
 FAST = "--micro-batch-size 64 --batch-size 64 --compile --cuda-graphs --recompute none"
+FULL, STEP = 90_000_000, 64 * 512  # tokens of a training, and of a step
 SHARED = 2  # trainings of a GPU at a time: one computes while the other prepares
 
 
@@ -43,6 +45,17 @@ class Job:
         return self.gpus == 1 and not self.alone
 
 
+def tokens_of_the_same_time() -> int:
+    """What the engine trains on while the fastest Transformer trains on all, at the speeds of the record, in whole steps."""
+    rows = json.loads((ROOT / "results/h200/kernels/steps.json").read_text())["rows"]
+    speeds = {
+        row["role"]: row["tokens_per_s"]
+        for row in rows
+        if row["batch_size"] * row["seq_length"] == STEP and row["seq_length"] == 512 and "htt_output" not in row["settings"]
+    }
+    return round(FULL * speeds["phase1"] / speeds["baseline_fast"] / STEP) * STEP
+
+
 def step(role: str, size: str, *settings: str) -> Job:
     name = "-".join(["steps", role, *size.split(), *(setting.split("=")[1] for setting in settings if "output" in setting)])
     return Job(name, f"{BENCHMARK}steps.py {role} {size} {' '.join(settings)} --out-dir {{out}}/kernels", 35)
@@ -60,6 +73,8 @@ JOBS = [
     Job("throughput", f"{PHASE1} throughput --decode --save-plots --out-dir {{out}}", 200),
     Job("perplexity", f"{PHASE1} perplexity {TEXTS} {FAST} {FAIR} "
         "--gpus {slots} --resume --checkpoint-dir {out}/checkpoints --out-dir {out}/perplexity_fair", 800, None, False),
+    Job("same_time", f"{PHASE1} perplexity {TEXTS} {FAST} --no-baseline --repeats 2 --train-tokens {tokens_of_the_same_time()} "
+        "--gpus {slots} --resume --checkpoint-dir {out}/checkpoints --out-dir {out}/perplexity_same_time", 150, None, False),
     Job("memory", f"{PHASE1} memory --out-dir {{out}}", 60),  # what is outside the allocator is the card's
     Job("calibration", f"{BENCHMARK}calibrate_memory.py --workers 8 --out-dir {{out}}", 120, 1, False),
     Job("pieces", f"{BENCHMARK}pieces.py --out-dir {{out}}", 200),

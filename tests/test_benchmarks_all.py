@@ -88,7 +88,13 @@ def test_every_record_that_is_awaited_has_a_job():
     """Scripts of benchmarks that write records, and what the commands of phase1 write into results/h200."""
     commands = " ".join(job.command for job in all_.JOBS)
     for script in (ROOT / "benchmarks").glob("*.py"):
-        assert script.name in ("all.py", "sequence_rows.py") or f"benchmarks/{script.name}" in commands, script.name
+        helps = script.name in ("all.py", "sequence_rows.py", "tune_together.py")
+        assert helps or f"benchmarks/{script.name}" in commands, script.name
+
+
+def test_the_same_time_is_fewer_tokens_of_the_slower_model():
+    tokens = all_.tokens_of_the_same_time()
+    assert tokens % all_.STEP == 0 and 0.5 * all_.FULL < tokens < 1.5 * all_.FULL
 
 
 @pytest.mark.parametrize("name", [job.name for job in all_.JOBS])
