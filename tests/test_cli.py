@@ -383,3 +383,11 @@ def test_an_unknown_flag_is_answered_with_those_like_it(command, flag, near, cap
     assert f"unrecognized arguments: {flag}" in err and "did you mean" in err and near in err
     assert pytest.raises(SystemExit, main, [command, "--zzzzqqq"]).value.code == 2
     assert "did you mean" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command, flag, says", [("train", "--max-hours", True), ("perplexity", "--max-samples", True), ("memory", "--batch-size", False)])
+def test_zero_is_refused_and_what_may_be_left_out_says_so(command, flag, says, capsys):
+    assert main([command, flag, "0"]) == 2
+    err = capsys.readouterr().err
+    assert_one_line(err)
+    assert f"{flag} must be greater than 0" in err and err.rstrip().endswith("or leave it out") == says

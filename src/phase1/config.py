@@ -59,11 +59,14 @@ def with_home(value: Any) -> Any:
 
 
 def require_positive(config: Any, *names: str) -> None:
+    """Raise ValueError where one is not; of a setting that may be None the message says that leaving it out is."""
+    optional = {setting.name for setting in fields(config) if setting.default is None}
     for name in names:
         value = getattr(config, name)
+        remedy = "give a positive number" + (", or leave it out" if name in optional else "")
         for item in value if isinstance(value, tuple) else (value,):
             if not 0 < item < math.inf:
-                raise ValueError(f"{flag_of(name)} must be greater than 0; got {item}; give a positive number")
+                raise ValueError(f"{flag_of(name)} must be greater than 0; got {item}; {remedy}")
 
 
 @dataclass(frozen=True, kw_only=True)
