@@ -5,27 +5,26 @@
 runs `phase1 COMMAND` so. For kernels of other libraries that are tuned at their first use; this package's have one form each.
 """
 
-import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
+
+from phase1.ops.compile_together import compiles_side_by_side, side_by_side
 
 
 def tune_together() -> None:
     """For the rest of this process; nothing changes with a Triton that compiles one kernel at a time."""
-    import triton
     from triton.runtime.autotuner import Autotuner
 
-    side_by_side, usual = getattr(triton, "AsyncCompileMode", None), Autotuner.prune_configs
-    if side_by_side is None:
+    usual = Autotuner.prune_configs
+    if not compiles_side_by_side():
         return
 
     def prune_configs(tuner: Any, meta: dict[str, Any]) -> Any:
         """The forms that will be timed, compiled; one that does not compile is left to the tuner."""
         configs = usual(tuner, meta)
         arguments = list(tuner.nargs.values())
-        with suppress(Exception), ThreadPoolExecutor(os.cpu_count()) as threads, side_by_side(threads):
+        with suppress(Exception), side_by_side():
             for config in configs:
                 with suppress(Exception):
                     tuner.fn.run(*arguments, **meta | config.all_kwargs() | {"warmup": True})

@@ -30,7 +30,9 @@ def copy(x, y, n, BLOCK: tl.constexpr):
 def time(tuner, *arguments, config, **meta):
     before = len(compiled)
     try:
-        tuner.fn.run(*arguments, **meta | config.all_kwargs() | {"warmup": True})
+        made = tuner.fn.run(*arguments, **meta | config.all_kwargs() | {"warmup": True})
+        if hasattr(made, "result"):  # as a launch asks for it, which raises what the compiler has raised
+            made.result()
         timed.append(len(compiled) - before)
     except triton.CompilationError:
         return [float("inf")] * 3

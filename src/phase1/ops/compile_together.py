@@ -1,5 +1,6 @@
 """Compiles the Triton kernels of a piece of work side by side: one after the other they take a minute on a slow host."""
 
+import inspect
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -19,17 +20,34 @@ def compile_together(work: Callable[[], object]) -> None:
     `work` is called, and its kernels' results hold whatever is in memory: what it does must not depend on them. Nothing
     happens with a Triton that compiles one kernel at a time, or in its interpreter.
     """
-    import triton  # takes a second to import
-
-    side_by_side = getattr(triton, "AsyncCompileMode", None)
-    if side_by_side is None or os.environ.get("TRITON_INTERPRET") == "1":
+    if not compiles_side_by_side() or os.environ.get("TRITON_INTERPRET") == "1":
         return
     # gradients are computed by this thread too, whose launches are noted
     with torch.autograd.set_multithreading_enabled(False), _launches_noted() as launches:
         work()
-    with ThreadPoolExecutor(os.cpu_count()) as threads, side_by_side(threads):
+    with side_by_side():
         for kernel, grid, arguments, options in launches:
             kernel.warmup(*arguments, grid=grid, **options)
+
+
+def compiles_side_by_side() -> bool:
+    """Whether this Triton can: from 3.6 on."""
+    import triton  # takes a second to import
+
+    mode = getattr(triton, "AsyncCompileMode", None)
+    return mode is not None and "ignore_errors" in inspect.signature(mode).parameters
+
+
+@contextmanager
+def side_by_side() -> Iterator[None]:
+    """Kernels that this thread compiles within the block are ready at its end.
+
+    An error is raised again where the kernel is launched: Triton 3.6 would stay in this mode after one.
+    """
+    import triton
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads, triton.AsyncCompileMode(threads, ignore_errors=True):
+        yield
 
 
 @contextmanager

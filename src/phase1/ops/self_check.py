@@ -53,7 +53,8 @@ def passes(
         try:
             # in a thread of its own, out of all that the caller is in: autocast, inference mode, a block that is recomputed
             with ThreadPoolExecutor(1) as thread:
-                thread.submit(compile_together, worst_error).result()
+                with suppress(Exception):  # it spares time alone: what is wrong is found again
+                    thread.submit(compile_together, worst_error).result()
                 worst = thread.submit(worst_error).result()
         except torch.cuda.OutOfMemoryError:
             raise  # says nothing of the kernels
