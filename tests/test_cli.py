@@ -165,7 +165,7 @@ def test_a_printed_file_says_where_a_value_is_from(tmp_path, capsys):
     "content, says",
     [
         ("batch-sise = 3", "no flag is called batch-sise; the nearest is batch-size"),
-        ("batch-size = 'x'", "--batch-size: invalid int value: 'x'"),
+        ("batch-size = 'x'", "--batch-size: invalid integer value: 'x'"),
         ("batch-size = ", "must be a readable TOML file"),
         ("batch-size = 0", "--batch-size must be greater than 0"),
         (b"\xff", "must be a readable TOML file"),
@@ -383,6 +383,23 @@ def test_an_unknown_flag_is_answered_with_those_like_it(command, flag, near, cap
     assert f"unrecognized arguments: {flag}" in err and "did you mean" in err and near in err
     assert pytest.raises(SystemExit, main, [command, "--zzzzqqq"]).value.code == 2
     assert "did you mean" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["trian"], "did you mean train?"), (["train", "--lr", "1"], "did you mean --learning-rate?"), (["memory", "--dataset", "x"], "unrecognized"),
+        (["train", "--epochs", "3"], "did you mean --train-tokens?"), (["train", "--train-tokens", "1.5"], "invalid integer value: '1.5'"),
+    ],
+)  # fmt: skip
+def test_what_other_tools_call_it_is_known(words, says, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse(words[0], words[1:]) if words[0] in COMMANDS else main(words)
+    assert says in capsys.readouterr().err
+
+
+def test_a_million_can_be_written_short():
+    assert parse("train", ["--train-tokens", "1e6"]).train_tokens == 10**6
 
 
 @pytest.mark.parametrize("command, flag, says", [("train", "--max-hours", True), ("perplexity", "--max-samples", True), ("memory", "--batch-size", False)])

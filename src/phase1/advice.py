@@ -1,4 +1,6 @@
-"""Advice for a run that is out of memory: which settings to lower, the least costly first."""
+"""Advice for a run that is out of memory, which settings to lower, the least costly first; and what is hours of work."""
+
+HOURS = 1e15  # floating-point operations that take hours on a CPU
 
 
 def smaller(*, batch: tuple[str, int] | None = None, length: tuple[str, int] | None = None, more: tuple[str, ...] = ()) -> str:

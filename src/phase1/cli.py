@@ -68,6 +68,21 @@ EXAMPLES = {
     "check-model": ("phase1 check-model mine=my_model:build",),
     "doctor": ("phase1 doctor",),
 }
+ELSEWHERE = {
+    "--lr": ("--learning-rate",),
+    "--epochs": ("--train-tokens",),
+    "--steps": ("--train-tokens",),
+    "--max-steps": ("--train-tokens",),
+    "--batch": ("--train-batch-size", "--batch-size"),
+    "--bs": ("--train-batch-size", "--batch-size"),
+    "--data": ("--dataset-name",),
+    "--dataset": ("--dataset-name",),
+    "--output": ("--out-dir",),
+    "--output-dir": ("--out-dir",),
+    "--device": ("--card",),
+    "--model-path": ("--checkpoint",),
+}
+"""What other tools call a flag."""
 START = """start here:
   phase1 doctor                             what this machine can do
   phase1 memory --card "RTX 3060" --fit     what trains on a card; needs no GPU
@@ -192,6 +207,8 @@ def _top_level(argv: list[str]) -> int:
     if not argv:
         parser.print_help()
         return 0
+    if near := get_close_matches(argv[0], COMMANDS, n=1, cutoff=0.6):
+        parser.error(f"no command is called {argv[0]}; did you mean {near[0]}?")
     parser.parse_args(argv)
     return 2
 
@@ -289,6 +306,7 @@ def _known(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Nam
         given = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
         plain = given.replace("_", "-")
         near = [flag for flag in flags if flag.startswith(plain)] if len(plain) > 3 else []
+        near = [flag for flag in ELSEWHERE.get(plain, ()) if flag in flags] or near
         near = near or get_close_matches(plain, flags, n=2, cutoff=0.6)
         hint = f"; did you mean {' or '.join(near[:2])}?" if near else ""
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
@@ -333,7 +351,18 @@ def _argument(field: Any) -> dict[str, Any]:
         kind = get_args(kind)[0]
     if get_origin(kind) is Literal:
         return options | {"choices": get_args(kind)}
-    return options | {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "TEXT")}
+    return options | {"type": {int: integer}.get(kind, kind), "metavar": {int: "N", float: "X"}.get(kind, "TEXT")}
+
+
+def integer(text: str) -> int:
+    """A whole number, also as 1e6. Raises ValueError for other text."""
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)
+        if not number.is_integer():
+            raise
+        return int(number)
 
 
 def _summary(cls: type) -> str:

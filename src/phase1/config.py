@@ -326,7 +326,9 @@ class WatchConfig(Config):
     """What a training shows and records while it runs, and when it stops early; none of it changes a step."""
 
     eval_every: int | None = option(None, "steps between losses on the valid split; 0 is never, by default 20 times a run")
-    eval_tokens: int | None = option(None, "tokens that each of these losses is of; by default a 500th of --train-tokens")
+    eval_tokens: int | None = option(
+        None, "tokens that each of these losses is of; by default a 500th of --train-tokens, 2,048 at least"
+    )
     sample_every: int = option(0, "steps between texts that the model writes, into samples.txt; 0 is never")
     prompt: str = option("", "beginning of these texts; by default that of a document", is_prose=True)
     max_hours: float | None = option(None, "hours of training, of all sessions, after which it saves a checkpoint and stops")

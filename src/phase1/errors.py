@@ -44,6 +44,8 @@ def error_line(command: str, error: Exception) -> str:
         what = f"internal error: {type(error).__name__}: {reason(error)}; report it with the lines above and `phase1 doctor`"
     else:
         remedy = "; check that path and the free space there" if isinstance(error, OSError) else ""
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            remedy = "; a file is there, where a folder should be: give another"
         what = f"error: {reason(error) if is_out_of_memory(error) else error}{remedy}"
     return one_line(f"phase1 {command}: {what}", 2000)
 

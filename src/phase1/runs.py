@@ -250,7 +250,9 @@ class TrainRun(ModelConfig, DataConfig, TrainConfig, WatchConfig):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        own = None if self.model is None else split(self.model)[0]
+        super().__post_init__()  # which leaves no name in `model`
+        object.__setattr__(self, "_own", own)
         require_positive(self, "seq_length")
         if self.piece_length is not None and (self.mixer == "attention" or self.model is not None):
             other = "--mixer attention" if self.model is None else "--model"
@@ -268,6 +270,12 @@ class TrainRun(ModelConfig, DataConfig, TrainConfig, WatchConfig):
             raise ValueError(f"{expected}; got one of them; leave it out")
         if self.model is not None and self.sample_every:
             raise ValueError("--sample-every writes with phase1's own models; got --model too; leave one of them out")
+
+    @property
+    def own_model(self) -> str | None:
+        """What the user calls a model of their own; None for one of this package."""
+        name: str | None = getattr(self, "_own")  # noqa: B009, it is no field, which would be a flag
+        return name
 
 
 @dataclass(frozen=True, kw_only=True)

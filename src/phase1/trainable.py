@@ -106,6 +106,12 @@ def build(config: ModelConfig, statistics: TokenStatistics | TokenVectors | None
     return OwnModel(made, config)
 
 
+def parameter_count(config: ModelConfig) -> int:
+    """The number of parameters of a model, counted without allocating it."""
+    with torch.device("meta"):
+        return build(config).parameter_counts()["total"]
+
+
 def require_built(configs: Iterable[ModelConfig]) -> None:
     """Raise ValueError now, before any work, where a factory of one of them fails."""
     for config in configs:

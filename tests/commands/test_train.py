@@ -98,7 +98,7 @@ def test_the_first_lines_say_what_will_happen(run):
     first, second = err.splitlines()[:2]
     assert first.startswith("phase1_htt2_ar4: 6,") or "parameters; 20 steps of 32 tokens = 640 tokens" in first
     assert "epochs of" in first and "FLOPs" in first
-    assert second == "loss on 8 tokens of the valid split every 1 steps"
+    assert second == "loss on 288 tokens of the valid split every 1 steps"  # all there are
     lines = out.splitlines()
     assert len(lines) <= 25 and lines[0].startswith("Training of phase1_htt2_ar4 on ") and "trained on 640 tokens" in lines
     assert [line.split()[2] for line in lines if line.startswith("next")] == ["generate", "perplexity", "report"]
@@ -325,3 +325,26 @@ def test_a_name_and_a_prompt_that_are_no_text_end_with_settings_that_say_so(run,
         (line,) = (line for line in written.splitlines() if line.startswith(f"{flag} = "))
         assert line.endswith(f"  # not UTF-8, so not as it was: give --{flag} itself")
     assert (tmp_path / "a" / "samples.txt").read_text().startswith("== step 20\nthe \ufffd")
+
+
+def test_another_text_in_the_same_folder_is_told_by_name(run, tmp_path, capfd):
+    run("a")
+    (tmp_path / "other").mkdir()
+    for name in ("train.txt", "valid.txt"):
+        (tmp_path / "other" / name).write_text("a dog sees the cat .\n" * 300)
+    flags = [*SHAPE, *MODEL, "--dataset-name", str(tmp_path / "other"), "--tokenizer", str(tmp_path / "a")]
+    assert main(["train", *flags, "--out-dir", str(tmp_path / "a")]) == 2
+    assert re.search(r"was trained on \S+ \([0-9a-f]{12}\); got other \([0-9a-f]{12}\); use that data, or", capfd.readouterr().err)
+
+
+def test_a_line_that_is_damaged_ends_a_training_also_in_the_valid_split(data, tmp_path, capsys):
+    path = tmp_path / "all.jsonl"
+    path.write_text('{"text": "a dog sees the cat ."}\n' * 400 + "{\n")
+    assert main(["train", *SHAPE, *MODEL, "--dataset-name", str(path), "--tokenizer", "bpe", "--out-dir", str(tmp_path / "b")]) == 2
+    assert "line 401 of" in capsys.readouterr().err
+
+
+def test_a_model_of_the_users_own_keeps_its_name(tmp_path):
+    run = parse("train", ["--model", "gru=my_model:build"])
+    assert (run.own_model, run.model, train.title(run, train.part_of(train.ModelConfig, run))) == ("gru", "my_model:build", "gru")
+    assert parse("train", []).own_model is None

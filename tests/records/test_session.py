@@ -58,7 +58,7 @@ def test_no_kept_report_is_replaced_by_a_later_one(session, tmp_path, monkeypatc
     kept = [path.with_name(f"phase1_memory_validation.previous{number}.json") for number in ("", "-2", "-3")]
     assert [read_report(file, "memory").command[14:] for file in kept] == ["--fit", "--ablate", "--dry-run"]
     assert files == [path, kept[2]]
-    line = f"replaced: {path}, the report of another command (kept as phase1_memory_validation.previous-2.json)"
+    line = f"replaced: {path}, the report of other flags (kept as phase1_memory_validation.previous-2.json); --out-dir keeps runs apart"
     assert line in capsys.readouterr().err.splitlines()
     assert [report.command for report in read_reports(tmp_path / "out").values()] == ["phase1 memory --fit"]
 

@@ -26,7 +26,8 @@ def main(run: CheckModelRun) -> int:
         print(f"answer  no: {failed} of {len(checks)} checks fail; a number of this model would mean nothing")
         return 1
     print("answer  yes")
-    print(f"next    phase1 perplexity --model {name}={reference.partition('@')[0]}   beside engine and Transformer")
+    model = f"{name}={reference.partition('@')[0]}"
+    print(f"next    phase1 perplexity --preset smoke --model {model}   small, beside engine and Transformer")
     return exit_code(check for check in checks if check.status != "inconclusive")
 
 

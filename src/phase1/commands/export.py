@@ -52,10 +52,13 @@ def main(run: ExportRun) -> int:
         "README.md": README.format(folder=folder.name),
         CONFIG: _json(config),
     }
+    replaced = (folder / CONFIG).is_file()
     atomic_write(folder / WEIGHTS, save(tensors, {"format": "pt"}))
     for name, text in files.items():
         atomic_write(folder / name, text.encode())
-    print(f"written: {folder}", f'in Python: import phase1.hf; AutoModelForCausalLM.from_pretrained("{folder}")', sep="\n")
+    print(f"written: {folder}" + ", in place of the export that was there" * replaced)
+    print('in Python: import phase1.hf; from transformers import AutoModelForCausalLM, after pip install "phase1[hf]"')
+    print(f'           AutoModelForCausalLM.from_pretrained("{folder}"); {folder / "README.md"} has more')
     return 0
 
 

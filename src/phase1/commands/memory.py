@@ -92,6 +92,8 @@ def next_steps(run: MemoryRun, report: Report[MemoryResult]) -> Iterator[str]:
         yield f"phase1 memory {flags(replace(run, fit=True))}   the largest batch and the longest sequence that train"
     elif not run.card and not torch.cuda.is_available():
         yield 'phase1 memory --card "RTX 3060" --fit   what trains on your card; --card list names all'
+    elif not torch.cuda.is_available():
+        yield "phase1 throughput --preset smoke   how speed is measured, at sizes for a CPU; the card's own needs the card"
     else:
         yield "phase1 throughput   how fast it is, and whether its time is linear in the length"
 

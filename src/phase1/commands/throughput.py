@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
+from phase1.advice import HOURS
 from phase1.checks.throughput import control_checks, decoding_checks, throughput_checks
 from phase1.config import ModelConfig, flags
 from phase1.device import device_type
@@ -29,7 +30,7 @@ from phase1.stats.scaling import enough_lengths
 from phase1.tables import decoding_comparison
 from phase1.tables.console import checks_text, console, throughput_text
 from phase1.tables.screen import Screen, conditions, decoding_numbers, text, throughput_numbers
-from phase1.trainable import require_built
+from phase1.trainable import parameter_count, require_built
 from phase1.training.step import compute_dtype, require_gpu_for_graphs
 from phase1.world import is_first
 
@@ -55,7 +56,7 @@ def main(run: ThroughputRun) -> int:
     way: Way = plain_way(run)
     if device == "cuda":
         way = session.case("way", dict[str, Any], lambda: from_first(lambda: way_on_gpu(run, wanted)))
-    for line in way["otherwise"]:
+    for line in [*way["otherwise"], *slow(run, wanted, device)]:
         print(f"phase1 throughput: {line}", file=sys.stderr)
     monitor = Monitor(device)
     contenders = measured(run, way, wanted, device, monitor, session)
@@ -85,6 +86,15 @@ def main(run: ThroughputRun) -> int:
         print(throughput_text(report), checks_text(report.checks), sep="\n")
     print(text(screen(run, report, files)))
     return exit_code(report.checks)
+
+
+def slow(run: ThroughputRun, wanted: dict[str, ModelConfig], device: str) -> list[str]:
+    """What takes hours on a CPU."""
+    if device != "cpu":
+        return []
+    tokens = run.batch_size * sum(run.seq_lengths) * (run.warmup_steps + run.measure_steps)
+    work = sum(6 * tokens * parameter_count(config) for config in wanted.values())
+    return ["that is hours on a CPU; --preset smoke measures small models in minutes"] * (work > HOURS)
 
 
 def plain_way(run: ThroughputRun) -> Way:

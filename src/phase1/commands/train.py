@@ -7,11 +7,9 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from phase1.advice import smaller
+from phase1.advice import HOURS, smaller
 from phase1.config import DataConfig, ModelConfig, TrainConfig, flags, part_of, to_toml
-from phase1.data import Corpus, load_corpus
+from phase1.data import Corpus, NoSplit, load_corpus
 from phase1.device import device_type
 from phase1.errors import Unavailable, is_out_of_memory, reason
 from phase1.factory import pinned
@@ -32,7 +30,7 @@ from phase1.roster import Key
 from phase1.runs import GenerateRun, PerplexityRun, ReportRun, TrainRun
 from phase1.tables.screen import Screen, text
 from phase1.text import one_line, printable_name
-from phase1.trainable import Trainable, build
+from phase1.trainable import Trainable, parameter_count
 from phase1.training.checkpoint import INDEX
 from phase1.training.job import BEST, context_of, train_to_checkpoint
 from phase1.training.pieces import in_pieces
@@ -45,9 +43,10 @@ PLOT = "training.png"
 SETTINGS = "run.toml"  # a file that --config reads
 SCORES = 20  # validation losses of a run, by default
 SHARE = 500  # training tokens per token of a validation loss: all of them together cost about 1 % of the time
+LEAST = 2048  # tokens of a validation loss
 LAST_ROWS = 10  # of metrics.jsonl, whose mean loss the last screen has
 SAMPLE_TOKENS = 40
-HOURS = 1e15  # floating-point operations that take hours on a CPU
+MANY = 50  # epochs
 UNKNOWN = "n/a"
 UNDECIDED = 3  # the exit status of a training that has learnt nothing
 
@@ -68,7 +67,7 @@ def main(run: TrainRun) -> int:
     watch = watch_of(run, corpus, valid)
     try:
         configs = model_config, train_config
-        how: dict[str, Any] = {"label": str(Key.of(model_config)), "watch": watch}
+        how: dict[str, Any] = {"label": title(run, model_config), "watch": watch}
         how |= {"shard": run.shard, "context_parallel": run.context_parallel}
         facts = train_to_checkpoint(*configs, corpus, run.seq_length, folder, **how)
     except (RuntimeError, MemoryError) as error:
@@ -93,6 +92,11 @@ def main(run: TrainRun) -> int:
     return 0
 
 
+def title(run: TrainRun, model: ModelConfig) -> str:
+    """What the model is called in reports."""
+    return run.own_model or str(Key.of(model))
+
+
 def screen(
     run: TrainRun,
     model: ModelConfig,
@@ -109,6 +113,8 @@ def screen(
         best = min(row["val_loss"] for row in rows if row["val_loss"] is not None)
         reach = _last(rows, "unigram_loss") if unigram is None else f"{unigram:.3f}"  # None where it was looked at earlier only
         numbers.append(f"valid text      loss {valid}, best {best:.3f}; {reach} is what token frequencies alone reach")
+        if _is_above(valid, reach):
+            numbers.append("                it has not beaten them: more --train-tokens")
     if seconds:
         numbers.append(f"speed           {tokens / seconds:,.0f} tokens/s, {seconds:,.0f} s in all")
     if skipped := facts.get("skipped_steps"):
@@ -120,7 +126,7 @@ def screen(
         hours = f"--max-hours {run.max_hours:g} are over"
         answer = f"paused after {tokens:,} tokens: {hours}; the same command with more of them goes on"
     return Screen(
-        question=f"Training of {Key.of(model)} on {facts['data']['name']}: how well does it predict?",
+        question=f"Training of {title(run, model)} on {facts['data']['name']}: how well does it predict?",
         numbers=numbers,
         answer=answer,
         next=[
@@ -130,6 +136,10 @@ def screen(
         ],
         files=[folder / INDEX, *(path for path in (folder / BEST / INDEX, folder / METRICS) if path.exists()), *plots],
     )
+
+
+def _is_above(loss: str, entropy: str) -> bool:
+    return UNKNOWN not in (loss, entropy) and float(loss) > float(entropy)
 
 
 def _last(rows: list[dict[str, Any]], name: str) -> str:
@@ -159,7 +169,7 @@ def _valid(run: TrainRun) -> Corpus | None:
         return None
     try:
         return load_corpus(run, vocab_size=run.vocab_size, need=("valid",))
-    except (ValueError, Unavailable) as error:
+    except (NoSplit, Unavailable) as error:
         if run.eval_every is not None or run.keep_best or run.patience is not None:
             raise
         print(one_line(f"no loss on a valid split during the training: {error}", 500), file=sys.stderr)
@@ -169,19 +179,20 @@ def _valid(run: TrainRun) -> Corpus | None:
 def plan(run: TrainRun, model: ModelConfig, corpus: Corpus, valid: Corpus | None) -> list[str]:
     """What will happen, before it does: sizes, work, precision and why, memory, and whether that can fit."""
     steps, tokens = total_steps(run, run.seq_length), run.train_batch_size * run.seq_length
-    with torch.device("meta"):
-        parameters = build(model).parameter_counts()["total"]
+    parameters = parameter_count(model)
     windows = max(1, (len(corpus.splits["train"].ids) - 1) // run.seq_length)
     work = 0 if run.model is not None else steps * flops_of(run, model)
     flops = f"; {work:.2e} FLOPs" if work else ""
     device = device_type()
     epochs = steps * run.train_batch_size / windows
     lines = [
-        f"{Key.of(model)}: {parameters:,} parameters; {steps:,} steps of {tokens:,} tokens = {steps * tokens:,} tokens, "
+        f"{title(run, model)}: {parameters:,} parameters; {steps:,} steps of {tokens:,} tokens = {steps * tokens:,} tokens, "
         f"{epochs:.2f} epochs of {corpus.name}{flops}; {precision(run.precision, device)}"
     ]
     if device == "cpu" and work > HOURS:
         lines.append("that is hours or days on a CPU; --preset smoke trains a small model in minutes")
+    if epochs > MANY:
+        lines.append(f"it reads the text {epochs:,.0f} times, and will learn it by heart; lower --train-tokens, or add text")
     if run.context_parallel:
         lines.append(f"each of {group.size()} ranks takes {tokens_at_once(run):,} tokens of every sequence")
     if valid is not None:
@@ -229,7 +240,7 @@ def _every(run: TrainRun) -> int:
 
 
 def _windows(run: TrainRun, valid: Corpus) -> int:
-    tokens = run.train_tokens // SHARE if run.eval_tokens is None else run.eval_tokens
+    tokens = max(LEAST, run.train_tokens // SHARE) if run.eval_tokens is None else run.eval_tokens
     return min(max(1, tokens // run.seq_length), math.ceil(len(valid.splits["valid"].ids) / run.seq_length))
 
 
@@ -281,7 +292,7 @@ def next_command(run: TrainRun, model: ModelConfig) -> str:
         **data,
         vocab_size=run.vocab_size,
         seq_length=run.seq_length,
-        checkpoint=(f"{Key.of(model)}={run.out_dir}",),
-        model=() if run.model is None else (f"{Key.of(model)}={run.model}",),
+        checkpoint=(f"{title(run, model)}={run.out_dir}",),
+        model=() if run.model is None else (f"{title(run, model)}={run.model}",),
     )
     return f"phase1 perplexity {flags(evaluation)}"

@@ -22,6 +22,10 @@ CHUNK = 1 << 22  # ids that are looked at together
 STREAMED_VALID_TOKENS = 500_000  # valid and test of a streamed set are the first documents of more tokens than this
 
 
+class NoSplit(ValueError):
+    """A data set that is there has no such split."""
+
+
 @dataclass(frozen=True)
 class Split:
     """One part of a corpus as tokens."""
@@ -113,9 +117,9 @@ def check_names(config: DataConfig, *, vocab_size: int, need: tuple[str, ...] = 
                 raise _no_split(printable_name(config.dataset_name), name, there, config)
 
 
-def _no_split(source: str, name: str, found: set[str], config: DataConfig) -> ValueError:
+def _no_split(source: str, name: str, found: set[str], config: DataConfig) -> NoSplit:
     there = ", ".join(sorted(found)) or "none that this tokenizer can read"
-    return ValueError(
+    return NoSplit(
         f"{source} must have a {name} split for --tokenizer {config.tokenizer}; got {there}; "
         f"add {name}.txt (or {name}.gpt2.bin for gpt2) to a folder, or choose another data set"
     )

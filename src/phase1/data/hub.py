@@ -233,8 +233,11 @@ def _transport_errors() -> tuple[type[BaseException], ...]:
 
 
 def _unreachable(wanted: HubSet, cause: str) -> str:
+    known = wanted.repository in ("Salesforce/wikitext", "allenai/c4")
     return (
-        f"data set {wanted.repository} ({wanted.config or 'default'}) cannot be reached: {cause}; download it first "
+        f"no file or folder is called {wanted.repository} here, and the "
+        * (not known)
+        + f"data set {wanted.repository} ({wanted.config or 'default'}) cannot be reached: {cause}; download it first "
         f"where there is a network (`{wanted.command}`) or use --dataset-name builtin"
     )
 

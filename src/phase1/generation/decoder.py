@@ -11,7 +11,7 @@ from phase1.data.tokenizer_files import TOKENIZER, folder_tokenizer, gpt2_tokeni
 from phase1.data.tokenizers import Tokenizer
 from phase1.generation.replay import GraphedStep
 from phase1.model import LanguageModel
-from phase1.training.checkpoint import load_model, read_index, training_facts
+from phase1.training.checkpoint import load_model, model_config_of, read_index, training_facts
 from phase1.training.exported import is_exported, load_exported
 from phase1.training.step import compute_dtype, require_gpu_for_graphs
 
@@ -122,7 +122,11 @@ def load(
     if is_exported(folder):
         model, facts = load_exported(folder)
     else:
-        facts = training_facts(folder, read_index(folder))
+        index = read_index(folder)
+        if own := model_config_of(index).model:
+            expected = f"{folder} must hold a model of phase1, which generate and export know alone; got {own}"
+            raise ValueError(f"{expected}; build it in Python: docs/extending.md")
+        facts = training_facts(folder, index)
         model, _ = load_model(folder)
     assert isinstance(model, LanguageModel)  # what both give where no --model is allowed
     found = _tokenizer(folder, tokenizer)

@@ -121,5 +121,8 @@ def keep_previous(path: Path, kind: Kind, command: str) -> list[Path]:
     places = (path.with_name(f"{path.stem}{PREVIOUS}{number}.json") for number in numbers)
     kept = next(place for place in places if not os.path.lexists(place))
     os.replace(path, kept)
-    print(one_line(f"replaced: {path}, the report of another command (kept as {kept.name})", 1000), file=sys.stderr)
+    print(
+        one_line(f"replaced: {path}, the report of other flags (kept as {kept.name}); --out-dir keeps runs apart", 1000),
+        file=sys.stderr,
+    )
     return [kept]

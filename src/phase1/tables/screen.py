@@ -272,6 +272,9 @@ def perplexity_numbers(report: Report[PerplexityResult]) -> list[str]:
         size = f"{result.parameters.embedding / 1e6:.2f}M" if result.parameters else ""
         bits = f"{result.bits_per_byte:.3f}" if known and result.bits_per_byte is not None else ""
         lines.append(f"{model_title(key):<36.36} {value:>11} {bits:>10} {change:>15} {size:>9}")
+    untrained = [model_title(key) for key, result in report.results.items() if result.untrained]
+    if untrained:
+        lines.append(f"UNTRAINED: {', '.join(untrained)} has not beaten the unigram entropy: more --train-tokens")
     return lines
 
 

@@ -26,8 +26,9 @@ WORDS: dict[str, dict[str, str]] = {
         "million": "{total:.1f}M ({table:.1f}M)",
         "comma": ", ",
         "tricks": "\\* Memory: activations recomputed, loss in chunks. Speed: the fastest Transformer that these give; both "
-        "compiled, nothing recomputed. Proportion: by `phase1 throughput` as documented, engine not compiled; below 1: a cost "
-        "that no length changes. Parameters and perplexity: with the engine's copy head.",
+        "compiled, nothing recomputed. Time: `phase1 throughput` as documented, engine not compiled; a step takes T to that "
+        "power, 1 in the long run and less where part of it is the same at every length. Parameters and perplexity: with the "
+        "engine's copy head.",
     },
     "ja": {
         "head": "| | Transformer | 同じ工夫を加えた Transformer \\* | エンジン |\n|---|---:|---:|---:|",
@@ -46,8 +47,8 @@ WORDS: dict[str, dict[str, str]] = {
         "million": "{total:.1f}M（{table:.1f}M）",
         "comma": "、",
         "tricks": "\\* メモリ：活性を再計算し、損失を分割して計算したもの。速度：これらで最も速い Transformer。"
-        "どちらもコンパイルし、再計算なし。比例：文書どおりの `phase1 throughput` の結果で、"
-        "エンジンはコンパイルなし。指数が 1 より小さいのは、系列長によらない時間があるため。"
+        "どちらもコンパイルし、再計算なし。時間：文書どおりの `phase1 throughput` の結果で、エンジンはコンパイルなし。"
+        "1 ステップの時間は T のこの指数乗で、長い系列では 1 に近づき、系列長によらない時間がある間は 1 より小さくなる。"
         "パラメータ数とパープレキシティ：エンジンと同じコピーヘッドを加えたもの。M は百万。",
     },
 }

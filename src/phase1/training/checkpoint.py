@@ -116,7 +116,12 @@ def read_index(folder: Path | str) -> dict[str, Any]:
     try:
         index = read_json(path, MAX_CHECKPOINT_BYTES)
     except ValueError as error:
-        raise ValueError(f"no checkpoint in {folder}: {INDEX} is {error}; train one with `phase1 train`") from error
+        remedy = "train one with `phase1 train`"
+        if Path(folder).is_file():
+            remedy = "give the folder of the file"
+        elif (Path(folder) / "config.json").is_file():
+            remedy = "an export is there: give the checkpoint that it is of"
+        raise ValueError(f"no checkpoint in {folder}: {INDEX} is {error}; {remedy}") from error
     objects = ("model_config", "train_config", "scaler", "files", "facts")
     if (
         not isinstance(index, dict)

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -75,34 +75,44 @@ def train_to_checkpoint(
     begun = (folder / INDEX).exists()
     if begun:
         index = read_index(folder)
-        check_configs(folder, index, model_config, train_config)
         facts = training_facts(folder, index)
-        if facts["data"] != data or facts["seq_length"] != seq_length:
-            raise ValueError(f"the checkpoint in {folder} was trained on {facts['data']}; use that data, or another folder")
-    group.from_first(lambda: keep_tokenizer(folder, corpus.tokenizer))  # the others would find the file that it writes
-    if begun and facts["finished"]:
-        return facts
-    context = context_of(train_config, seq_length, context_parallel)
-    windows = Windows(corpus.splits["train"].ids, seq_length, train_config.seed)
-    seen = windows.seen(steps * train_config.train_batch_size)
-    state = make_state(model_config, train_config, None if begun else seen, shard, context)
-    order = torch.from_numpy(frequency_order(token_counts(seen, model_config.vocab_size))).int()
-    del seen
-    seconds = resume(folder, state)["train_seconds"] if begun else 0.0
-    facts = {"data": data, "seq_length": seq_length, "tokenizer": corpus.tokenizer.fingerprint, "train_seconds": seconds}
-    with interrupts_wait() as interrupted:
-        try:
-            batch_at = batches_of_rank(windows, train_config, context)
-            if train_config.compile and not shard and context is None:  # those that share a model compile the same
-                inputs, targets = (part[: train_config.micro_batch_size] for part in batch_at(state.step))
-                prove_compiled(state, (inputs, targets))
-            kept = (folder, facts, label, watch, order, corpus.tokenizer)
-            facts |= Schedule(state, batch_at, steps, seq_length, *kept, interrupted=interrupted).run()
-        except EndsEarly as early:
-            reason = str(early)
-            return group.from_first(lambda: read_index(folder)["facts"] | {"ended_by": reason})
-        save_checkpoint(folder, state, facts, resumable=False, token_order=order)
-        return group.from_first(lambda: facts)  # the others wait until it is there
+        require_same_data(folder, facts, data)
+        check_configs(folder, index, model_config, train_config)
+        if facts["seq_length"] != seq_length:
+            theirs = f"the checkpoint in {folder} was made with --seq-length {facts['seq_length']}"
+            raise ValueError(f"{theirs}; got {seq_length}; use that, or another --out-dir")
+    with tokenizer_beside(folder, corpus.tokenizer):
+        if begun and facts["finished"]:
+            return facts
+        context = context_of(train_config, seq_length, context_parallel)
+        windows = Windows(corpus.splits["train"].ids, seq_length, train_config.seed)
+        seen = windows.seen(steps * train_config.train_batch_size)
+        state = make_state(model_config, train_config, None if begun else seen, shard, context)
+        order = torch.from_numpy(frequency_order(token_counts(seen, model_config.vocab_size))).int()
+        del seen
+        seconds = resume(folder, state)["train_seconds"] if begun else 0.0
+        facts = {"data": data, "seq_length": seq_length, "tokenizer": corpus.tokenizer.fingerprint, "train_seconds": seconds}
+        with interrupts_wait() as interrupted:
+            try:
+                batch_at = batches_of_rank(windows, train_config, context)
+                if train_config.compile and not shard and context is None:  # those that share a model compile the same
+                    inputs, targets = (part[: train_config.micro_batch_size] for part in batch_at(state.step))
+                    prove_compiled(state, (inputs, targets))
+                kept = (folder, facts, label, watch, order, corpus.tokenizer)
+                facts |= Schedule(state, batch_at, steps, seq_length, *kept, interrupted=interrupted).run()
+            except EndsEarly as early:
+                reason = str(early)
+                return group.from_first(lambda: read_index(folder)["facts"] | {"ended_by": reason})
+            save_checkpoint(folder, state, facts, resumable=False, token_order=order)
+            return group.from_first(lambda: facts)  # the others wait until it is there
+
+
+def require_same_data(folder: Path, facts: dict[str, Any], data: dict[str, str]) -> None:
+    """Raise ValueError unless a checkpoint was trained on `data`."""
+    if facts["data"] == data:
+        return
+    theirs, ours = (f"{one['name']} ({one['sha256'][:12]})" for one in (facts["data"], data))
+    raise ValueError(f"the checkpoint in {folder} was trained on {theirs}; got {ours}; use that data, or another --out-dir")
 
 
 def context_of(config: TrainConfig, seq_length: int, context_parallel: bool) -> Context | None:
@@ -137,19 +147,34 @@ def require_one_folder(folder: Path) -> None:
         raise ValueError(f"--out-dir must be a folder that all machines of a run share; got {folder}; give one that they do")
 
 
-def keep_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+@contextlib.contextmanager
+def tokenizer_beside(folder: Path, tokenizer: Tokenizer) -> Iterator[None]:
+    """`keep_tokenizer` for the block; where that leaves no checkpoint, a new file goes again, for another text may follow."""
+    new = group.from_first(lambda: keep_tokenizer(folder, tokenizer))  # the others would find the file that it writes
+    try:
+        yield
+    finally:
+        if new and group.rank() == 0 and not (folder / INDEX).exists():
+            (folder / TOKENIZER).unlink(missing_ok=True)
+
+
+def keep_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
     """Put `tokenizer` beside the checkpoint, which can then be used without the text it was trained on.
 
-    A file that means the same stays as it is. Raises ValueError for a foreign one in a folder without a checkpoint.
+    A file that means the same stays as it is. Returns whether there was none.
+    Raises ValueError for a foreign one in a folder without a checkpoint.
     """
     path = folder / TOKENIZER
-    if path.is_file():
+    there = path.is_file()
+    if there:
         with contextlib.suppress(ValueError):  # damaged
             if folder_tokenizer(folder).fingerprint == tokenizer.fingerprint:
-                return
+                return False
         if not (folder / INDEX).exists():
-            raise ValueError(f"{path} must be the tokenizer of the training; got another, which stays; use another --out-dir")
+            expected = f"{path} must be the tokenizer of the training; got another, which stays"
+            raise ValueError(f"{expected}; remove it, or use another --out-dir")
     atomic_write(path, tokenizer.to_json().encode())
+    return not there
 
 
 def make_state(

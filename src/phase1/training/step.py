@@ -24,6 +24,7 @@ from phase1.training.optimizers import make_optimizer
 from phase1.training.pieces import Pieces, in_pieces
 
 CHECK_EVERY = 100  # steps between checks of the loss, because each waits for the GPU
+FIRST_CHECKS = (5, 20, 50)  # most that diverge do so early
 Batch = tuple[Tensor, Tensor]
 """Inputs and targets, (B, T) int64 each."""
 
@@ -235,7 +236,7 @@ def train(
             group["lr"] = group["lr_scale"] * learning_rate(state.config, state.step, steps)
         batch = batch_at(state.step)
         loss = train_step(state, list(_micro_batches(batch, state.config.micro_batch_size, state.device)))
-        if state.step % CHECK_EVERY == 0 or state.step == steps:
+        if state.step % CHECK_EVERY == 0 or state.step in (*FIRST_CHECKS, steps):
             check_finite(loss, state.step)
         on_step(state.step, loss)
     if state.device.type == "cuda":

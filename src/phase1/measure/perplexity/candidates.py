@@ -1,14 +1,13 @@
 """The models that a perplexity run trains or loads, and their keys in its report."""
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
 
 from phase1.config import ModelConfig
 from phase1.roster import PAIRS, ROLES, VARIANTS, Key, model_config, own_models
 from phase1.runs import PerplexityRun
-from phase1.trainable import build
+from phase1.trainable import parameter_count
 from phase1.training.checkpoint import model_config_of, read_index, require_model
 
 ENGINES = ("no_gate", "no_copy", "equal_parameters")
@@ -35,7 +34,8 @@ def candidates(run: PerplexityRun) -> list[ScoredModel]:
     if run.checkpoint:
         given = {model.key: model for model in (_given(argument, own) for argument in run.checkpoint)}
         if len(given) < len(run.checkpoint):
-            raise ValueError(f"--checkpoint must name every model once; got {' '.join(run.checkpoint)}; use _seed1 and so on")
+            got = " ".join(run.checkpoint)
+            raise ValueError(f"--checkpoint must name every model once; got {got}; give names, first=FOLDER second=FOLDER")
         return list(given.values())
     pairs = [(r, R) for r in run.test_htt_ranks for R in run.test_ar_ssm_ranks]
     engines = [model_config("phase1", run, htt_rank=r, ar_ssm_max_rank=R, recompute=run.recompute) for r, R in pairs]
@@ -65,12 +65,6 @@ def _layers_of_equal_size(engine: ModelConfig) -> int:
     return n_layers
 
 
-def parameter_count(config: ModelConfig) -> int:
-    """The number of parameters of a model, counted without allocating it."""
-    with torch.device("meta"):
-        return build(config).parameter_counts()["total"]
-
-
 def _repeated(key: str, seed: int, first: int) -> str:
     """The key of a repetition: that of the first has no seed."""
     return str(replace(Key.parse(key), seed=None if seed == first else seed))
@@ -83,6 +77,7 @@ def _given(argument: str, own: dict[str, ModelConfig]) -> ScoredModel:
         require_model(path, config := model_config_of(index), own[name].model)
         return ScoredModel(name, config, index["train_config"].get("seed", 0), Path(path))
     key = Key.parse(name)
+    is_free = bool(separator) and re.fullmatch("[a-z][a-z0-9_]{0,63}", name) is not None and not name.startswith("phase1")
     is_key = bool(separator) and (key.name in ("baseline", "transformer", *VARIANTS, *PAIRS) or key.ranks is not None)
     if Path(argument).exists() and not is_key:  # a folder: the model says what it is
         index = read_index(argument)
@@ -91,8 +86,11 @@ def _given(argument: str, own: dict[str, ModelConfig]) -> ScoredModel:
     if separator and Path(path).exists() and (theirs := model_config_of(read_index(path)).model):
         own_model = f"{name}={theirs.partition('@')[0]}"
         raise ValueError(f"--checkpoint {argument}: a model of {theirs} is there; give --model {own_model} too")
+    if is_free and not is_key and Path(path).exists():  # a name of the user's own
+        index = read_index(path)
+        return ScoredModel(name, model_config_of(index), index["train_config"].get("seed", 0), Path(path))
     if not is_key:
-        expected = "NAME as in a report (baseline, phase1_htt{r}_ar{R}, a variant, each with or without _seed{n})"
+        expected = "NAME of small letters, digits and _, or as in a report (baseline, phase1_htt{r}_ar{R}, a variant)"
         raise ValueError(f"--checkpoint must be a folder, or NAME=PATH with {expected}; got {argument!r}; correct it")
     index = read_index(path)
     config = model_config_of(index)

@@ -11,6 +11,7 @@ import numpy as np
 from phase1.advice import smaller
 from phase1.config import TrainConfig, content_id, part_of
 from phase1.data import Corpus, Tokenizer, count_words
+from phase1.data.tokenizer_files import TOKENIZER
 from phase1.device import device_type
 from phase1.errors import Diverged, is_out_of_memory, reason
 from phase1.measure.perplexity.candidates import ScoredModel
@@ -101,7 +102,8 @@ def evaluate_checkpoint(run: PerplexityRun, scored_model: ScoredModel, folder: P
     device = device_type()
     scored = corpus.splits["valid"]
     if facts["tokenizer"] != corpus.tokenizer.fingerprint:
-        raise ValueError(f"{folder} was trained with another tokenizer than {corpus.name} has now; train again with this one")
+        remedy = f"give --tokenizer {folder}" if (folder / TOKENIZER).is_file() else "train again with this one"
+        raise ValueError(f"{folder} was trained with another tokenizer than {corpus.name} has now; {remedy}")
     dtype = compute_dtype(run.precision, device)
     if model.config.model is not None:
         require_sound(model.to(device), run.seq_length, dtype)
