@@ -67,8 +67,8 @@ def test_names_of_files_are_harmless():
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("fits_8gb", "fits an 8 GB card"),
-        ("fits_10gb", "fits a 10 GB card"),
+        ("fits_8gb", "engine fits an 8 GB card"),
+        ("fits_10gb", "engine fits a 10 GB card"),
         ("phase1_htt16_ar32_within_5_percent", "engine, HTT 16 / AR-SSM 32: perplexity"),
         ("phase1_htt16_ar32_seed1_within_5_percent", "engine, HTT 16 / AR-SSM 32, seed 1: perplexity"),
         ("a_a_no_difference", "two copies of one model agree"),

@@ -129,6 +129,20 @@ def test_a_diverged_run_ends_with_one_line():
         train(s, batch_at, STEPS)
 
 
+def test_a_run_that_diverges_at_its_beginning_ends_there():
+    s, seen = state(), []
+
+    def spoil(step, loss):
+        seen.append(step)
+        if step == 2:
+            with torch.no_grad():
+                s.model.norm.weight.fill_(torch.nan)
+
+    with pytest.raises(Diverged, match="at step 5"):
+        train(s, batch_at, STEPS, spoil)
+    assert seen[-1] == 4
+
+
 @pytest.mark.parametrize("has_bf16", [True, False])
 def test_a_run_that_diverged_is_told_of_bf16_where_the_card_has_it(monkeypatch, has_bf16):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)

@@ -65,7 +65,7 @@ CLAIMS = {
     "r_squared": "直線の R²",
     "a_a_no_difference": "同一モデル 2 つに差がない",
     "control_rejected": "二次のモデルを検出できる",
-    "fits_vram_limit": "--vram-limit に収まる",
+    "fits_vram_limit": "エンジンが --vram-limit に収まる",
 }
 
 
@@ -80,8 +80,8 @@ def japanese(key: str) -> str:
 
 JAPANESE_CLAIMS = ClaimWords(
     CLAIMS,
-    size=lambda gb: f"{gb} GB のカードに収まる",
-    card=lambda name: f"{name} に収まる",
+    size=lambda gb: f"エンジンが {gb} GB のカードに収まる",
+    card=lambda name: f"エンジンが {name} に収まる",
     perplexity=lambda model, mean: f"{model}：パープレキシティ{'（シード平均）' if mean else ''}",
 )
 

@@ -26,14 +26,14 @@ TITLES = {
 }
 """What people read in place of a key; small: checkpointing and chunked loss; fast: chunked loss, compiled on a GPU."""
 _CLAIMS = {
-    "reduction_50_percent": "memory below the Transformer's",
+    "reduction_50_percent": "engine's memory below the Transformer's",
     "one_sequence_trains": "one sequence trains",
     "scaling_linear": "step time linear in T",
     "decode_constant": "generation as fast after any context",
     "r_squared": "R² of the straight line",
     "a_a_no_difference": "two copies of one model agree",
     "control_rejected": "a quadratic model is found out",
-    "fits_vram_limit": "fits --vram-limit",
+    "fits_vram_limit": "engine fits --vram-limit",
 }
 
 
@@ -113,8 +113,8 @@ class ClaimWords(NamedTuple):
 
 ENGLISH_CLAIMS = ClaimWords(
     _CLAIMS,
-    size=lambda gb: f"fits {'an' if gb == '8' else 'a'} {gb} GB card",
-    card=lambda name: f"fits the {name}",
+    size=lambda gb: f"engine fits {'an' if gb == '8' else 'a'} {gb} GB card",
+    card=lambda name: f"engine fits the {name}",
     perplexity=lambda model, mean: f"{model_title(model)}: perplexity{', mean of seeds' if mean else ''}",
 )
 

@@ -56,6 +56,16 @@ def test_a_wrong_checkpoint_argument_is_named(value):
         candidates(PerplexityRun(checkpoint=(value,)))
 
 
+def test_checkpoints_may_have_names_of_their_own(monkeypatch, tmp_path):
+    index = {"model_config": {f: getattr(ENGINE, f) for f in ENGINE.__dataclass_fields__}, "train_config": {"seed": 5}}
+    monkeypatch.setattr("phase1.measure.perplexity.candidates.read_index", lambda path: index)
+    found = candidates(PerplexityRun(checkpoint=(f"first={tmp_path}", f"second={tmp_path}")))
+    assert [(c.key, str(c.checkpoint), c.seed) for c in found] == [(name, str(tmp_path), 5) for name in ("first", "second")]
+    for reserved in ("phase1_mine", "Mine", "a b"):
+        with pytest.raises(ValueError, match="NAME of small letters"):
+            candidates(PerplexityRun(checkpoint=(f"{reserved}={tmp_path}",)))
+
+
 def test_checkpoints_are_evaluated_alone_and_each_once(monkeypatch):
     index = {"model_config": {f: getattr(ENGINE, f) for f in ENGINE.__dataclass_fields__}, "train_config": {"seed": 5}}
     monkeypatch.setattr("phase1.measure.perplexity.candidates.read_index", lambda path: index)
