@@ -160,17 +160,19 @@ def limit_of(run: MemoryRun) -> int | None:
 
 
 def with_fits(results: dict[str, MemoryResult], cases: dict[str, MemoryCase], session: Session) -> dict[str, MemoryResult]:
-    """The results with the largest sizes of their models that train on the card; of pieces, --piece-length gives them."""
-    fitted, total = dict(results), total_gpu_bytes()
-    searched = {role: result for role, result in results.items() if role not in PIECES}
-    with progress(desc="fit", unit="probe") as bar:
-        for number, (role, result) in enumerate(searched.items(), 1):
+    """The results with the largest sizes of their models that train on the card.
 
-            def on_probe(size: str, model: str = f"{role} ({number} of {len(searched)})") -> None:
+    Of short pieces the longest sequence takes minutes a probe: --piece-length finds that of longer ones.
+    """
+    fitted, total = dict(results), total_gpu_bytes()
+    with progress(desc="fit", unit="probe") as bar:
+        for number, (role, result) in enumerate(results.items(), 1):
+
+            def on_probe(size: str, model: str = f"{role} ({number} of {len(results)})") -> None:
                 bar.set_postfix_str(f"{model}, {size}", refresh=False)
                 bar.update()
 
-            bar.set_postfix_str(f"{role} ({number} of {len(searched)})")
-            search = partial(fit_sizes, cases[role], result, total, on_probe)
+            bar.set_postfix_str(f"{role} ({number} of {len(results)})")
+            search = partial(fit_sizes, cases[role], result, total, on_probe, lengths=role not in PIECES)
             fitted[role] = result.model_copy(update={"fit": session.case(f"fit {role}", list[Fit], search)})
     return fitted

@@ -204,12 +204,12 @@ def _ranks(key: str, peaks: Sequence[int]) -> str:
 
 
 def _fits(result: MemoryResult) -> str:
-    sizes = [fit.batch_size if fit.searched == "batch_size" else fit.seq_length for fit in result.fit]
-    words = [
-        "none" if size is None else f"{'>= ' if size == fit.bound or fit.detail else ''}{size:,}"
-        for size, fit in zip(sizes, result.fit)
-    ]
-    return f"{words[0]:>10} {words[-1]:>14}"
+    words = {"batch_size": "", "seq_length": ""}  # nothing where it was not searched
+    for fit in result.fit:
+        size = fit.batch_size if fit.searched == "batch_size" else fit.seq_length
+        more = ">= " if size == fit.bound or fit.detail else ""
+        words[fit.searched] = "none" if size is None else f"{more}{size:,}"
+    return f"{words['batch_size']:>10} {words['seq_length']:>14}".rstrip()
 
 
 def throughput_numbers(report: Report[ThroughputResult]) -> list[str]:

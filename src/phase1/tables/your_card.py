@@ -10,20 +10,22 @@ from phase1.tables.memory import size_cell
 
 WORDS: Final = {
     "en": {
-        "head": "| card | `--preset` | Transformer | Transformer, same tricks | engine |\n|---|---|---:|---:|---:|",
+        "head": "| card | `--preset` | Transformer | Transformer, same tricks | engine | engine, in pieces |\n"
+        "|---|---|---:|---:|---:|---:|",
         "about": "Largest batch of {t:,} tokens a sequence that trains, estimated ([longest sequences](results.md"
         "#memory-of-a-training-step)). How long training takes is not known for these cards: none has been measured.",
         "none": "none; `--card {card} --fit`",
     },
     "ja": {
-        "head": "| カード | `--preset` | Transformer | 同じ工夫を加えた Transformer | エンジン |\n|---|---|---:|---:|---:|",
+        "head": "| カード | `--preset` | Transformer | 同じ工夫を加えた Transformer | エンジン | エンジン、区間ごと |\n"
+        "|---|---|---:|---:|---:|---:|",
         "about": "1 系列 {t:,} トークンで学習できる最大のバッチ（推定。"
         "[最長の系列](../results.md#memory-of-a-training-step)）。"
         "これらのカードではまだ測定していないため、学習にかかる時間は分かっていません。",
         "none": "なし。`--card {card} --fit`",
     },
 }
-SHOWN: Final = ("baseline", "baseline_optimized", "phase1")
+SHOWN: Final = ("baseline", "baseline_optimized", "phase1", "phase1_pieces")
 
 
 def your_card(reports: Sequence[Report[MemoryResult]], language: str) -> str:
@@ -41,4 +43,7 @@ def _preset(report: Report[MemoryResult], words: dict[str, str]) -> str:
 
 
 def _batches(report: Report[MemoryResult]) -> list[str]:
-    return [str(size_cell(next(fit for fit in report.results[role].fit if fit.searched == "batch_size"))) for role in SHOWN]
+    """Of each model; n/a where it was not searched."""
+    fits = {role: report.results[role].fit if role in report.results else [] for role in SHOWN}
+    batches = (next((fit for fit in fits[role] if fit.searched == "batch_size"), None) for role in SHOWN)
+    return ["n/a" if fit is None else str(size_cell(fit)) for fit in batches]

@@ -28,8 +28,10 @@ BATCH_SHARE = 0.6  # share of FIT_SECONDS for the search of the batch
 _RESIDENT = ("parameters", "buffers", "optimizer_state")  # parts of a breakdown that do not depend on the batch
 
 
-def fit_sizes(case: MemoryCase, known: MemoryResult, card_bytes: int | None, on_probe: Callable[[str], object]) -> list[Fit]:
-    """The largest batch at the sequence length of `case`, then the longest sequence at a batch of 1.
+def fit_sizes(
+    case: MemoryCase, known: MemoryResult, card_bytes: int | None, on_probe: Callable[[str], object], lengths: bool = True
+) -> list[Fit]:
+    """The largest batch at the sequence length of `case`, then, with `lengths`, the longest sequence at a batch of 1.
 
     known: the result of `case` itself, which costs no further probe.
     card_bytes: memory of the card; where `case` has no limit, it places the probes, and no verdict depends on it.
@@ -68,6 +70,8 @@ def fit_sizes(case: MemoryCase, known: MemoryResult, card_bytes: int | None, on_
     usable = case.batch_size <= bound and measured.status != "error"  # a crash is worth a second try
     probes = search(batch, case.batch_size, bound, {case.batch_size: measured} if usable else {}, BATCH_SHARE)
     batches = _as_fit("batch_size", batch, 1, bound, probes)
+    if not lengths:
+        return [batches]
     bound = (PIECES_BOUND if in_pieces(case.model, case.piece_length) else TOKENS_BOUND) // LENGTH_STEP
     tokens = (batches.batch_size or 1) * case.seq_length  # a step of as many tokens is a good first guess
     probes = search(length, max(1, tokens // LENGTH_STEP), bound, {}, 1.0)
