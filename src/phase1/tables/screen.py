@@ -180,20 +180,25 @@ def _files(files: Sequence[Path | str]) -> list[str]:
     return lines[:4]
 
 
+FITS = f" {'batch':>8} {'longest':>12}"
+
+
 def memory_numbers(report: Report[MemoryResult]) -> list[str]:
     """Peak, need and saving of every model; and the largest sizes that train, where they were searched."""
-    lines = [f"{'':<24} {'peak':>10} {'with context':>14} {'below the Transformer':>22}"]
+    fitted = any(result.fit for result in report.results.values())
+    lines = [f"{'':<24} {'peak':>10} {'with context':>14} {'below the Transformer':>22}" + FITS * fitted]
     for key, result in report.results.items():
         peak, reserved, outside = result.peak_allocated_bytes, result.peak_reserved_bytes, result.outside_allocator_bytes
         needed = result.estimated_needed_bytes if reserved is None or outside is None else reserved + outside
         saving = "" if result.memory_reduction_percent is None else f"{result.memory_reduction_percent:.1f} %"
         over = {"ok": "", "oom": "does not fit", "error": "failed"}[result.status]
         numbers = f"{_with_unit(peak, 1e-9, 'GB', 2):>10} {_with_unit(needed, 1e-9, 'GB', 2):>14} {saving:>22}"
-        lines.append(f"{model_title(key):<24} {numbers} {over}".rstrip())
+        lines.append(f"{model_title(key):<24} {numbers}{_fits(result) if fitted else ''} {over}".rstrip())
     lines += [_ranks(key, result.peak_by_rank_bytes) for key, result in report.results.items() if result.peak_by_rank_bytes]
-    if any(result.fit for result in report.results.values()):
-        lines.append(f"largest batch at T = {report.run.get('seq_length')}, longest sequence at a batch of 1:")
-        lines += [f"{model_title(key):<24} {_fits(result)}" for key, result in report.results.items() if result.fit]
+    if fitted:
+        lines.append(
+            f"batch: the largest of {report.run.get('seq_length'):,} tokens that trains; longest: sequence at a batch of 1"
+        )
     return lines
 
 
@@ -209,7 +214,7 @@ def _fits(result: MemoryResult) -> str:
         size = fit.batch_size if fit.searched == "batch_size" else fit.seq_length
         more = ">= " if size == fit.bound or fit.detail else ""
         words[fit.searched] = "none" if size is None else f"{more}{size:,}"
-    return f"{words['batch_size']:>10} {words['seq_length']:>14}".rstrip()
+    return f" {words['batch_size']:>8} {words['seq_length']:>12}"
 
 
 def throughput_numbers(report: Report[ThroughputResult]) -> list[str]:
