@@ -177,8 +177,9 @@ def test_the_table_of_sizes_marks_bounds_and_failures_and_is_there_only_where_as
     assert "fit_comparison" not in [one.name for one in build_tables({"memory": memory_report()})]
 
 
-def test_of_short_pieces_the_batch_alone_is_searched(monkeypatch, tmp_path, capsys):
-    asked = {}
+@pytest.mark.parametrize("basis", ["estimated", "measured"])
+def test_of_short_pieces_a_gpu_searches_the_batch_alone(basis, monkeypatch, tmp_path, capsys):
+    asked, measured = {}, memory.memory_result
 
     def found(case, known, card_bytes, on_probe, lengths=True):
         asked[known.model_name] = lengths
@@ -187,11 +188,14 @@ def test_of_short_pieces_the_batch_alone_is_searched(monkeypatch, tmp_path, caps
         return fits + [Fit(searched="seq_length", step=64, bound=999, batch_size=1, seq_length=640, **common)] * lengths
 
     monkeypatch.setattr(memory, "fit_sizes", found)
+    monkeypatch.setattr(memory, "memory_result", lambda *a: measured(*a).model_copy(update={"basis": basis}))
     sizes = ["512" if word == "64" else word for word in FLAGS]
     phase1(["memory", *sizes, "--vram-limit", "540MB", "--fit", "--out-dir", str(tmp_path)])
-    assert asked.pop("phase1_pieces") is False and asked and all(asked.values())
+    short = asked.pop("phase1_pieces")
+    assert short is (basis == "estimated") and asked and all(asked.values())
     lines = {line[:24].strip() or "head": line for line in capsys.readouterr().out.splitlines() if line and not line.startswith("files")}
-    assert lines["engine, in pieces"].split()[-2:] == ["%", "7"] and lines["engine"].split()[-2:] == ["7", "640"]
+    assert lines["engine, in pieces"].split()[-2:] == (["7", "640"] if short else ["%", "7"])
+    assert lines["engine"].split()[-2:] == ["7", "640"]
     assert any(line.split()[-2:] == ["batch", "longest"] for line in lines.values()) and max(map(len, lines.values())) <= 110
     rows = {row[0]: row[2:4] for row in fit_comparison(report(tmp_path)).rows}
-    assert rows["phase1_pieces"] == (7, None) and rows["phase1"] == (7, 640)
+    assert rows["phase1_pieces"] == (7, 640 if short else None) and rows["phase1"] == (7, 640)

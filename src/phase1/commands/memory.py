@@ -162,7 +162,7 @@ def limit_of(run: MemoryRun) -> int | None:
 def with_fits(results: dict[str, MemoryResult], cases: dict[str, MemoryCase], session: Session) -> dict[str, MemoryResult]:
     """The results with the largest sizes of their models that train on the card.
 
-    Of short pieces the longest sequence takes minutes a probe: --piece-length finds that of longer ones.
+    Of short pieces the longest sequence takes a GPU minutes a probe: --piece-length finds that of longer ones.
     """
     fitted, total = dict(results), total_gpu_bytes()
     with progress(desc="fit", unit="probe") as bar:
@@ -173,6 +173,7 @@ def with_fits(results: dict[str, MemoryResult], cases: dict[str, MemoryCase], se
                 bar.update()
 
             bar.set_postfix_str(f"{role} ({number} of {len(results)})")
-            search = partial(fit_sizes, cases[role], result, total, on_probe, lengths=role not in PIECES)
+            lengths = role not in PIECES or result.basis == "estimated"
+            search = partial(fit_sizes, cases[role], result, total, on_probe, lengths)
             fitted[role] = result.model_copy(update={"fit": session.case(f"fit {role}", list[Fit], search)})
     return fitted

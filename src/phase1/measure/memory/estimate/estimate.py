@@ -19,7 +19,7 @@ from phase1.ops.ar_ssm import imitated_card
 from phase1.parallel.replicas import Alone, Imagined
 from phase1.trainable import Trainable, build
 from phase1.training.optimizers import MuonAdamW
-from phase1.training.pieces import in_pieces, loss_first, settled
+from phase1.training.pieces import Pieces, in_pieces, loss_first, settled
 from phase1.training.step import TrainState, train_step
 
 CONTEXT_BYTES = 500_000_000  # assumed for CUDA context and libraries, which take 0.3 to 0.6 GB on most cards
@@ -35,7 +35,8 @@ def estimate_memory(case: MemoryCase, chip: Chip = CHIP) -> MemoryPeaks:
     traced = pieces_to_trace(case)
     if traced is None:
         return traced_memory(case, chip)
-    fewer, more = (traced_memory(replace(case, seq_length=length), chip) for length in traced)
+    first = loss_first(case.batch_size * case.seq_length, case.model.vocab_size)
+    fewer, more = (traced_memory(replace(case, seq_length=length), chip, first) for length in traced)
     return extended(fewer, more, (case.seq_length - traced[1]) // (traced[1] - traced[0]))
 
 
@@ -44,9 +45,7 @@ def pieces_to_trace(case: MemoryCase) -> tuple[int, int] | None:
     N, T = case.piece_length, case.seq_length
     if N is None or not in_pieces(case.model, N):
         return None
-    first, V, B = settled(case.model, T, N), case.model.vocab_size, case.batch_size
-    while loss_first(B * first, V) and not loss_first(B * T, V):
-        first += N
+    first = settled(case.model, T, N)
     return (first, first + N) if first + N < T else None
 
 
@@ -64,7 +63,7 @@ def extended(fewer: MemoryPeaks, more: MemoryPeaks, times: int) -> MemoryPeaks:
     )
 
 
-def traced_memory(case: MemoryCase, chip: Chip = CHIP) -> MemoryPeaks:
+def traced_memory(case: MemoryCase, chip: Chip = CHIP, first: bool | None = None) -> MemoryPeaks:
     """Peaks of a training step on tensors that have sizes and no contents, so no GPU and no memory is needed.
 
     It imitates the GPU's run (cuda_autocast.py): FP16 autocast, FP32 gradients, loss scaling, fused AdamW or Muon with its
@@ -75,6 +74,7 @@ def traced_memory(case: MemoryCase, chip: Chip = CHIP) -> MemoryPeaks:
     Args:
         chip: of the card: its compute capability decides the size of the workspaces, it and the multiprocessors that of sums
             which blocks of threads share.
+        first: of pieces, whether the loss of all comes first, as it may for fewer of them and not for all; None: as in `case`.
     """
     operator_memory = ModelledCuda(chip)
     with imitated_cuda(), imitated_card(chip.major), MemoryTracker(case.model.vocab_size, "cpu", operator_memory) as tracker:
@@ -84,6 +84,8 @@ def traced_memory(case: MemoryCase, chip: Chip = CHIP) -> MemoryPeaks:
             return Imagined(parameters, case.ranks) if case.ranks > 1 else Alone()
 
         state = make_workload(case.model, "cpu", "fp16", make=_unmoved, replicas_of=replicas_of, **way)
+        if isinstance(state.micro_batch, Pieces):
+            state.micro_batch.loss_first = first
         _make_lasting_tensors(state)
         moved = tracker.label(_moved(state.model), "parameters", "")  # for their order; `watch` names them
         tracker.watch(state.model)
