@@ -12,6 +12,7 @@ from phase1.tables.screen import (
     perplexity_numbers,
     text,
     throughput_numbers,
+    values_of,
 )
 from tests.reports import memory_report, perplexity_report, throughput_report
 
@@ -83,3 +84,8 @@ def test_every_report_has_its_numbers():
     assert any("2.31 GB" in line and "75.0 %" in line for line in memory_numbers(memory_report()))
     assert any("OOM" in line for line in throughput_numbers(throughput_report()))
     assert any("37.06" in line and "+6.20 %" in line for line in perplexity_numbers(perplexity_report()))
+
+
+def test_a_batch_is_a_whole_number():
+    one = Check(name="one_sequence_trains", value=52, limit=1, status="pass", detail="")
+    assert values_of(one) == ("52", "least 1")

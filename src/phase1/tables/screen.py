@@ -145,6 +145,8 @@ def values_of(check: Check) -> tuple[str, str]:
     """Value and limit in the unit of the check."""
     if check.name.startswith("fits_"):
         return _with_unit(check.value, 1e-9, "GB", 2), f"limit {_with_unit(check.limit, 1e-9, 'GB', 2)}"
+    if check.name == "one_sequence_trains":  # the largest batch
+        return _with_unit(check.value, 1, "", 0), f"least {_with_unit(check.limit, 1, '', 0)}"
     percent = "percent" in check.name or check.name == "a_a_no_difference"
     unit, digits = ("%", 1) if percent else ("", 3)
     word = "over" if check.name in ("reduction_50_percent", "r_squared") else "limit"
