@@ -155,7 +155,7 @@ def test_a_run_that_diverged_is_told_of_bf16_where_the_card_has_it(monkeypatch, 
 def test_resuming_with_other_settings_names_the_flags(tmp_path):
     s = state()
     save_checkpoint(tmp_path, s, {})
-    with pytest.raises(ValueError, match="--learning-rate; use those"):
+    with pytest.raises(ValueError, match=r"--learning-rate \(\S+, not 0.0001\); use those"):
         resume(tmp_path, state(replace(CONFIG, learning_rate=1e-4)))
     with pytest.raises(ValueError, match="--ar-ssm-window"):
         resume(tmp_path, state(ar_ssm_window=3))

@@ -30,6 +30,7 @@ from phase1.world import is_first
 
 C = TypeVar("C", bound=Config)
 
+SHOWN = 3  # settings that differ, with their values
 INDEX = CHECKPOINT  # written last; names the tensor files that belong together
 NO_DIFFERENCE: Final = {"micro_batch_size": TrainConfig.micro_batch_size, "piece_length": TrainConfig.piece_length}
 """Settings that change the result of a training by rounding alone, with the value that stands for all in identities: a training
@@ -350,8 +351,11 @@ def check_configs(folder: Path | str, index: dict[str, Any], model: ModelConfig,
         theirs = defaults | index[name]
         different = sorted(k for k, v in asdict(mine).items() if k not in NO_DIFFERENCE and theirs[k] != v)
         if different:
-            flags = ", ".join("--" + key.replace("_", "-") for key in different)
-            raise ValueError(f"the checkpoint in {folder} was made with other {flags}; use those, or another --out-dir")
+            flags = ", ".join(
+                f"--{key.replace('_', '-')} ({theirs[key]}, not {getattr(mine, key)})" for key in different[:SHOWN]
+            )
+            more = f" and {len(different) - SHOWN} more" * (len(different) > SHOWN)
+            raise ValueError(f"the checkpoint in {folder} was made with other {flags}{more}; use those, or another --out-dir")
     try:
         require_shapes(model, _shapes(folder, index))
     except RuntimeError as error:
