@@ -151,7 +151,7 @@ RATIOS = {
     "1M over 64 x 512, pieces of 32k, without a limit": ("tokens_per_s", "1M_32k", "whole_64x512"),
     "1M over 64 x 512, pieces of 64k, without a limit": ("tokens_per_s", "1M_64k", "whole_64x512"),
     "1M over 64 x 512, compiled": ("tokens_per_s", "1M_compiled", "whole_64x512_compiled"),
-    "D 768, L 12: capped over uncapped": ("tokens_per_s", "large_micro", "large_uncapped"),
+    "D 768, L 12: capped over uncapped": ("tokens_per_s", "large_micro_8", "large_uncapped"),
     "D 768, L 12: 1 x 32k in pieces over uncapped": ("tokens_per_s", "large_pieces", "large_uncapped"),
     "peak, pieces of 256 over baseline_optimized": ("peak_allocated_bytes", "peak_pieces_256", "peak_baseline_optimized"),
     "peak, two levels over baseline_optimized": ("peak_allocated_bytes", "peak_two_level_256", "peak_baseline_optimized"),

@@ -14,9 +14,9 @@ from typing import Any
 
 from phase1.errors import is_out_of_memory, reason
 
-_NAME = r"[a-z][a-z0-9_]{0,63}"
+NAME = r"[a-z][a-z0-9_]{0,63}"
 _REFERENCE = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
-_SPELLING = re.compile(rf"(?:(?P<name>{_NAME})=)?(?P<factory>{_REFERENCE})(?:@(?P<source>[0-9a-f]{{12}}))?")
+_SPELLING = re.compile(rf"(?:(?P<name>{NAME})=)?(?P<factory>{_REFERENCE})(?:@(?P<source>[0-9a-f]{{12}}))?")
 FORM = "[NAME=]package.module:factory, NAME of small letters, digits and _"
 
 

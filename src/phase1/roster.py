@@ -7,7 +7,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from phase1.config import YOUNGER, EngineShape, ModelConfig, ModelShape
-from phase1.factory import pinned, split
+from phase1.factory import NAME, pinned, split
 
 SMALL: dict[str, Any] = {"row_norm": 0.02 * 512**0.5, "input_scale": 1.0}
 """The start of rows at random that trains best: GPT-2's, a standard deviation of 0.02 at the documented width."""
@@ -115,6 +115,11 @@ def own_models(named: tuple[str, ...], shape: ModelShape, taken: tuple[str, ...]
         sizes = {f.name: getattr(shape, f.name) for f in fields(EngineShape) if hasattr(shape, f.name)}
         models[name] = ModelConfig(**(sizes | ranks | OWN | {"model": pinned(reference)}))
     return models
+
+
+def may_be_own(name: str) -> bool:
+    """Whether a user may call a model so: no name of an engine, which has its ranks in it."""
+    return re.fullmatch(NAME, name) is not None and not name.startswith("phase1")
 
 
 def sources(models: dict[str, ModelConfig]) -> dict[str, str] | None:

@@ -109,11 +109,12 @@ def screen(
     folder, own = Path(run.out_dir), run.model is None
     seconds, tokens = facts["train_seconds"], facts["trained_tokens"]
     numbers = [f"training text   loss {facts['loss']:.3f} in the last step{_mean_of_last(rows)}"]
-    if (valid := _last(rows, "val_loss")) != UNKNOWN:
+    if (valid := _last(rows, "val_loss")) is not None:
         best = min(row["val_loss"] for row in rows if row["val_loss"] is not None)
-        reach = _last(rows, "unigram_loss") if unigram is None else f"{unigram:.3f}"  # None where it was looked at earlier only
-        numbers.append(f"valid text      loss {valid}, best {best:.3f}; {reach} is what token frequencies alone reach")
-        if _is_above(valid, reach):
+        reach = _last(rows, "unigram_loss") if unigram is None else unigram  # None where it was looked at earlier only
+        known = UNKNOWN if reach is None else f"{reach:.3f}"
+        numbers.append(f"valid text      loss {valid:.3f}, best {best:.3f}; {known} is what token frequencies alone reach")
+        if reach is not None and valid > reach:
             numbers.append("                it has not beaten them: more --train-tokens")
     if seconds:
         numbers.append(f"speed           {tokens / seconds:,.0f} tokens/s, {seconds:,.0f} s in all")
@@ -138,13 +139,9 @@ def screen(
     )
 
 
-def _is_above(loss: str, entropy: str) -> bool:
-    return UNKNOWN not in (loss, entropy) and float(loss) > float(entropy)
-
-
-def _last(rows: list[dict[str, Any]], name: str) -> str:
+def _last(rows: list[dict[str, Any]], name: str) -> float | None:
     """The last known value of a column."""
-    return next((f"{row[name]:.3f}" for row in reversed(rows) if row[name] is not None), UNKNOWN)
+    return next((row[name] for row in reversed(rows) if row[name] is not None), None)
 
 
 def _mean_of_last(rows: list[dict[str, Any]]) -> str:

@@ -132,7 +132,7 @@ def fit_comparison(report: Report[MemoryResult], hardware: str | None = None) ->
         (
             key,
             fits[0].basis,
-            *_sizes(fits),
+            *sizes_of(fits),
             sum(len(fit.probes) for fit in fits),
             report.results[key].config_id,
         )
@@ -168,10 +168,10 @@ def cards_comparison(reports: Sequence[Report[MemoryResult]]) -> Table:
 def _card_row(report: Report[MemoryResult], models: list[str]) -> tuple[Cell, ...]:
     fits = [report.results[key].fit if key in report.results else [] for key in models]
     limit = next((fit.limit_bytes for found in fits for fit in found), None)
-    return (str(report.run["card_name"]), gigabytes(limit), *(size for sizes in zip(*map(_sizes, fits)) for size in sizes))
+    return (str(report.run["card_name"]), gigabytes(limit), *(size for sizes in zip(*map(sizes_of, fits)) for size in sizes))
 
 
-def _sizes(fits: Sequence[Fit]) -> list[Cell]:
+def sizes_of(fits: Sequence[Fit]) -> list[Cell]:
     """The largest batch and the longest sequence; None for what was not searched."""
     found = {fit.searched: size_cell(fit) for fit in fits}
     return [found.get("batch_size"), found.get("seq_length")]

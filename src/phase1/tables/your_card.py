@@ -6,7 +6,7 @@ from typing import Final
 from phase1.machine.cards import card_for
 from phase1.presets import PRESETS
 from phase1.records.schema import MemoryResult, Report
-from phase1.tables.memory import size_cell
+from phase1.tables.memory import sizes_of
 
 WORDS: Final = {
     "en": {
@@ -44,6 +44,5 @@ def _preset(report: Report[MemoryResult], words: dict[str, str]) -> str:
 
 def _batches(report: Report[MemoryResult]) -> list[str]:
     """Of each model; n/a where it was not searched."""
-    fits = {role: report.results[role].fit if role in report.results else [] for role in SHOWN}
-    batches = (next((fit for fit in fits[role] if fit.searched == "batch_size"), None) for role in SHOWN)
-    return ["n/a" if fit is None else str(size_cell(fit)) for fit in batches]
+    batches = (sizes_of(report.results[role].fit if role in report.results else [])[0] for role in SHOWN)
+    return ["n/a" if batch is None else str(batch) for batch in batches]

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from phase1.config import Config, ModelConfig, TrainConfig, present_settings
+from phase1.config import Config, ModelConfig, TrainConfig, flag_of, present_settings
 from phase1.device import steadier
 from phase1.errors import Diverged
 from phase1.files import atomic_write, open_plain, read_json, remove
@@ -351,9 +351,7 @@ def check_configs(folder: Path | str, index: dict[str, Any], model: ModelConfig,
         theirs = defaults | index[name]
         different = sorted(k for k, v in asdict(mine).items() if k not in NO_DIFFERENCE and theirs[k] != v)
         if different:
-            flags = ", ".join(
-                f"--{key.replace('_', '-')} ({theirs[key]}, not {getattr(mine, key)})" for key in different[:SHOWN]
-            )
+            flags = ", ".join(f"{flag_of(key)} ({theirs[key]}, not {getattr(mine, key)})" for key in different[:SHOWN])
             more = f" and {len(different) - SHOWN} more" * (len(different) > SHOWN)
             raise ValueError(f"the checkpoint in {folder} was made with other {flags}{more}; use those, or another --out-dir")
     try:

@@ -1,11 +1,10 @@
 """The models that a perplexity run trains or loads, and their keys in its report."""
 
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from phase1.config import ModelConfig
-from phase1.roster import PAIRS, ROLES, VARIANTS, Key, model_config, own_models
+from phase1.roster import PAIRS, ROLES, VARIANTS, Key, may_be_own, model_config, own_models
 from phase1.runs import PerplexityRun
 from phase1.trainable import parameter_count
 from phase1.training.checkpoint import model_config_of, read_index, require_model
@@ -77,7 +76,6 @@ def _given(argument: str, own: dict[str, ModelConfig]) -> ScoredModel:
         require_model(path, config := model_config_of(index), own[name].model)
         return ScoredModel(name, config, index["train_config"].get("seed", 0), Path(path))
     key = Key.parse(name)
-    is_free = bool(separator) and re.fullmatch("[a-z][a-z0-9_]{0,63}", name) is not None and not name.startswith("phase1")
     is_key = bool(separator) and (key.name in ("baseline", "transformer", *VARIANTS, *PAIRS) or key.ranks is not None)
     if Path(argument).exists() and not is_key:  # a folder: the model says what it is
         index = read_index(argument)
@@ -86,7 +84,7 @@ def _given(argument: str, own: dict[str, ModelConfig]) -> ScoredModel:
     if separator and Path(path).exists() and (theirs := model_config_of(read_index(path)).model):
         own_model = f"{name}={theirs.partition('@')[0]}"
         raise ValueError(f"--checkpoint {argument}: a model of {theirs} is there; give --model {own_model} too")
-    if is_free and not is_key and Path(path).exists():  # a name of the user's own
+    if separator and may_be_own(name) and not is_key and Path(path).exists():  # a name of the user's own
         index = read_index(path)
         return ScoredModel(name, model_config_of(index), index["train_config"].get("seed", 0), Path(path))
     if not is_key:
