@@ -142,7 +142,12 @@ def main() -> int:
     import torch  # takes seconds
 
     machine, end = Machine(torch.cuda.device_count()), time.monotonic() + options.seconds
-    return run(jobs, machine, options.out.resolve(), options.data.resolve(), end)
+    try:
+        return run(jobs, machine, options.out.resolve(), options.data.resolve(), end)
+    finally:
+        for running in machine.all():  # after Ctrl-C
+            os.killpg(running.process.pid, signal.SIGINT)
+            running.process.wait()
 
 
 def chosen(jobs: list[Job], only: list[str] | None) -> Iterator[Job]:

@@ -18,7 +18,7 @@ def whole(texts):
     return {name: ["".join(document) for document in text.documents()] for name, text in texts.items()}
 
 
-def test_builtin_has_two_megabytes_in_three_splits_that_share_no_document(cache):
+def test_builtin_has_megabytes_in_three_splits_that_share_no_document(cache):
     splits = whole(builtin_texts(cache))
     assert sum(len(text.encode()) for texts in splits.values() for text in texts) >= MIN_BYTES
     every = [text for texts in splits.values() for text in texts]

@@ -55,11 +55,17 @@ def test_right_kernels_are_within_a_tenth_of_the_limit(dtype):
     assert 0 < self_check.worst_error(DEVICE, dtype) <= self_check.LIMIT[dtype] / 10
 
 
-def test_a_type_is_checked_once_on_this_machine(asked):
+def test_a_type_is_checked_once_on_this_machine_and_that_it_takes_a_minute_is_said(asked, capsys):
     for _ in range(2):
         assert runs() and runs()
         self_check._proven.cache_clear()  # as in another process
+    assert capsys.readouterr().err.count("are compiled and checked, once on this card") == 1
     assert runs(OTHER) and asked == [torch.float32, OTHER] and self_check.DISPROVEN == {}
+
+
+def test_one_rank_of_many_says_that_it_takes_a_minute(monkeypatch, capsys, asked):
+    monkeypatch.setenv("RANK", "1")
+    assert runs() and not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form, name", FORMS, ids=lambda x: getattr(x, "__name__", x))

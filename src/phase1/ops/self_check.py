@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -50,6 +51,8 @@ def passes(
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     answers = _kept()
     if key not in answers:
+        if os.environ.get("RANK", "0") == "0":  # torchrun's: ranks say it once
+            print(f"phase1: kernels of {kernels} are compiled and checked, once on this card; up to a minute", file=sys.stderr)
         try:
             # in a thread of its own, out of all that the caller is in: autocast, inference mode, a block that is recomputed
             with ThreadPoolExecutor(1) as thread:
