@@ -27,8 +27,8 @@ WORDS: dict[str, dict[str, str]] = {
         "comma": ", ",
         "tricks": "\\* Memory: activations recomputed, loss in chunks. Speed: the fastest Transformer that these give; both "
         "compiled, nothing recomputed. Time: `phase1 throughput` as documented, engine not compiled; a step takes T to that "
-        "power, 1 in the long run and less where part of it is the same at every length. Parameters and perplexity: with the "
-        "engine's copy head.",
+        "power, 1 in the long run and less where part of it is the same at every length. Parameters and perplexity: started from "
+        "the same statistics, with AR-SSM's convolution, gate and normed queries, and with the engine's copy head.",
     },
     "ja": {
         "head": "| | Transformer | 同じ工夫を加えた Transformer \\* | エンジン |\n|---|---:|---:|---:|",
@@ -49,28 +49,28 @@ WORDS: dict[str, dict[str, str]] = {
         "tricks": "\\* メモリ：活性を再計算し、損失を分割して計算したもの。速度：これらで最も速い Transformer。"
         "どちらもコンパイルし、再計算なし。時間：文書どおりの `phase1 throughput` の結果で、エンジンはコンパイルなし。"
         "1 ステップの時間は T のこの指数乗で、長い系列では 1 に近づき、系列長によらない時間がある間は 1 より小さくなる。"
-        "パラメータ数とパープレキシティ：エンジンと同じコピーヘッドを加えたもの。M は百万。",
+        "パラメータ数とパープレキシティ：同じ統計から学習を始め、AR-SSM の畳み込み、ゲート、クエリの正規化と、"
+        "エンジンのコピーヘッドを加えたもの。M は百万。",
     },
 }
 TEXTS = {"wikitext103": "WikiText-103"}
+MODELS = ("baseline", "transformer_fair_copy", "phase1")  # of the columns, where parameters and perplexity are compared
 
 
 def summary(root: Path, listed: dict[str, Any], language: str, link: bool = True) -> str:
     """The table, what it was measured on and what its second column is, as Markdown.
 
-    listed: the records by row (`memory`, `speed`, `linear`, `perplexity`, `copy_head`), each relative to results/; `speed` is a
-        throughput report or a record of benchmarks/steps.py.
+    listed: the records by row (`memory`, `speed`, `linear`, `perplexity`), each relative to results/; `speed` is a throughput
+        report or a record of benchmarks/steps.py.
     """
     words = WORDS[language]
-    memory, linear, perplexity, copies = (
-        _report(root, listed[name]) for name in ("memory", "linear", "perplexity", "copy_head")
-    )
+    memory, linear, perplexity = (_report(root, listed[name]) for name in ("memory", "linear", "perplexity"))
     rows = [
         _memory(memory, words),
         speed_row(benchmark(root / "results" / listed["speed"]), words),
         _linear(linear, words),
-        _parameters(perplexity, copies, words),
-        _perplexity(perplexity, copies, words),
+        _parameters(perplexity, words),
+        _perplexity(perplexity, words),
     ]
     engine = _of(perplexity, "phase1")[0]
     seeds = words["comma"].join(str((r.training or {}).get("seed", "?")) for r in _of(perplexity, "phase1"))
@@ -142,12 +142,8 @@ def _of(report: Report[PerplexityResult], plain: str) -> list[PerplexityResult]:
     return [result for name, result in zip(names, report.results.values()) if name == wanted]
 
 
-def _models(perplexity: Report[PerplexityResult], copies: Report[PerplexityResult]) -> list[list[PerplexityResult]]:
-    return [_of(perplexity, "baseline"), _of(copies, "transformer_copy"), _of(perplexity, "phase1")]
-
-
-def _parameters(perplexity: Report[Any], copies: Report[Any], words: dict[str, str]) -> list[str]:
-    return [words["parameters"], *(_millions(results[0], words) for results in _models(perplexity, copies))]
+def _parameters(perplexity: Report[Any], words: dict[str, str]) -> list[str]:
+    return [words["parameters"], *(_millions(_of(perplexity, model)[0], words) for model in MODELS)]
 
 
 def _millions(result: Result, words: dict[str, str]) -> str:
@@ -155,8 +151,8 @@ def _millions(result: Result, words: dict[str, str]) -> str:
     return words["million"].format(total=result.parameters.total / 1e6, table=result.parameters.embedding / 1e6)
 
 
-def _perplexity(perplexity: Report[Any], copies: Report[Any], words: dict[str, str]) -> list[str]:
-    models = _models(perplexity, copies)
+def _perplexity(perplexity: Report[Any], words: dict[str, str]) -> list[str]:
+    models = [_of(perplexity, model) for model in MODELS]
     dataset = models[0][0].dataset
     label = words["perplexity"].format(text=TEXTS.get(dataset.name, dataset.name) if dataset else "")
     return [label, *(words["comma"].join(f"{r.perplexity:.1f}" for r in results) for results in models)]
