@@ -1,6 +1,7 @@
-"""The records of results/h200 made anew, as many at a time as the GPUs of this machine allow.
+"""The records of results/h200 that targets and first table need, as many at a time as the GPUs of this machine allow.
 
-    python benchmarks/all.py OUT --data DATA [--only NAME ...] [--seconds S] [--list]
+    python benchmarks/all.py OUT --data DATA [--only NAME ...] [--seconds S]
+    python benchmarks/all.py --list
 
 OUT gets the records, each where results/h200 has it, and a log a job in OUT/logs. DATA is a folder with wikipedia/ (train and
 valid) and wikitext103/ (valid). What is timed has a GPU to itself, trainings and what is inside PyTorch's allocator share one.
@@ -81,7 +82,8 @@ JOBS = [
     *STEPS,
     Job("ar_ssm", f"{BENCHMARK}ar_ssm.py --out-dir {{out}}/kernels", 40),
     Job("losses", f"{BENCHMARK}losses.py --out-dir {{out}}/kernels", 20),
-    Job("sequence_ops", f"{BENCHMARK}sequence_ops.py --seconds 340 --out-dir {{out}}/sequence_ops", 360),
+    Job("sequence_ops", f"{BENCHMARK}sequence_ops.py --rows core simple_gla --sizes 64x512 --seconds 120 "
+        "--out-dir {out}/sequence_ops", 360),
     Job("scaling", f"{BENCHMARK}scaling.py --dataset-name {{data}}/wikipedia --out-dir {{out}}", 160, 2),
     Job("context_parallel", f"{BENCHMARK}context_parallel.py --out-dir {{out}}", 60, 2),
     *(Job(f"peers-{name}", f"{PEERS} {{out}}/peers {{data}} {name}", seconds, 1, False) for name, seconds in (
@@ -127,7 +129,7 @@ class Machine:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder of the records")
+    parser.add_argument("out", type=Path, metavar="OUT", nargs="?", help="folder of the records; before --only")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the two texts (default: data)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="jobs whose names begin so, in this order; all by default")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="for all of them; no limit by default")
@@ -139,6 +141,8 @@ def main() -> int:
     if options.list:
         print("\n".join(f"{job.name:<32} {job.seconds:>4} s  {job.command}" for job in jobs))
         return 0
+    if options.out is None:
+        parser.error("OUT, the folder of the records, must be given, before --only; got none")
     import torch  # takes seconds
 
     machine, end = Machine(torch.cuda.device_count()), time.monotonic() + options.seconds
@@ -151,8 +155,9 @@ def main() -> int:
 
 
 def chosen(jobs: list[Job], only: list[str] | None) -> Iterator[Job]:
-    for start in only or [""]:
-        yield from (job for job in jobs if job.name.startswith(start))
+    """Those whose names begin with a word of `only`, word by word, each once."""
+    found = (job for start in only or [""] for job in jobs if job.name.startswith(start))
+    yield from {job.name: job for job in found}.values()
 
 
 def run(jobs: list[Job], machine: Machine, out: Path, data: Path, end: float) -> int:
@@ -161,10 +166,10 @@ def run(jobs: list[Job], machine: Machine, out: Path, data: Path, end: float) ->
     (out / "logs").mkdir(parents=True, exist_ok=True)
     while waiting or machine.all():
         for job in list(waiting):
-            if job.gpus is not None and job.gpus > machine.gpus:
+            if (job.gpus or 1) > machine.gpus:
                 waiting.remove(job)
                 left_out += 1
-                say(job, f"left out: it needs {job.gpus} GPUs")
+                say(job, f"left out: it needs {job.gpus or 1} GPUs")
             elif time.monotonic() + job.seconds > end:
                 waiting.remove(job)
                 left_out += 1

@@ -111,3 +111,22 @@ def test_every_command_is_one_that_its_program_takes(name, capsys):
     program = arguments[0] if program == "bash" else program
     flags = [argument for argument in arguments if argument.startswith("--")]
     assert [flag for flag in flags if f'"{flag}"' not in Path(program).read_text()] == []
+
+
+def test_a_machine_without_a_gpu_is_left_out_at_once(tmp_path, job, capsys):
+    assert run([job("one"), job("all", gpus=None)], tmp_path, gpus=0) == 3
+    assert capsys.readouterr().out.count("left out: it needs 1 GPUs") == 2
+
+
+def test_a_job_that_two_words_name_runs_once(job):
+    jobs = [job("memory"), job("steps"), job("steps-2")]
+    assert [chosen.name for chosen in all_.chosen(jobs, ["steps", "mem", "memory", "steps-2"])] == ["steps", "steps-2", "memory"]
+
+
+def test_the_list_needs_no_folder_and_a_run_does(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["all.py", "--list", "--only", "throughput"])
+    assert all_.main() == 0 and capsys.readouterr().out.startswith("throughput")
+    monkeypatch.setattr(sys, "argv", ["all.py", "--only", "throughput", "OUT"])
+    with pytest.raises(SystemExit):
+        all_.main()
+    assert "OUT" in capsys.readouterr().err

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "tensor_names": set(),
     "cli": LEAVES | SETTINGS | {"parallel"},
     "__main__": {"cli"},
-    "ops": {"files"},  # to keep the answers of checks of kernels
+    "ops": {"files", "world"},  # to keep the answers of checks of kernels, and say once that they are asked
     "progress": set(),
     "vocabulary": {"progress"},
     "layers": {"ops", "vocabulary"},

@@ -74,12 +74,14 @@ def remove(path: Path) -> None:
 
 def append_text(path: Path, text: str) -> None:
     """Put `text` at the end of the file at `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(text)
 
 
 def open_to_append(path: Path) -> BinaryIO:
     """The file at `path`, opened to append lines; a reader must skip a last line that a killed process left incomplete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     return path.open("ab")
 
 

@@ -257,16 +257,15 @@ class TrainRun(ModelConfig, DataConfig, TrainConfig, WatchConfig):
         if self.piece_length is not None and (self.mixer == "attention" or self.model is not None):
             other = "--mixer attention" if self.model is None else "--model"
             raise ValueError(f"--piece-length needs a state that does not grow; got {other}; leave one of them out")
-        if self.shard and self.piece_length is not None:
-            raise ValueError("--shard must be without --piece-length; got both; leave one of them out")
-        if self.shard and (self.compile or self.cuda_graphs or self.sample_every or self.model):
-            expected = "--shard must be without --compile, --cuda-graphs, --sample-every and --model"
+        apart = self.compile or self.cuda_graphs or self.sample_every or self.piece_length is not None or self.model
+        if self.shard and apart:
+            expected = "--shard must be without --compile, --cuda-graphs, --sample-every, --piece-length and --model"
             raise ValueError(f"{expected}; got one of them; leave it out")
         if self.context_parallel and (self.mixer == "attention" or self.model is not None):
             other = "--mixer attention" if self.model is None else "--model"
             raise ValueError(f"--context-parallel needs a state that does not grow; got {other}; leave one of them out")
         if self.context_parallel and (self.shard or self.piece_length is not None or self.compile or self.cuda_graphs):
-            expected = "--context-parallel must be without --shard, --piece-length, --compile and --cuda-graphs"
+            expected = "--context-parallel must be without --shard, --piece-length, --compile, --cuda-graphs and --model"
             raise ValueError(f"{expected}; got one of them; leave it out")
         if self.model is not None and self.sample_every:
             raise ValueError("--sample-every writes with phase1's own models; got --model too; leave one of them out")

@@ -64,7 +64,8 @@ def test_a_type_is_checked_once_on_this_machine_and_that_it_takes_a_minute_is_sa
 
 
 def test_one_rank_of_many_says_that_it_takes_a_minute(monkeypatch, capsys, asked):
-    monkeypatch.setenv("RANK", "1")
+    for name, value in {"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "2", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
     assert runs() and not capsys.readouterr().err
 
 

@@ -26,6 +26,9 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_any_work(tmp_path):
 
 def test_trying_leaves_nothing_behind(session, tmp_path):
     session()
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    session()
     assert list((tmp_path / "out").iterdir()) == []
 
 

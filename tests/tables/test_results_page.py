@@ -5,6 +5,7 @@ import json
 import pytest
 
 from phase1.commands.tables import main
+from phase1.errors import exit_status
 from phase1.machine.cards import card_for
 from phase1.presets import PRESETS
 from phase1.records.schema import FILES, Fit, write_report
@@ -59,6 +60,7 @@ def root(tmp_path):
     more = report.model_copy(update={"results": report.results | rival})
     write_report(more, tmp_path / "results/m" / FILES["perplexity"])
     (tmp_path / "results/page.toml").write_text(LIST)
+    (tmp_path / "results/m/plot.png").write_bytes(b"a picture")
     (tmp_path / "results/doctor.txt").write_text("cuda_works  no\n")
     (tmp_path / "results/steps.jsonl").write_text(
         "".join(json.dumps({"role": role, "bytes": 2 * 10**9, "commit": "abc", "device": "H9"}) + "\n" for role in ("a", "b"))
@@ -84,7 +86,7 @@ def test_the_page_has_the_tables_of_the_list_with_command_commit_and_card(root):
 def test_both_readmes_have_the_first_table_in_their_language_and_the_screen(root):
     files = generated(root)
     english, japanese = (files[root / name] for name in READMES)
-    assert english.startswith("# x\n<!-- results: begin -->\nMeasured on one NVIDIA Test 10GB") and english.endswith("end\n")
+    assert english.startswith("# x\n<!-- results: begin -->\nMeasured on NVIDIA Test 10GB") and english.endswith("end\n")
     assert "```text\ncuda_works  no\n```" in english and "```text\ncuda_works  no\n```" in japanese
     assert WORDS["ja"]["linear"] in japanese and WORDS["en"]["linear"] in english
     numbers = [line.split("|")[2:5] for line in english.splitlines() if line.startswith("| peak")]
@@ -105,15 +107,96 @@ def test_the_command_writes_them_and_does_so_again_to_the_byte(root, monkeypatch
 @pytest.mark.parametrize(
     "change, message",
     [(('["memory_comparison"]', '["memory_comparisons"]'), "got memory_comparisons; correct results/page.toml"),
-     (('key = "bytes"', 'key = "byte"'), "expected byte in the record; got none"),
-     (("m/phase1_memory_validation.json", "x/phase1_memory_validation.json"), "expected a phase1")],
+     (('key = "bytes"', 'key = "byte"'), r"results/steps\.jsonl, row 1: expected the key byte; got none"),
+     (("m/phase1_memory_validation.json", "x/a.json"), r"page\.toml: expected the file results/x/a\.json, .* missing"),
+     (('"steps.jsonl"', '"none.jsonl"'), r"page\.toml: expected the file results/none\.jsonl"),
+     (("m/plot.png", "none.png"), r"page\.toml: expected the file results/none\.png"),
+     (("doctor.txt", "none.txt"), r"page\.toml: expected the file results/none\.txt"),
+     (("card/phase1", "card/none"), r"page\.toml: expected the file results/card/none"),
+     (('speed = "m/', 'speed = "x/'), r"page\.toml: expected the file results/x/phase1_throughput"),
+     (('["card/phase1_memory_validation.json"]', "[]"), r"page\.toml, cards: expected records of .* --fit; got none"),
+     (('["card/', '["m/'), r"page\.toml, cards: expected a report of .* --fit; got another, m/phase1_memory"),
+     (("[summary]", "[sumary]"), r"page\.toml: no key is called sumary; did you mean summary\?"),
+     (("linear =", "liner ="), r"page\.toml, summary: no key is called liner; did you mean linear\?"),
+     (("[[section.table]]", "[[section.tables]]"), r"section 1: no key is called tables; did you mean table\?"),
+     (("caption =", "capton ="), r"section 1, table 2: no key is called capton; did you mean caption\?"),
+     (("columns =", "colums ="), r"section 1, table 2: expected targets or .*; did you mean columns\?"),
+     (('record = "steps.jsonl"', ""), r"section 1, table 2: expected the key record; got name, caption"),
+     (('unit = "GB"', 'unti = "GB"'), r"table 2, columns 2: no key is called unti; did you mean unit\?"),
+     (("1e-9", '"1e-9"'), r"columns 2, scale: expected a number; got '1e-9'"),
+     (('["memory_comparison"]', '"memory_comparison"'), r"table 1, tables: expected a list; got 'memory_comparison'"),
+     (('alt = "A plot"', ""), r"page\.toml, section 1: expected picture and alt"),
+     (("[summary]", "[[summary"), r"page\.toml: expected TOML; got .*line 4"),
+     (('key = "bytes"', 'key = "role"'), r"steps\.jsonl, row 1, role: expected a number; got 'a'"),
+     (('"phase1 doctor"', '"phase1 doktor"'), r"README\.md must have the lines <!-- phase1 doktor: begin -->")],
 )  # fmt: skip
 def test_a_wrong_line_is_named_and_nothing_is_written(root, monkeypatch, change, message):
+    assert change[0] in LIST
     (root / "results/page.toml").write_text(LIST.replace(*change))
+    refused(root, monkeypatch, message)
+
+
+def refused(root, monkeypatch, message, **flags):
+    """One line, exit status 2, nothing written."""
     monkeypatch.chdir(root)
-    with pytest.raises(ValueError, match=message):
-        main(TablesRun(results_page=True))
-    assert (root / "README.md").read_text() == MARKS and not (root / "docs/results.md").exists()
+    before = {path: path.read_bytes() for path in root.rglob("*.md")}
+    with pytest.raises(ValueError, match=message) as failure:
+        main(TablesRun(results_page=True, **flags))
+    assert exit_status(failure.value) == 2 and "\n" not in str(failure.value)
+    assert before == {path: path.read_bytes() for path in root.rglob("*.md")}
+
+
+STEP = {"role": "phase1", "settings": {}, "seq_length": 512, "tokens_per_s": 5.0}
+TARGETS = """
+[[targets]]
+what = "bytes"
+at_most = 3e9
+value = { record = "steps.jsonl", rows = "", where = { role = "a" }, key = "bytes" }
+"""
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [("results/steps.jsonl", "{", r"results/steps\.jsonl: expected the JSON of a benchmark; got line 1: "),
+     ("results/steps.jsonl", '{"role": "a", "bytes": 1}\n{"role": "b"}', r"results/steps\.jsonl, row 2: expected the key bytes"),
+     ("results/steps.jsonl", "", r"results/steps\.jsonl: expected rows at ''; got \[\]"),
+     ("results/steps.jsonl", "5", r"results/steps\.jsonl, row 1: expected the key role; got none"),
+     ("results/m/phase1_memory_validation.json", "{", r"results/m/phase1_memory_validation\.json: expected a phase1 memory"),
+     ("results/m/phase1_throughput_benchmark.json", "{}", r"phase1_throughput_benchmark\.json: expected a phase1 throughput"),
+     ("results/speed.json", "{", r"results/speed\.json: expected the JSON of a benchmark; got Expecting property"),
+     ("results/speed.json", json.dumps([STEP | {"tokens_per_s": float("nan")}]), r"results/speed\.json: .* got the number NaN"),
+     ("results/speed.json", "3", r"results/speed\.json: expected the key rows; got none"),
+     ("results/speed.json", "[3]", r"results/speed\.json, row 1: expected a table; got 3"),
+     ("results/speed.json", "[]", r"page\.toml, summary: expected records of all models"),
+     ("results/speed.json", json.dumps([STEP, STEP | {"tokens_per_s": "fast"}]), r"speed\.json, row 2, tokens_per_s: expected a n"),
+     ("results/speed.json", json.dumps([{**STEP, "role": None}]), r"speed\.json, row 1, role: expected text; got None"),
+     ("results/speed.json", '{"rows": [{"role": "phase1"}]}', r"speed\.json, row 1: expected the key settings; got role"),
+     ("results/targets.toml", "[[", r"results/targets\.toml: expected TOML; got "),
+     ("results/targets.toml", "", r"results/targets\.toml: expected the key targets"),
+     ("results/targets.toml", TARGETS.replace("[[targets]]", "[[target]]"), "no key is called target; did you mean targets"),
+     ("results/targets.toml", TARGETS.replace('"a"', '"c"'), r"results/targets\.toml: target 1 \(bytes\), value: .*expected a row"),
+     ("results/targets.toml", None, r"page\.toml: expected the file results/targets\.toml"),
+     ("results/doctor.txt", b"\xff", r"results/doctor\.txt: expected a text file in UTF-8; got "),
+     ("README.md", None, r"README\.md: expected a text file in UTF-8; got No such file"),
+     ("results/page.toml", None, "must run in a checkout of the project")],
+)  # fmt: skip
+def test_a_damaged_or_missing_file_is_named_in_one_line_and_nothing_is_written(root, monkeypatch, file, content, message):
+    entry = '\n[[section.table]]\ntargets = "targets.toml"\nname = "t"\ncaption = "Targets"\n'
+    speed = 'speed = "speed.json"' if file == "results/speed.json" else 'speed = "m/phase1_throughput_benchmark.json"'
+    (root / "results/page.toml").write_text(LIST.replace('speed = "m/phase1_throughput_benchmark.json"', speed) + entry)
+    (root / "results/targets.toml").write_text(TARGETS)
+    (root / "results/speed.json").write_text(json.dumps([STEP, STEP | {"role": "baseline_fast"}]))
+    assert "| bytes | ≤ 3,000,000,000 | " in generated(root)[root / "docs/results.md"]
+    if content is None:
+        (root / file).unlink()
+    else:
+        (root / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    refused(root, monkeypatch, message)
+
+
+def test_the_page_is_not_written_elsewhere(root, monkeypatch):
+    refused(root, monkeypatch, "got --out-dir x; leave one", out_dir="x")
+    assert not (root / "x").exists()
 
 
 def of_card(name, batch, seq_length=2048, card="rtx4060"):
@@ -153,7 +236,8 @@ def test_cards_stand_in_one_table(root):
 
 
 def test_rows_of_an_object_have_their_names_and_numbers_that_hold_for_all_are_notes(tmp_path):
-    entry = {"name": "n", "caption": "c", "rows": "shapes", "facts": ["what.x"], "columns": [{"title": "Shape", "key": "key"}]}
+    entry = {"record": "a.json", "name": "n", "caption": "c", "rows": "shapes", "facts": ["what.x"]}
+    entry["columns"] = [{"title": "Shape", "key": "key"}]
     file = tmp_path / "a.json"
     file.write_text(json.dumps({"shapes": {"4 x 8": {}}, "what": {"x": 1.23456}}))
     table = rows_table(benchmark(file), entry)
@@ -162,8 +246,14 @@ def test_rows_of_an_object_have_their_names_and_numbers_that_hold_for_all_are_no
     speed = {"title": "Speed", "key": "ms"}
     some = {"shapes": {"a": {"ms": 2}, "b": {}}, "what": {"x": 1}}
     assert rows_table(some, entry | {"columns": [speed | {"optional": True}]}).rows == ((2,), (None,))
-    with pytest.raises(ValueError, match="expected ms in the record"):
+    with pytest.raises(ValueError, match=r"results/a\.json, row 2: expected the key ms; got none"):
         rows_table(some, entry | {"columns": [speed]})
+    for value in ("fast", True):
+        with pytest.raises(ValueError, match=r"results/a\.json, row 1, ms: expected a number; got "):
+            rows_table({"shapes": [{"ms": value}], "what": {"x": 1}}, entry | {"columns": [speed | {"unit": "ms"}]})
+    for rows in ([], {}, 5, "text", None):
+        with pytest.raises(ValueError, match=r"results/a\.json: expected rows at 'shapes'"):
+            rows_table({"shapes": rows, "what": {"x": 1}}, entry)
 
 
 def test_the_second_speed_is_that_of_the_fastest_transformer_at_each_length_and_the_best_is_bold():

@@ -11,7 +11,7 @@ from phase1.checks.memory import memory_checks, with_reductions
 from phase1.config import ModelConfig, flags
 from phase1.factory import split
 from phase1.machine.cards import CARDS, Card, card_for
-from phase1.machine.environment import free_gpu_bytes, total_gpu_bytes
+from phase1.machine.environment import free_gpu_bytes, program_again, total_gpu_bytes
 from phase1.measure.memory.ablation import ROWS, ablation
 from phase1.measure.memory.case import MemoryCase
 from phase1.measure.memory.largest import fit_sizes
@@ -87,7 +87,8 @@ def next_steps(run: MemoryRun, report: Report[MemoryResult]) -> Iterator[str]:
     for own in run.model:
         yield f"phase1 check-model {own}   whether it sees no future and learns: here it was not asked"
     if any(check.status == "fail" and check.name.startswith("fits_") for check in report.checks):
-        yield f"phase1 memory {flags(replace(run, batch_size=max(1, run.batch_size // 2)))}   what half the batch takes"
+        half = replace(run, batch_size=max(1, run.batch_size // 2))
+        yield f"{program_again()} memory {flags(half)}   what half the batch takes"
     elif not run.fit and (run.card or torch.cuda.is_available()):
         yield f"phase1 memory {flags(replace(run, fit=True))}   the largest batch and the longest sequence that train"
     elif not run.card and not torch.cuda.is_available():

@@ -44,6 +44,7 @@ def main(run: PipelineRun) -> int:
         _check_data(todo)
     codes: dict[str, int] = {}
     failed: list[tuple[str, str]] = []
+    out.mkdir(parents=True, exist_ok=True)
     with (out / LOG).open("a" if run.resume else "w", encoding="utf-8", errors="replace") as log:
         for name, config in todo:
             print(f"== phase1 {name} {flags(config)}".rstrip(), flush=True)

@@ -20,9 +20,14 @@ from phase1.text import one_line
 def main(run: TablesRun) -> int:
     """Write every table that the result files allow and name them; missing result files are named and skipped.
 
-    Raises ValueError for a corrupt or foreign result file, Unavailable where there is none; no table is touched then.
+    Raises ValueError for a corrupt or foreign result file and for --results-page with --out-dir, Unavailable where there is no
+    result file; no table is touched then.
     """
     if run.results_page:
+        if run.out_dir is not None:
+            raise ValueError(
+                f"--results-page writes into the checkout alone; got --out-dir {run.out_dir}; leave one of them out"
+            )
         return _results_page(Path())
     results = Path(run.results_dir)
     trainings = training_tables(trainings_in(results))

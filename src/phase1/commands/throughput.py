@@ -11,6 +11,7 @@ from phase1.checks.throughput import control_checks, decoding_checks, throughput
 from phase1.config import ModelConfig, flags
 from phase1.device import device_type
 from phase1.factory import split
+from phase1.machine.environment import program_again
 from phase1.machine.isolate import run_isolated
 from phase1.measure.throughput.decode import measure_decoding
 from phase1.measure.throughput.disturbances import model_warnings, run_warnings
@@ -173,9 +174,9 @@ def next_steps(run: ThroughputRun, report: Report[ThroughputResult]) -> Iterator
         yield f"phase1 check-model {own}   whether it sees no future and learns: here it was not asked"
     longer_lengths = enough_lengths(run.seq_lengths)
     if set(longer_lengths) - set(run.seq_lengths):
-        yield f"phase1 throughput {flags(replace(run, seq_lengths=longer_lengths))}   lengths that can decide"
+        yield f"{program_again()} throughput {flags(replace(run, seq_lengths=longer_lengths))}   lengths that can decide"
     elif any(check.status == "inconclusive" for check in report.checks):
         longer = replace(run, measure_steps=2 * run.measure_steps)
-        yield f"phase1 throughput {flags(longer)}   more steps; on an idle machine"
+        yield f"{program_again()} throughput {flags(longer)}   more steps; on an idle machine"
     else:
         yield "phase1 perplexity   what it costs in quality"

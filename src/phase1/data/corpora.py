@@ -103,6 +103,7 @@ def check_names(config: DataConfig, *, vocab_size: int, need: tuple[str, ...] = 
     if kind != "bpe" and (entries := ready_tokenizer(kind).vocab_size) > vocab_size:
         expected = f"--tokenizer {config.tokenizer} must have at most {vocab_size} entries, as the model"
         raise ValueError(f"{expected}; got {entries}; use --tokenizer bpe")
+    _require_hub_for_configuration(config)
     if config.dataset_name == "builtin":
         return
     if _is_on_hub(config.dataset_name):
@@ -125,12 +126,19 @@ def _no_split(source: str, name: str, found: set[str], config: DataConfig) -> No
     )
 
 
+def _require_hub_for_configuration(config: DataConfig) -> None:
+    if config.dataset_config is not None and not _is_on_hub(config.dataset_name):
+        expected = "--dataset-config needs a data set of the hub"
+        raise ValueError(f"{expected}; got --dataset-name {printable_name(config.dataset_name)}; leave it out")
+
+
 def _is_on_hub(name: str) -> bool:
     return name in ("wikitext", "c4") or (name != "builtin" and not Path(name).exists())
 
 
 def _open(config: DataConfig, wanted: tuple[str, ...], tokenised: bool) -> _Origin:
     name = config.dataset_name
+    _require_hub_for_configuration(config)
     if name == "builtin":
         texts = builtin_texts(cache_folder(config.cache_dir))
         return _Origin(name, name, platform.python_version(), texts)

@@ -193,6 +193,15 @@ def free_ram_bytes() -> int | None:
     return int(psutil.virtual_memory().available)
 
 
+def program_again() -> str:
+    """What starts a command of this package on as many processes as this one has."""
+    if world.size() == 1:
+        return "phase1"
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world.size()))
+    nodes = f"--nnodes={world.size() // here} " if world.size() > here else ""
+    return f"torchrun {nodes}--nproc-per-node={here} -m phase1"
+
+
 def current_command() -> str:
     """The command line of this process, fit to be typed again: a script with its folder, nothing private in it."""
     path = Path(sys.argv[0])
@@ -201,9 +210,7 @@ def current_command() -> str:
         folder = path.absolute().parent.name
         program = f"python {folder}/{program}" if folder in ("scripts", "benchmarks") else f"python {program}"
     if world.size() > 1:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", world.size()))
-        nodes = f"--nnodes={world.size() // here} " if world.size() > here else ""
-        program = f"torchrun {nodes}--nproc-per-node={here} -m phase1"
+        program = program_again()
     return " ".join([program, *(shlex.quote(without_private(argument)) for argument in sys.argv[1:])])
 
 

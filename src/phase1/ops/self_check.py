@@ -16,6 +16,7 @@ from torch import Tensor
 
 from phase1.files import atomic_write
 from phase1.ops.compile_together import compile_together
+from phase1.world import is_first
 
 LIMIT = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
 """Relative error of each result and gradient: rounding stays far below, a wrong product is near 1."""
@@ -51,7 +52,7 @@ def passes(
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     answers = _kept()
     if key not in answers:
-        if os.environ.get("RANK", "0") == "0":  # torchrun's: ranks say it once
+        if is_first():
             print(f"phase1: kernels of {kernels} are compiled and checked, once on this card; up to a minute", file=sys.stderr)
         try:
             # in a thread of its own, out of all that the caller is in: autocast, inference mode, a block that is recomputed

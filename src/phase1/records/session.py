@@ -5,6 +5,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -101,12 +102,16 @@ class Session:
 
 
 def require_writable(folder: Path) -> None:
-    """Raise OSError now, and not after hours of work, if nothing can be written into `folder`."""
+    """Raise OSError now, and not after hours of work, if nothing can be written into `folder`; leaves none that is new."""
     if not is_first():  # it writes nothing there
         return
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
+    with suppress(OSError):  # somebody else has written there
+        for path in new:
+            path.rmdir()
 
 
 def keep_previous(path: Path, kind: Kind, command: str) -> list[Path]:

@@ -238,10 +238,11 @@ def throughput_numbers(report: Report[ThroughputResult]) -> list[str]:
 
 def _together(measurements: Sequence[Any], report: Report[ThroughputResult]) -> list[str]:
     """What several GPUs make of one, of the engine at its longest length."""
+    ranks = "GPUs" if report.environment.get("device") == "cuda" else "processes"
     return [
-        f"engine on {report.environment.get('world_size')} GPUs at T = {m.seq_length:,}: {100 * m.scaling_efficiency:.1f} % of "
-        f"as many times one, {m.tokens_per_second_per_gpu:,.0f} tokens/s a GPU, communication {m.communication_time_ms:.2f} of "
-        f"{m.total_time_ms:.2f} ms"
+        f"engine on {report.environment.get('world_size')} {ranks} at T = {m.seq_length:,}: {100 * m.scaling_efficiency:.1f} % "
+        f"of as many times one, {m.tokens_per_second_per_gpu:,.0f} tokens/s each, communication "
+        f"{m.communication_time_ms:.2f} of {m.total_time_ms:.2f} ms"
         for m in measurements
         if m.scaling_efficiency is not None
     ]

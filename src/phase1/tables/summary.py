@@ -10,50 +10,53 @@ from phase1.tables.rows import benchmark
 
 WORDS: dict[str, dict[str, str]] = {
     "en": {
-        "head": "| | Transformer | Transformer, same tricks \\* | engine |\n|---|---:|---:|---:|",
-        "conditions": "Measured on one {card}: width {d_model}, {n_layers} layers, vocabulary {vocab_size:,}, {tokens:,} "
-        "training tokens, seeds {seeds}{link}.",
+        "head": "| | Transformer | the engine's strongest rival \\* | engine |\n|---|---:|---:|---:|",
+        "conditions": "Measured on {card}: width {d_model}, {n_layers} layers, vocabulary {vocab_size:,}, {tokens:,} "
+        "training tokens of {train}, seeds {seeds}{link}.",
         "link": " ([every table, command and interval](docs/results.md), [targets met and missed](docs/results.md#targets))",
         "memory": "peak memory of a training step, {b} × {t:,} tokens (GB)",
         "in pieces": ", in pieces {}",
         "speed": "training speed at {t} tokens (thousand tokens/s)",
         "linear": "does the time grow in proportion to the length?",
         "parameters": "parameters (of these in the token table)",
-        "perplexity": "perplexity, {text}",
+        "perplexity": "perplexity of {text}",
         "linear_": "**yes** (T^{exponent:.2f})",
         "not linear_": "no",
         "inconclusive_": "undecided",
         "million": "{total:.1f}M ({table:.1f}M)",
         "comma": ", ",
-        "tricks": "\\* Memory: activations recomputed, loss in chunks. Speed: the fastest Transformer that these give; both "
-        "compiled, nothing recomputed. Time: `phase1 throughput` as documented, engine not compiled; a step takes T to that "
-        "power, 1 in the long run and less where part of it is the same at every length. Parameters and perplexity: started from "
-        "the same statistics, with AR-SSM's convolution, gate and normed queries, and with the engine's copy head.",
+        "tricks": "\\* A Transformer too, another one in each row. Memory and time: activations recomputed, loss "
+        "in chunks, as in the engine of these rows. Speed: the fastest that there is; it and the engine compiled, nothing "
+        "recomputed, for which the engine needs more memory than it. Time: `phase1 throughput` as documented, not compiled; a "
+        "step takes T to that power, 1 in the long run and less where part of it is the same at every length. Parameters and "
+        "perplexity: started from the same statistics, with AR-SSM's convolution, gate and normed queries, and with the "
+        "engine's copy head.",
     },
     "ja": {
-        "head": "| | Transformer | 同じ工夫を加えた Transformer \\* | エンジン |\n|---|---:|---:|---:|",
-        "conditions": "{card} 1 枚での実測：幅 {d_model}、{n_layers} 層、語彙 {vocab_size:,}、学習 {tokens:,} トークン、"
-        "シード {seeds}{link}。",
+        "head": "| | Transformer | 最も強い比較相手 \\* | エンジン |\n|---|---:|---:|---:|",
+        "conditions": "{card} での実測：幅 {d_model}、{n_layers} 層、語彙 {vocab_size:,}、"
+        "{train} の {tokens:,} トークンで学習、シード {seeds}{link}。",
         "link": "（[すべての表、コマンド、信頼区間](docs/results.md)、[目標とその成否](docs/results.md#targets)）",
         "memory": "学習 1 ステップのピークメモリ、{b} × {t:,} トークン（GB）",
         "in pieces": "、区間ごとの学習で {}",
         "speed": "学習速度、系列長 {t} トークン（千トークン/秒）",
         "linear": "時間は系列長に比例するか",
         "parameters": "パラメータ数（うちトークンテーブル）",
-        "perplexity": "パープレキシティ、{text}",
+        "perplexity": "{text} のパープレキシティ",
         "linear_": "**はい**（T^{exponent:.2f}）",
         "not linear_": "いいえ",
         "inconclusive_": "判定不能",
         "million": "{total:.1f}M（{table:.1f}M）",
         "comma": "、",
-        "tricks": "\\* メモリ：活性を再計算し、損失を分割して計算したもの。速度：これらで最も速い Transformer。"
-        "どちらもコンパイルし、再計算なし。時間：文書どおりの `phase1 throughput` の結果で、エンジンはコンパイルなし。"
+        "tricks": "\\* これも Transformer で、行ごとに異なる。メモリと時間：エンジンと同じく活性を再計算し、"
+        "損失を分割して計算したもの。速度：最も速いもの。エンジンとともにコンパイルし、再計算なし。このときエンジンのメモリは"
+        "これより多い。時間：文書どおりの `phase1 throughput` の結果で、コンパイルなし。"
         "1 ステップの時間は T のこの指数乗で、長い系列では 1 に近づき、系列長によらない時間がある間は 1 より小さくなる。"
         "パラメータ数とパープレキシティ：同じ統計から学習を始め、AR-SSM の畳み込み、ゲート、クエリの正規化と、"
         "エンジンのコピーヘッドを加えたもの。M は百万。",
     },
 }
-TEXTS = {"wikitext103": "WikiText-103"}
+TEXTS = {"wikitext103": "WikiText-103", "wikipedia": "English Wikipedia"}
 MODELS = ("baseline", "transformer_fair_copy", "phase1")  # of the columns, where parameters and perplexity are compared
 
 
@@ -75,7 +78,13 @@ def summary(root: Path, listed: dict[str, Any], language: str, link: bool = True
     engine = _of(perplexity, "phase1")[0]
     seeds = words["comma"].join(str((r.training or {}).get("seed", "?")) for r in _of(perplexity, "phase1"))
     sizes = {name: engine.config[name] for name in ("d_model", "n_layers", "vocab_size")}
-    more = {"card": memory.environment.get("gpu"), "tokens": engine.trained_tokens, "seeds": seeds}
+    train = engine.trained_on.name if engine.trained_on else "?"
+    more = {
+        "card": memory.environment.get("gpu"),
+        "tokens": engine.trained_tokens,
+        "seeds": seeds,
+        "train": TEXTS.get(train, train),
+    }
     conditions = words["conditions"].format(**sizes, **more, link=words["link"] if link else "")
     return "\n".join([conditions, "", words["head"], *("| " + " | ".join(row) + " |" for row in rows), "", words["tricks"]])
 
