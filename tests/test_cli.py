@@ -165,7 +165,24 @@ def test_a_printed_file_says_where_a_value_is_from(tmp_path, capsys):
     "content, says",
     [
         ("batch-sise = 3", "no flag is called batch-sise; the nearest is batch-size"),
-        ("batch-size = 'x'", "--batch-size: invalid integer value: 'x'"),
+        ("batch-size = 'x'", 'run.toml: batch-size must be a whole number; got "x"; correct it'),
+        ("batch-size = true", "batch-size must be a whole number; got true; correct it"),
+        ("batch-size = 1.5", "batch-size must be a whole number; got 1.5; correct it"),
+        ("batch_size = nan", "batch_size must be a whole number; got NaN; correct it"),
+        ("seq_length = [1]", "seq_length must be a whole number; got [1]; correct it"),
+        ("row-norm = true", "row-norm must be a number; got true; correct it"),
+        ("row-norm = [1.0]", "row-norm must be a number; got [1.0]; correct it"),
+        ("fit = 'yes'", 'fit must be true or false; got "yes"; correct it'),
+        ("fit = 1", "fit must be true or false; got 1; correct it"),
+        ("gradient-checkpointing = 'yes'", 'gradient-checkpointing must be true or false; got "yes"; correct it'),
+        ("out-dir = 1", "out-dir must be a string; got 1; correct it"),
+        ("card = 2026-01-01", 'card must be a string; got "2026-01-01"; correct it'),
+        ("htt-output = 'x'", "htt-output must be one of 'flat', 'two_level'; got \"x\"; correct it"),
+        ("model = ['a=b:c', 1]", "model must be a list, and in it a string; got [\"a=b:c\", 1]; correct it"),
+        ("preset = 1", "preset must be a string; got 1; correct it"),
+        ("config = 'x'", "run.toml: the key config is not allowed in a file; remove it"),
+        ("print-config = true", "print-config is not allowed in a file"),
+        ("help = true", "help is not allowed in a file"),
         ("batch-size = ", "must be a readable TOML file"),
         ("batch-size = 0", "--batch-size must be greater than 0"),
         (b"\xff", "must be a readable TOML file"),
@@ -396,6 +413,38 @@ def test_what_other_tools_call_it_is_known(words, says, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse(words[0], words[1:]) if words[0] in COMMANDS else main(words)
     assert says in capsys.readouterr().err
+
+
+def test_values_of_a_file_have_the_types_of_their_flags(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("train-tokens = 1e6\nlearning-rate = 1\nreport-to = 'wandb'\ncheckpointing = false\neval-every = 3\n")
+    run = parse("train", ["--config", str(path)])
+    assert (run.train_tokens, run.learning_rate, run.report_to, run.recompute, run.eval_every) == (10**6, 1, ("wandb",), "none", 3)
+
+
+@pytest.mark.parametrize(
+    "command, flag, value, says",
+    [
+        ("generate", "--temperature", "-1", "--temperature must be 0 or more; got -1.0; raise it"),
+        ("generate", "--seed", "-1", "--seed must be 0 or more; got -1; raise it"),
+        ("generate", "--seed", "18446744073709551615", "--seed must be at most 10^15; got 18446744073709551615; give a smaller one"),
+        ("generate", "--seed", "-18446744073709551615", "--seed must be at least -10^15; got -18446744073709551615; give a larger"),
+        ("generate", "--temperature", "inf", "--temperature must be a finite number of at most 10^15; got inf"),
+        ("train", "--warmup-steps", "-2", "--warmup-steps must be 0 or more; got -2; raise it"),
+        ("train", "--weight-decay", "-0.5", "--weight-decay must be 0 or more; got -0.5; raise it"),
+        ("train", "--eval-every", "-3", "--eval-every must be 0 or more; got -3; raise it"),
+        ("train", "--sample-every", "-3", "--sample-every must be 0 or more; got -3; raise it"),
+        ("memory", "--rank-penalty", "-3", "--rank-penalty must be 0 or more; got -3.0; raise it"),
+        ("memory", "--ar-ssm-window", "-3", "--ar-ssm-window must be 0 or more; got -3; raise it"),
+        ("memory", "--htt-dense-rows", "-3", "--htt-dense-rows must be 0 or more; got -3; raise it"),
+        ("memory", "--logit-scale", "-3", "--logit-scale must be 0 or more; got -3.0; raise it"),
+        ("memory", "--input-scale", "-3", "--input-scale must be greater than 0; got -3.0; give a positive number"),
+    ],
+)
+def test_a_number_out_of_range_is_named_with_its_flag_alone(command, flag, value, says, capsys):
+    assert main([command, f"{flag}={value}"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"phase1 {command}: error: {says}") and err.count("\n") == 1
 
 
 def test_a_million_can_be_written_short():

@@ -68,7 +68,7 @@ def test_a_result_file_damaged_in_any_way_is_read_as_a_valid_one_or_refused_at_o
 
 
 @pytest.mark.parametrize("how", ["no JSON", "wrong types"])
-def test_tables_of_a_damaged_file_exit_2_with_one_line_and_leave_the_old_ones(tmp_path, capsys, how):
+def test_tables_of_a_damaged_file_exit_2_with_one_line_and_leave_its_old_ones(tmp_path, capsys, how):
     results = write_all(tmp_path / "in")
     rng, out = random.Random(how), results.parent / "out"
     assert make_tables(results) == 0
@@ -92,7 +92,11 @@ def test_tables_of_a_damaged_file_exit_2_with_one_line_and_leave_the_old_ones(tm
             refused += 1
             assert code == 2, case
             assert_one_line(printed.err)
+            whole = {name: data for name, data in before.items() if not name.startswith("configuration_")}  # of all files
+            assert whole.items() <= contents(out).items()
             (results / FILES[kind]).write_bytes(good)
+            assert make_tables(results) == 0
+            capsys.readouterr()
         assert contents(out) == before
     assert refused >= 30
 

@@ -66,6 +66,30 @@ def reads_numbers(vocab_size):
     return ReadsNumbers(vocab_size)
 
 
+def exits(vocab_size):
+    raise SystemExit(0)
+
+
+class LossAlone(Model):
+    forward = None
+
+    def loss(self, ids, targets):
+        return self.table.weight.sum()
+
+
+def loss_alone(vocab_size):
+    return LossAlone(vocab_size)
+
+
+class ExitsInForward(Model):
+    def forward(self, ids):
+        raise SystemExit(0)
+
+
+def exits_in_forward(vocab_size):
+    return ExitsInForward(vocab_size)
+
+
 def wrong_shape(vocab_size):
     return Model(vocab_size + 1)
 
@@ -84,10 +108,14 @@ SIZES = {"vocab_size": 20, "d_model": 8, "n_layers": 1, "n_heads": 2, "htt_rank"
 def folder(tmp_path, monkeypatch):
     (tmp_path / "users_module.py").write_text(SOURCE)
     (tmp_path / "users_broken.py").write_text("import torch\nimport no_such_package\n")
+    (tmp_path / "users_exit.py").write_text("import sys\nsys.exit()\n")
+    (tmp_path / "users_package").mkdir()
+    (tmp_path / "users_package" / "__init__.py").write_text("import sys\nsys.exit()\n")
+    (tmp_path / "users_package" / "models.py").write_text("")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     yield tmp_path
-    for name in ("users_module", "users_broken"):
+    for name in ("users_module", "users_broken", "users_exit", "users_package"):
         sys.modules.pop(name, None)
 
 
@@ -119,9 +147,13 @@ def test_other_spellings_are_refused(text):
         ("no_such.package.module:f", "must be importable"),
         ("users_broken:f", r"No module named 'no_such_package' \(users_broken.py, line 2\)"),
         ("__main__:f", "define it in a module"),
-        ("users_module:rigth", "no such name; it has right, raises"),
+        ("users_module:rigth", "no such name; it has right, \\w+, \\w+ and \\d+ more"),
         ("users_module:NUMBER", "a int"),
         ("users_module:raises", r"the factory raised ZeroDivisionError: division by zero \(users_module.py, line 22\)"),
+        ("users_module:exits", r"the factory raised SystemExit: 0 \(users_module.py, line \d+\)"),
+        ("users_exit:f", r"importing users_exit raised SystemExit: SystemExit \(users_exit.py, line 2\)"),
+        ("users_package.models:f", r"users_package.models must be importable; got SystemExit: SystemExit \(__init__.py, line 2\)"),
+        ("users_module:loss_alone", r"must have forward, or loss and nll; got loss alone; .* \(users_module.py, line \d+\)"),
         ("users_module:nothing", "must return a torch.nn.Module .*; got a NoneType"),
         ("users_module:no_forward", "without them"),
         ("users_module:no_parameters", "require gradients; got none"),
@@ -137,6 +169,61 @@ def test_a_factory_that_cannot_be_used_is_one_line(folder, reference, says, caps
     import re
 
     assert re.search(says, error), error
+
+
+@pytest.mark.parametrize(
+    ("reference", "status", "says"),
+    [
+        ("users_module:rigth", 2, "no such name; it has right"),
+        ("x=users_module:torch", 2, "got a module"),
+        ("no_such_module:f", 2, "no module no_such_module"),
+        ("no_such.package.module:f", 2, "must be importable"),
+        ("users_module:exits", 1, "SystemExit: 0 (users_module.py"),
+        ("users_module:raises", 1, "ZeroDivisionError"),
+        ("users_module:too_much", 1, "got depth too"),
+        ("users_module:loss_alone", 1, "got loss alone"),
+        ("users_module:exits_in_forward", 1, "SystemExit: 0 (users_module.py"),
+        ("users_exit:f", 1, "SystemExit"),
+        ("users_broken:f", 1, "(users_broken.py, line 2)"),
+        ("users_package.models:f", 1, "SystemExit"),
+    ],
+)
+def test_a_name_of_nothing_is_wrong_input_and_a_fault_of_the_module_an_answer(folder, reference, status, says, capsys):
+    assert main(["check-model", "--vocab-size", "20", "--d-model", "8", "--n-heads", "2", reference]) == status
+    out, error = capsys.readouterr()
+    assert says in (error if status == 2 else out) and bool(error) == (status == 2)
+    lines = [line for line in out.splitlines() if line.startswith("FAIL")]
+    assert len(lines) == (status == 1) and ("answer  no" in out) == (status == 1)
+
+
+def test_a_misspelt_name_gets_the_nearest_and_not_all(folder):
+    (folder / "users_module.py").write_text(SOURCE + "".join(f"def model_{i}():\n    pass\n" for i in range(30)))
+    with pytest.raises(ValueError, match=r"it has right, \w+, \w+ and 3\d more"):
+        build(ModelConfig(**(OWN | SIZES | {"model": "users_module:rihgt"})))
+
+
+def test_an_interrupt_is_no_fault_of_the_model(folder, monkeypatch):
+    model = build(config("right"))
+    monkeypatch.setattr(type(model.model), "forward", lambda self, ids: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.zeros(1, 3, dtype=torch.int64))
+    (folder / "users_interrupted.py").write_text("def made(vocab_size):\n    raise KeyboardInterrupt\n")
+    with pytest.raises(KeyboardInterrupt):
+        build(ModelConfig(**(OWN | SIZES | {"model": "users_interrupted:made"})))
+    sys.modules.pop("users_interrupted", None)
+
+
+@pytest.mark.parametrize("reference", ["users_module:exits_in_forward", "users_module:exits"])
+def test_no_command_ends_without_a_word_where_the_model_exits(folder, reference, capsys):
+    (folder / "text").mkdir()
+    for name in ("train", "valid"):
+        (folder / "text" / f"{name}.txt").write_text("the cat sees the dog .\n" * 60)
+    sizes = ["--vocab-size", "300", "--d-model", "8", "--n-heads", "2", "--n-layers", "1", "--htt-dense-rows", "2", "--htt-groups", "9"]
+    sizes += ["--dataset-name", "text", "--tokenizer", "bpe", "--cache-dir", "cache", "--seq-length", "8"]
+    sizes += ["--train-tokens", "64", "--train-batch-size", "4", "--micro-batch-size", "4", "--ar-ssm-max-rank", "4", "--htt-rank", "1"]
+    assert main(["train", *sizes, "--out-dir", "trained", "--model", reference]) == 2
+    error = capsys.readouterr().err
+    assert "SystemExit: 0 (users_module.py, line" in error.splitlines()[-1]
 
 
 def test_a_model_that_cannot_run_without_contents_has_no_estimate_but_a_reason(folder):

@@ -3,6 +3,7 @@
 import argparse
 import gc
 import importlib
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from phase1.config import Config, to_toml
 from phase1.errors import Elsewhere, Gone, Unavailable, report_failure
 from phase1.presets import PRESETS
 from phase1.signals import Ending, ending_signals_interrupt
-from phase1.text import one_line, printable_output
+from phase1.text import one_line, printable_output, standard_streams
 
 COMMANDS: dict[str, type[Config]] = {
     "memory": runs.MemoryRun,
@@ -83,6 +84,7 @@ ELSEWHERE = {
     "--model-path": ("--checkpoint",),
 }
 """What other tools call a flag."""
+COMMAND_LINE_ONLY = ("config", "print_config", "help")  # no keys of a file
 START = """start here:
   phase1 doctor                             what this machine can do
   phase1 memory --card "RTX 3060" --fit     what trains on a card; needs no GPU
@@ -116,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     name = argv[0] if argv and argv[0] in COMMANDS else None
-    with printable_output(), world.first_speaks(), ending_signals_interrupt() as ending:
+    with standard_streams(), printable_output(), world.first_speaks(), ending_signals_interrupt() as ending:
         if name is None:
             return _top_level(argv)
         return _status(name, argv[1:], ending)
@@ -271,24 +273,52 @@ def _words(path: str, parser: _Parser, cls: type[Config]) -> list[str]:
     except (OSError, ValueError) as error:
         raise ValueError(f"--config must be a readable TOML file; got {path} ({one_line(error)}); correct it") from error
     known = {field.name: field for field in fields(cls) if not field.metadata.get("positional")}
-    switches = {flag for field in fields(cls) for flag in _switches(field)}
+    kinds = {name: field.type for name, field in known.items()} | {"preset": str}
+    kinds |= {flag.removeprefix("--").replace("-", "_"): bool for field in known.values() for flag in _switches(field)}
     words = []
     for key, value in content.items():
         name = key.replace("-", "_")
-        if name == "preset":
-            words += ["--preset", str(value)]
-        elif isinstance(value, bool) and (switch := f"--{'' if value else 'no-'}{name.replace('_', '-')}") in switches:
-            words.append(switch)
-        elif name not in known:
+        if name in COMMAND_LINE_ONLY:
+            raise ValueError(f"{one_line(path)}: the key {key} is not allowed in a file; remove it, or give --{key} itself")
+        if name not in kinds:
             nearest = get_close_matches(key, [k.replace("_", "-") for k in known], n=1, cutoff=0)[0]
             parser.error(f"{one_line(path)}: no flag is called {key}; the nearest is {nearest}")
-        elif known[name].type is bool and isinstance(value, bool):
+        if (expected := _misfit(value, kinds[name])) is not None:
+            got = one_line(json.dumps(value, ensure_ascii=False, default=str), 80)
+            raise ValueError(f"{one_line(path)}: {key} must be {expected}; got {got}; correct it")
+        if kinds[name] is bool:
             words.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
+        elif name == "preset":
+            words += ["--preset", value]
         elif isinstance(value, list):
             words += [_spellings(known[name])[0], *map(str, value)] if value else []
         else:
             words.append(f"{_spellings(known[name])[0]}={value}")
     return words
+
+
+def _misfit(value: Any, kind: Any) -> str | None:
+    """What a value of a file must be to set a field of type `kind`, where it is not that."""
+    if get_origin(kind) is UnionType:
+        kind = next(part for part in get_args(kind) if part is not NoneType)
+    if get_origin(kind) is tuple:
+        kind = get_args(kind)[0]
+        expected = next((misfit for item in _items(value) if (misfit := _misfit(item, kind)) is not None), None)
+        return None if expected is None else f"a list, and in it {expected}"
+    if get_origin(kind) is Literal:
+        return None if isinstance(value, str) and value in get_args(kind) else f"one of {', '.join(map(repr, get_args(kind)))}"
+    is_number = type(value) in (int, float)
+    fits, expected = {
+        bool: (isinstance(value, bool), "true or false"),
+        int: (is_number and value == value // 1, "a whole number"),
+        float: (is_number, "a number"),
+        str: (isinstance(value, str), "a string"),
+    }[kind]
+    return None if fits else expected
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _given(parser: _Parser, argv: Sequence[str], names: list[str]) -> list[str]:

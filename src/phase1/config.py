@@ -69,6 +69,13 @@ def require_positive(config: Any, *names: str) -> None:
                 raise ValueError(f"{flag_of(name)} must be greater than 0; got {item}; {remedy}")
 
 
+def require_not_negative(config: Any, *names: str) -> None:
+    """Raise ValueError for a setting below 0; None is none."""
+    for name in names:
+        if (value := getattr(config, name)) is not None and value < 0:
+            raise ValueError(f"{flag_of(name)} must be 0 or more; got {value}; raise it")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Base of all configs. Every class checks its own fields in `__post_init__` and calls super, so bases can be combined."""
@@ -83,8 +90,9 @@ class Config:
             object.__setattr__(self, setting.name, value)
             for item in value if isinstance(value, tuple) else (value,):
                 if isinstance(item, int | float) and not abs(item) <= LARGEST:
-                    expected = f"{flag_of(setting.name)} must be a finite number of at most 10^15"
-                    raise ValueError(f"{expected}; got {item!r:.40}; give a smaller one")
+                    limit, other = ("at least -10^15", "larger") if item < 0 else ("at most 10^15", "smaller")
+                    limit = limit if isinstance(item, int) or math.isfinite(item) else f"a finite number of {limit}"
+                    raise ValueError(f"{flag_of(setting.name)} must be {limit}; got {item!r:.40}; give a {other} one")
                 if isinstance(item, str) and item.startswith("~") and item != setting.default:  # a default has a substitute
                     expected = f"{flag_of(setting.name)} must be a path that this system knows"
                     raise ValueError(f"{expected}; got {item}, no home folder; give the whole path")
@@ -123,8 +131,9 @@ class ModelShape(Config):
         super().__post_init__()
         require_positive(self, "vocab_size", "d_model", "n_layers", "n_heads")
         require_positive(self, "ar_ssm_min_rank", "ar_ssm_memory", "copy_window", "htt_groups", "row_norm")
-        if self.logit_scale < 0 or self.input_scale is not None and self.input_scale <= 0:
-            raise ValueError("--logit-scale must be 0 or more and --input-scale above 0; got less; raise it")
+        require_not_negative(self, "logit_scale", "ar_ssm_window", "rank_penalty", "htt_dense_rows")
+        if self.input_scale is not None:
+            require_positive(self, "input_scale")
         if self.vocab_size > LARGEST_VOCABULARY:
             raise ValueError(f"--vocab-size must be at most {LARGEST_VOCABULARY:,}; got {self.vocab_size:,}; lower it")
         if self.d_model % (2 * self.n_heads):
@@ -132,8 +141,6 @@ class ModelShape(Config):
                 f"--d-model must be a multiple of 2 x --n-heads={2 * self.n_heads} (rotary pairs); got {self.d_model}; "
                 f"try {max(1, self.d_model // (2 * self.n_heads)) * 2 * self.n_heads}"
             )
-        if self.ar_ssm_window < 0 or self.rank_penalty < 0 or self.htt_dense_rows < 0:
-            raise ValueError("--ar-ssm-window, --rank-penalty and --htt-dense-rows must be 0 or more; got a negative number")
 
 
 def check_ranks(shape: ModelShape, ar_ssm_max_rank: int, htt_rank: int) -> None:
@@ -340,8 +347,7 @@ class WatchConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.eval_every or 0, self.sample_every) < 0:
-            raise ValueError("--eval-every and --sample-every must be 0 or more; got a negative number; raise it")
+        require_not_negative(self, "eval_every", "sample_every")
         for name in ("eval_tokens", "max_hours", "patience"):
             if getattr(self, name) is not None:
                 require_positive(self, name)
@@ -383,8 +389,7 @@ class TrainConfig(Config):
         )
         if self.piece_length is not None:
             require_positive(self, "piece_length")
-        if min(self.seed, self.warmup_steps, self.weight_decay) < 0:
-            raise ValueError("--seed, --warmup-steps and --weight-decay must be 0 or more; got a negative number; raise it")
+        require_not_negative(self, "seed", "warmup_steps", "weight_decay")
         if self.train_batch_size % self.micro_batch_size and self.micro_batch_size < self.train_batch_size:
             raise ValueError(
                 f"--micro-batch-size must divide --train-batch-size={self.train_batch_size}; got {self.micro_batch_size}; "

@@ -3,6 +3,7 @@
 import dis
 import sys
 import traceback
+from contextlib import suppress
 
 from phase1 import world
 from phase1.text import one_line, without_private
@@ -55,10 +56,11 @@ def report_failure(command: str, error: Exception) -> int:
     status = exit_status(error)
     if isinstance(error, Elsewhere):
         return status
-    if status == INTERNAL:
-        traceback.print_exception(error)
     who = "" if isinstance(error, Gone) else world.name()
-    print(error_line(command + who, error), file=sys.stderr)
+    with suppress(OSError):  # nothing can be said where standard error is full
+        if status == INTERNAL:
+            traceback.print_exception(error)
+        print(error_line(command + who, error), file=sys.stderr, flush=True)
     return status
 
 

@@ -6,8 +6,10 @@ import inspect
 import os
 import re
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable
+from difflib import get_close_matches
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,13 @@ NAME = r"[a-z][a-z0-9_]{0,63}"
 _REFERENCE = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
 _SPELLING = re.compile(rf"(?:(?P<name>{NAME})=)?(?P<factory>{_REFERENCE})(?:@(?P<source>[0-9a-f]{{12}}))?")
 FORM = "[NAME=]package.module:factory, NAME of small letters, digits and _"
+NEAREST = 3  # names that a misspelt one may have meant
+_OURS = Path(__file__).resolve().parent
+_PYTHONS = Path(sysconfig.get_paths()["stdlib"]).resolve()
+
+
+class WrongReference(ValueError):
+    """A reference names nothing: no such module, no function in it. Whatever else is wrong is wrong in the user's module."""
 
 
 def split(text: str) -> tuple[str, str]:
@@ -41,16 +50,19 @@ def pinned(reference: str) -> str:
     plain, _, wanted = reference.partition("@")
     module = plain.partition(":")[0]
     if module == "__main__":
-        raise ValueError(f"--model {plain} must be importable by other processes; got __main__; define it in a module")
+        raise WrongReference(f"--model {plain} must be importable by other processes; got __main__; define it in a module")
     if (here := os.getcwd()) not in sys.path:
         sys.path.insert(0, here)
     try:
         spec = importlib.util.find_spec(module)
-    except Exception as error:  # ImportError of a package around it, or whatever that package raises
-        raise ValueError(f"--model {plain}: module {module} must be importable; got {_said(error)}") from error
+    except BaseException as error:  # ImportError of a package around it, or whatever that package raises
+        _pass_on(error)
+        missing = isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}.")
+        kind = WrongReference if missing else ValueError
+        raise kind(f"--model {plain}: module {module} must be importable; got {raised(error)}") from error
     if spec is None or not spec.origin or not Path(spec.origin).is_file():
         where = f"in {here} or where Python looks"
-        raise ValueError(f"--model {plain}: no module {module} {where}; set PYTHONPATH, or go to its folder")
+        raise WrongReference(f"--model {plain}: no module {module} {where}; set PYTHONPATH, or go to its folder")
     source = sha256(Path(spec.origin).read_bytes()).hexdigest()[:12]
     if wanted not in ("", source):
         raise ValueError(f"--model {plain} must have source {wanted}; got {source}: {module} has changed; go back to that one")
@@ -66,13 +78,17 @@ def call(reference: str, arguments: dict[str, Any]) -> Any:
     module, _, name = plain.partition(":")
     try:
         found = importlib.import_module(module)
-    except Exception as error:
-        raise ValueError(f"--model {plain}: importing {module} raised {_said(error)}{_place(error)}") from error
+    except BaseException as error:
+        _pass_on(error)
+        raise ValueError(f"--model {plain}: importing {module} raised {raised(error)}") from error
     factory = getattr(found, name, None)
     if not callable(factory):
         known = [key for key, value in vars(found).items() if inspect.isfunction(value) and value.__module__ == module]
         got = "no such name" if factory is None else f"a {type(factory).__name__}"
-        raise ValueError(f"--model {plain} must name a function of {module}; got {got}; it has {', '.join(known) or 'none'}")
+        near = get_close_matches(name, known, NEAREST, 0)
+        others = f" and {len(known) - len(near)} more" if len(known) > len(near) else ""
+        has = f"it has {', '.join(near)}{others}" if known else "it has none"
+        raise WrongReference(f"--model {plain} must name a function of {module}; got {got}; {has}")
     return _called(factory, plain, arguments)
 
 
@@ -89,18 +105,36 @@ def _called(factory: Callable[..., Any], plain: str, arguments: dict[str, Any]) 
         raise ValueError(f"{expected}; got {', '.join(sorted(needed))} too; give it a default")
     try:
         return factory(**{key: value for key, value in arguments.items() if every or key in named})
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise ValueError(f"--model {plain}: the factory raised {_said(error)}{_place(error)}") from error
+    except BaseException as error:
+        _pass_on(error)
+        raise ValueError(f"--model {plain}: the factory raised {raised(error)}") from error
 
 
-def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {reason(error)}"
+def raised(error: BaseException) -> str:
+    """What a user's code raised, SystemExit for example, and where in it."""
+    return f"{type(error).__name__}: {reason(error)}{_place(error)}"
+
+
+def defined(function: Any) -> str:
+    """Where a function of a user's module begins, as " (file.py, line 3)"; empty if nowhere."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return f" ({Path(code.co_filename).name}, line {code.co_firstlineno})" if code else ""
+
+
+def _pass_on(error: BaseException) -> None:
+    """Raise `error` where it is no fault of the code that raised it: an interrupt, or memory that ran out."""
+    if isinstance(error, KeyboardInterrupt) or is_out_of_memory(error):
+        raise error
 
 
 def _place(error: BaseException) -> str:
-    """Where in a file that is neither Python's nor installed, nor this one, as " (file.py, line 3)"; empty if nowhere."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__ and "importlib" not in f.filename]
-    own = [f for f in frames if "site-packages" not in f.filename] or frames
+    """Where in a file that is neither Python's nor installed nor ours, as " (file.py, line 3)"; empty if nowhere."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")]
+    frames = [f for f in frames if not Path(f.filename).resolve().is_relative_to(_OURS)]
+    own = [f for f in frames if not _installed(f.filename)]
+    own = own or [f for f in frames if "site-packages" in f.filename and f"{os.sep}torch{os.sep}" not in f.filename]
     return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+
+
+def _installed(file: str) -> bool:
+    return "site-packages" in file or Path(file).resolve().is_relative_to(_PYTHONS)

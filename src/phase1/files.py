@@ -72,6 +72,18 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def absent(folder: Path) -> list[Path]:
+    """`folder` and those that it is in, as far as there are none, the innermost first."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove these, the innermost first, up to one that holds something."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
 def append_text(path: Path, text: str) -> None:
     """Put `text` at the end of the file at `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)

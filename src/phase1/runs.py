@@ -1,6 +1,5 @@
 """The settings of every command, as frozen dataclasses: a field is a flag, its default and its help."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +16,7 @@ from phase1.config import (
     check_ranks,
     option,
     recompute_option,
+    require_not_negative,
     require_positive,
 )
 from phase1.factory import split
@@ -322,8 +322,7 @@ class GenerateRun(Config):
         require_positive(self, "max_tokens", "samples")
         if self.prompt is not None and self.prompt_file is not None:
             raise ValueError("--prompt and --prompt-file are two texts to go on from; got both; leave one out")
-        if not 0 <= self.temperature < math.inf or self.seed < 0:
-            raise ValueError("--temperature and --seed must be 0 or more; got a negative number; raise it")
+        require_not_negative(self, "temperature", "seed")
         if self.top_k is not None:
             require_positive(self, "top_k")
         if self.top_p is not None and not 0 < self.top_p <= 1:

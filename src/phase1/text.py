@@ -4,10 +4,15 @@ import codecs
 import os
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
+_MARKS = (
+    (b"\xff\xfe\x00\x00", "UTF-32"), (b"\x00\x00\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"),
+    (b"\xfd7zXZ\x00", "xz data"),
+)  # fmt: skip
+"""How files begin that are other than UTF-8, and what they are."""
 _ASCII = {
     "²": "^2",
     "³": "^3",
@@ -52,6 +57,44 @@ def printable_output() -> Iterator[None]:
         for stream, errors in changed:
             with suppress(ValueError, OSError):  # closed meanwhile, or a reader that is gone
                 stream.reconfigure(errors=errors)
+
+
+@contextmanager
+def standard_streams() -> Iterator[None]:
+    """Within the block what is printed to a closed standard output or error is shown nowhere; a closed input stays None.
+
+    The numbers 0, 1 and 2 are taken, so that no file that is opened gets one of them, and with it what was meant for a screen.
+    """
+    handle = os.open(os.devnull, os.O_RDWR)
+    while handle <= 2:
+        os.set_inheritable(handle, True)  # a process that is started would find it closed again
+        handle = os.open(os.devnull, os.O_RDWR)
+    os.close(handle)
+    before = sys.stdout, sys.stderr
+    with ExitStack() as stack:
+        if sys.stdout is None or sys.stderr is None:
+            nowhere = stack.enter_context(os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
+            sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
+
+
+def utf8_fault(lines: Iterable[bytes]) -> str | None:
+    """What of `lines` is no UTF-8, where, and what to do, for the end of a message; None where all is."""
+    offset = 0
+    for number, line in enumerate(lines, 1):
+        if number == 1 and (other := next((name for mark, name in _MARKS if line.startswith(mark)), None)):
+            remedy = "let its name end in .xz" if other == "xz data" else f"convert it: iconv -f {other} -t UTF-8"
+            return f"got {other}; {remedy}"
+        try:
+            line.decode()
+        except UnicodeDecodeError as error:
+            where = f"{error.reason} in line {number}, byte {offset + error.start} of the text"
+            return f"got {where}; remove it, or convert the text: iconv -f ENCODING -t UTF-8"
+        offset += len(line)
+    return None
 
 
 def printable_name(name: str) -> str:

@@ -14,6 +14,12 @@ from phase1.ops.cross_entropy import IGNORE
 from phase1.vocabulary.statistics import TokenStatistics, TokenVectors
 
 CONTRACT = "a torch.nn.Module with forward(ids) -> logits (B, T, V), or with loss(ids, targets) and nll(ids, targets)"
+raised, defined = factory.raised, factory.defined
+WrongReference = factory.WrongReference
+
+
+class WrongOutput(ValueError):
+    """A user's module returns something else than its contract says, or ends the program."""
 
 
 class OwnModel(nn.Module):
@@ -30,21 +36,24 @@ class OwnModel(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits (B, T, V)."""
-        output = self.model(ids)
+        output = self._run(self.model, ids)
         logits = getattr(output, "logits", output)
         expected = (*ids.shape, self.config.vocab_size)
         if not isinstance(logits, Tensor) or logits.shape != expected:
-            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"{self._flag}: forward must return logits {expected}, V = --vocab-size; got {got}")
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            what = f"forward must return logits {expected}, V = --vocab-size; got {got}"
+            where = factory.defined(type(self.model).forward)
+            raise WrongOutput(f"{self._flag}: {what}; {_remedy(logits, expected)}{where}")
         return logits
 
     def losses(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, None]:
         """Mean nats of the targets (B, T) that are not -100, and what training adds to them: nothing."""
         if not self.scores_itself:
             return F.cross_entropy(_wide(self(ids)).flatten(0, 1), targets.flatten(), ignore_index=IGNORE), None
-        loss = self.model.loss(ids, targets)  # type: ignore[operator]
+        loss = self._run(self.model.loss, ids, targets)
         if not isinstance(loss, Tensor) or loss.ndim:
-            raise ValueError(f"{self._flag}: loss must return one number; got {_described(loss)}; take the mean")
+            where = factory.defined(getattr(type(self.model), "loss", None))
+            raise WrongOutput(f"{self._flag}: loss must return one number; got {_described(loss)}; take the mean{where}")
         return loss, None
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
@@ -54,13 +63,14 @@ class OwnModel(nn.Module):
     def nll(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, None]:
         """(B, T) nats of each target, 0 where it is -100, and no rank."""
         if self.scores_itself:
-            nll = self.model.nll(ids, targets)  # type: ignore[operator]
+            nll = self._run(self.model.nll, ids, targets)
         else:
             scores = _wide(self(ids)).flatten(0, 1)
             nll = F.cross_entropy(scores, targets.flatten(), ignore_index=IGNORE, reduction="none").view(targets.shape)
         if not isinstance(nll, Tensor) or nll.shape != targets.shape:
-            expected = f"nll must return one number a target, {tuple(targets.shape)}"
-            raise ValueError(f"{self._flag}: {expected}; got {_described(nll)}")
+            what = f"nll must return one number a target, {tuple(targets.shape)}; got {_described(nll)}"
+            where = factory.defined(getattr(type(self.model), "nll", None))
+            raise WrongOutput(f'{self._flag}: {what}; use reduction="none" and the shape of the targets{where}')
         return nll.where(targets != IGNORE, 0), None
 
     def parameter_counts(self) -> dict[str, int]:
@@ -71,6 +81,18 @@ class OwnModel(nn.Module):
 
     def prove_kernels(self, dtype: torch.dtype) -> None:
         """Nothing to prove."""
+
+    def _run(self, function: Any, *args: Tensor) -> Any:
+        """What the user's function returns. Raises ValueError where it raises what is no Exception, SystemExit for example."""
+        if torch.compiler.is_compiling():  # a compiler breaks its graph at what follows
+            return function(*args)
+        try:
+            return function(*args)
+        except (Exception, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            remedy = "raise an Exception where there is nothing to return"
+            raise WrongOutput(f"{self._flag}: the model must return; got {raised(error)}; {remedy}") from error
 
     @property
     def _flag(self) -> str:
@@ -99,8 +121,12 @@ def build(config: ModelConfig, statistics: TokenStatistics | TokenVectors | None
         return made
     if not isinstance(made, nn.Module):
         raise ValueError(f"{flag}: the factory must return {CONTRACT}; got {_described(made)}")
-    if type(made).forward is nn.Module.forward and not OwnModel(made, config).scores_itself:
-        raise ValueError(f"{flag}: the factory must return {CONTRACT}; got {type(made).__name__} without them")
+    has = [name for name in ("forward", "loss", "nll") if callable(_method(made, name))]
+    if "forward" not in has and not OwnModel(made, config).scores_itself:
+        got = f"{has[0]} alone" if has else f"{type(made).__name__} without them"
+        where = factory.defined(_method(made, has[0]) if has else type(made).__init__)
+        expected = "the model must have forward, or loss and nll"
+        raise ValueError(f"{flag}: {expected}; got {got}; define what is missing{where}")
     if not any(parameter.requires_grad for parameter in made.parameters()):
         raise ValueError(f"{flag}: the model must have parameters that require gradients; got none; use nn.Parameter")
     return OwnModel(made, config)
@@ -117,6 +143,26 @@ def require_built(configs: Iterable[ModelConfig]) -> None:
     for config in configs:
         if config.model is not None:
             build(config)
+
+
+def _method(module: nn.Module, name: str) -> Any:
+    """That of its class; None where it is the forward that nn.Module raises an error in."""
+    found = getattr(type(module), name, None)
+    return None if found is nn.Module.forward else found
+
+
+def _remedy(logits: Any, expected: tuple[int, ...]) -> str:
+    """How what forward returned becomes logits (B, T, V)."""
+    if not isinstance(logits, Tensor):
+        return "return the logits alone, or an object with .logits"
+    batch, length, vocab = expected
+    if logits.shape == (batch, vocab, length):
+        return "transpose the last two"
+    if logits.shape == (length, batch, vocab):
+        return "transpose the first two"
+    if logits.shape[:-1] == (batch, length):
+        return "make as many scores as the vocab_size that the factory gets"
+    return "return a score of every token at every position"
 
 
 def _wide(logits: Tensor) -> Tensor:

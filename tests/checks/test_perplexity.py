@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from phase1.checks.perplexity import compared, quality_checks
-from phase1.records.schema import Dataset, PerplexityResult
+from phase1.records.schema import Dataset, PerplexityResult, exit_code
 from tests.reports import common
 
 TEXT = Dataset(name="text", split="valid", sha256="a" * 64)
@@ -34,6 +34,35 @@ def test_the_limit_belongs_to_the_claim():
     assert {name: check.status for name, check in checks.items()} == {
         "phase1_htt16_ar32_within_5_percent": "pass", "ar_ssm_dense_within_3_percent": "fail", "equal_parameters_within_0_percent": "pass",
     }  # fmt: skip
+
+
+UNSOUND = {"status": "error", "detail": "--model a:b@0123456789ab may not be scored: expected no leak; got one; mask the future"}
+
+
+def failed_result(key, detail):
+    return result(key).model_copy(update={"status": "error", "detail": detail})
+
+
+def test_a_model_that_sees_the_future_fails_and_what_is_compared_with_it_is_undecided():
+    """Any other error decides nothing."""
+    _, checks = checks_of(result("baseline"), result("mine").model_copy(update=UNSOUND), failed_result("other", "RuntimeError: x"))
+    mine, other = checks["mine_within_5_percent"], checks["other_within_5_percent"]
+    assert (mine.status, mine.value, mine.detail) == ("fail", None, "expected no leak; got one; mask the future")
+    assert other.status == "inconclusive" and other.detail == "other: RuntimeError: x"
+    assert exit_code(checks.values()) == 1
+    _, checks = checks_of(result("baseline").model_copy(update=UNSOUND), result("mine"))
+    assert {name: check.status for name, check in checks.items()} == {
+        "baseline_may_be_scored": "fail", "mine_within_5_percent": "inconclusive",
+    }  # fmt: skip
+
+
+def test_the_mean_of_seeds_of_such_a_model_has_no_verdict():
+    seeds = ("", "_seed1")
+    models = [result(f"baseline{seed}") for seed in seeds] + [result("mine"), result("mine_seed1").model_copy(update=UNSOUND)]
+    _, checks = checks_of(*models)
+    assert checks["mine_seed1_within_5_percent"].status == "fail"
+    mean = checks["mine_mean_of_seeds_within_5_percent"]
+    assert mean.status == "inconclusive" and mean.detail == "1 of 2 seeds have no verdict"
 
 
 def test_each_seed_is_compared_with_its_own_baseline_and_the_mean_decides_apart():

@@ -52,3 +52,17 @@ def test_a_training_that_went_on_shows_its_sessions_and_the_entropy_of_its_valid
         (axes,) = figure.axes
         assert dashed(axes) == [rows[0]["unigram_loss"]]
     assert lines(axes)[f"{tmp_path / 'run'}, resumed"] == [[rows[1]["tokens"], rows[1]["loss"]]]
+
+
+@pytest.mark.parametrize("content, says", [("hello", "got another"), ('{"step": 1, "to', "no whole step yet; run the train command")])
+def test_a_damaged_training_is_named_and_the_others_are_drawn(tmp_path, capsys, content, says):
+    whole = training(tmp_path / "a", 5.0, 4.0)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / METRICS).write_text(content)
+    out = tmp_path / "c.png"
+    assert main(["curves", whole, str(tmp_path / "b"), "--out", str(out)]) == 2
+    err = capsys.readouterr().err
+    assert_one_line(err)
+    assert err.startswith(f"phase1 curves: damaged: {tmp_path / 'b' / METRICS}: ") and says in err and out.exists()
+    out.unlink()
+    assert main(["curves", str(tmp_path / "b"), "--out", str(out)]) == 2 and not out.exists()

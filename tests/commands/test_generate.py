@@ -70,12 +70,29 @@ def test_samples_are_the_same_whatever_their_number(run):
     assert run("--prompt", "a", "--samples", "3")[1] == three != run("--prompt", "a", "--samples", "3", "--seed", "1")[1]
 
 
-def test_prompts_come_from_a_file_and_from_standard_input_whatever_bytes_they_hold(run, tmp_path, monkeypatch):
+def test_prompts_come_from_a_file_and_from_standard_input(run, tmp_path, monkeypatch):
     path = tmp_path / "prompt"
-    path.write_bytes("é日".encode() + b"\xff")
+    path.write_bytes("\ufeffé日\r\n".encode())  # a byte order mark is none of the text, as in training
     from_file = run("--prompt-file", str(path))
     monkeypatch.setattr("sys.stdin", type("stdin", (), {"buffer": io.BytesIO(path.read_bytes())}))
-    assert run("--prompt-file", "-")[:2] == from_file[:2] and from_file[1].startswith("é日\N{REPLACEMENT CHARACTER}")
+    assert run("--prompt-file", "-")[:2] == from_file[:2] == run("--prompt", "é日\r\n")[:2]
+    assert from_file[1].startswith("é日\r\n")
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        ("é日\n".encode() + b"a\xff", "got invalid start byte in line 2, byte 7 of the text"),
+        ("é日".encode("utf-16"), "got UTF-16; convert it: iconv -f UTF-16 -t UTF-8"),
+    ],
+)
+def test_a_prompt_that_is_no_utf_8_is_refused_as_data_are(run, tmp_path, monkeypatch, content, says):
+    path = tmp_path / "prompt"
+    path.write_bytes(content)
+    monkeypatch.setattr("sys.stdin", type("stdin", (), {"buffer": io.BytesIO(content)}))
+    for given, name in ((str(path), path), ("-", "standard input")):
+        code, out, err = run("--prompt-file", given)
+        assert (code, out, err.count("\n")) == (2, "", 1) and f"--prompt-file must be UTF-8 text; {name}: {says}" in err
 
 
 def test_a_prompt_longer_than_the_training_is_noted(run):
@@ -101,7 +118,7 @@ def test_every_flag_changes_the_text(run):
         (["--prompt-file", "/nowhere"], "--prompt-file"),
         (["--checkpoint", "/nowhere"], "no checkpoint in /nowhere"),
         (["--tokenizer", "/nowhere"], "tokenizer.json"),
-        (["--tokenizer", "gpt2"], "must be that of the training"),
+        (["--tokenizer", "gpt2"], "leave --tokenizer out: the checkpoint has its own"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(run, flags, says):
@@ -193,3 +210,27 @@ def test_the_compiler_which_takes_a_second_to_import_is_not_loaded(checkpoint): 
     command = [sys.executable, "-c", script, "generate", "--checkpoint", str(checkpoint), "--max-tokens", "3"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "closed, flags, code, out, err",
+    [
+        (">&-", "--prompt hi", 0, "", "tokens/s"),
+        ("2>&-", "--prompt hi", 0, "hi", ""),
+        (">&- 2>&- <&-", "--prompt hi", 0, "", ""),
+        ("<&-", "--prompt-file -", 2, "", "--prompt-file - must have a standard input; got a closed one"),
+        (">&-", "--prompt hi --top-k 0", 2, "", "--top-k must be"),
+    ],
+)
+def test_closed_streams_are_silent(checkpoint, closed, flags, code, out, err):  # noqa: F811
+    """What is printed to them goes nowhere, and into no file that has got their number."""
+    command = f'"{sys.executable}" -m phase1 generate --checkpoint "{checkpoint}" --max-tokens 2 {flags} {closed}'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == code and done.stdout.startswith(out) and err in done.stderr, done
+    assert "Traceback" not in done.stderr and (out != "") == (done.stdout != "") and (err != "") == (done.stderr != "")
+
+
+@pytest.mark.parametrize("command", ["doctor", "tables --help", "--help"])
+def test_no_command_minds_a_closed_output(command):
+    done = subprocess.run(["bash", "-c", f'"{sys.executable}" -m phase1 {command} >&-'], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -14,7 +14,7 @@ from phase1.records.metrics import FIELDS, METRICS
 from phase1.records.schema import FILES, write_report
 from phase1.runs import TablesRun
 from phase1.tables import build_tables
-from tests.reports import all_reports, memory_result
+from tests.reports import all_reports, assert_one_line, memory_result
 
 NAMES = (
     "memory_comparison",
@@ -77,14 +77,35 @@ def test_no_result_file_at_all_is_unavailable(tmp_path):
 @pytest.mark.parametrize(
     "content", ["{", "[]", '{"schema_version": 1, "kind": "memory"}', '{"schema_version": 9, "kind": "throughput"}']
 )
-def test_a_corrupt_or_foreign_file_is_refused_and_the_tables_stay(run, content):
-    main(run)
-    before = contents(run.out_dir)
+def test_a_corrupt_or_foreign_file_is_named_and_the_tables_of_the_others_are_written(run, content, capsys):
     with open(f"{run.results_dir}/{FILES['throughput']}", "w") as file:
         file.write(content)
-    with pytest.raises(ValueError, match=FILES["throughput"]):
-        main(run)
+    assert main(run) == 2
+    assert_one_line(err := capsys.readouterr().err)
+    assert err.startswith(f"phase1 tables: damaged: {run.results_dir}/{FILES['throughput']}: expected ")
+    written = contents(run.out_dir)
+    assert {"memory_comparison.md", "perplexity_comparison.md"} <= written.keys() and "throughput_comparison.md" not in written
+
+
+def test_a_folder_of_one_damaged_file_is_left_as_it_is(run, capsys):
+    main(run)
+    before = contents(run.out_dir)
+    for kind, name in FILES.items():
+        if kind != "memory":
+            os.remove(f"{run.results_dir}/{name}")
+    with open(f"{run.results_dir}/{FILES['memory']}", "w") as file:
+        file.write("{}")
+    capsys.readouterr()
+    assert main(run) == 2 and "damaged: " in capsys.readouterr().err
     assert contents(run.out_dir) == before
+
+
+def test_a_report_of_models_of_two_sizes_is_damaged(run, capsys):
+    report = all_reports()["memory"]
+    report.results["phase1"] = memory_result("phase1", 1, config=report.results["phase1"].config | {"d_model": 99})
+    write_report(report, f"{run.results_dir}/{FILES['memory']}")
+    assert main(run) == 2 and "different sizes" in capsys.readouterr().err
+    assert "perplexity_comparison.md" in contents(run.out_dir) and "memory_comparison.md" not in contents(run.out_dir)
 
 
 def test_mixed_configurations_are_refused_and_the_tables_stay(run):

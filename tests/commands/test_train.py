@@ -14,6 +14,7 @@ from phase1.config import to_toml
 from phase1.records.metrics import METRICS, read_metrics
 from phase1.records.schema import FILES, read_report
 from phase1.tables.perplexity import perplexity_comparison
+from phase1.training import job
 from phase1.training.checkpoint import INDEX, read_index
 from phase1.training.progress import Follower
 from phase1.training.step import precision, total_steps
@@ -98,7 +99,7 @@ def test_the_first_lines_say_what_will_happen(run):
     first, second = err.splitlines()[:2]
     assert first.startswith("phase1_htt2_ar4: 6,") or "parameters; 20 steps of 32 tokens = 640 tokens" in first
     assert "epochs of" in first and "FLOPs" in first
-    assert second == "loss on 288 tokens of the valid split every 1 steps"  # all there are
+    assert second == "loss on 281 tokens of the valid split every 1 steps"  # all there are, the last window is short
     lines = out.splitlines()
     assert len(lines) <= 25 and lines[0].startswith("Training of phase1_htt2_ar4 on ") and "trained on 640 tokens" in lines
     assert [line.split()[2] for line in lines if line.startswith("next")] == ["generate", "perplexity", "report"]
@@ -143,6 +144,50 @@ def test_data_without_a_valid_split_train_without_its_loss_unless_it_is_asked_fo
     assert "no loss on a valid split during the training: " in err
     assert all(row["val_loss"] is None for row in read_metrics(tmp_path / "a" / METRICS))
     assert "must have a valid split" in run("b", "--eval-every", "5", code=2).err
+
+
+@pytest.mark.parametrize("flags", [[], ["--eval-every", "0"]])
+def test_without_a_valid_split_the_next_command_says_what_it_needs(run, tmp_path, flags):
+    (tmp_path / "valid.txt").unlink()
+    (line,) = (line for line in run("a", *flags).out.splitlines() if "phase1 perplexity" in line)
+    says = f"put a valid.txt into {tmp_path}, then: phase1 perplexity "
+    assert says in line
+    (tmp_path / "valid.txt").write_text("the dog sees a cat .\n" * 40)
+    assert says not in run("a", *flags).out
+
+
+@pytest.mark.parametrize("words, says, short", [("the", "loss on 2 tokens of the valid split", True), ("the dog sees . " * 2000, None, False)])
+def test_a_valid_text_too_short_to_judge_by_is_said_to_be_that(run, scored, tmp_path, words, says, short):
+    """Tokens are counted that are scored, not those of whole windows; the advice to train on is for texts that can show it."""
+    scored(*[9] * 20)
+    (tmp_path / "valid.txt").write_text(words)
+    out, err = run("a")
+    assert says is None or says in err
+    assert ("the valid text is too short to judge by: 2 tokens" in out) == short
+    assert ("it has not beaten them: more --train-tokens" in out) != short
+
+
+def test_an_interrupted_run_has_its_settings_and_its_plot(run, data, monkeypatch, tmp_path):
+    """Settings before the first step, the plot of the steps so far; a run that is refused leaves those of the other."""
+
+    def at_first(self, step, loss):
+        assert (tmp_path / "a" / "run.toml").is_file()
+        after_step(self, step, loss)
+        if step == 3:
+            raise KeyboardInterrupt
+
+    after_step = job.Schedule.after_step
+    with monkeypatch.context() as patch:
+        patch.setattr(job.Schedule, "after_step", at_first)
+        run("a", code=130)
+    assert (tmp_path / "a" / "training.png").stat().st_size > 1000
+    settings = (tmp_path / "a" / "run.toml").read_text()
+    asked = [*SHAPE, *MODEL, *data, "--out-dir", str(tmp_path / "a")]
+    assert settings == to_toml(parse("train", asked)) and len(read_metrics(tmp_path / "a" / METRICS)) == 3
+    run("a", "--max-hours", "1e-9")
+    paused = (tmp_path / "a" / "run.toml").read_text()
+    run("a", "--learning-rate", "1e-5", code=2)
+    assert (tmp_path / "a" / "run.toml").read_text() == paused != settings
 
 
 def test_the_file_of_a_run_is_in_its_folder_and_gives_it_again(run, data, tmp_path):
@@ -274,7 +319,7 @@ def test_perplexity_and_reports_say_that_patience_has_ended_a_training(run, scor
     index = json.loads((tmp_path / "a" / INDEX).read_text())
     for damaged in (index | {"facts": [1]}, [1]):
         (tmp_path / "a" / INDEX).write_text(json.dumps(damaged))
-        assert main(["report", "--results-dir", str(tmp_path / "a")]) == 0
+        assert main(["report", "--results-dir", str(tmp_path / "a")]) == 2  # which names it
         assert "by --patience" not in (tmp_path / "a" / "report.html").read_text()
     index["facts"]["ended_by"] = "boredom"
     (tmp_path / "a" / INDEX).write_text(json.dumps(index))
@@ -288,6 +333,12 @@ def test_perplexity_and_reports_say_that_patience_has_ended_a_training(run, scor
 def test_patience_without_a_valid_split_is_refused(run, tmp_path):
     (tmp_path / "valid.txt").unlink()
     assert "must have a valid split" in run("b", "--patience", "5", code=2).err
+
+
+def test_a_training_that_is_refused_leaves_no_folder(run, tmp_path):
+    run("a/b", "--seq-length", "999999", code=2)
+    run("a/b", "--context-parallel", code=2)
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_training_that_has_learnt_nothing_says_so_and_exits_3(run, tmp_path):
@@ -348,3 +399,14 @@ def test_a_model_of_the_users_own_keeps_its_name(tmp_path):
     run = parse("train", ["--model", "gru=my_model:build"])
     assert (run.own_model, run.model, train.title(run, train.part_of(train.ModelConfig, run))) == ("gru", "my_model:build", "gru")
     assert parse("train", []).own_model is None
+
+
+def test_a_training_into_the_folder_of_its_text_or_of_an_export_is_refused_and_leaves_it(run, tmp_path):
+    before = sorted(path.name for path in tmp_path.iterdir())
+    err = run(".", code=2).err
+    assert err.count("\n") == 1 and "--out-dir must be another folder than --dataset-name" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "config.json").write_text("{}")
+    err = run("export", code=2).err
+    assert err.count("\n") == 1 and "--out-dir must hold no model for transformers" in err

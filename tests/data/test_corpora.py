@@ -188,8 +188,13 @@ def file(name, content):
         (folder(train_txt=b"a", valid_txt=b"b", validation_txt=b"c"), {}, "one text file of valid; got .*; remove all but one"),
         (folder(train_txt=b"a", val_md=b"b", valid_txt=b"c"), {}, "one text file of valid; got valid.txt and val.md; remove"),
         (folder(train_jsonl=b'{"text": "a"}\n{"txt": "b"}\n', valid_txt=b"a"), {}, 'line 2 of .*train.jsonl must be a JSON object with a string "text"; got txt; rename'),
-        (folder(train_jsonl=b'{"text": 3}\n', valid_txt=b"a"), {}, 'a string "text"; got text; '),
-        (folder(train_jsonl=b'["a"]\n', valid_txt=b"a"), {}, "must be a JSON object .*; got list"),
+        (folder(train_jsonl=b'{"text": 3}\n', valid_txt=b"a"), {}, 'a string "text"; got a number; remove the line or give a string'),
+        (folder(train_jsonl=b'{"text": null}\n', valid_txt=b"a"), {}, 'a string "text"; got null; remove the line or give a string'),
+        (folder(train_jsonl=b'{"text": {}}\n', valid_txt=b"a"), {}, "got an object; remove the line or give a string"),
+        (folder(train_jsonl=b'["a"]\n', valid_txt=b"a"), {}, 'must be a JSON object .*; got a list; write it as {"text": ...}, or remove the line'),
+        (folder(train_jsonl=b'{"text": "a"}\n5.5\n', valid_txt=b"a"), {}, "line 2 of .*; got a number; write it as"),
+        (folder(train_jsonl=b'"a"\n', valid_txt=b"a"), {}, "got a string; write it as"),
+        (folder(train_jsonl=b"true\n", valid_txt=b"a"), {}, "got true; write it as"),
         (folder(train_jsonl=b'{"text": "a"\n', valid_txt=b"a"), {}, "line 1 .*; got Expecting ',' delimiter"),
         (folder(train_jsonl=b"[" * 100_000, valid_txt=b"a"), {}, "line 1 .*; got .*recursion"),
         (folder(train_txt=b"text", valid_txt=b""), {}, "valid split of .* must hold text; got none"),
@@ -199,9 +204,17 @@ def file(name, content):
         (folder(train_txt=b"text", valid_gpt2_bin=npy([1, 2, 3])), {}, r"little-endian uint16, .*; got a .npy file; write ids.astype\('<u2'\).tofile\('valid.gpt2.bin'\)"),
         (folder(train_txt=b"text", valid_gpt2_bin=np.arange(9999, dtype="<u4").tobytes()), {}, r"uint16, .*; got uint32, .*; write ids"),
         (folder(train_txt=b"text", valid_gpt2_bin_xz=lzma.compress(np.array([5, 6], "<u4").tobytes())), {}, r"got uint32, .*; write ids"),
-        (folder(train_txt=b"text", valid_gpt2_bin_xz=b"no xz"), {}, "must be a readable file"),
+        (folder(train_txt=b"text", valid_gpt2_bin_xz=b"no xz"), {}, "must be xz data, as its name says; got something else; rename it"),
+        (folder(train_txt_xz=b"plain text", valid_txt=b"a"), {}, "train.txt.xz must be xz data, as its name says; got something else; rename it"),
         (folder(train_txt_xz=lzma.compress(b"text" * 99)[:-9], valid_txt=b"a"), {}, "must be a readable file"),
-        (folder(train_txt=b"text", valid_txt=b"\xff"), {}, "must be UTF-8 text; got invalid start byte"),
+        (folder(train_txt=b"text", valid_txt=b"\xff"), {}, "must be UTF-8 text; got invalid start byte in line 1, byte 0 of the text; remove it, or convert"),
+        (folder(train_txt="é\n".encode() * 2 + b"ab\xc3", valid_txt=b"a"), {}, "train.txt must be UTF-8 text; got unexpected end of data in line 3, byte 8 "),
+        (folder(train_txt_xz=lzma.compress(b"ab\n\xe9\n"), valid_txt=b"a"), {}, "got invalid continuation byte in line 2, byte 3 "),
+        (folder(train_jsonl=b'{"text": "a"}\n{"text": "\xe9"}\n', valid_txt=b"a"), {}, "in line 2, byte 24 "),
+        (folder(train_txt="text\n".encode("utf-16"), valid_txt=b"a"), {}, "got UTF-16; convert it: iconv -f UTF-16 -t UTF-8"),
+        (folder(train_txt=lzma.compress(b"text"), valid_txt=b"a"), {}, "got xz data; let its name end in .xz"),
+        (file("corpus.txt", b"a\nb\n\xff\n"), {}, "corpus.txt must be UTF-8 text; got invalid start byte in line 3, byte 4 "),
+        (file("corpus.txt", b"a\rb\rc\r"), {}, r"at least 2 lines .* got 1; break it into lines that end in .n, or put train.txt and valid.txt"),
         (folder(train_gpt2_bin=b"ab", valid_gpt2_bin=b"ab"), {"tokenizer": "bpe"}, "--tokenizer bpe must have a training text"),
         (file("corpus.txt", b"one line\n"), {}, "at least 2 lines .* got 1"),
         (file("corpus.txt", b""), {}, "at least 2 lines .* got 0"),
@@ -209,6 +222,7 @@ def file(name, content):
         (lambda path: path / "missing.txt", {}, "existing path or a hub repository owner/name; got .*missing.txt"),
         (lambda path: "wikitext103", {}, "must be wikitext, c4, builtin, .* got wikitext103"),
         (lambda path: "c4", {"dataset_config": "wikitext-103-raw-v1"}, "--dataset-config of c4 .* got wikitext-103-raw-v1; try --dataset-config en"),
+        (lambda path: "builtin", {"dataset_config": "en"}, "--dataset-config needs a data set of the hub; got --dataset-name builtin; leave it out"),
         (lambda path: "wikitext", {"dataset_config": "en"}, "must be one of wikitext-103-raw-v1, .* got en"),
     ],
 )
@@ -217,6 +231,18 @@ def test_unusable_data_is_named_in_one_line(tmp_path, data_config, make, fields,
     with pytest.raises(ValueError, match=message) as caught:
         load_corpus(config, vocab_size=V)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["train.txt.xz", "train.jsonl.xz"])
+def test_a_file_that_is_not_what_its_name_says_is_refused_also_where_its_bytes_are_known(tmp_path, data_config, name):
+    content = b'{"text": "the cat sees the dog"}\n' * 9
+    (tmp_path / "valid.txt").write_text("text")
+    plain = tmp_path / name.removesuffix(".xz")
+    plain.write_bytes(content)
+    load_corpus(data_config(tmp_path), vocab_size=V)
+    plain.rename(tmp_path / name)
+    with pytest.raises(ValueError, match="must be xz data, as its name says; got something else; rename it"):
+        load_corpus(data_config(tmp_path), vocab_size=V)
 
 
 def test_only_the_needed_splits_must_be_there(tmp_path, data_config):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,3 +83,18 @@ def test_a_checkpoint_beside_an_export_is_what_is_read(folder, checkpoint, capfd
     shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
     (folder / "config.json").write_text("{}")
     assert generate(folder, capfd).out.startswith("The cat")
+
+
+def test_an_export_goes_into_no_folder_of_a_checkpoint(folder, checkpoint, capfd):  # noqa: F811
+    other = shutil.copytree(checkpoint, folder.parent / "other")
+    for source, out, says in (
+        (checkpoint, checkpoint, "--out-dir must be another folder than --checkpoint"),
+        (checkpoint, f"{checkpoint}/../{checkpoint.name}", "--out-dir must be another folder than --checkpoint"),
+        (folder, folder, "--out-dir must be another folder than --checkpoint"),
+        (checkpoint, other, "--out-dir must hold no checkpoint"),
+    ):
+        before = sorted(path.name for path in Path(out).iterdir())
+        assert main(["export", "--checkpoint", str(source), "--out-dir", str(out)]) == 2
+        err = capfd.readouterr().err
+        assert err.count("\n") == 1 and says in err
+        assert sorted(path.name for path in Path(out).iterdir()) == before

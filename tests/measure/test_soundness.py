@@ -1,6 +1,7 @@
 """A model of a user's own is checked before it is measured: every fault is found, by the check that is about it."""
 
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -9,12 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from phase1.checks.perplexity import UNSOUND
 from phase1.commands import check_model as command
 from phase1.config import ModelConfig
 from phase1.measure import soundness
 from phase1.measure.soundness import require_sound, sample_of
+from phase1.records.schema import Check
 from phase1.roster import OWN
 from phase1.runs import CheckModelRun
+from phase1.tables import screen
 from phase1.trainable import OwnModel
 
 V, T = 32, 24
@@ -102,6 +106,172 @@ class LeakBelowRounding(Right):
 class SmallLeakThatRounds(SmallLeak):
     def forward(self, ids):
         return super().forward(ids).float()
+
+
+class LeakInTraining(Right):
+    def forward(self, ids):
+        return super().forward(F.pad(ids[:, 1:], (0, 1)) if self.training else ids)
+
+
+class SmallLeakInTraining(Right):
+    def forward(self, ids):
+        h = self.rnn(self.table(ids))[0]
+        return self.out(h + 1e-6 * h.mean(1, keepdim=True) if self.training else h)
+
+
+class StatisticsOfTheBatch(Right):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(16)
+
+    def forward(self, ids):
+        return self.out(self.norm(self.rnn(self.table(ids))[0].transpose(1, 2)).transpose(1, 2))
+
+
+class LeakInTheLossOfTraining(Own):
+    def loss(self, ids, targets):
+        return super().loss(F.pad(ids[:, 1:], (0, 1)) if self.training else ids, targets)
+
+
+class LeakWhereLong(Right):
+    def forward(self, ids):
+        return super().forward(F.pad(ids[:, 1:], (0, 1)) if ids.shape[1] > 100 else ids)
+
+
+class LeakWhereLongInTraining(Right):
+    def forward(self, ids):
+        return super().forward(F.pad(ids[:, 1:], (0, 1)) if ids.shape[1] > 100 and self.training else ids)
+
+
+class DropsOut(Right):
+    def forward(self, ids):
+        return self.out(F.dropout(self.rnn(self.table(ids))[0], 0.1, self.training))
+
+
+class NoiseOfItsOwn(Right):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, ids):
+        self.calls += self.training
+        return super().forward(ids) * (1 + self.calls / 10)
+
+
+class BalancesExperts(Own):
+    """A term of training that depends on all tokens, and on no target."""
+
+    def loss(self, ids, targets):
+        return super().loss(ids, targets) + (0.01 * self(ids).square().mean() if self.training else 0)
+
+
+class Counter(Right):
+    def __init__(self, share=0.1):
+        super().__init__()
+        self.calls, self.share = 0, share
+
+    def forward(self, ids):
+        self.calls += 1
+        return super().forward(ids) * (1 + self.share * self.calls)
+
+
+class SlowCounter(Counter):
+    def __init__(self):
+        super().__init__(1e-6)
+
+
+class WidensLogits(Own):
+    """As most models compute a loss of half precision."""
+
+    def nll(self, ids, targets):
+        return F.cross_entropy(self(ids).flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)
+
+
+class WidensLogitsAndLeaks(WidensLogits):
+    def forward(self, ids):
+        h = self.rnn(self.table(ids))[0]
+        return self.out(h + 0.1 * h.mean(1, keepdim=True))
+
+
+class Positions(Right):
+    def __init__(self):
+        super().__init__()
+        self.positions = nn.Embedding(130, 16)
+
+    def forward(self, ids):
+        return self.out(self.rnn(self.table(ids) + self.positions.weight[torch.arange(ids.shape[1])])[0])
+
+
+class TakesMultiplesOfEight(Right):
+    def forward(self, ids):
+        assert ids.shape[1] % 8 == 0, "multiple of 8"
+        return super().forward(ids)
+
+
+class NotFinite(Right):
+    def forward(self, ids):
+        return super().forward(ids) * float("nan")
+
+
+class NotFiniteInTraining(Right):
+    def forward(self, ids):
+        return super().forward(ids) * (float("inf") if self.training else 1)
+
+
+class NotFiniteWhereShort(Right):
+    def forward(self, ids):
+        return super().forward(ids) / (ids.shape[1] > 1)
+
+
+class Raises(Right):
+    def forward(self, ids):
+        raise KeyError("inside")
+
+
+class Exits(Right):
+    def forward(self, ids):
+        raise SystemExit(0)
+
+
+class ExitsBackward(Right):
+    class Op(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            raise SystemExit(0)
+
+    def forward(self, ids):
+        return self.Op.apply(super().forward(ids))
+
+
+class LastOnly(Right):
+    def forward(self, ids):
+        return super().forward(ids)[:, -1]
+
+
+class OneTooFew(Right):
+    def forward(self, ids):
+        return super().forward(ids)[..., :-1]
+
+
+class Tuple(Right):
+    def forward(self, ids):
+        return super().forward(ids), None
+
+
+class Transposed(Right):
+    def forward(self, ids):
+        return super().forward(ids).transpose(1, 2)
+
+
+class LossOnly(Right):
+    forward = None
+
+    def loss(self, ids, targets):
+        return self.table.weight.sum()
 
 
 class LeakInBackward(Right):
@@ -192,10 +362,10 @@ def failed(found):
 
 
 CHECKS = ("moves", "causal_outputs", "causal_gradients", "loss_is_nats", "distribution", "uniform", "deterministic", "any_length", "precisions",
-          "learns")  # fmt: skip
+          "learns", "causal_in_training", "causal_at_length")  # fmt: skip
 
 
-@pytest.mark.parametrize("model", [Right, Own])
+@pytest.mark.parametrize("model", [Right, Own, DropsOut, WidensLogits, BalancesExperts, Positions])
 def test_right_models_pass_every_check(model):
     assert [name for check in CHECKS for name in failed(getattr(soundness, check)(sample(model)))] == []
 
@@ -207,12 +377,24 @@ def test_right_models_pass_every_check(model):
         (ListedWeight, "moves", "every_tensor_moves"),
         (StartsInFloat32, "moves", "moves_to_float64"),
         (RoundsLogits, "moves", "moves_to_float64"),
-        (RoundsLosses, "moves", "moves_to_float64"),
         (LeakByOne, "causal_outputs", "causal"),
         (Bidirectional, "causal_outputs", "causal"),
         (SmallLeak, "causal_outputs", "causal"),
         (LeakBelowRounding, "causal_outputs", "causal"),
         (Bidirectional, "causal_gradients", "causal_gradients"),
+        (LeakInTraining, "causal_in_training", "causal_in_training"),
+        (SmallLeakInTraining, "causal_in_training", "causal_in_training"),
+        (StatisticsOfTheBatch, "causal_in_training", "causal_in_training"),
+        (LeakInTheLossOfTraining, "causal_in_training", "causal_in_training"),
+        (LeakWhereLong, "causal_at_length", "causal_at_length"),
+        (LeakWhereLongInTraining, "causal_at_length", "causal_at_length"),
+        (WidensLogitsAndLeaks, "causal_outputs", "causal"),
+        (TakesMultiplesOfEight, "any_length", "any_length"),
+        (NotFiniteWhereShort, "any_length", "any_length"),
+        (NotFinite, "runs", "runs"),
+        (NotFiniteInTraining, "runs", "runs"),
+        (Counter, "deterministic", "deterministic"),
+        (SlowCounter, "deterministic", "deterministic"),
         (LeakInBackward, "causal_gradients", "causal_gradients"),
         (Sum, "loss_is_nats", "loss_is_the_mean"),
         (ScoresIgnored, "loss_is_nats", "ignores_minus_100"),
@@ -229,7 +411,103 @@ def test_right_models_pass_every_check(model):
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
 def test_each_fault_is_found_by_its_check(model, check, name):
-    assert name in failed(getattr(soundness, check)(sample(model)))
+    """And its line has what was expected, what came, and what to do."""
+    found = getattr(soundness, check)(sample(model))
+    assert name in failed(found)
+    for one in found if isinstance(found, list) else [found]:
+        assert one.value is None or math.isfinite(one.value)
+        if one.status == "fail":
+            assert re.fullmatch(r"(T = \d+: )?expected [^;]+; got [^;]+; \S[^\n]+", one.detail), one.detail
+
+
+def all_checks(model, monkeypatch):
+    """What the command does, of a class in place of a factory's name."""
+    made = sample(Right).model.config
+    monkeypatch.setattr(soundness, "build", lambda config: OwnModel(model(), config))
+    monkeypatch.setattr(soundness, "isolated", lambda text: [])
+    return list(soundness.check_model(made, T, "cpu"))
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (Raises, r"expected forward and backward of a batch; got KeyError: 'inside' \(test_soundness.py, line \d+\); correct that line"),
+        (Exits, r"the model must return; got SystemExit: 0 \(test_soundness.py, line \d+\); raise an Exception .*"),
+        (ExitsBackward, r"expected forward and backward .*; got SystemExit: 0 \(test_soundness.py, line \d+\); correct that line"),
+        (LastOnly, r"forward must return logits \(2, 24, 32\), .*; got \(2, 32\); return a score of every token at every .*line \d+\)"),
+        (OneTooFew, r"forward must return .*; got \(2, 24, 31\); make as many scores as the vocab_size .* line \d+\)"),
+        (Tuple, r"forward must return .*; got a tuple; return the logits alone, or an object with .logits .* line \d+\)"),
+        (Transposed, r"forward must return .*; got \(2, 32, 24\); transpose the last two \(test_soundness.py, line \d+\)"),
+        (NotFinite, r"expected finite losses; got nan of nll in eval\(\) mode; .* \(test_soundness.py, line \d+\)"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else value.__name__,
+)
+def test_a_model_that_does_not_run_is_one_line(model, says, monkeypatch):
+    built, ran = all_checks(model, monkeypatch)
+    assert (built.status, ran.name, ran.status, ran.value) == ("pass", "runs", "fail", None)
+    assert re.fullmatch(says, ran.detail), ran.detail
+
+
+@pytest.mark.parametrize("model", [Counter, SlowCounter, Dropout])
+def test_a_model_that_is_not_the_same_twice_is_not_said_to_see_the_future(model, monkeypatch):
+    found = {check.name: check for check in all_checks(model, monkeypatch)}
+    assert [name for name, check in found.items() if check.status == "fail" and name != "learns"] == ["deterministic"]
+    assert list(found)[2] == "deterministic" and {found[name].status for name in soundness.COMPARING} == {"inconclusive"}
+    assert "correct deterministic first" in found["causal"].detail
+    with pytest.raises(soundness.Unsound, match="expected the same losses twice"):
+        require_sound(sample(model).model, T, torch.float32)
+
+
+def test_noise_of_training_that_no_generator_fixes_is_a_note():
+    check = soundness.causal_in_training(sample(NoiseOfItsOwn))
+    assert check.status == "inconclusive" and "one state of the random generator" in check.detail
+
+
+def test_the_random_numbers_of_the_caller_are_left_alone():
+    text = sample(DropsOut)
+    state, rows = torch.random.get_rng_state(), [p.clone() for p in text.model.parameters()]
+    soundness.causal_in_training(text)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(rows, text.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("model", [RoundsLosses, WidensLogits])
+def test_losses_of_float32_are_a_note_and_causality_is_judged_there(model):
+    note = soundness.moves(sample(model))[1]
+    assert note.status == "inconclusive" and "cross_entropy(logits.float(), ...)" in note.detail
+    check = soundness.causal_outputs(sample(model))
+    assert check.status == "pass" and check.limit == soundness.LEAK
+
+
+def test_causality_is_said_up_to_the_length_that_the_model_takes():
+    for model, length in ((Right, 320), (Positions, 128)):
+        check = soundness.causal_at_length(sample(model))
+        assert soundness.causal_up_to([check]) == length and check.status == "pass"
+    text = sample(Positions)
+    check = soundness.causal_at_length(sample_of(text.model, 130))
+    assert check.status == "inconclusive" and "causal up to T = 130 only: T = 320 gives IndexError" in check.detail
+    assert soundness.causal_up_to([check]) is None
+
+
+def test_a_leak_beyond_the_first_positions_of_a_score_is_found():
+    class LeaksLater(Right):
+        def forward(self, ids):
+            return super().forward(F.pad(ids[:, 1:], (0, 1)) if ids.shape[1] > soundness.SCORED else ids)
+
+    require_sound(sample(LeaksLater).model, soundness.SCORED, torch.float32)
+    with pytest.raises(soundness.Unsound, match=r"at T = 400 .*; mask the future"):
+        require_sound(sample(LeaksLater).model, 400, torch.float32)
+
+
+@pytest.mark.parametrize("model", [LeakByOne, Shifted, Sum, ScoresIgnored, Counter])
+def test_the_reason_is_whole_on_two_lines_of_a_screen(model):
+    """And the table of verdicts knows it for what it is."""
+    with pytest.raises(soundness.Unsound) as caught:
+        require_sound(sample(model).model, T, torch.float32)
+    why = str(caught.value).partition(UNSOUND)[2]
+    check = Check(name="mine_within_5_percent", value=None, limit=5, status="fail", detail=why)
+    shown = " ".join(screen.text(screen.Screen("q", checks=[check])).split())
+    assert why and why in shown, (len(why), why)
 
 
 def test_a_tensor_that_does_not_move_is_named_with_its_module():
@@ -278,9 +556,35 @@ def test_the_command_says_yes_and_no(tmp_path, monkeypatch, capsys):
     try:
         assert command.main(CheckModelRun(own_model="checked_models:right", **sizes)) == 0
         out = capsys.readouterr().out
-        assert "PASS  isolated" in out and "answer  yes" in out and "FAIL" not in out
+        assert "PASS  isolated" in out and "answer  yes: causal up to T = 320" in out and "FAIL" not in out
         assert command.main(CheckModelRun(own_model="wrong=checked_models:wrong", **sizes)) == 1
         out = capsys.readouterr().out
         assert "FAIL  every_parameter_learns" in out and "rnn.weight" in out and "answer  no" in out
     finally:
         sys.modules.pop("checked_models", None)
+
+
+def test_every_name_of_a_check_is_on_both_pages(monkeypatch):
+    """And no other: those of a model that passes, and of one where every check raises."""
+    monkeypatch.setattr(soundness, "run_isolated", lambda *_, **__: type("Ran", (), {"value": None, "message": ""}))
+    names = {check.name for check in all_checks(Right, monkeypatch)} | {"isolated"}
+    for page in ("docs/extending.md", "docs/ja/extending.md"):
+        rows = re.findall(r"^\| (`.*?) \|", (Path(__file__).parents[2] / page).read_text(), re.MULTILINE)
+        assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == names
+
+    class RaisesLater(Right):
+        calls = 0
+
+        def forward(self, ids):
+            type(self).calls += 1
+            assert self.calls <= 4, "enough"  # `runs` has four
+            return super().forward(ids)
+
+    for repeats in (False, True):
+        if repeats:  # else all that compare forwards are undecided
+            monkeypatch.setattr(soundness, "deterministic", lambda _: Check(name="deterministic", value=0, limit=0, status="pass"))
+        RaisesLater.calls = 0
+        found = {check.name: check for check in all_checks(RaisesLater, monkeypatch)}
+        passed = {name for name, check in found.items() if check.status == "pass"}
+        assert len(found) > 9 and found.keys() <= names and passed <= {"builds", "runs", "deterministic", "every_tensor_moves"}
+        assert (found["loss_is_the_mean"].status == "fail") == repeats

@@ -302,6 +302,9 @@ def test_several_trainings_are_in_one_plot(tmp_path):
     (None, None, 3, "no result file and no metrics.jsonl"),
     (FILES["memory"], "{}", 2, "phase1_memory_validation.json"),
     (METRICS, "hello\n", 2, "expected a file that `phase1 train` wrote"),
+    (METRICS, "hello", 2, "expected a file that `phase1 train` wrote"),
+    (METRICS, '{"step": 1, "tok', 2, "got no whole step yet; run the train command again"),
+    (METRICS, '{"step": 1, "tok\n', 2, "got no whole step yet; run the train command again"),
 ])  # fmt: skip
 def test_bad_folders_are_one_line(tmp_path, capsys, name, content, code, says):
     if name:
@@ -310,6 +313,27 @@ def test_bad_folders_are_one_line(tmp_path, capsys, name, content, code, says):
     err = capsys.readouterr().err
     assert_one_line(err)
     assert says in err and not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("name, content, says", [
+    (FILES["throughput"], "{}", "expected a phase1 throughput report"),
+    (f"torn/{METRICS}", '{"step": 1, "tok', "got no whole step yet; run the train command again"),
+    ("run/checkpoint.json", "garbage", "expected the index of a checkpoint; got no strict JSON"),
+    ("run/checkpoint.json", "[]", "expected the index of a checkpoint; got the file of another program"),
+])  # fmt: skip
+def test_one_damaged_file_is_named_and_all_the_rest_is_on_the_page(tmp_path, capsys, name, content, says):
+    write_report(all_reports()["memory"], tmp_path / FILES["memory"])
+    training(tmp_path / "run")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(content)
+    report(tmp_path, code=2)
+    text, err = (tmp_path / "report.html").read_text(), capsys.readouterr().err
+    assert_one_line(err)
+    assert err.startswith(f"phase1 report: damaged: {tmp_path / name}: ") and says in err
+    assert 'id="memory"' in text and 'id="training"' in text and 'id="throughput"' not in text
+    assert main(["tables", "--results-dir", str(tmp_path)]) == 2
+    assert f"phase1 tables: damaged: {tmp_path / name}: " in capsys.readouterr().err
+    assert (tmp_path / "tables" / "memory_comparison.md").exists() and (tmp_path / "tables" / "training_course.md").exists()
 
 
 def luminance(color):

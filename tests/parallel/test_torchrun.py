@@ -132,6 +132,7 @@ def test_throughput_of_two_ranks_and_no_comparison_with_one(tmp_path):
     done = torchrun(2, "-m", "phase1", *words, "--out-dir", tmp_path / "two")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("tokens/s at T =") == 1 and "engine on 2 processes at T = 8: " in done.stdout
+    assert "next  torchrun --nproc-per-node=2 -m phase1 throughput " in done.stdout
     report = read_report(tmp_path / "two" / "phase1_throughput_benchmark.json", "throughput")
     assert (report.environment["world_size"], report.environment["backend"]) == (2, "gloo")
     assert report.command.startswith("torchrun --nproc-per-node=2 -m phase1 throughput ")

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from phase1.records.metrics import FIELDS, MetricsLog, read_metrics
+from phase1.records.metrics import FIELDS, MetricsLog, read_course, read_metrics
 
 
 def row(step, **values):
@@ -57,6 +57,20 @@ def test_a_torn_line_is_taken_away(tmp_path, cut):
     assert steps(path) == [1, 2, 4] and path.read_bytes().count(b"\n") == 3
 
 
+@pytest.mark.parametrize("end", [b"", b"\n"])
+@pytest.mark.parametrize("length", [1, 5, 9, 10, 30, None])
+def test_a_file_whose_only_line_is_torn_begins_anew(tmp_path, length, end):
+    path = tmp_path / "metrics.jsonl"
+    write(path, 1)
+    content = path.read_bytes()[:-1]
+    path.write_bytes(content if length is None else content[:length] + end)
+    assert steps(path) == []
+    with pytest.raises(ValueError, match="no whole step yet; run the train command again"):
+        read_course(path)
+    write(path, 1, 2)
+    assert steps(path) == [1, 2]
+
+
 def test_a_number_that_is_none_is_null(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path, 0)
@@ -65,7 +79,7 @@ def test_a_number_that_is_none_is_null(tmp_path):
     assert b"NaN" not in path.read_bytes() and read_metrics(path)[0]["loss"] is None
 
 
-@pytest.mark.parametrize("content", [b"[1]\n", b"{}\n", b'{"step": 1}\n', b"\xff\n", b"[" * 100_000 + b"\n"])
+@pytest.mark.parametrize("content", [b"[1]\n", b"{}\n", b'{"step": 1}\n', b"\xff\n", b"[" * 100_000 + b"\n", b"garbage", b"[1]"])
 def test_another_file_is_refused_and_left_alone(tmp_path, content):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(content)

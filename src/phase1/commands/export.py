@@ -11,7 +11,9 @@ from phase1.data.tokenizer_files import TOKENIZER
 from phase1.data.tokenizers import END_OF_TEXT
 from phase1.files import atomic_write
 from phase1.generation import load
+from phase1.records.session import require_apart
 from phase1.runs import ExportRun
+from phase1.training.checkpoint import INDEX
 from phase1.training.exported import CONFIG, PREFIX, TOKENIZER_KEY, WEIGHTS
 
 README = """# A phase1 model
@@ -33,6 +35,9 @@ Rows of a batch may be padded on the left. The logits are log-probabilities wher
 
 def main(run: ExportRun) -> int:
     """Write the folder; see `ExportRun` for the flags."""
+    require_apart(run.out_dir, "--checkpoint", run.checkpoint)
+    if (Path(run.out_dir) / INDEX).exists():
+        raise ValueError(f"--out-dir must hold no checkpoint; got {run.out_dir}, which has {INDEX}; give a new folder")
     decoder = load(run.checkpoint, tokenizer=run.tokenizer)
     folder, tokenizer, model = Path(run.out_dir), decoder.tokenizer, decoder.model
     special = {f"{name}_token": END_OF_TEXT for name in ("bos", "eos", "pad")}

@@ -1,5 +1,6 @@
 """`phase1 generate`: text from a trained model; the text on stdout, everything about it on stderr."""
 
+import io
 import itertools
 import sys
 import time
@@ -9,7 +10,7 @@ from phase1.device import device_type
 from phase1.errors import Unavailable, is_out_of_memory, reason
 from phase1.generation import Decoder, Sampling, continuation, load, state_bytes, text_of
 from phase1.runs import GenerateRun
-from phase1.text import one_line
+from phase1.text import one_line, utf8_fault
 
 BETWEEN = "\n----\n"  # samples
 
@@ -58,17 +59,22 @@ def _generate(run: GenerateRun, decoder: Decoder, prompt: str) -> None:
 
 
 def _prompt(run: GenerateRun) -> str:
-    """What to go on from; bytes that are no UTF-8 become U+FFFD."""
+    """What to go on from: a file is read as training data is; bytes of an argument that are no UTF-8 become U+FFFD."""
     if run.prompt_file is None:
-        data = (run.prompt or "").encode("utf-8", "surrogateescape")  # arguments that are no text
-    elif run.prompt_file == "-":
+        return (run.prompt or "").encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    if run.prompt_file == "-":
+        if sys.stdin is None:
+            raise ValueError("--prompt-file - must have a standard input; got a closed one; pipe the text in, or name a file")
         data = sys.stdin.buffer.read()
     else:
         try:
             data = Path(run.prompt_file).expanduser().read_bytes()
         except OSError as error:
             raise ValueError(f"--prompt-file must be a readable file; got {run.prompt_file} ({error.strerror})") from error
-    return data.decode("utf-8", "replace")
+    if (fault := utf8_fault(io.BytesIO(data))) is not None:
+        name = "standard input" if run.prompt_file == "-" else run.prompt_file
+        raise ValueError(f"--prompt-file must be UTF-8 text; {name}: {fault}")
+    return data.decode("utf-8-sig")  # a byte order mark is none of the text
 
 
 def write(*parts: str) -> None:

@@ -85,7 +85,8 @@ def screen(run: PipelineRun, failed: list[tuple[str, str]], seconds: float) -> S
     """The last screen: one answer from the reports of all steps."""
     out = Path(run.out_dir)
     broken = {name for name, _ in failed}
-    reports = {kind: report for kind, report in read_reports(out).items() if kind not in broken}
+    found = read_reports(out, damaged=lambda error: None)  # the steps tables and report have named a damaged file
+    reports = {kind: report for kind, report in found.items() if kind not in broken}
     checks = [check for report in reports.values() for check in report.checks]
     where = next((conditions(reports[kind]) for kind in ("throughput", "perplexity", "memory") if kind in reports), "no report")
     files = f"tables: tables, *.png: {len(list(out.glob('*.png')))} plots, *.json: {len(reports)} result files"

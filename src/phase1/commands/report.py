@@ -7,10 +7,11 @@ from phase1.checks.regression import differences
 from phase1.errors import Unavailable
 from phase1.files import atomic_write
 from phase1.page import NAME, page
-from phase1.records.collect import read_reports, reports_at
+from phase1.records.collect import Damage, read_reports, reports_at
 from phase1.records.metrics import METRICS
 from phase1.records.schema import FILES, Report
 from phase1.runs import ReportRun
+from phase1.tables.join import require_one_size
 from phase1.tables.screen import Screen
 from phase1.tables.screen import text as screen_text
 from phase1.tables.training import trainings_in
@@ -20,10 +21,12 @@ from phase1.text import without_private
 def main(run: ReportRun) -> int:
     """Write the page; see `ReportRun` for the flags.
 
-    Raises ValueError for a corrupt or foreign result file, Unavailable where there is none.
+    A damaged file is named and left out, and the exit status is 2. Raises Unavailable where there is no result file.
     """
-    folder = Path(run.results_dir)
-    reports, trainings = read_reports(folder), trainings_in(folder)
+    folder, damage = Path(run.results_dir), Damage("report")
+    reports, trainings = read_reports(folder, damaged=damage, check=require_one_size), trainings_in(folder, damage)
+    if damage.found and not reports and not any(training.rows for training in trainings):
+        return damage.status
     if not reports and not trainings:
         raise Unavailable(
             f"no result file and no {METRICS} in {folder}; run phase1 pipeline or phase1 train first, or give --results-dir"
@@ -41,7 +44,7 @@ def main(run: ReportRun) -> int:
     out = folder / NAME if run.out is None else Path(run.out)
     atomic_write(out, text.encode())
     print(screen_text(screen(run, reports, len(trainings), out, len(text.encode()))))
-    return 0
+    return damage.status
 
 
 def screen(run: ReportRun, reports: dict[str, Report[Any]], trainings: int, out: Path, size: int) -> Screen:

@@ -5,11 +5,12 @@ from pathlib import Path
 
 from phase1.errors import Unavailable
 from phase1.files import atomic_write
-from phase1.records.collect import read_reports
+from phase1.records.collect import Damage, read_reports
 from phase1.records.metrics import METRICS
 from phase1.records.schema import FILES, Kind
 from phase1.runs import TablesRun
 from phase1.tables import NAMES, SUFFIXES, build_tables, render
+from phase1.tables.join import require_one_size
 from phase1.tables.results_page import generated
 from phase1.tables.screen import Screen
 from phase1.tables.screen import text as screen_text
@@ -18,10 +19,10 @@ from phase1.text import one_line
 
 
 def main(run: TablesRun) -> int:
-    """Write every table that the result files allow and name them; missing result files are named and skipped.
+    """Write every table that the result files allow and name them; missing and damaged files are named and skipped.
 
-    Raises ValueError for a corrupt or foreign result file and for --results-page with --out-dir, Unavailable where there is no
-    result file; no table is touched then.
+    The exit status is 2 where one is damaged. Raises ValueError for --results-page with --out-dir and for result files that
+    contradict each other, Unavailable where there is none; no table is touched then.
     """
     if run.results_page:
         if run.out_dir is not None:
@@ -29,9 +30,11 @@ def main(run: TablesRun) -> int:
                 f"--results-page writes into the checkout alone; got --out-dir {run.out_dir}; leave one of them out"
             )
         return _results_page(Path())
-    results = Path(run.results_dir)
-    trainings = training_tables(trainings_in(results))
-    reports = read_reports(results, _missing)
+    results, damage = Path(run.results_dir), Damage("tables")
+    trainings = training_tables(trainings_in(results, damage))
+    reports = read_reports(results, _missing, damage, require_one_size)
+    if damage.found and not reports and not trainings:
+        return damage.status
     if not reports and not trainings:
         raise Unavailable(
             f"no result file in {results}; run phase1 memory, throughput or perplexity first, or give --results-dir"
@@ -44,12 +47,12 @@ def main(run: TablesRun) -> int:
     for path, content in files.items():  # all rendered before the first is written
         atomic_write(path, content.encode())
     older = [path for name in NAMES for suffix in SUFFIXES.values() if (path := out / f"{name}{suffix}") not in files]
-    for path in filter(Path.exists, older):
+    for path in () if damage.found else filter(Path.exists, older):  # those of a damaged file may be of these results
         print(one_line(f"not of these results: {path} is of an earlier run; remove it", 2000), file=sys.stderr)
     if run.verbose:
         print("\n".join(render(table, "markdown") for table in tables))
     print(screen_text(screen(run, [table.name for table in tables], [FILES[kind] for kind in reports] or [METRICS], out)))
-    return 0
+    return damage.status
 
 
 def _results_page(root: Path) -> int:

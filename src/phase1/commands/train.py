@@ -3,13 +3,14 @@
 import math
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from phase1.advice import HOURS, smaller
 from phase1.config import DataConfig, ModelConfig, TrainConfig, flags, part_of, to_toml
-from phase1.data import Corpus, NoSplit, load_corpus
+from phase1.data import Corpus, NoSplit, check_names, load_corpus
 from phase1.device import device_type
 from phase1.errors import Unavailable, is_out_of_memory, reason
 from phase1.factory import pinned
@@ -19,19 +20,20 @@ from phase1.machine.environment import amd_gpu, total_gpu_bytes
 from phase1.measure.memory.case import MemoryCase
 from phase1.measure.memory.estimate.estimate import estimate_memory
 from phase1.measure.memory.measured import chip_of
-from phase1.measure.perplexity.evaluate import Protocol, evaluate, unigram_entropy
+from phase1.measure.perplexity.evaluate import Protocol, evaluate, target_count, unigram_entropy
 from phase1.measure.throughput.efficiency import step_flops
 from phase1.model import LanguageModel
 from phase1.parallel import group
 from phase1.plots import plot_training
 from phase1.records.metrics import METRICS, PATIENCE, read_metrics
-from phase1.records.session import require_writable
+from phase1.records.session import require_apart, require_writable
 from phase1.roster import Key
 from phase1.runs import GenerateRun, PerplexityRun, ReportRun, TrainRun
 from phase1.tables.screen import Screen, text
 from phase1.text import one_line, printable_name
 from phase1.trainable import Trainable, parameter_count
 from phase1.training.checkpoint import INDEX
+from phase1.training.exported import is_exported
 from phase1.training.job import BEST, context_of, train_to_checkpoint
 from phase1.training.pieces import in_pieces
 from phase1.training.step import compute_dtype, precision, total_steps
@@ -54,6 +56,10 @@ UNDECIDED = 3  # the exit status of a training that has learnt nothing
 def main(run: TrainRun) -> int:
     """Train one model as the flags say; the checkpoint goes to --out-dir, with metrics.jsonl and its plot."""
     folder = Path(run.out_dir)
+    require_apart(run.out_dir, "--dataset-name", run.dataset_name)
+    if is_exported(folder):
+        expected = "--out-dir must hold no model for transformers"
+        raise ValueError(f"{expected}; got {folder}, which has config.json; give a new folder")
     require_writable(folder)
     context_of(run, run.seq_length, run.context_parallel)  # now, before there is a model
     if run.shard and not group.together():
@@ -69,7 +75,13 @@ def main(run: TrainRun) -> int:
         configs = model_config, train_config
         how: dict[str, Any] = {"label": title(run, model_config), "watch": watch}
         how |= {"shard": run.shard, "context_parallel": run.context_parallel}
+        how |= {"begins": lambda: atomic_write(folder / SETTINGS, to_toml(run).encode())}
         facts = train_to_checkpoint(*configs, corpus, run.seq_length, folder, **how)
+    except KeyboardInterrupt:
+        if is_first():
+            with suppress(Exception):  # the end of a run that was interrupted costs nothing for a plot
+                _plots(folder)
+        raise
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -81,15 +93,19 @@ def main(run: TrainRun) -> int:
         raise Unavailable(f"{reason(error)}; {ladder}") from error
     if not is_first():
         return 0
-    atomic_write(folder / SETTINGS, to_toml(run).encode())
-    rows = read_metrics(folder / METRICS) if (folder / METRICS).exists() else []
-    plots = [plot_training({folder.name: rows}, folder / PLOT)] if rows else []
-    print(text(screen(run, model_config, facts, rows, watch.unigram_loss, plots)))
+    rows, plots = _plots(folder)
+    print(text(screen(run, model_config, facts, rows, watch.unigram_loss, plots, valid)))
     if facts["loss"] > (guess := math.log(run.vocab_size)):
         worse = f"the last loss, {facts['loss']:.3f}, is worse than guessing, which is ln V = {guess:.3f}"
         print(f"phase1 train: {worse}; lower --learning-rate, or train on more tokens", file=sys.stderr)
         return UNDECIDED
     return 0
+
+
+def _plots(folder: Path) -> tuple[list[dict[str, Any]], list[Path]]:
+    """The course of the training so far, and the plot of it, where it has one."""
+    rows = read_metrics(folder / METRICS) if (folder / METRICS).exists() else []
+    return rows, [plot_training({folder.name: rows}, folder / PLOT)] if rows else []
 
 
 def title(run: TrainRun, model: ModelConfig) -> str:
@@ -104,8 +120,9 @@ def screen(
     rows: list[dict[str, Any]],
     unigram: float | None,
     plots: list[Path],
+    looked_at: Corpus | None = None,
 ) -> Screen:
-    """How well the model predicts now, and what to do with it."""
+    """How well the model predicts now, and what to do with it; `looked_at` has the valid split of its losses."""
     folder, own = Path(run.out_dir), run.model is None
     seconds, tokens = facts["train_seconds"], facts["trained_tokens"]
     numbers = [f"training text   loss {facts['loss']:.3f} in the last step{_mean_of_last(rows)}"]
@@ -115,7 +132,9 @@ def screen(
         known = UNKNOWN if reach is None else f"{reach:.3f}"
         numbers.append(f"valid text      loss {valid:.3f}, best {best:.3f}; {known} is what token frequencies alone reach")
         if reach is not None and valid > reach:
-            numbers.append("                it has not beaten them: more --train-tokens")
+            length = LEAST if looked_at is None else len(looked_at.splits["valid"].ids)
+            few = f"the valid text is too short to judge by: {length:,} tokens, not {LEAST:,} or more"
+            numbers.append(" " * 16 + (few if length < LEAST else "it has not beaten them: more --train-tokens"))
     if seconds:
         numbers.append(f"speed           {tokens / seconds:,.0f} tokens/s, {seconds:,.0f} s in all")
     if skipped := facts.get("skipped_steps"):
@@ -132,7 +151,7 @@ def screen(
         answer=answer,
         next=[
             *([f"phase1 generate {flags(GenerateRun(checkpoint=run.out_dir))}".rstrip() + "   text from it"] if own else []),
-            f"{next_command(run, model)}   its perplexity",
+            _evaluation(run, model, looked_at),
             f"phase1 report {flags(ReportRun(results_dir=run.out_dir))}   its course on one page",
         ],
         files=[folder / INDEX, *(path for path in (folder / BEST / INDEX, folder / METRICS) if path.exists()), *plots],
@@ -193,7 +212,8 @@ def plan(run: TrainRun, model: ModelConfig, corpus: Corpus, valid: Corpus | None
     if run.context_parallel:
         lines.append(f"each of {group.size()} ranks takes {tokens_at_once(run):,} tokens of every sequence")
     if valid is not None:
-        lines.append(f"loss on {_windows(run, valid) * run.seq_length:,} tokens of the valid split every {_every(run)} steps")
+        scored = target_count(valid.splits["valid"].ids, protocol_of(run, valid))
+        lines.append(f"loss on {scored:,} tokens of the valid split every {_every(run)} steps")
     if device == "cuda" and run.model is None:
         size = min(run.micro_batch_size, run.train_batch_size), tokens_at_once(run)
         ranks = 1 if run.shard else group.size()
@@ -241,10 +261,10 @@ def _windows(run: TrainRun, valid: Corpus) -> int:
     return min(max(1, tokens // run.seq_length), math.ceil(len(valid.splits["valid"].ids) / run.seq_length))
 
 
-def scorer(run: TrainRun, valid: Corpus) -> Callable[[Trainable], float]:
-    """The loss that `phase1 perplexity --max-samples` finds on the first windows of the valid split."""
+def protocol_of(run: TrainRun, valid: Corpus) -> Protocol:
+    """Windows side by side, from the beginning of the valid split."""
     split = valid.splits["valid"]
-    protocol = Protocol(
+    return Protocol(
         dataset_sha256=split.sha256,
         tokenizer_sha256=valid.tokenizer.fingerprint,
         split=split.name,
@@ -253,6 +273,11 @@ def scorer(run: TrainRun, valid: Corpus) -> Callable[[Trainable], float]:
         prefix=valid.tokenizer.end_of_text,
         max_windows=_windows(run, valid),
     )
+
+
+def scorer(run: TrainRun, valid: Corpus) -> Callable[[Trainable], float]:
+    """The loss that `phase1 perplexity --max-samples` finds on the first windows of the valid split."""
+    split, protocol = valid.splits["valid"], protocol_of(run, valid)
 
     def score(model: Trainable) -> float:
         dtype = compute_dtype(run.precision, next(model.parameters()).device)
@@ -280,6 +305,20 @@ def sampler(run: TrainRun, corpus: Corpus) -> Callable[[Trainable], str]:
             model.train(was_training)
 
     return sample
+
+
+def _evaluation(run: TrainRun, model: ModelConfig, looked_at: Corpus | None) -> str:
+    """What evaluates the model, or what has to be there first; `looked_at` has the valid split, if it was looked at."""
+    folder, missing = Path(run.dataset_name), looked_at is None and run.eval_every != 0  # it was looked for, and is not there
+    try:
+        check_names(run, vocab_size=run.vocab_size, need=("valid",))
+    except NoSplit:
+        missing = True
+    if not missing:
+        return f"{next_command(run, model)}   its perplexity"
+    if folder.is_dir():
+        return f"put a valid.txt into {printable_name(str(folder))}, then: {next_command(run, model)}   its perplexity"
+    return "phase1 perplexity needs a valid split, and this data set has none: give it another --dataset-name"
 
 
 def next_command(run: TrainRun, model: ModelConfig) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 
 from phase1.data.text import Document, Text
 from phase1.files import open_plain
-from phase1.text import one_line
+from phase1.text import one_line, utf8_fault
 
 VALID_LINES_DIVISOR = 20  # the last 5 % of lines of a single text file, at least one, are its valid split
 STEMS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}
@@ -24,6 +24,8 @@ TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".txt.xz", ".md.xz", ".jsonl.xz")
 FIELD = "text"  # of a line of JSON
 TOKEN_SUFFIXES = (".gpt2.bin", ".gpt2.bin.xz")
 TOKENS_LOOKED_AT = 4096  # of a token file, for the type of its numbers
+XZ = b"\xfd7zXZ\x00"  # the first bytes of a compressed file
+_NO_XZ = "must be xz data, as its name says; got something else; rename it, without .xz, or compress it (xz)"
 _BLOCK = 1 << 20
 
 
@@ -51,8 +53,8 @@ def local_files(path: Path) -> tuple[dict[str, Path], dict[str, Path]]:
 def file_text(path: Path) -> Text:
     """A whole file: one document, or one of each line of JSON."""
     if _is_json(path):
-        return Text(f"json:{_file_sha256(path)}", lambda: _json_texts(path, 0, None))
-    return Text(f"text:{_file_sha256(path)}", lambda: iter([_blocks(path)]))
+        return Text(_key(path), lambda: _json_texts(path, 0, None))
+    return Text(_key(path), lambda: iter([_blocks(path)]))
 
 
 def require_text_name(path: Path) -> None:
@@ -70,9 +72,11 @@ def split_file(path: Path) -> dict[str, Text]:
     with _readable(path), _open_text(path) as file:
         count = sum(1 for _ in file)
     if count < 2:
-        raise ValueError(f"{path} must have at least 2 lines to be split into train and valid; got {count}; add text")
+        expected = f"{path} must have at least 2 lines to be split into train and valid"
+        remedy = "break it into lines that end in \\n, or put train.txt and valid.txt into a folder and give that"
+        raise ValueError(f"{expected}; got {count}; {remedy}")
     first_valid = count - max(1, count // VALID_LINES_DIVISOR)
-    key = f"{'json' if _is_json(path) else 'text'}:{_file_sha256(path)}:lines"
+    key = f"{_key(path)}:lines"
 
     def part(start: int, stop: int) -> Text:
         documents = partial(_json_texts, path, start, stop) if _is_json(path) else lambda: iter([_lines(path, start, stop)])
@@ -122,8 +126,15 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be UTF-8 text; got {error.reason}; convert it (iconv)") from error
-    except (OSError, lzma.LZMAError, EOFError) as error:
+        with _readable(path), _open(path) as file:
+            fault = utf8_fault(file) or f"got {error.reason}; convert it (iconv)"
+        raise ValueError(f"{path} must be UTF-8 text; {fault}") from error
+    except lzma.LZMAError as error:
+        with open_plain(path) as file:
+            packed = file.read(len(XZ)) == XZ
+        got = f"must be a readable file; got {error}; copy it again" if packed else _NO_XZ
+        raise ValueError(f"{path} {got}") from error
+    except (OSError, EOFError) as error:
         raise ValueError(f"{path} must be a readable file; got {error}; copy it again") from error
 
 
@@ -136,6 +147,11 @@ def _blocks(path: Path) -> Document:
 def _lines(path: Path, start: int, stop: int | None) -> Iterator[str]:
     with _readable(path), _open_text(path) as file:
         yield from itertools.islice(file, start, stop)
+
+
+def _key(path: Path) -> str:
+    """What identifies the text of a file: its bytes, and how they are read."""
+    return f"{'json' if _is_json(path) else 'text'}{'.xz' if path.name.endswith('.xz') else ''}:{_file_sha256(path)}"
 
 
 def _is_json(path: Path) -> bool:
@@ -155,12 +171,21 @@ def _json_text(path: Path, number: int, line: str) -> str:
         found = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{expected}; got {one_line(str(error), 80)}; mend the line") from error
-    if not isinstance(found, dict) or not isinstance(found.get(FIELD), str):
-        got = ", ".join(map(str, found)) if isinstance(found, dict) else type(found).__name__
-        raise ValueError(
-            f"{expected}; got {one_line(got, 80) or 'none'}; rename the field, or write the texts into a .txt file"
-        )
+    if not isinstance(found, dict):
+        raise ValueError(f'{expected}; got {_json_kind(found)}; write it as {{"{FIELD}": ...}}, or remove the line')
+    if FIELD not in found:
+        got = one_line(", ".join(map(str, found)), 80) or "none"
+        raise ValueError(f"{expected}; got {got}; rename the field, or write the texts into a .txt file")
+    if not isinstance(found[FIELD], str):
+        raise ValueError(f"{expected}; got {_json_kind(found[FIELD])}; remove the line or give a string")
     return str(found[FIELD]).encode("utf-8", "replace").decode()  # JSON can spell half a character
+
+
+def _json_kind(value: Any) -> str:
+    """What JSON calls a value that is no string and no object."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return {int: "a number", float: "a number", list: "a list", dict: "an object", str: "a string"}[type(value)]
 
 
 def _file_sha256(path: Path) -> str:

@@ -131,9 +131,12 @@ def load(
     assert isinstance(model, LanguageModel)  # what both give where no --model is allowed
     found = _tokenizer(folder, tokenizer)
     if facts["tokenizer"] not in (None, found.fingerprint):
+        remedy = "give --tokenizer gpt2 or the folder of the right tokenizer.json"
+        if tokenizer is not None and (folder / TOKENIZER).is_file():
+            remedy = "leave --tokenizer out: the checkpoint has its own"
         raise ValueError(
             f"the tokenizer must be that of the training, fingerprint {facts['tokenizer']:.12}; got {found.name}, "
-            f"{found.fingerprint:.12}; give --tokenizer gpt2 or the folder of the right tokenizer.json"
+            f"{found.fingerprint:.12}; {remedy}"
         )
     if not copy_head:
         model.copy_head = None

@@ -50,7 +50,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The objects of the file by rising step, without an incomplete or damaged end.
+    """The objects of the file by rising step, without an incomplete or damaged end; none where the first line is torn.
 
     Raises ValueError where the file cannot be read or its first line is not of such a file.
     """
@@ -64,19 +64,42 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if row is None or (rows and row["step"] <= rows[-1]["step"]):
             break
         rows.append(row)
-    if not rows and any(lines[:-1]):
+    if not rows and (first := next(filter(None, lines), b"")) and not _is_torn(first):
         raise ValueError(f"{one_line(path)}: expected a file that `phase1 train` wrote; got another; name another folder")
     return rows
 
 
+def read_course(path: Path) -> list[dict[str, Any]]:
+    """`read_metrics` for a reader who wants steps: ValueError, too, where the file has begun and holds no whole one."""
+    rows = read_metrics(path)
+    if not rows and path.stat().st_size:
+        raise ValueError(f"{one_line(path)}: expected steps of a training; got no whole step yet; run the train command again")
+    return rows
+
+
 def ended_by_patience(folder: Path) -> bool:
-    """Whether the checkpoint in `folder` is of a training that --patience has ended; false for a damaged one or none."""
-    try:
-        index = read_json(folder / CHECKPOINT, MAX_CHECKPOINT_BYTES)
-    except ValueError:
+    """Whether the checkpoint in `folder`, if there is one, is of a training that --patience ended; ValueError for damage."""
+    path = folder / CHECKPOINT
+    if not path.exists():
         return False
-    facts = index.get("facts") if isinstance(index, dict) else None
-    return isinstance(facts, dict) and facts.get("ended_by") == PATIENCE
+    try:
+        index = read_json(path, MAX_CHECKPOINT_BYTES)
+        if not isinstance(index, dict) or not isinstance(index.get("facts"), dict):
+            raise ValueError("the file of another program")
+    except ValueError as error:
+        expected = f"{one_line(path)}: expected the index of a checkpoint"
+        raise ValueError(f"{expected}; got {one_line(error)}; move it away, or train in another folder") from error
+    return bool(index["facts"].get("ended_by") == PATIENCE)
+
+
+def _is_torn(line: bytes) -> bool:
+    """Whether a killed writer may have left `line`, the first of a file: the beginning of an object, or all but its newline."""
+    begin = b'{"step": '
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return line.startswith(begin) or begin.startswith(line)
+    return _row(line) is not None
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

@@ -5,11 +5,11 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from phase1.errors import reason
+from phase1.files import absent, remove_empty
 from phase1.machine.environment import Fact, current_command, deciding_settings, environment, machine, settings
 from phase1.records.journal import Journal, open_journal
 from phase1.records.schema import FILES, REPORTS, Check, Kind, Report, Result, read_report, write_report
@@ -105,13 +105,19 @@ def require_writable(folder: Path) -> None:
     """Raise OSError now, and not after hours of work, if nothing can be written into `folder`; leaves none that is new."""
     if not is_first():  # it writes nothing there
         return
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    new = absent(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
-    with suppress(OSError):  # somebody else has written there
-        for path in new:
-            path.rmdir()
+    remove_empty(new)
+
+
+def require_apart(out_dir: str, flag: str, given: str) -> None:
+    """Raise ValueError where the folder to write is the one of `flag`, whose files are read: the two would be mixed."""
+    out, other = Path(out_dir), Path(given)
+    if out.is_dir() and other.is_dir() and out.samefile(other):
+        expected = f"--out-dir must be another folder than {flag}, whose files are no output"
+        raise ValueError(one_line(f"{expected}; got {out_dir} for both; give a new folder", 2000))
 
 
 def keep_previous(path: Path, kind: Kind, command: str) -> list[Path]:

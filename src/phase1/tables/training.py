@@ -1,11 +1,12 @@
 """Trainings as `phase1 train` leaves them: their courses, samples and settings, and the tables of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phase1.records.metrics import FIELDS, METRICS, ended_by_patience, read_metrics
+from phase1.records.collect import refused
+from phase1.records.metrics import FIELDS, METRICS, ended_by_patience, read_course
 from phase1.tables.table import Column, Table
 
 SAMPLES, SETTINGS = "samples.txt", "run.toml"
@@ -24,18 +25,28 @@ class Training:
     out_of_patience: bool = False
 
 
-def trainings_in(folder: Path) -> list[Training]:
+def trainings_in(folder: Path, damaged: Callable[[ValueError], object] = refused) -> list[Training]:
     """Those of a folder: its own, those of its subfolders, those of a pipeline.
 
-    Raises ValueError for a foreign file in the place of metrics.jsonl.
+    A foreign file in the place of metrics.jsonl, one without a whole step and a checkpoint's damaged index are a ValueError
+    each, which `damaged` gets: by default it is raised.
     """
     files = [file for place in PLACES for file in sorted(folder.glob(f"{place}/{METRICS}".lstrip("/")))]
-    return [_training(file) for file in files]
+    return [training for file in files if (training := _training(file, damaged)) is not None]
 
 
-def _training(file: Path) -> Training:
+def _training(file: Path, damaged: Callable[[ValueError], object]) -> Training | None:
+    """None where there is no course; a damaged index of a checkpoint takes nothing from one."""
+    rows, out_of_patience = None, False
+    try:
+        rows = read_course(file)
+        out_of_patience = ended_by_patience(file.parent)
+    except ValueError as error:
+        damaged(error)
+    if rows is None:
+        return None
     samples, settings = (_text(file.with_name(name)) for name in (SAMPLES, SETTINGS))
-    return Training(file.resolve().parent.name, read_metrics(file), samples[-SHOWN:], settings, ended_by_patience(file.parent))
+    return Training(file.resolve().parent.name, rows, samples[-SHOWN:], settings, out_of_patience)
 
 
 def _text(path: Path) -> str:

@@ -16,7 +16,7 @@ from phase1.config import ModelConfig, TrainConfig
 from phase1.data import Corpus, Tokenizer, Windows
 from phase1.data.tokenizer_files import TOKENIZER, folder_tokenizer
 from phase1.device import device_type
-from phase1.files import atomic_write
+from phase1.files import absent, atomic_write, remove_empty
 from phase1.parallel import group
 from phase1.parallel.replicas import equal_start
 from phase1.records.metrics import PATIENCE
@@ -56,6 +56,7 @@ SAVE_SECONDS = 300.0  # between checkpoints of an unfinished run
 def train_to_checkpoint(
     model_config: ModelConfig, train_config: TrainConfig, corpus: Corpus, seq_length: int, folder: Path, *, label: str,
     watch: Watch = UNWATCHED, shard: bool = False, context_parallel: bool = False,
+    begins: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train to the end of the schedule, or go on from `folder`; a finished checkpoint is left as it is.
 
@@ -68,6 +69,7 @@ def train_to_checkpoint(
     All ranks of a run call it: each has its part of every batch, and rank 0 writes. The checkpoint goes on with any number.
     shard: each has its part of parameters, gradients and optimizer state too.
     context_parallel: its part of a batch is a stretch of every window, not some of the windows.
+    begins: called once the folder is known to be this training's, before its first step.
     """
     require_one_folder(folder)
     data = {"name": corpus.name, "split": "train", "sha256": corpus.splits["train"].sha256}
@@ -83,6 +85,7 @@ def train_to_checkpoint(
             raise ValueError(f"{theirs}; got {seq_length}; use that, or another --out-dir")
     with tokenizer_beside(folder, corpus.tokenizer):
         if begun and facts["finished"]:
+            begins()
             return facts
         context = context_of(train_config, seq_length, context_parallel)
         windows = Windows(corpus.splits["train"].ids, seq_length, train_config.seed)
@@ -98,6 +101,7 @@ def train_to_checkpoint(
                 if train_config.compile and not shard and context is None:  # those that share a model compile the same
                     inputs, targets = (part[: train_config.micro_batch_size] for part in batch_at(state.step))
                     prove_compiled(state, (inputs, targets))
+                begins()
                 kept = (folder, facts, label, watch, order, corpus.tokenizer)
                 facts |= Schedule(state, batch_at, steps, seq_length, *kept, interrupted=interrupted).run()
             except EndsEarly as early:
@@ -150,12 +154,14 @@ def require_one_folder(folder: Path) -> None:
 @contextlib.contextmanager
 def tokenizer_beside(folder: Path, tokenizer: Tokenizer) -> Iterator[None]:
     """`keep_tokenizer` for the block; where that leaves no checkpoint, a new file goes again, for another text may follow."""
+    folders = absent(folder)
     new = group.from_first(lambda: keep_tokenizer(folder, tokenizer))  # the others would find the file that it writes
     try:
         yield
     finally:
         if new and group.rank() == 0 and not (folder / INDEX).exists():
             (folder / TOKENIZER).unlink(missing_ok=True)
+            remove_empty(folders)
 
 
 def keep_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
