@@ -162,6 +162,7 @@ def chosen(jobs: list[Job], only: list[str] | None) -> Iterator[Job]:
 
 def run(jobs: list[Job], machine: Machine, out: Path, data: Path, end: float) -> int:
     """Begin each job as soon as there is room for it, the first ones first; say how each ended."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # begun in the background it is ignored, by children too
     waiting, failed, left_out = list(jobs), 0, 0
     (out / "logs").mkdir(parents=True, exist_ok=True)
     while waiting or machine.all():
