@@ -56,7 +56,7 @@ def pinned(reference: str) -> str:
     try:
         spec = importlib.util.find_spec(module)
     except BaseException as error:  # ImportError of a package around it, or whatever that package raises
-        _pass_on(error)
+        pass_on(error)
         missing = isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}.")
         kind = WrongReference if missing else ValueError
         raise kind(f"--model {plain}: module {module} must be importable; got {raised(error)}") from error
@@ -79,7 +79,7 @@ def call(reference: str, arguments: dict[str, Any]) -> Any:
     try:
         found = importlib.import_module(module)
     except BaseException as error:
-        _pass_on(error)
+        pass_on(error)
         raise ValueError(f"--model {plain}: importing {module} raised {raised(error)}") from error
     factory = getattr(found, name, None)
     if not callable(factory):
@@ -106,7 +106,7 @@ def _called(factory: Callable[..., Any], plain: str, arguments: dict[str, Any]) 
     try:
         return factory(**{key: value for key, value in arguments.items() if every or key in named})
     except BaseException as error:
-        _pass_on(error)
+        pass_on(error)
         raise ValueError(f"--model {plain}: the factory raised {raised(error)}") from error
 
 
@@ -121,7 +121,7 @@ def defined(function: Any) -> str:
     return f" ({Path(code.co_filename).name}, line {code.co_firstlineno})" if code else ""
 
 
-def _pass_on(error: BaseException) -> None:
+def pass_on(error: BaseException) -> None:
     """Raise `error` where it is no fault of the code that raised it: an interrupt, or memory that ran out."""
     if isinstance(error, KeyboardInterrupt) or is_out_of_memory(error):
         raise error

@@ -14,7 +14,7 @@ from phase1.ops.cross_entropy import IGNORE
 from phase1.vocabulary.statistics import TokenStatistics, TokenVectors
 
 CONTRACT = "a torch.nn.Module with forward(ids) -> logits (B, T, V), or with loss(ids, targets) and nll(ids, targets)"
-raised, defined = factory.raised, factory.defined
+raised, defined, pass_on = factory.raised, factory.defined, factory.pass_on
 WrongReference = factory.WrongReference
 
 

@@ -18,7 +18,7 @@ from phase1.machine.isolate import run_isolated
 from phase1.measure.workload import SEED, random_batch
 from phase1.ops.cross_entropy import IGNORE
 from phase1.records.schema import Check
-from phase1.trainable import OwnModel, Trainable, WrongOutput, WrongReference, build, defined, raised
+from phase1.trainable import OwnModel, Trainable, WrongOutput, WrongReference, build, defined, pass_on, raised
 from phase1.training.optimizers import described_groups, kept
 from phase1.training.step import make_train_state, train_step
 
@@ -124,7 +124,8 @@ def _guarded(name: str, check: Callable[[], tuple[Any, Any]]) -> tuple[list[Chec
     try:
         found, more = check()
     except BaseException as error:  # a user's code may raise SystemExit
-        if isinstance(error, KeyboardInterrupt | WrongReference) or is_out_of_memory(error):
+        pass_on(error)
+        if isinstance(error, WrongReference):
             raise
         if isinstance(error, WrongOutput) or (name == "builds" and isinstance(error, ValueError)):
             return [_fails(name, re.sub(r"^--model \S+ ?", "", str(error)))], None  # has what it expected, and the remedy
@@ -204,8 +205,7 @@ def moves(text: Sample) -> list[Check]:
     try:
         kind = output_type(in_float64(text))
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt) or is_out_of_memory(error):
-            raise
+        pass_on(error)
         if not _runs_on_cpu(text):  # kernels for a GPU, which need not know float64
             detail = f"{what}: nothing runs on the CPU, where this is tried; got {raised(error)}"
             return [*checks, Check.undecided(name, detail)]
@@ -497,8 +497,7 @@ def any_length(text: Sample) -> Check:
         try:
             part = text.nll(text.ids[:, :length].contiguous(), text.targets[:, :length].contiguous())
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt) or is_out_of_memory(error):
-                raise
+            pass_on(error)
             remedy = "fill short texts up inside forward, behind their end, and cut the output"
             return _fails(
                 "any_length", f"expected losses of texts of any length; got {raised(error)} at T = {length}; {remedy}"
