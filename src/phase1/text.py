@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
+XZ = b"\xfd7zXZ\x00"  # the first bytes of a compressed file
 _MARKS = (
     (b"\xff\xfe\x00\x00", "UTF-32"), (b"\x00\x00\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"),
-    (b"\xfd7zXZ\x00", "xz data"),
+    (XZ, "xz data"),
 )  # fmt: skip
 """How files begin that are other than UTF-8, and what they are."""
 _ASCII = {

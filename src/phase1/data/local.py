@@ -16,7 +16,7 @@ import numpy as np
 
 from phase1.data.text import Document, Text
 from phase1.files import open_plain
-from phase1.text import one_line, utf8_fault
+from phase1.text import XZ, one_line, utf8_fault
 
 VALID_LINES_DIVISOR = 20  # the last 5 % of lines of a single text file, at least one, are its valid split
 STEMS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}
@@ -24,7 +24,6 @@ TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".txt.xz", ".md.xz", ".jsonl.xz")
 FIELD = "text"  # of a line of JSON
 TOKEN_SUFFIXES = (".gpt2.bin", ".gpt2.bin.xz")
 TOKENS_LOOKED_AT = 4096  # of a token file, for the type of its numbers
-XZ = b"\xfd7zXZ\x00"  # the first bytes of a compressed file
 _NO_XZ = "must be xz data, as its name says; got something else; rename it, without .xz, or compress it (xz)"
 _BLOCK = 1 << 20
 
