@@ -66,3 +66,13 @@ def test_a_damaged_training_is_named_and_the_others_are_drawn(tmp_path, capsys, 
     assert err.startswith(f"phase1 curves: damaged: {tmp_path / 'b' / METRICS}: ") and says in err and out.exists()
     out.unlink()
     assert main(["curves", str(tmp_path / "b"), "--out", str(out)]) == 2 and not out.exists()
+
+
+def test_a_damaged_line_is_named_and_what_stands_before_it_is_drawn(tmp_path, drawn, capsys):
+    folder = training(tmp_path / "a", 5.0, 4.0, 3.0)
+    path = tmp_path / "a" / METRICS
+    path.write_text(path.read_text().replace('"loss": 4.0', '"loss": 4.0.0'))
+    assert main(["curves", folder, "--out", str(tmp_path / "c.png")]) == 2
+    err = capsys.readouterr().err
+    assert "line 2" in err and "left out (1)" in err
+    assert lines(drawn[0].axes[0])[f"{folder}, training text"] == [[32, 5]]

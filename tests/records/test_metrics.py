@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from phase1.records.metrics import FIELDS, MetricsLog, read_course, read_metrics
+from phase1.records.metrics import FIELDS, MetricsLog, read_course, read_metrics, require_undamaged
 
 
 def row(step, **values):
@@ -93,6 +93,16 @@ def test_a_damaged_line_ends_what_is_read(tmp_path):
     write(path, 1, 2)
     path.write_bytes(path.read_bytes() + b"garbage\n" + path.read_bytes())
     assert steps(path) == [1, 2]
+    with pytest.raises(ValueError, match=r"^[^\n]*line 3: expected .* later step; got another; whole lines after it are left out .2."):
+        require_undamaged(path, read_metrics(path))
+
+
+@pytest.mark.parametrize("end", [b"", b'{"step": 3, "lo', b"garbage\n", b"garbage\ngarbage\n"])
+def test_an_end_that_is_torn_is_no_damage(tmp_path, end):
+    path = tmp_path / "metrics.jsonl"
+    write(path, 1, 2)
+    path.write_bytes(path.read_bytes() + end)
+    require_undamaged(path, read_metrics(path))
 
 
 def test_a_missing_file_is_one_line(tmp_path):

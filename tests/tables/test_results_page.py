@@ -194,8 +194,13 @@ def test_a_damaged_or_missing_file_is_named_in_one_line_and_nothing_is_written(r
     refused(root, monkeypatch, message)
 
 
-def test_the_page_is_not_written_elsewhere(root, monkeypatch):
-    refused(root, monkeypatch, "got --out-dir x; leave one", out_dir="x")
+@pytest.mark.parametrize(
+    ("said", "flags"),
+    [("--out-dir x", {"out_dir": "x"}), ("--formats csv", {"formats": ("csv",)}), ("--hardware x", {"hardware": "x"}),
+     ("--results-dir x", {"results_dir": "x"}), ("--verbose", {"verbose": True})],
+)  # fmt: skip
+def test_the_page_takes_no_other_flag(root, monkeypatch, said, flags):
+    refused(root, monkeypatch, f"got {said}; leave one", **flags)
     assert not (root / "x").exists()
 
 

@@ -1,8 +1,10 @@
 """`phase1 tables`: comparison tables from the result files of the other commands."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+from phase1.config import flags
 from phase1.errors import Unavailable
 from phase1.files import atomic_write
 from phase1.records.collect import Damage, read_reports
@@ -21,14 +23,12 @@ from phase1.text import one_line
 def main(run: TablesRun) -> int:
     """Write every table that the result files allow and name them; missing and damaged files are named and skipped.
 
-    The exit status is 2 where one is damaged. Raises ValueError for --results-page with --out-dir and for result files that
+    The exit status is 2 where one is damaged. Raises ValueError for --results-page with any other flag and for result files that
     contradict each other, Unavailable where there is none; no table is touched then.
     """
     if run.results_page:
-        if run.out_dir is not None:
-            raise ValueError(
-                f"--results-page writes into the checkout alone; got --out-dir {run.out_dir}; leave one of them out"
-            )
+        if others := flags(replace(run, results_page=False)):
+            raise ValueError(f"--results-page writes into the checkout alone; got {others}; leave one of them out")
         return _results_page(Path())
     results, damage = Path(run.results_dir), Damage("tables")
     trainings = training_tables(trainings_in(results, damage))

@@ -77,6 +77,14 @@ def read_course(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def require_undamaged(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Raise ValueError where whole objects stand behind a damaged line, at which `rows`, those that were read, end."""
+    lines = path.read_bytes().split(b"\n")[len(rows) : -1]
+    if behind := sum(_row(line) is not None for line in lines[1:]):
+        wrong = f"{one_line(path)}, line {len(rows) + 1}: expected the object of a later step; got another"
+        raise ValueError(f"{wrong}; whole lines after it are left out ({behind:,}); restore or remove that line")
+
+
 def ended_by_patience(folder: Path) -> bool:
     """Whether the checkpoint in `folder`, if there is one, is of a training that --patience ended; ValueError for damage."""
     path = folder / CHECKPOINT

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from phase1.records.collect import refused
-from phase1.records.metrics import FIELDS, METRICS, ended_by_patience, read_course
+from phase1.records.metrics import FIELDS, METRICS, ended_by_patience, read_course, require_undamaged
 from phase1.tables.table import Column, Table
 
 SAMPLES, SETTINGS = "samples.txt", "run.toml"
@@ -28,18 +28,19 @@ class Training:
 def trainings_in(folder: Path, damaged: Callable[[ValueError], object] = refused) -> list[Training]:
     """Those of a folder: its own, those of its subfolders, those of a pipeline.
 
-    A foreign file in the place of metrics.jsonl, one without a whole step and a checkpoint's damaged index are a ValueError
-    each, which `damaged` gets: by default it is raised.
+    A foreign file in the place of metrics.jsonl, one without a whole step, a damaged line before whole ones and a checkpoint's
+    damaged index are a ValueError each, which `damaged` gets: by default it is raised.
     """
     files = [file for place in PLACES for file in sorted(folder.glob(f"{place}/{METRICS}".lstrip("/")))]
     return [training for file in files if (training := _training(file, damaged)) is not None]
 
 
 def _training(file: Path, damaged: Callable[[ValueError], object]) -> Training | None:
-    """None where there is no course; a damaged index of a checkpoint takes nothing from one."""
+    """None where there is no course; a damaged line takes what stands behind it, a damaged index of a checkpoint nothing."""
     rows, out_of_patience = None, False
     try:
         rows = read_course(file)
+        require_undamaged(file, rows)
         out_of_patience = ended_by_patience(file.parent)
     except ValueError as error:
         damaged(error)
