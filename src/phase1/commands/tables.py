@@ -23,8 +23,8 @@ from phase1.text import one_line
 def main(run: TablesRun) -> int:
     """Write every table that the result files allow and name them; missing and damaged files are named and skipped.
 
-    The exit status is 2 where one is damaged. Raises ValueError for --results-page with any other flag and for result files that
-    contradict each other, Unavailable where there is none; no table is touched then.
+    The exit status is 2 where one is damaged. Raises ValueError for --results-page with any other flag and for result files
+    that contradict each other, Unavailable where there is none; no table is touched then.
     """
     if run.results_page:
         if others := flags(replace(run, results_page=False)):

@@ -74,19 +74,11 @@ def train_to_checkpoint(
     require_one_folder(folder)
     data = {"name": corpus.name, "split": "train", "sha256": corpus.splits["train"].sha256}
     steps = total_steps(train_config, seq_length)
-    begun = (folder / INDEX).exists()
-    if begun:
-        index = read_index(folder)
-        facts = training_facts(folder, index)
-        require_same_data(folder, facts, data)
-        check_configs(folder, index, model_config, train_config)
-        if facts["seq_length"] != seq_length:
-            theirs = f"the checkpoint in {folder} was made with --seq-length {facts['seq_length']}"
-            raise ValueError(f"{theirs}; got {seq_length}; use that, or another --out-dir")
+    begun = facts_so_far(folder, model_config, train_config, seq_length, data)
     with tokenizer_beside(folder, corpus.tokenizer):
-        if begun and facts["finished"]:
+        if begun and begun["finished"]:
             begins()
-            return facts
+            return begun
         context = context_of(train_config, seq_length, context_parallel)
         windows = Windows(corpus.splits["train"].ids, seq_length, train_config.seed)
         seen = windows.seen(steps * train_config.train_batch_size)
@@ -109,6 +101,22 @@ def train_to_checkpoint(
                 return group.from_first(lambda: read_index(folder)["facts"] | {"ended_by": reason})
             save_checkpoint(folder, state, facts, resumable=False, token_order=order)
             return group.from_first(lambda: facts)  # the others wait until it is there
+
+
+def facts_so_far(
+    folder: Path, model_config: ModelConfig, train_config: TrainConfig, seq_length: int, data: dict[str, str]
+) -> dict[str, Any] | None:
+    """The facts of the checkpoint in `folder`, None where there is none; ValueError where it is of another training."""
+    if not (folder / INDEX).exists():
+        return None
+    index = read_index(folder)
+    facts = training_facts(folder, index)
+    require_same_data(folder, facts, data)
+    check_configs(folder, index, model_config, train_config)
+    if facts["seq_length"] != seq_length:
+        theirs = f"the checkpoint in {folder} was made with --seq-length {facts['seq_length']}"
+        raise ValueError(f"{theirs}; got {seq_length}; use that, or another --out-dir")
+    return facts
 
 
 def require_same_data(folder: Path, facts: dict[str, Any], data: dict[str, str]) -> None:
