@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 RECENT = 100  # steps that a loss is compared with
 SPIKE = 3.0  # standard deviations of these
+IN_A_ROW = 2  # steps beyond them: one alone is a hard batch, as some of every thousand are
 SMALLEST_SCALE = 1.0  # of the loss scaler; below it fp16 cannot hold the gradients
 
 
@@ -21,6 +22,7 @@ class Alarms:
         self.losses: deque[float] = deque(maxlen=RECENT)
         self.clipped: deque[bool] = deque(maxlen=RECENT)
         self.told: set[str] = set()
+        self.beyond = 0  # steps in a row
 
     def look(
         self, step: int, losses: list[float], norms: list[float], loss_scale: float | None, closed: Sequence[int] = ()
@@ -30,7 +32,8 @@ class Alarms:
         for loss in finite:
             if len(self.losses) == RECENT:
                 mean, deviation = statistics.fmean(self.losses), statistics.pstdev(self.losses)
-                if loss > mean + SPIKE * deviation:
+                self.beyond = self.beyond + 1 if loss > mean + SPIKE * deviation else 0
+                if self.beyond >= IN_A_ROW:
                     spike = f"{loss:.3f} against {mean:.3f} +- {deviation:.3f} of the last {RECENT} steps"
             self.losses.append(loss)
         self.clipped.extend(norm > self.grad_clip for norm in norms)
