@@ -90,6 +90,25 @@ def exits_in_forward(vocab_size):
     return ExitsInForward(vocab_size)
 
 
+class Exit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise SystemExit(0)
+
+
+class ExitsInBackward(Model):
+    def forward(self, ids):
+        return Exit.apply(super().forward(ids))
+
+
+def exits_in_backward(vocab_size):
+    return ExitsInBackward(vocab_size)
+
+
 def wrong_shape(vocab_size):
     return Model(vocab_size + 1)
 
@@ -213,7 +232,7 @@ def test_an_interrupt_is_no_fault_of_the_model(folder, monkeypatch):
     sys.modules.pop("users_interrupted", None)
 
 
-@pytest.mark.parametrize("reference", ["users_module:exits_in_forward", "users_module:exits"])
+@pytest.mark.parametrize("reference", ["users_module:exits_in_forward", "users_module:exits", "users_module:exits_in_backward"])
 def test_no_command_ends_without_a_word_where_the_model_exits(folder, reference, capsys):
     (folder / "text").mkdir()
     for name in ("train", "valid"):

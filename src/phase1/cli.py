@@ -172,6 +172,10 @@ def _run(name: str, run: Config, ending: Ending) -> int:
         return _run_together(name, command.main, run)
     except ModuleNotFoundError as error:  # of those that are imported where they are needed
         raise _not_installed(error) from error
+    except SystemExit as error:  # of a user's backward pass, say: no command of ours ends so, and it may claim success
+        from phase1.factory import raised
+
+        raise ValueError(f"--model must return; got {raised(error)}; raise an Exception in its place") from error
     finally:
         gc.unfreeze()
 
