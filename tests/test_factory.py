@@ -90,7 +90,7 @@ def exits_in_forward(vocab_size):
     return ExitsInForward(vocab_size)
 
 
-class Exit(torch.autograd.Function):
+class LeavesByGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         return x.clone()
@@ -102,7 +102,7 @@ class Exit(torch.autograd.Function):
 
 class ExitsInBackward(Model):
     def forward(self, ids):
-        return Exit.apply(super().forward(ids))
+        return LeavesByGradient.apply(super().forward(ids))
 
 
 def exits_in_backward(vocab_size):
