@@ -216,7 +216,7 @@ def test_a_name_of_nothing_is_wrong_input_and_a_fault_of_the_module_an_answer(fo
 
 
 def test_a_misspelt_name_gets_the_nearest_and_not_all(folder):
-    (folder / "users_module.py").write_text(SOURCE + "".join(f"def model_{i}():\n    pass\n" for i in range(30)))
+    (folder / "users_module.py").write_text(SOURCE + "".join(f"def model_{i}():\n    pass\n" for i in range(28)))
     with pytest.raises(ValueError, match=r"it has right, \w+, \w+ and 3\d more"):
         build(ModelConfig(**(OWN | SIZES | {"model": "users_module:rihgt"})))
 
