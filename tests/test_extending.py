@@ -104,6 +104,24 @@ def test_the_example_of_a_peer_is_ar_ssm_itself():
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("name", ["wide", "hybrid", "qk_norm", "conv", "gate"])
+def test_parts_of_a_block_are_where_they_should_be(name):
+    from phase1.config import ModelShape
+    from phase1.layers.ar_ssm import ARSSM
+    from phase1.roster import own_models
+    from phase1.trainable import build
+
+    shape = ModelShape(vocab_size=50, d_model=16, n_layers=8, n_heads=2, ar_ssm_min_rank=2, htt_dense_rows=4, htt_groups=10)
+    model = build(own_models((f"examples.peers.parts:{name}",), shape, ar_ssm_max_rank=4, htt_rank=2)[name])
+    mixers = [block.mixer for block in model.blocks]
+    if name in ("wide", "hybrid"):
+        windows = [mixer.window if isinstance(mixer, ARSSM) else None for mixer in mixers]
+        assert windows == [64, 64, 64, 512 if name == "wide" else None] * 2
+    else:
+        has = {"qk_norm": "q_scale", "conv": "conv_weight", "gate": "norm"}
+        assert all([n for n, part in has.items() if getattr(mixer, part) is not None] == [name] for mixer in mixers)
+
+
 def test_the_table_of_peers_joins_quality_and_speed(tmp_path, capsys):
     from examples.peers import table
     from phase1.records.schema import FILES, Dataset, write_report

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "advice": set(),
     "device": set(),
     "tensor_names": set(),
-    "cli": LEAVES | SETTINGS | {"parallel"},
+    "cli": LEAVES | SETTINGS | {"factory", "parallel"},
     "__main__": {"cli"},
     "ops": {"files", "world"},  # to keep the answers of checks of kernels, and say once that they are asked
     "progress": set(),

@@ -10,6 +10,8 @@
 #       gated_delta_by_kda  Gated DeltaNet through the kernels of Kimi Delta Attention, which run there
 #       llama   transformers' Llama, at the Transformer's learning rate
 #       phase1  AR-SSM and the Transformer, compiled
+#       parts   AR-SSM with a wider window or attention in every fourth layer; attention with one part of AR-SSM's block, and with all;
+#               where queries are not normed at the Transformer's learning rate; compiled
 #       compile the kernels of fla's layers, all at once, into Triton's cache: minutes that `speed` then does not take one by one
 #       speed   tokens/s and peak memory of all of them, 64 texts of 512 tokens a step
 #       table   Markdown of what there is in OUT
@@ -31,6 +33,12 @@ for step in "$@"; do
       $run perplexity "${common[@]}" --model "$step=$mixers:$step" --out-dir "$out/$step" ;;
     llama) $run perplexity "${common[@]}" --learning-rate 3e-3 --model llama=examples.peers.llama:llama --out-dir "$out/llama" ;;
     phase1) $run perplexity "${common[@]}" --compile --cuda-graphs --variants ar_ssm_dense_no_copy transformer_start --out-dir "$out/phase1" ;;
+    parts)
+      parts=examples.peers.parts compiled="--compile --cuda-graphs"
+      $run perplexity "${common[@]}" $compiled --variants transformer_fair --out-dir "$out/parts" \
+        --model wide=$parts:wide hybrid=$parts:hybrid qk_norm=$parts:qk_norm
+      $run perplexity "${common[@]}" $compiled --learning-rate 3e-3 --out-dir "$out/parts_not_normed" \
+        --model conv=$parts:conv gate=$parts:gate ;;
     compile)
       for peer in kda gla gated_delta_by_kda; do
         python3 benchmarks/tune_together.py throughput --no-baseline --seq-lengths 512 --batch-size 64 --no-saturate --no-cuda-graphs \

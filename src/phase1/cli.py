@@ -15,6 +15,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 from phase1 import __version__, config, runs, world
 from phase1.config import Config, to_toml
 from phase1.errors import Elsewhere, Gone, Unavailable, report_failure
+from phase1.factory import raised
 from phase1.presets import PRESETS
 from phase1.signals import Ending, ending_signals_interrupt
 from phase1.text import one_line, printable_output, standard_streams
@@ -173,8 +174,6 @@ def _run(name: str, run: Config, ending: Ending) -> int:
     except ModuleNotFoundError as error:  # of those that are imported where they are needed
         raise _not_installed(error) from error
     except SystemExit as error:  # of a user's backward pass, say: no command of ours ends so, and it may claim success
-        from phase1.factory import raised
-
         raise ValueError(f"--model must return; got {raised(error)}; raise an Exception in its place") from error
     finally:
         gc.unfreeze()
