@@ -17,7 +17,7 @@ from phase1.errors import Diverged, is_out_of_memory, reason
 from phase1.measure.perplexity.candidates import ScoredModel
 from phase1.measure.perplexity.evaluate import LARGEST_NATS, Evaluation, Protocol, evaluate, unigram_entropy
 from phase1.measure.perplexity.loss_parts import loss_by_band, loss_by_position, order_sha256
-from phase1.measure.soundness import Unsound, require_sound
+from phase1.measure.soundness.check import Unsound, require_sound
 from phase1.ops.card import runs_kernels
 from phase1.ops.self_check import failed_kernels
 from phase1.parallel import group
