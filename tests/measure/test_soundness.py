@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from phase1.checks.perplexity import UNSOUND
+from phase1.checks.perplexity import quality_checks
 from phase1.commands import check_model as command
 from phase1.config import ModelConfig
+from phase1.measure.perplexity.candidates import ScoredModel
+from phase1.measure.perplexity.result import ScoredText, measure
 from phase1.measure.soundness.causality import (
     causal_at_length,
     causal_gradients,
@@ -26,7 +28,7 @@ from phase1.measure.soundness.module import learns, moves, runs
 from phase1.measure.soundness.sample import EXACT_LEAK, LEAK, sample_of
 from phase1.records.schema import Check
 from phase1.roster import OWN
-from phase1.runs import CheckModelRun
+from phase1.runs import CheckModelRun, PerplexityRun
 from phase1.tables import screen
 from phase1.trainable import OwnModel
 
@@ -510,13 +512,30 @@ def test_a_leak_beyond_the_first_positions_of_a_score_is_found():
 
 @pytest.mark.parametrize("model", [LeakByOne, Shifted, Sum, ScoresIgnored, Counter])
 def test_the_reason_is_whole_on_two_lines_of_a_screen(model):
-    """And the table of verdicts knows it for what it is."""
     with pytest.raises(Unsound) as caught:
         require_sound(sample(model).model, T, torch.float32)
-    why = str(caught.value).partition(UNSOUND)[2]
+    why = caught.value.why
     check = Check(name="mine_within_5_percent", value=None, limit=5, status="fail", detail=why)
     shown = " ".join(screen.text(screen.Screen("q", checks=[check])).split())
     assert why and why in shown, (len(why), why)
+
+
+def test_the_record_says_that_a_model_may_not_be_scored_and_its_check_fails(monkeypatch):
+    """Of any other error the record says no such thing."""
+    model = sample(LeakByOne).model
+    unsound = scored_with(monkeypatch, model.config, lambda *_: require_sound(model, T, torch.float32))
+    broken = scored_with(monkeypatch, model.config, lambda *_: 1 / 0)
+    assert unsound.unsound.endswith("; mask the future") and broken.unsound == ""
+    assert unsound.detail == f"--model some.module:made may not be scored: {unsound.unsound}"
+    checks = quality_checks({"mine": unsound, "other": broken}, T)
+    assert [check.status for check in checks] == ["fail", "inconclusive"] and checks[0].detail == unsound.unsound
+
+
+def scored_with(monkeypatch, config, score):
+    """What a perplexity run says of a trained model where scoring it does `score`."""
+    monkeypatch.setattr("phase1.measure.perplexity.result.evaluate_checkpoint", score)
+    (result,) = measure(PerplexityRun(), ScoredModel("mine", config, seed=0, checkpoint=Path("trained")), [ScoredText(None, None)])
+    return result
 
 
 def test_a_tensor_that_does_not_move_is_named_with_its_module():

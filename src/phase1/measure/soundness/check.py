@@ -27,11 +27,14 @@ SCORED = 200  # positions of the check before a perplexity: some chunks of any k
 COMPARING = ("causal", "causal_in_training", "causal_gradients", "loss_is_the_mean", "distribution", "any_length", "precisions",
              "causal_at_length")  # fmt: skip
 """Checks that compare two forwards, by their first name: they tell nothing of a model whose forwards differ by themselves."""
-MAY_NOT = "may not be scored"  # phase1.checks.perplexity looks for it
 
 
 class Unsound(ValueError):
-    """A model that may not be scored: its number would mean nothing."""
+    """A model that may not be scored: its number would mean nothing, and `why` says what is wrong with it."""
+
+    def __init__(self, model: str | None, why: str) -> None:
+        super().__init__(f"--model {model} may not be scored: {why}")
+        self.why = why
 
 
 def check_model(config: ModelConfig, seq_length: int, device: str) -> Iterator[Check]:
@@ -105,7 +108,7 @@ def require_sound(model: Trainable, seq_length: int, dtype: torch.dtype) -> None
     try:
         with torch.autocast(next(model.parameters()).device.type, dtype, enabled=dtype != torch.float32):
             for why in _faults(model, seq_length):
-                raise Unsound(f"--model {model.config.model} {MAY_NOT}: {why}")
+                raise Unsound(model.config.model, why)
     finally:
         model.train(was_training)
 
