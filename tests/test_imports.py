@@ -59,7 +59,7 @@ WINGS = {
     "soundness": {"workload"},
     "memory": {"execution", "workload"},
     "throughput": {"execution", "workload", "memory.estimate.allocator"},  # which rounds sizes as the CUDA allocator does
-    "perplexity": {"soundness"},
+    "perplexity": {"soundness.check"},
 }
 
 

@@ -36,7 +36,8 @@ def test_the_limit_belongs_to_the_claim():
     }  # fmt: skip
 
 
-UNSOUND = {"status": "error", "detail": "--model a:b@0123456789ab may not be scored: expected no leak; got one; mask the future"}
+WHY = "expected no leak; got one; mask the future"
+UNSOUND = {"status": "error", "detail": f"--model a:b@0123456789ab may not be scored: {WHY}", "unsound": WHY}
 
 
 def failed_result(key, detail):
@@ -47,7 +48,7 @@ def test_a_model_that_sees_the_future_fails_and_what_is_compared_with_it_is_unde
     """Any other error decides nothing."""
     _, checks = checks_of(result("baseline"), result("mine").model_copy(update=UNSOUND), failed_result("other", "RuntimeError: x"))
     mine, other = checks["mine_within_5_percent"], checks["other_within_5_percent"]
-    assert (mine.status, mine.value, mine.detail) == ("fail", None, "expected no leak; got one; mask the future")
+    assert (mine.status, mine.value, mine.detail) == ("fail", None, WHY)
     assert other.status == "inconclusive" and other.detail == "other: RuntimeError: x"
     assert exit_code(checks.values()) == 1
     _, checks = checks_of(result("baseline").model_copy(update=UNSOUND), result("mine"))

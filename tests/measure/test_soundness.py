@@ -10,14 +10,25 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from phase1.checks.perplexity import UNSOUND
+from phase1.checks.perplexity import quality_checks
 from phase1.commands import check_model as command
 from phase1.config import ModelConfig
-from phase1.measure import soundness
-from phase1.measure.soundness import require_sound, sample_of
+from phase1.measure.perplexity.candidates import ScoredModel
+from phase1.measure.perplexity.result import ScoredText, measure
+from phase1.measure.soundness.causality import (
+    causal_at_length,
+    causal_gradients,
+    causal_in_training,
+    causal_outputs,
+    causal_up_to,
+)
+from phase1.measure.soundness.check import COMPARING, SCORED, Unsound, check_model, require_sound
+from phase1.measure.soundness.losses import any_length, deterministic, distribution, loss_is_nats, precisions, uniform
+from phase1.measure.soundness.module import learns, moves, runs
+from phase1.measure.soundness.sample import EXACT_LEAK, LEAK, sample_of
 from phase1.records.schema import Check
 from phase1.roster import OWN
-from phase1.runs import CheckModelRun
+from phase1.runs import CheckModelRun, PerplexityRun
 from phase1.tables import screen
 from phase1.trainable import OwnModel
 
@@ -361,58 +372,58 @@ def failed(found):
     return [check.name for check in (found if isinstance(found, list) else [found]) if check.status == "fail"]
 
 
-CHECKS = ("moves", "causal_outputs", "causal_gradients", "loss_is_nats", "distribution", "uniform", "deterministic", "any_length", "precisions",
-          "learns", "causal_in_training", "causal_at_length")  # fmt: skip
+CHECKS = (moves, causal_outputs, causal_gradients, loss_is_nats, distribution, uniform, deterministic, any_length, precisions,
+          learns, causal_in_training, causal_at_length)  # fmt: skip
 
 
 @pytest.mark.parametrize("model", [Right, Own, DropsOut, WidensLogits, BalancesExperts, Positions])
 def test_right_models_pass_every_check(model):
-    assert [name for check in CHECKS for name in failed(getattr(soundness, check)(sample(model)))] == []
+    assert [name for check in CHECKS for name in failed(check(sample(model)))] == []
 
 
 @pytest.mark.parametrize(
     ("model", "check", "name"),
     [
-        (Constant, "moves", "every_tensor_moves"),
-        (ListedWeight, "moves", "every_tensor_moves"),
-        (StartsInFloat32, "moves", "moves_to_float64"),
-        (RoundsLogits, "moves", "moves_to_float64"),
-        (LeakByOne, "causal_outputs", "causal"),
-        (Bidirectional, "causal_outputs", "causal"),
-        (SmallLeak, "causal_outputs", "causal"),
-        (LeakBelowRounding, "causal_outputs", "causal"),
-        (Bidirectional, "causal_gradients", "causal_gradients"),
-        (LeakInTraining, "causal_in_training", "causal_in_training"),
-        (SmallLeakInTraining, "causal_in_training", "causal_in_training"),
-        (StatisticsOfTheBatch, "causal_in_training", "causal_in_training"),
-        (LeakInTheLossOfTraining, "causal_in_training", "causal_in_training"),
-        (LeakWhereLong, "causal_at_length", "causal_at_length"),
-        (LeakWhereLongInTraining, "causal_at_length", "causal_at_length"),
-        (WidensLogitsAndLeaks, "causal_outputs", "causal"),
-        (TakesMultiplesOfEight, "any_length", "any_length"),
-        (NotFiniteWhereShort, "any_length", "any_length"),
-        (NotFinite, "runs", "runs"),
-        (NotFiniteInTraining, "runs", "runs"),
-        (Counter, "deterministic", "deterministic"),
-        (SlowCounter, "deterministic", "deterministic"),
-        (LeakInBackward, "causal_gradients", "causal_gradients"),
-        (Sum, "loss_is_nats", "loss_is_the_mean"),
-        (ScoresIgnored, "loss_is_nats", "ignores_minus_100"),
-        (Shifted, "causal_outputs", "causal"),
-        (Bits, "distribution", "distribution"),
-        (Bits, "uniform", "uniform_is_ln_v"),
-        (Dropout, "deterministic", "deterministic"),
-        (Remembers, "deterministic", "deterministic"),
-        (KnowsItsLength, "any_length", "any_length"),
-        (Frozen, "learns", "every_parameter_learns"),
-        (Dead, "learns", "every_parameter_learns"),
-        (NoLearning, "learns", "learns"),
+        (Constant, moves, "every_tensor_moves"),
+        (ListedWeight, moves, "every_tensor_moves"),
+        (StartsInFloat32, moves, "moves_to_float64"),
+        (RoundsLogits, moves, "moves_to_float64"),
+        (LeakByOne, causal_outputs, "causal"),
+        (Bidirectional, causal_outputs, "causal"),
+        (SmallLeak, causal_outputs, "causal"),
+        (LeakBelowRounding, causal_outputs, "causal"),
+        (Bidirectional, causal_gradients, "causal_gradients"),
+        (LeakInTraining, causal_in_training, "causal_in_training"),
+        (SmallLeakInTraining, causal_in_training, "causal_in_training"),
+        (StatisticsOfTheBatch, causal_in_training, "causal_in_training"),
+        (LeakInTheLossOfTraining, causal_in_training, "causal_in_training"),
+        (LeakWhereLong, causal_at_length, "causal_at_length"),
+        (LeakWhereLongInTraining, causal_at_length, "causal_at_length"),
+        (WidensLogitsAndLeaks, causal_outputs, "causal"),
+        (TakesMultiplesOfEight, any_length, "any_length"),
+        (NotFiniteWhereShort, any_length, "any_length"),
+        (NotFinite, runs, "runs"),
+        (NotFiniteInTraining, runs, "runs"),
+        (Counter, deterministic, "deterministic"),
+        (SlowCounter, deterministic, "deterministic"),
+        (LeakInBackward, causal_gradients, "causal_gradients"),
+        (Sum, loss_is_nats, "loss_is_the_mean"),
+        (ScoresIgnored, loss_is_nats, "ignores_minus_100"),
+        (Shifted, causal_outputs, "causal"),
+        (Bits, distribution, "distribution"),
+        (Bits, uniform, "uniform_is_ln_v"),
+        (Dropout, deterministic, "deterministic"),
+        (Remembers, deterministic, "deterministic"),
+        (KnowsItsLength, any_length, "any_length"),
+        (Frozen, learns, "every_parameter_learns"),
+        (Dead, learns, "every_parameter_learns"),
+        (NoLearning, learns, "learns"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
 def test_each_fault_is_found_by_its_check(model, check, name):
     """And its line has what was expected, what came, and what to do."""
-    found = getattr(soundness, check)(sample(model))
+    found = check(sample(model))
     assert name in failed(found)
     for one in found if isinstance(found, list) else [found]:
         assert one.value is None or math.isfinite(one.value)
@@ -423,9 +434,9 @@ def test_each_fault_is_found_by_its_check(model, check, name):
 def all_checks(model, monkeypatch):
     """What the command does, of a class in place of a factory's name."""
     made = sample(Right).model.config
-    monkeypatch.setattr(soundness, "build", lambda config: OwnModel(model(), config))
-    monkeypatch.setattr(soundness, "isolated", lambda text: [])
-    return list(soundness.check_model(made, T, "cpu"))
+    monkeypatch.setattr("phase1.measure.soundness.check.build", lambda config: OwnModel(model(), config))
+    monkeypatch.setattr("phase1.measure.soundness.check.isolated", lambda text: [])
+    return list(check_model(made, T, "cpu"))
 
 
 @pytest.mark.parametrize(
@@ -452,81 +463,98 @@ def test_a_model_that_does_not_run_is_one_line(model, says, monkeypatch):
 def test_a_model_that_is_not_the_same_twice_is_not_said_to_see_the_future(model, monkeypatch):
     found = {check.name: check for check in all_checks(model, monkeypatch)}
     assert [name for name, check in found.items() if check.status == "fail" and name != "learns"] == ["deterministic"]
-    assert list(found)[2] == "deterministic" and {found[name].status for name in soundness.COMPARING} == {"inconclusive"}
+    assert list(found)[2] == "deterministic" and {found[name].status for name in COMPARING} == {"inconclusive"}
     assert "correct deterministic first" in found["causal"].detail
-    with pytest.raises(soundness.Unsound, match="expected the same losses twice"):
+    with pytest.raises(Unsound, match="expected the same losses twice"):
         require_sound(sample(model).model, T, torch.float32)
 
 
 def test_noise_of_training_that_no_generator_fixes_is_a_note():
-    check = soundness.causal_in_training(sample(NoiseOfItsOwn))
+    check = causal_in_training(sample(NoiseOfItsOwn))
     assert check.status == "inconclusive" and "one state of the random generator" in check.detail
 
 
 def test_the_random_numbers_of_the_caller_are_left_alone():
     text = sample(DropsOut)
     state, rows = torch.random.get_rng_state(), [p.clone() for p in text.model.parameters()]
-    soundness.causal_in_training(text)
+    causal_in_training(text)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(a, b) for a, b in zip(rows, text.model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("model", [RoundsLosses, WidensLogits])
 def test_losses_of_float32_are_a_note_and_causality_is_judged_there(model):
-    note = soundness.moves(sample(model))[1]
+    note = moves(sample(model))[1]
     assert note.status == "inconclusive" and "cross_entropy(logits.float(), ...)" in note.detail
-    check = soundness.causal_outputs(sample(model))
-    assert check.status == "pass" and check.limit == soundness.LEAK
+    check = causal_outputs(sample(model))
+    assert check.status == "pass" and check.limit == LEAK
 
 
 def test_causality_is_said_up_to_the_length_that_the_model_takes():
     for model, length in ((Right, 320), (Positions, 128)):
-        check = soundness.causal_at_length(sample(model))
-        assert soundness.causal_up_to([check]) == length and check.status == "pass"
+        check = causal_at_length(sample(model))
+        assert causal_up_to([check]) == length and check.status == "pass"
     text = sample(Positions)
-    check = soundness.causal_at_length(sample_of(text.model, 130))
+    check = causal_at_length(sample_of(text.model, 130))
     assert check.status == "inconclusive" and "causal up to T = 130 only: T = 320 gives IndexError" in check.detail
-    assert soundness.causal_up_to([check]) is None
+    assert causal_up_to([check]) is None
 
 
 def test_a_leak_beyond_the_first_positions_of_a_score_is_found():
     class LeaksLater(Right):
         def forward(self, ids):
-            return super().forward(F.pad(ids[:, 1:], (0, 1)) if ids.shape[1] > soundness.SCORED else ids)
+            return super().forward(F.pad(ids[:, 1:], (0, 1)) if ids.shape[1] > SCORED else ids)
 
-    require_sound(sample(LeaksLater).model, soundness.SCORED, torch.float32)
-    with pytest.raises(soundness.Unsound, match=r"at T = 400 .*; mask the future"):
+    require_sound(sample(LeaksLater).model, SCORED, torch.float32)
+    with pytest.raises(Unsound, match=r"at T = 400 .*; mask the future"):
         require_sound(sample(LeaksLater).model, 400, torch.float32)
 
 
 @pytest.mark.parametrize("model", [LeakByOne, Shifted, Sum, ScoresIgnored, Counter])
 def test_the_reason_is_whole_on_two_lines_of_a_screen(model):
-    """And the table of verdicts knows it for what it is."""
-    with pytest.raises(soundness.Unsound) as caught:
+    with pytest.raises(Unsound) as caught:
         require_sound(sample(model).model, T, torch.float32)
-    why = str(caught.value).partition(UNSOUND)[2]
+    why = caught.value.why
     check = Check(name="mine_within_5_percent", value=None, limit=5, status="fail", detail=why)
     shown = " ".join(screen.text(screen.Screen("q", checks=[check])).split())
     assert why and why in shown, (len(why), why)
 
 
+def test_the_record_says_that_a_model_may_not_be_scored_and_its_check_fails(monkeypatch):
+    """Of any other error the record says no such thing."""
+    model = sample(LeakByOne).model
+    unsound = scored_with(monkeypatch, model.config, lambda *_: require_sound(model, T, torch.float32))
+    broken = scored_with(monkeypatch, model.config, lambda *_: 1 / 0)
+    assert unsound.unsound.endswith("; mask the future") and broken.unsound == ""
+    assert unsound.detail == f"--model some.module:made may not be scored: {unsound.unsound}"
+    checks = quality_checks({"mine": unsound, "other": broken}, T)
+    assert [check.status for check in checks] == ["fail", "inconclusive"] and checks[0].detail == unsound.unsound
+
+
+def scored_with(monkeypatch, config, score):
+    """What a perplexity run says of a trained model where scoring it does `score`."""
+    monkeypatch.setattr("phase1.measure.perplexity.result.evaluate_checkpoint", score)
+    (result,) = measure(PerplexityRun(), ScoredModel("mine", config, seed=0, checkpoint=Path("trained")), [ScoredText(None, None)])
+    return result
+
+
 def test_a_tensor_that_does_not_move_is_named_with_its_module():
-    check = soundness.moves(sample(Constant))[0]
+    check = moves(sample(Constant))[0]
     assert "c of model (Constant)" in check.detail and "register_buffer" in check.detail
 
 
 @pytest.mark.parametrize("model", [Right, Own, SmallLeak, SmallLeakThatRounds, StartsInFloat32])
 def test_causality_has_the_limit_of_what_the_model_computes_in(model):
     exact = model not in (SmallLeakThatRounds, StartsInFloat32)  # which leaks less than rounding may, and which does not run
-    check = soundness.causal_outputs(sample(model))
-    assert check.limit == (soundness.EXACT_LEAK if exact else soundness.LEAK) and ("float64" in check.detail) == exact
+    check = causal_outputs(sample(model))
+    assert check.limit == (EXACT_LEAK if exact else LEAK) and ("float64" in check.detail) == exact
     assert check.status == ("fail" if model is SmallLeak else "pass")
 
 
 def test_a_leak_where_the_model_runs_is_found_though_its_copy_has_none(monkeypatch):
-    monkeypatch.setattr(soundness, "in_float64", lambda text: sample(Right))
-    check = soundness.causal_outputs(sample(LeakByOne))
-    assert check.status == "fail" and check.limit == soundness.LEAK
+    monkeypatch.setattr("phase1.measure.soundness.causality.in_float64", lambda text: sample(Right))
+    check = causal_outputs(sample(LeakByOne))
+    assert check.status == "fail" and check.limit == LEAK
 
 
 def test_a_model_for_a_gpu_alone_is_not_judged_in_float64():
@@ -534,7 +562,7 @@ def test_a_model_for_a_gpu_alone_is_not_judged_in_float64():
         def forward(self, ids):
             raise RuntimeError("0 active drivers")
 
-    found = soundness.moves(sample(Kernel))[1]
+    found = moves(sample(Kernel))[1]
     assert found.status == "inconclusive" and "0 active drivers" in found.detail
 
 
@@ -566,7 +594,7 @@ def test_the_command_says_yes_and_no(tmp_path, monkeypatch, capsys):
 
 def test_every_name_of_a_check_is_on_both_pages(monkeypatch):
     """And no other: those of a model that passes, and of one where every check raises."""
-    monkeypatch.setattr(soundness, "run_isolated", lambda *_, **__: type("Ran", (), {"value": None, "message": ""}))
+    monkeypatch.setattr("phase1.measure.soundness.module.run_isolated", lambda *_, **__: type("Ran", (), {"value": None, "message": ""}))
     names = {check.name for check in all_checks(Right, monkeypatch)} | {"isolated"}
     for page in ("docs/extending.md", "docs/ja/extending.md"):
         rows = re.findall(r"^\| (`.*?) \|", (Path(__file__).parents[2] / page).read_text(), re.MULTILINE)
@@ -582,7 +610,7 @@ def test_every_name_of_a_check_is_on_both_pages(monkeypatch):
 
     for repeats in (False, True):
         if repeats:  # else all that compare forwards are undecided
-            monkeypatch.setattr(soundness, "deterministic", lambda _: Check(name="deterministic", value=0, limit=0, status="pass"))
+            monkeypatch.setattr("phase1.measure.soundness.check.deterministic", lambda _: Check(name="deterministic", value=0, limit=0, status="pass"))
         RaisesLater.calls = 0
         found = {check.name: check for check in all_checks(RaisesLater, monkeypatch)}
         passed = {name for name, check in found.items() if check.status == "pass"}

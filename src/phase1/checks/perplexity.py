@@ -16,8 +16,6 @@ from phase1.stats.perplexity_ratio import paired_ratio_interval
 _UNGATED = "the engine with all ranks on"
 UNJUDGED = ("baseline", *(name for name, entry in VARIANTS.items() if not entry.judged))
 """Reference models: reported, never judged."""
-UNSOUND = " may not be scored: "
-"""What the detail of a result says of a user's model that is at fault, before the reason (phase1.measure.soundness)."""
 
 
 def compared(results: Mapping[str, PerplexityResult], seq_length: int) -> dict[str, PerplexityResult]:
@@ -74,20 +72,15 @@ def why_no_verdict(baseline: PerplexityResult, seq_length: int) -> str:
 
 def quality_checks(results: Mapping[str, PerplexityResult], seq_length: int) -> list[Check]:
     """Every model against its baseline, the means over seeds, and what the rank gate costs."""
-    unsound = [key for key in results if Key.parse(key).model in UNJUDGED and why_unsound(results[key])]
+    unsound = [key for key in results if Key.parse(key).model in UNJUDGED and results[key].unsound]
     judged = [key for key in results if Key.parse(key).model not in UNJUDGED]
     single = {key: _within(key, results[key], results.get(baseline_of(key)), seq_length) for key in judged}
     means = []
     for name in dict.fromkeys(Key.parse(key).model for key in judged):
         seeds = [check for key, check in single.items() if Key.parse(key).model == name]
         means += _mean(f"{name}_mean_of_seeds_within_{seeds[0].limit:g}_percent", seeds, "the baseline")
-    faults = [_unsound(f"{key}_may_be_scored", why_unsound(results[key]), None) for key in unsound]
+    faults = [_unsound(f"{key}_may_be_scored", results[key].unsound, None) for key in unsound]
     return [*faults, *single.values(), *means, *_gate(results)]
-
-
-def why_unsound(result: PerplexityResult) -> str:
-    """Empty, or what is wrong with a user's model: that it sees the future, for example. No number of it means anything."""
-    return result.detail.partition(UNSOUND)[2] if result.status == "error" else ""
 
 
 def _unsound(name: str, why: str, limit: float | None) -> Check:
@@ -97,8 +90,8 @@ def _unsound(name: str, why: str, limit: float | None) -> Check:
 def _within(key: str, result: PerplexityResult, baseline: PerplexityResult | None, seq_length: int) -> Check:
     limit = VARIANT_LIMITS.get(Key.parse(key).model, DEGRADATION_LIMIT)
     name = f"{key}_within_{limit:g}_percent"
-    if why := why_unsound(result):
-        return _unsound(name, why, limit)
+    if result.unsound:
+        return _unsound(name, result.unsound, limit)
     reason, value = why_not_comparable(result, baseline), result.ppl_degradation_percent
     if not reason and baseline is not None:
         reason = why_no_verdict(baseline, seq_length)

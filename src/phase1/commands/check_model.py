@@ -3,7 +3,8 @@
 from phase1.config import ModelConfig
 from phase1.device import device_type
 from phase1.factory import WrongReference, pinned, split
-from phase1.measure.soundness import causal_up_to, check_model
+from phase1.measure.soundness.causality import causal_up_to
+from phase1.measure.soundness.check import check_model
 from phase1.records.schema import Check, exit_code
 from phase1.roster import OWN
 from phase1.runs import CheckModelRun

@@ -352,6 +352,9 @@ class PerplexityResult(Result):
     dataset: Dataset | None = None
     protocol_hash: str | None = None
     untrained: bool = Field(default=False, description="the model has not beaten the unigram entropy: no verdict")
+    unsound: str = Field(
+        default="", description="what is wrong with a user's model that may not be scored: no number of it means anything"
+    )
     unigram_loss: float | None = Field(default=None, description="nats per token: entropy of the split's token frequencies")
     effective_rank: float | None = Field(default=None, description="mean over tokens of the sum of rank gates")
     ppl_degradation_percent: float | None = None

@@ -17,7 +17,7 @@ from phase1.errors import Diverged, is_out_of_memory, reason
 from phase1.measure.perplexity.candidates import ScoredModel
 from phase1.measure.perplexity.evaluate import LARGEST_NATS, Evaluation, Protocol, evaluate, unigram_entropy
 from phase1.measure.perplexity.loss_parts import loss_by_band, loss_by_position, order_sha256
-from phase1.measure.soundness import Unsound, require_sound
+from phase1.measure.soundness.check import Unsound, require_sound
 from phase1.ops.card import runs_kernels
 from phase1.ops.self_check import failed_kernels
 from phase1.parallel import group
@@ -49,7 +49,7 @@ def measure(run: PerplexityRun, model: ScoredModel, texts: list[ScoredText]) -> 
         if group.together():  # the other ranks are in the middle of a step
             raise
         if isinstance(error, Unsound):
-            return [without_number(model, "error", str(error)) for _ in texts]
+            return [without_number(model, "error", str(error), error.why) for _ in texts]
         if model.config.model is not None and not is_out_of_memory(error):  # of a user's model, whose faults are its own
             traceback.print_exception(error)
             return [without_number(model, "error", f"{type(error).__name__}: {reason(error)}") for _ in texts]
@@ -184,8 +184,8 @@ def word_count(tokenizer: Tokenizer, ids: np.ndarray) -> int:
     return sum(count_words(tokenizer.decode(document)) for document in documents)
 
 
-def without_number(model: ScoredModel, status: Status, detail: str) -> PerplexityResult:
-    """The result of a model that cannot be scored, and why; the other models go on."""
+def without_number(model: ScoredModel, status: Status, detail: str, unsound: str = "") -> PerplexityResult:
+    """The result of a model that cannot be scored, or may not, and why; the other models go on."""
     return PerplexityResult(
         model_name=model.key,
         config=asdict(model.config),
@@ -193,4 +193,5 @@ def without_number(model: ScoredModel, status: Status, detail: str) -> Perplexit
         status=status,
         basis="measured",
         detail=detail,
+        unsound=unsound,
     )
