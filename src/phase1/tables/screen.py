@@ -282,7 +282,7 @@ def perplexity_numbers(report: Report[PerplexityResult]) -> list[str]:
         lines.append(f"{model_title(key):<36.36} {value:>11} {bits:>10} {change:>15} {size:>9}")
     untrained = [model_title(key) for key, result in report.results.items() if result.untrained]
     if untrained:
-        lines.append(f"UNTRAINED: {', '.join(untrained)} has not beaten the unigram entropy: more --train-tokens")
+        lines.append(f"UNTRAINED, no better than the unigram entropy: {', '.join(untrained)}; more --train-tokens")
     return lines
 
 
