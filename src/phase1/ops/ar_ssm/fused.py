@@ -9,7 +9,7 @@ from torch import Tensor
 from phase1.ops.ar_ssm.core import Core, core_backward, core_forward
 from phase1.ops.ar_ssm.gate_kernel import gate_backward_kernel, gate_kernel
 from phase1.ops.ar_ssm.gated_norm_kernel import gated_norm_backward_kernel, gated_norm_kernel
-from phase1.ops.ar_ssm.operands_kernel import conv_backward_kernel, operands_backward_kernel, operands_kernel
+from phase1.ops.ar_ssm.operands_kernel import operands_backward_kernel, operands_kernel
 from phase1.ops.ar_ssm.reference import TAPS, Parameters
 from phase1.ops.ar_ssm.sizes import Sizes, parameter_sizes, sizes_of
 from phase1.ops.ar_ssm.sum_kernel import sums_of_rows
@@ -18,15 +18,16 @@ from phase1.ops.rotary.kernel import write_angles
 GATE_ROWS = 32  # tokens of a tile of the gate
 COLUMNS = 256  # of the convolution, at a time
 FORWARD_ROWS = 8  # positions of a program in front of the core
+PAIRS = 64  # of columns that are turned together, in a warp of a backward pass: two a thread, as registers are many
 STRETCH, STRETCHES = 32, 2048  # those of a backward pass, or more where there are so many stretches
 NORM_ROWS = 2  # of the gated norm's gradient, at a time: one warp holds a whole row
 PROGRAMS = 264  # that add up the gradients of parameters
 
 
 def _rows_of_a_stretch(s: Sizes) -> int:
-    """Positions that a program of a backward pass in front of the core takes, a multiple of 4; few leave many sums behind."""
+    """Positions that a program of a backward pass in front of the core takes; few leave many sums behind."""
     rows = max(STRETCH, triton.next_power_of_2(triton.cdiv(s.B * s.T, STRETCHES)))
-    return min(rows, triton.cdiv(s.T + TAPS, 4) * 4)
+    return min(rows, s.T + TAPS)
 
 
 def _gate_blocks(s: Sizes) -> dict[str, int]:
@@ -110,13 +111,16 @@ def backward(
         g.x.add_(d_x)
     sizes = parameter_sizes(s)
     first, rows = past_conv if past_conv is not None else proj, _rows_of_a_stretch(s)
-    stretches = triton.cdiv(s.T, rows)
-    scale_sums = wide(s.B * stretches, s.H * s.R)
+    d_past = torch.empty_like(past_conv) if past_conv is not None else proj.new_empty(0)
+    stretches = triton.cdiv(s.T + (TAPS - 1 if past_conv is not None else 0), rows)
+    scale_sums, conv_sums = wide(s.B * stretches, s.H * s.R), wide(s.B * stretches, (TAPS + 1) * s.conv)
     d_gate_u, d_gate_v = (wide(s.B, s.T, s.R) for _ in range(2))
+    blocks = _operand_blocks(s)
+    warps = min(8, max(2, blocks["HEADS"] * blocks["HB"] // PAIRS))
     operands_backward_kernel[(stretches, 2 + triton.cdiv(D, COLUMNS), s.B)](
         proj, first, p.conv_weight, p.conv_bias, p.q_scale, gate, cos, sin, g.u, g.v, g.q, g.k, g.x, d_gate_u, d_gate_v,
-        scale_sums, s.T, L, *strides[:2], rows, eps, **_operand_blocks(s), PAST=past_conv is not None, WINDOWED=window > 0,
-        num_warps=1,
+        d_proj, d_past, scale_sums, conv_sums, s.T, L, *strides, rows, eps, **blocks, PAST=past_conv is not None,
+        WINDOWED=window > 0, num_warps=warps,
     )  # fmt: skip
     gate_sums = wide(min(triton.cdiv(n, GATE_ROWS), PROGRAMS), sum(sizes[3:8]))
     gate_backward_kernel[(len(gate_sums),)](
@@ -124,14 +128,6 @@ def backward(
         d_mean if d_mean is not None else proj, 1 / max(1, n * s.R), d_proj, gate_sums, n, s.T, *strides, **_gate_blocks(s),
         TOTAL=sum(sizes[3:8]), MEAN_USED=d_mean is not None, num_warps=4,
         num_stages=3 if s.R <= 64 else 1,  # Ampere and Ada have 99 KiB of shared memory
-    )  # fmt: skip
-    d_past = torch.empty_like(past_conv) if past_conv is not None else proj.new_empty(0)
-    stretches = triton.cdiv(s.T + (TAPS - 1 if past_conv is not None else 0), rows)
-    conv_sums = wide(s.B * stretches, (TAPS + 1) * s.conv)
-    columns = triton.cdiv(D, COLUMNS) + 2 * triton.cdiv(s.H * s.R, COLUMNS)
-    conv_backward_kernel[(stretches, columns, s.B)](
-        g.u, g.v, g.x, proj, first, d_proj, d_past, p.conv_weight, conv_sums, s.T, L, rows, *strides,
-        H=s.H, R=s.R, P=s.P, BC=COLUMNS, PAST=past_conv is not None, num_warps=1,
     )  # fmt: skip
     flat = sums_of_rows((conv_sums, scale_sums, gate_sums, norm_sums, g.scale_and_skip))
     if not window:

@@ -158,212 +158,12 @@ def operands_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _values_backward(  # type: ignore[no-untyped-def]
-    proj, past, weight, bias, dx, columns, begin, rows, b, T, L, stride, H: tl.constexpr, P: tl.constexpr,
-    CONV: tl.constexpr, PAST: tl.constexpr,
-):  # fmt: skip
-    """Over dx: the gradient of what silu was taken of, of some columns."""
-    mc = columns < H * P
-    o = ((b * H + columns // P) * L + L - T) * P + columns % P
-    x3, x2, x1 = _rows_before(proj, past, begin, T, stride, columns, mc, CONV, PAST)
-    for i in range(rows):
-        t = begin + i
-        m = _if(t < T, mc)
-        x0 = _input_row(proj, past, t, T, stride, columns, mc, CONV, PAST)
-        d = get(dx, o + t * P, m)
-        c = convolved(x3, x2, x1, x0, weight, bias, columns, mc, CONV)
-        s = 1.0 / (1.0 + tl.exp(-c))
-        put(dx, o + t * P, m, d * s * (1.0 + c * (1.0 - s)))
-        x3, x2, x1 = x2, x1, x0
-
-
-@triton.jit
-def _heads_backward(  # type: ignore[no-untyped-def]
-    proj, past, weight, bias, scale, gate, cos, sin, d, d_turned, d_gate, sums, first, past_rows, begin, rows, b, T, stride,
-    eps: tl.constexpr, H: tl.constexpr, R: tl.constexpr, HEADS: tl.constexpr, HB: tl.constexpr,
-    CONV: tl.constexpr, PAST: tl.constexpr, WINDOWED: tl.constexpr, SCALED: tl.constexpr,
-):  # fmt: skip
-    """Over the gradient `d` of u or v: that of what the norm was taken of. `d_gate` (B, T, R): what they add to the gate's."""
-    HALF: tl.constexpr = R // 2
-    o_c, o_j = tl.arange(0, HEADS * HB), tl.arange(0, HB)
-    head, j = o_c // HB, o_c % HB
-    mc, mj = (head < H) & (j < HALF), o_j < HALF
-    left = first + head * R + j
-    right = left + HALF
-    if SCALED:
-        scale1 = tl.load(scale + head * R + j, mask=mc, other=0.0)
-        scale2 = tl.load(scale + head * R + HALF + j, mask=mc, other=0.0)
-        d_scale1 = tl.zeros([HEADS * HB], tl.float32)
-        d_scale2 = tl.zeros([HEADS * HB], tl.float32)
-    x3, x2, x1 = _rows_before(proj, past, begin, T, stride, left, mc, CONV, PAST)
-    y3, y2, y1 = _rows_before(proj, past, begin, T, stride, right, mc, CONV, PAST)
-    for i in range(rows):
-        t = begin + i
-        m, m_gate = _if(t < T, mc), _if(t < T, mj)
-        x0 = _input_row(proj, past, t, T, stride, left, mc, CONV, PAST)
-        y0 = _input_row(proj, past, t, T, stride, right, mc, CONV, PAST)
-        o, o_g = (b * H + head) * T * R + t * R + j, (b * T + t) * R + j
-        d1, d2 = get(d, o, m), get(d, o + HALF, m)
-        g1, g2 = get(gate, o_g, m), get(gate, o_g + HALF, m)
-        if WINDOWED:
-            b_cos = tl.load(cos + t * HALF + j, mask=m, other=0.0)
-            b_sin = tl.load(sin + t * HALF + j, mask=m, other=0.0)
-            o_k = (b * H + head) * (T + past_rows) * R + (past_rows + t) * R + j
-            e1, e2 = get(d_turned, o_k, m), get(d_turned, o_k + HALF, m)
-        n1 = convolved(x3, x2, x1, x0, weight, bias, left, mc, CONV)
-        n2 = convolved(y3, y2, y1, y0, weight, bias, right, mc, CONV)
-        r = tl.rsqrt(_mean_of_head(n1 * n1 + n2 * n2, R, HEADS) + eps)
-        n1 *= r
-        n2 *= r
-        p = d_gate + (b * T + t) * R + o_j
-        tl.store(p, tl.sum(tl.reshape(d1 * n1, [HEADS, HB]), 0), mask=m_gate)
-        tl.store(p + HALF, tl.sum(tl.reshape(d2 * n2, [HEADS, HB]), 0), mask=m_gate)
-        d1 *= g1
-        d2 *= g2
-        if WINDOWED:
-            f1, f2 = e1 * b_cos + e2 * b_sin, e2 * b_cos - e1 * b_sin
-            if SCALED:
-                d_scale1 += f1 * n1
-                d_scale2 += f2 * n2
-                f1 *= scale1
-                f2 *= scale2
-            d1 += f1
-            d2 += f2
-        mean = _mean_of_head(d1 * n1 + d2 * n2, R, HEADS)  # through n = c r, r = rsqrt(mean(c²) + eps)
-        put(d, o, m, r * (d1 - n1 * mean))
-        put(d, o + HALF, m, r * (d2 - n2 * mean))
-        x3, x2, x1 = x2, x1, x0
-        y3, y2, y1 = y2, y1, y0
-    if SCALED:
-        tl.store(sums + head * R + j, d_scale1, mask=mc)
-        tl.store(sums + head * R + HALF + j, d_scale2, mask=mc)
-
-
-@triton.jit(do_not_specialize=["T", "L", "rows"])
-def operands_backward_kernel(  # type: ignore[no-untyped-def]
-    proj, past, weight, bias, q_scale, gate, cos, sin, du, dv, dq, dk, dx, d_gate_u, d_gate_v, sums, T, L, stride_b,
-    stride: tl.constexpr, rows, eps: tl.constexpr, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr,
-    HB: tl.constexpr, BC: tl.constexpr, PAST: tl.constexpr, WINDOWED: tl.constexpr,
-):  # fmt: skip
-    """Writes the gradients of the convolution's outputs over `du` (part 0), `dv` (1) and BC columns of `dx` (2 and on).
-
-    A program takes `rows` positions in a row. `sums` (B stretches, H R): what each adds to the gradient of q_scale.
-    """
-    i_s, part, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    CONV: tl.constexpr = H * P + 2 * H * R
-    begin = i_s.to(tl.int64) * rows
-    proj += b * stride_b
-    past += b * (TAPS - 1) * CONV
-    if part == 0:
-        sums += (b * tl.num_programs(0) + i_s) * H * R
-        _heads_backward(
-            proj, past, weight, bias, q_scale, gate, cos, sin, du, dq, d_gate_u, sums, H * P, 0, begin, rows, b, T, stride,
-            eps, H, R, HEADS, HB, CONV, PAST, WINDOWED, True,
-        )  # fmt: skip
-    elif part == 1:
-        _heads_backward(
-            proj, past, weight, bias, q_scale, gate, cos, sin, dv, dk, d_gate_v, sums, H * P + H * R, L - T, begin, rows, b,
-            T, stride, eps, H, R, HEADS, HB, CONV, PAST, WINDOWED, False,
-        )  # fmt: skip
-    else:
-        columns = (part - 2) * BC + tl.arange(0, BC)
-        _values_backward(proj, past, weight, bias, dx, columns, begin, rows, b, T, L, stride, H, P, CONV, PAST)
-
-
-@triton.jit
-def _gradient_row(d, t, T, step, mc):  # type: ignore[no-untyped-def]
-    """Row t of `step` numbers, from the columns' pointers `d`; zero outside of the T positions."""
-    return tl.load(d + t * step, mask=_if((t >= 0) & (t < T), mc), other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _conv_backward(  # type: ignore[no-untyped-def]
-    d, step: tl.constexpr, proj, past, d_proj, d_past, weight, sums, columns, mc, begin, rows, b, T, stride, d_stride,
-    CONV: tl.constexpr, PAST: tl.constexpr,
-):  # fmt: skip
-    """For columns whose gradients begin at `d` and are `step` numbers apart from row to row; `rows` positions from `begin` on.
-
-    Rows pass through registers, each read once: 4 rows of gradients, from t to t + 3, and of inputs, from t - 3 to t.
-    """
+def _taps(weight, columns, mc, CONV: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The four weights of each column, that of the oldest input first."""
     w0 = tl.load(weight + columns, mask=mc, other=0.0).to(tl.float32)
     w1 = tl.load(weight + CONV + columns, mask=mc, other=0.0).to(tl.float32)
     w2 = tl.load(weight + 2 * CONV + columns, mask=mc, other=0.0).to(tl.float32)
-    w3 = tl.load(weight + 3 * CONV + columns, mask=mc, other=0.0).to(tl.float32)
-    a0 = tl.zeros([columns.shape[0]], tl.float32)
-    a1 = tl.zeros([columns.shape[0]], tl.float32)
-    a2 = tl.zeros([columns.shape[0]], tl.float32)
-    a3 = tl.zeros([columns.shape[0]], tl.float32)
-    a4 = tl.zeros([columns.shape[0]], tl.float32)
-    p3, p2, p1 = _rows_before(proj, past, begin, T, stride, columns, mc, CONV, PAST)
-    d0 = _gradient_row(d, begin, T, step, mc)
-    d1 = _gradient_row(d, begin + 1, T, step, mc)
-    d2 = _gradient_row(d, begin + 2, T, step, mc)
-    for i in range(0, rows, 4):
-        t = begin + i
-        e0 = _gradient_row(d, t + 3, T, step, mc)  # of four rows at once, so that the next ones are on their way
-        e1 = _gradient_row(d, t + 4, T, step, mc)
-        e2 = _gradient_row(d, t + 5, T, step, mc)
-        e3 = _gradient_row(d, t + 6, T, step, mc)
-        q0 = _input_row(proj, past, t, T, stride, columns, mc, CONV, PAST)
-        q1 = _input_row(proj, past, t + 1, T, stride, columns, mc, CONV, PAST)
-        q2 = _input_row(proj, past, t + 2, T, stride, columns, mc, CONV, PAST)
-        q3 = _input_row(proj, past, t + 3, T, stride, columns, mc, CONV, PAST)
-        _put_row(d_proj, d_past, b, t, T, d_stride, columns, mc, d0 * w3 + d1 * w2 + d2 * w1 + e0 * w0, CONV, PAST)
-        _put_row(d_proj, d_past, b, t + 1, T, d_stride, columns, mc, d1 * w3 + d2 * w2 + e0 * w1 + e1 * w0, CONV, PAST)
-        _put_row(d_proj, d_past, b, t + 2, T, d_stride, columns, mc, d2 * w3 + e0 * w2 + e1 * w1 + e2 * w0, CONV, PAST)
-        _put_row(d_proj, d_past, b, t + 3, T, d_stride, columns, mc, e0 * w3 + e1 * w2 + e2 * w1 + e3 * w0, CONV, PAST)
-        a0 += d0 * p3 + d1 * p2 + d2 * p1 + e0 * q0
-        a1 += d0 * p2 + d1 * p1 + d2 * q0 + e0 * q1
-        a2 += d0 * p1 + d1 * q0 + d2 * q1 + e0 * q2
-        a3 += d0 * q0 + d1 * q1 + d2 * q2 + e0 * q3
-        a4 += d0 + d1 + d2 + e0
-        p3, p2, p1 = q1, q2, q3
-        d0, d1, d2 = e1, e2, e3
-    sums += columns
-    tl.store(sums, a0, mask=mc)
-    tl.store(sums + CONV, a1, mask=mc)
-    tl.store(sums + 2 * CONV, a2, mask=mc)
-    tl.store(sums + 3 * CONV, a3, mask=mc)
-    tl.store(sums + 4 * CONV, a4, mask=mc)
-
-
-@triton.jit(do_not_specialize=["T", "L", "rows"])
-def conv_backward_kernel(  # type: ignore[no-untyped-def]
-    du, dv, dx, proj, past, d_proj, d_past, weight, sums, T, L, rows, stride_b, stride: tl.constexpr, d_stride_b,
-    d_stride: tl.constexpr, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, BC: tl.constexpr, PAST: tl.constexpr,
-):  # fmt: skip
-    """From the gradients of its output, d input_t = Σ_j weight_j d_{t+3-j}, for BC columns and `rows` positions in a row.
-
-    `sums` (programs, 5 CONV): what they add to the gradients of the taps and of the bias. Columns run over x, then u and v,
-    each padded to whole blocks.
-    """
-    i_s, i_c, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    CONV: tl.constexpr = H * P + 2 * H * R
-    NX: tl.constexpr = (H * P + BC - 1) // BC
-    NU: tl.constexpr = (H * R + BC - 1) // BC
-    o = tl.arange(0, BC)
-    begin = i_s.to(tl.int64) * rows
-    if PAST:
-        begin -= TAPS - 1
-    proj += b * stride_b
-    past += b * (TAPS - 1) * CONV
-    d_proj += b * d_stride_b
-    sums += (b * tl.num_programs(0) + i_s) * (TAPS + 1) * CONV
-    if i_c < NX:
-        inside = i_c * BC + o
-        d = dx + ((b * H + inside // P) * L + L - T) * P + inside % P
-        _conv_backward(
-            d, P, proj, past, d_proj, d_past, weight, sums, inside, inside < H * P, begin, rows, b, T, stride,
-            d_stride, CONV, PAST,
-        )  # fmt: skip
-    else:
-        inside = ((i_c - NX) % NU) * BC + o
-        columns = H * P + inside + (0 if i_c < NX + NU else H * R)
-        d = (du if i_c < NX + NU else dv) + (b * H + inside // R) * T * R + inside % R
-        _conv_backward(
-            d, R, proj, past, d_proj, d_past, weight, sums, columns, inside < H * R, begin, rows, b, T, stride,
-            d_stride, CONV, PAST,
-        )  # fmt: skip
+    return w0, w1, w2, tl.load(weight + 3 * CONV + columns, mask=mc, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -375,3 +175,177 @@ def _put_row(  # type: ignore[no-untyped-def]
     if PAST:
         early = _if((t < 0) & (t >= 1 - TAPS), mc)
         put(d_past, (b * (TAPS - 1) + t + TAPS - 1) * CONV + columns, early, value)
+
+
+@triton.jit
+def _put_sums(sums, columns, mc, a0, a1, a2, a3, a4, CONV: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Writes what a program adds to the gradients of the taps, the oldest first, and of the bias."""
+    tl.store(sums + columns, a0, mask=mc)
+    tl.store(sums + CONV + columns, a1, mask=mc)
+    tl.store(sums + 2 * CONV + columns, a2, mask=mc)
+    tl.store(sums + 3 * CONV + columns, a3, mask=mc)
+    tl.store(sums + 4 * CONV + columns, a4, mask=mc)
+
+
+@triton.jit
+def _values_backward(  # type: ignore[no-untyped-def]
+    proj, past, weight, bias, dx, d_proj, d_past, sums, columns, begin, rows, b, T, L, stride, d_stride, H: tl.constexpr,
+    P: tl.constexpr, CONV: tl.constexpr, PAST: tl.constexpr,
+):  # fmt: skip
+    """Some columns of x. Row t of inputs has its gradient once that of the convolution's output at t + 3 is there."""
+    mc = columns < H * P
+    o = ((b * H + columns // P) * L + L - T) * P + columns % P
+    w0, w1, w2, w3 = _taps(weight, columns, mc, CONV)
+    x3, x2, x1 = _rows_before(proj, past, begin, T, stride, columns, mc, CONV, PAST)
+    nothing = tl.zeros([columns.shape[0]], tl.float32)
+    d3, d2, d1 = nothing, nothing, nothing
+    a0, a1, a2, a3, a4 = nothing, nothing, nothing, nothing, nothing
+    for i in range(rows + TAPS - 1):
+        t = begin + i
+        x0 = _input_row(proj, past, t, T, stride, columns, mc, CONV, PAST)
+        d0 = get(dx, o + t * P, _if((t >= 0) & (t < T), mc))
+        c = convolved(x3, x2, x1, x0, weight, bias, columns, mc, CONV)
+        s = 1.0 / (1.0 + tl.exp(-c))
+        d0 *= s * (1.0 + c * (1.0 - s))
+        own = tl.where(i < rows, d0, 0.0)
+        a0 += own * x3
+        a1 += own * x2
+        a2 += own * x1
+        a3 += own * x0
+        a4 += own
+        value = d3 * w3 + d2 * w2 + d1 * w1 + d0 * w0
+        _put_row(d_proj, d_past, b, t - (TAPS - 1), T, d_stride, columns, _if(i >= TAPS - 1, mc), value, CONV, PAST)
+        x3, x2, x1 = x2, x1, x0
+        d3, d2, d1 = d2, d1, d0
+    _put_sums(sums, columns, mc, a0, a1, a2, a3, a4, CONV)
+
+
+@triton.jit
+def _heads_backward(  # type: ignore[no-untyped-def]
+    proj, past, weight, bias, scale, gate, cos, sin, d, d_turned, d_gate, d_proj, d_past, scale_sums, sums, first, past_rows,
+    begin, rows, b, T, stride, d_stride, eps: tl.constexpr, H: tl.constexpr, R: tl.constexpr, HEADS: tl.constexpr,
+    HB: tl.constexpr, CONV: tl.constexpr, PAST: tl.constexpr, WINDOWED: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """u or v, as `_values_backward`; `d` is the gradient of u or v. `d_gate` (B, T, R): what they add to the gate's."""
+    HALF: tl.constexpr = R // 2
+    o_c, o_j = tl.arange(0, HEADS * HB), tl.arange(0, HB)
+    head, j = o_c // HB, o_c % HB
+    mc, mj = (head < H) & (j < HALF), o_j < HALF
+    left = first + head * R + j
+    right = left + HALF
+    nothing = tl.zeros([HEADS * HB], tl.float32)
+    if SCALED:
+        scale1 = tl.load(scale + head * R + j, mask=mc, other=0.0)
+        scale2 = tl.load(scale + head * R + HALF + j, mask=mc, other=0.0)
+        d_scale1, d_scale2 = nothing, nothing
+    v0, v1, v2, v3 = _taps(weight, left, mc, CONV)
+    w0, w1, w2, w3 = _taps(weight, right, mc, CONV)
+    x3, x2, x1 = _rows_before(proj, past, begin, T, stride, left, mc, CONV, PAST)
+    y3, y2, y1 = _rows_before(proj, past, begin, T, stride, right, mc, CONV, PAST)
+    d3, d2, d1, e3, e2, e1 = nothing, nothing, nothing, nothing, nothing, nothing
+    a0, a1, a2, a3, a4 = nothing, nothing, nothing, nothing, nothing
+    b0, b1, b2, b3, b4 = nothing, nothing, nothing, nothing, nothing
+    for i in range(rows + TAPS - 1):
+        t = begin + i
+        inside = (t >= 0) & (t < T)
+        m, m_gate = _if(inside, mc), _if(inside & (i < rows), mj)
+        x0 = _input_row(proj, past, t, T, stride, left, mc, CONV, PAST)
+        y0 = _input_row(proj, past, t, T, stride, right, mc, CONV, PAST)
+        o, o_g = (b * H + head) * T * R + t * R + j, (b * T + t) * R + j
+        d0, e0 = get(d, o, m), get(d, o + HALF, m)
+        g1, g2 = get(gate, o_g, m), get(gate, o_g + HALF, m)
+        if WINDOWED:
+            b_cos = tl.load(cos + t * HALF + j, mask=m, other=0.0)
+            b_sin = tl.load(sin + t * HALF + j, mask=m, other=0.0)
+            o_k = (b * H + head) * (T + past_rows) * R + (past_rows + t) * R + j
+            turned1, turned2 = get(d_turned, o_k, m), get(d_turned, o_k + HALF, m)
+        n1 = convolved(x3, x2, x1, x0, weight, bias, left, mc, CONV)
+        n2 = convolved(y3, y2, y1, y0, weight, bias, right, mc, CONV)
+        r = tl.rsqrt(_mean_of_head(n1 * n1 + n2 * n2, R, HEADS) + eps)
+        n1 *= r
+        n2 *= r
+        p = d_gate + (b * T + t) * R + o_j
+        tl.store(p, tl.sum(tl.reshape(d0 * n1, [HEADS, HB]), 0), mask=m_gate)
+        tl.store(p + HALF, tl.sum(tl.reshape(e0 * n2, [HEADS, HB]), 0), mask=m_gate)
+        d0 *= g1
+        e0 *= g2
+        if WINDOWED:
+            f1, f2 = turned1 * b_cos + turned2 * b_sin, turned2 * b_cos - turned1 * b_sin
+            if SCALED:
+                d_scale1 += tl.where(i < rows, f1 * n1, 0.0)
+                d_scale2 += tl.where(i < rows, f2 * n2, 0.0)
+                f1 *= scale1
+                f2 *= scale2
+            d0 += f1
+            e0 += f2
+        mean = _mean_of_head(d0 * n1 + e0 * n2, R, HEADS)  # through n = c r, r = rsqrt(mean(c²) + eps)
+        d0 = r * (d0 - n1 * mean)
+        e0 = r * (e0 - n2 * mean)
+        own = tl.where(i < rows, d0, 0.0)
+        a0 += own * x3
+        a1 += own * x2
+        a2 += own * x1
+        a3 += own * x0
+        a4 += own
+        own = tl.where(i < rows, e0, 0.0)
+        b0 += own * y3
+        b1 += own * y2
+        b2 += own * y1
+        b3 += own * y0
+        b4 += own
+        at, there = t - (TAPS - 1), _if(i >= TAPS - 1, mc)
+        value = d3 * v3 + d2 * v2 + d1 * v1 + d0 * v0
+        _put_row(d_proj, d_past, b, at, T, d_stride, left, there, value, CONV, PAST)
+        value = e3 * w3 + e2 * w2 + e1 * w1 + e0 * w0
+        _put_row(d_proj, d_past, b, at, T, d_stride, right, there, value, CONV, PAST)
+        x3, x2, x1 = x2, x1, x0
+        y3, y2, y1 = y2, y1, y0
+        d3, d2, d1 = d2, d1, d0
+        e3, e2, e1 = e2, e1, e0
+    _put_sums(sums, left, mc, a0, a1, a2, a3, a4, CONV)
+    _put_sums(sums, right, mc, b0, b1, b2, b3, b4, CONV)
+    if SCALED:
+        tl.store(scale_sums + head * R + j, d_scale1, mask=mc)
+        tl.store(scale_sums + head * R + HALF + j, d_scale2, mask=mc)
+
+
+@triton.jit(do_not_specialize=["T", "L", "rows"])
+def operands_backward_kernel(  # type: ignore[no-untyped-def]
+    proj, past, weight, bias, q_scale, gate, cos, sin, du, dv, dq, dk, dx, d_gate_u, d_gate_v, d_proj, d_past, scale_sums, sums,
+    T, L, stride_b, stride: tl.constexpr, d_stride_b, d_stride: tl.constexpr, rows, eps: tl.constexpr, H: tl.constexpr,
+    R: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr, HB: tl.constexpr, BC: tl.constexpr, PAST: tl.constexpr,
+    WINDOWED: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the projection's columns of u (part 0), v (1) and BC of x (2 and on), through the convolution.
+
+    d input_t = Σ_j weight_j d output_{t+3-j}: a program takes `rows` positions in a row, and works out the gradients of the
+    outputs at the three after them too, which are another program's. It reads each row of inputs and of gradients once: they
+    pass through registers. `scale_sums` (B stretches, H R) and `sums` (B stretches, 5 CONV): what each program adds to the
+    gradient of q_scale, and to those of the taps and the bias.
+    """
+    i_s, part, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    CONV: tl.constexpr = H * P + 2 * H * R
+    begin = i_s.to(tl.int64) * rows
+    if PAST:
+        begin -= TAPS - 1
+    proj += b * stride_b
+    past += b * (TAPS - 1) * CONV
+    d_proj += b * d_stride_b
+    sums += (b * tl.num_programs(0) + i_s) * (TAPS + 1) * CONV
+    if part == 0:
+        scale_sums += (b * tl.num_programs(0) + i_s) * H * R
+        _heads_backward(
+            proj, past, weight, bias, q_scale, gate, cos, sin, du, dq, d_gate_u, d_proj, d_past, scale_sums, sums, H * P, 0,
+            begin, rows, b, T, stride, d_stride, eps, H, R, HEADS, HB, CONV, PAST, WINDOWED, True,
+        )  # fmt: skip
+    elif part == 1:
+        _heads_backward(
+            proj, past, weight, bias, q_scale, gate, cos, sin, dv, dk, d_gate_v, d_proj, d_past, scale_sums, sums,
+            H * P + H * R, L - T, begin, rows, b, T, stride, d_stride, eps, H, R, HEADS, HB, CONV, PAST, WINDOWED, False,
+        )  # fmt: skip
+    else:
+        columns = (part - 2) * BC + tl.arange(0, BC)
+        _values_backward(
+            proj, past, weight, bias, dx, d_proj, d_past, sums, columns, begin, rows, b, T, L, stride, d_stride, H, P, CONV,
+            PAST,
+        )  # fmt: skip
