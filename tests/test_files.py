@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from phase1 import files
-from phase1.files import MAX_JSON_BYTES, atomic_write, read_json
+from phase1.files import MAX_JSON_BYTES, alone_in, atomic_write, read_json
 from phase1.text import one_line
 
 
@@ -134,3 +134,11 @@ def test_what_is_no_plain_file_is_named(tmp_path, read):
     if Path("/dev/zero").exists():
         with pytest.raises((OSError, ValueError), match="no plain file"):
             read("/dev/zero")
+
+
+def test_a_folder_is_held_by_one_at_a_time_and_nothing_is_left_in_it(tmp_path):
+    with alone_in(tmp_path):
+        with pytest.raises(ValueError, match="expected no other training in it; got one that is running"), alone_in(tmp_path):
+            pass
+    with alone_in(tmp_path), alone_in(tmp_path / "missing"):
+        assert os.listdir(tmp_path) == []

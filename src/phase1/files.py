@@ -11,6 +11,7 @@ import secrets
 import stat
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -95,6 +96,31 @@ def open_to_append(path: Path) -> BinaryIO:
     """The file at `path`, opened to append lines; a reader must skip a last line that a killed process left incomplete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.open("ab")
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold `folder` for the block; ValueError where another process holds it. Ends with the process, and leaves no file.
+
+    Where the system or its disk has no such locks nothing is held.
+    """
+    try:
+        import fcntl  # not on Windows
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                expected = f"--out-dir {one_line(folder)}: expected no other training in it; got one that is running"
+                raise ValueError(f"{expected}; wait for its end, or give another --out-dir") from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from phase1.cli import main, parse
 from phase1.commands import train
 from phase1.config import to_toml
-from phase1.records.metrics import METRICS, read_metrics
+from phase1.files import alone_in
+from phase1.records.metrics import METRICS, read_metrics, rows_of_last_text
 from phase1.records.schema import FILES, read_report
 from phase1.tables.perplexity import perplexity_comparison
 from phase1.training import job
@@ -410,3 +411,63 @@ def test_a_training_into_the_folder_of_its_text_or_of_an_export_is_refused_and_l
     (tmp_path / "export" / "config.json").write_text("{}")
     err = run("export", code=2).err
     assert err.count("\n") == 1 and "--out-dir must hold no model for transformers" in err
+
+
+def test_a_folder_that_another_training_uses_is_refused(run, tmp_path):
+    (tmp_path / "a").mkdir()
+    with alone_in(tmp_path / "a"):
+        assert "got one that is running; wait for its end" in run("a", code=2).err
+    run("a")
+    assert "got one that is running" not in run("a").err
+
+
+def test_losses_on_another_valid_text_are_not_compared(run, data, tmp_path):
+    run("a", "--eval-every", "1", "--max-hours", "1e-9", "--keep-best")
+    first = read_metrics(tmp_path / "a" / METRICS)
+    (tmp_path / "valid.txt").write_text("a b c d e f g h i j k l m n o p q r s t u v w x y z\n" * 40)
+    said = run("a", "--eval-every", "1", "--keep-best")
+    rows = read_metrics(tmp_path / "a" / METRICS)
+    assert "so far (1) are of another text" in said.err and rows_of_last_text(rows) == rows[len(first) :]
+    best = min(row["val_loss"] for row in rows[len(first) :])
+    assert f"best {best:.3f}" in said.out and read_index(tmp_path / "a" / "best")["step"] > first[-1]["step"]
+
+
+def test_renamed_data_are_the_same_and_other_sizes_are_named_before_them(run, data, tmp_path):
+    run("a", "--eval-every", "0")
+    assert "other --vocab-size (300, not 290)" in run("a", "--eval-every", "0", "--vocab-size", "290", code=2).err
+    facts = read_index(tmp_path / "a")["facts"]
+    job.require_same_data(tmp_path, facts, facts["data"] | {"name": "moved"})
+    with pytest.raises(ValueError, match="was trained on"):
+        job.require_same_data(tmp_path, facts, facts["data"] | {"sha256": "0" * 64})
+
+
+def test_settings_of_a_finished_training_stay_what_they_were(run, tmp_path):
+    run("a")
+    kept = (tmp_path / "a" / "run.toml").read_bytes()
+    run("a", "--eval-tokens", "8")
+    assert (tmp_path / "a" / "run.toml").read_bytes() == kept
+
+
+@pytest.mark.parametrize("content", [b"my notes here now\n", b"one", b"\xff\xfe\n== step x\n", b""])
+def test_a_file_of_ones_own_called_samples_stays(run, tmp_path, content):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "samples.txt").write_bytes(content)
+    run("a", "--sample-every", "16")
+    assert (tmp_path / "a" / "samples.txt").read_bytes().startswith(content)
+
+
+def test_a_reader_of_the_lines_who_goes_ends_no_training(run, tmp_path, monkeypatch):
+    def gone(*_, **__):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("phase1.training.progress.print", gone, raising=False)
+    run("a")
+    assert read_index(tmp_path / "a")["facts"]["finished"]
+
+
+def test_what_token_frequencies_reach_is_of_the_tokens_that_are_scored(run, data, tmp_path):
+    (tmp_path / "valid.txt").write_text("the the the the the the the the\n" * 9 + "a dog sees the cat .\n" * 90)
+    run("few", "--eval-tokens", "8")
+    run("all")
+    few, every = (read_metrics(tmp_path / name / METRICS)[-1]["unigram_loss"] for name in ("few", "all"))
+    assert few < every - 0.5

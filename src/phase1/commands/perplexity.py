@@ -148,9 +148,10 @@ def report_on(
 def screen(report: Report[PerplexityResult], name: str, files: list[Path]) -> Screen:
     """What the report answers, and what to run next."""
     trained = {result.trained_tokens for result in report.results.values() if result.trained_tokens}
-    tokens = ", ".join(f"{count:,}" for count in sorted(trained)) or "no"
+    tokens = ", ".join(f"{count:,}" for count in sorted(trained))
+    after = f", after {tokens} tokens of training" if trained else ""
     return Screen(
-        question=f"Quality on {name}: how well do the models predict it, after {tokens} tokens of training? {hardware(report)}",
+        question=f"Quality on {name}: how well do the models predict it{after}? {hardware(report)}",
         numbers=perplexity_numbers(report),
         checks=report.checks,
         answer=None if report.checks else "no baseline in this run: nothing is compared, nothing judged",

@@ -25,7 +25,7 @@ from phase1.measure.throughput.efficiency import step_flops
 from phase1.model import LanguageModel
 from phase1.parallel import group
 from phase1.plots import plot_training
-from phase1.records.metrics import METRICS, PATIENCE, read_metrics
+from phase1.records.metrics import METRICS, PATIENCE, read_metrics, rows_of_last_text
 from phase1.records.session import require_apart, require_writable
 from phase1.roster import Key
 from phase1.runs import GenerateRun, PerplexityRun, ReportRun, TrainRun
@@ -127,7 +127,7 @@ def screen(
     seconds, tokens = facts["train_seconds"], facts["trained_tokens"]
     numbers = [f"training text   loss {facts['loss']:.3f} in the last step{_mean_of_last(rows)}"]
     if (valid := _last(rows, "val_loss")) is not None:
-        best = min(row["val_loss"] for row in rows if row["val_loss"] is not None)
+        best = min(row["val_loss"] for row in rows_of_last_text(rows))
         reach = _last(rows, "unigram_loss") if unigram is None else unigram  # None where it was looked at earlier only
         known = UNKNOWN if reach is None else f"{reach:.3f}"
         numbers.append(f"valid text      loss {valid:.3f}, best {best:.3f}; {known} is what token frequencies alone reach")
@@ -242,7 +242,7 @@ def watch_of(run: TrainRun, corpus: Corpus, valid: Corpus | None) -> Watch:
     return Watch(
         score=None if valid is None else scorer(run, valid),
         score_every=_every(run),
-        unigram_loss=None if valid is None else unigram_entropy(valid.splits["valid"].ids),
+        unigram_loss=None if valid is None else _unigram_loss(run, valid),
         sample=sampler(run, corpus) if run.sample_every else None,
         sample_every=run.sample_every,
         max_seconds=3600 * hours,
@@ -250,6 +250,12 @@ def watch_of(run: TrainRun, corpus: Corpus, valid: Corpus | None) -> Watch:
         patience=run.patience,
         trackers=[tracker(name, Path(run.out_dir), asdict(run)) for name in run.report_to if is_first()],
     )
+
+
+def _unigram_loss(run: TrainRun, valid: Corpus) -> float:
+    """Of the tokens that are scored."""
+    ids = valid.splits["valid"].ids
+    return unigram_entropy(ids[: target_count(ids, protocol_of(run, valid))])
 
 
 def _every(run: TrainRun) -> int:

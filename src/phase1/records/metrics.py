@@ -77,6 +77,17 @@ def read_course(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def rows_of_text(rows: list[dict[str, Any]], unigram_loss: float | None) -> list[dict[str, Any]]:
+    """The rows whose `val_loss` is of the text whose frequencies alone reach `unigram_loss`; of a text not known, all."""
+    scored = [row for row in rows if row["val_loss"] is not None]
+    return [row for row in scored if None in (unigram_loss, row["unigram_loss"]) or row["unigram_loss"] == unigram_loss]
+
+
+def rows_of_last_text(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those whose `val_loss` can be compared with the last one: a session may have looked at another text, or at more of it."""
+    return rows_of_text(rows, next((row["unigram_loss"] for row in reversed(rows) if row["val_loss"] is not None), None))
+
+
 def require_undamaged(path: Path, rows: list[dict[str, Any]]) -> None:
     """Raise ValueError where whole objects stand behind a damaged line, at which `rows`, those that were read, end."""
     lines = path.read_bytes().split(b"\n")[len(rows) : -1]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from phase1.records.collect import refused
-from phase1.records.metrics import FIELDS, METRICS, ended_by_patience, read_course, require_undamaged
+from phase1.records.metrics import FIELDS, METRICS, ended_by_patience, read_course, require_undamaged, rows_of_last_text
 from phase1.tables.table import Column, Table
 
 SAMPLES, SETTINGS = "samples.txt", "run.toml"
@@ -91,9 +91,10 @@ def training_tables(trainings: Sequence[Training]) -> list[Table]:
 
 def _row(training: Training) -> tuple[Any, ...]:
     last, rows = training.rows[-1], training.rows
-    valid = [row["val_loss"] for row in rows if row["val_loss"] is not None]
+    valid = [row["val_loss"] for row in rows_of_last_text(rows)]
+    speed = last["tokens"] / last["seconds"] if last["seconds"] else None  # of all sessions, as the screen of the training says
     peak = last["peak_allocated_bytes"]
     return (
         training.name, last["step"], last["tokens"], last["seconds"], last["loss"],
-        valid[-1] if valid else None, min(valid, default=None), last["tokens_per_second"], None if peak is None else peak / 1e9,
+        valid[-1] if valid else None, min(valid, default=None), speed, None if peak is None else peak / 1e9,
     )  # fmt: skip

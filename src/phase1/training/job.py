@@ -16,7 +16,7 @@ from phase1.config import ModelConfig, TrainConfig
 from phase1.data import Corpus, Tokenizer, Windows
 from phase1.data.tokenizer_files import TOKENIZER, folder_tokenizer
 from phase1.device import device_type
-from phase1.files import absent, atomic_write, remove_empty
+from phase1.files import absent, alone_in, atomic_write, remove_empty
 from phase1.parallel import group
 from phase1.parallel.replicas import equal_start
 from phase1.records.metrics import PATIENCE
@@ -75,9 +75,9 @@ def train_to_checkpoint(
     data = {"name": corpus.name, "split": "train", "sha256": corpus.splits["train"].sha256}
     steps = total_steps(train_config, seq_length)
     begun = facts_so_far(folder, model_config, train_config, seq_length, data)
-    with tokenizer_beside(folder, corpus.tokenizer):
+    with tokenizer_beside(folder, corpus.tokenizer), contextlib.ExitStack() as held:
+        group.from_first(lambda: held.enter_context(alone_in(folder)))
         if begun and begun["finished"]:
-            begins()
             return begun
         context = context_of(train_config, seq_length, context_parallel)
         windows = Windows(corpus.splits["train"].ids, seq_length, train_config.seed)
@@ -111,8 +111,8 @@ def facts_so_far(
         return None
     index = read_index(folder)
     facts = training_facts(folder, index)
+    check_configs(folder, index, model_config, train_config)  # first: other sizes may make other tokens of the same text
     require_same_data(folder, facts, data)
-    check_configs(folder, index, model_config, train_config)
     if facts["seq_length"] != seq_length:
         theirs = f"the checkpoint in {folder} was made with --seq-length {facts['seq_length']}"
         raise ValueError(f"{theirs}; got {seq_length}; use that, or another --out-dir")
@@ -121,7 +121,7 @@ def facts_so_far(
 
 def require_same_data(folder: Path, facts: dict[str, Any], data: dict[str, str]) -> None:
     """Raise ValueError unless a checkpoint was trained on `data`."""
-    if facts["data"] == data:
+    if all(facts["data"][what] == data[what] for what in ("split", "sha256")):  # whatever it is called now
         return
     theirs, ours = (f"{one['name']} ({one['sha256'][:12]})" for one in (facts["data"], data))
     raise ValueError(f"the checkpoint in {folder} was trained on {theirs}; got {ours}; use that data, or another --out-dir")

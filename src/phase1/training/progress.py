@@ -4,6 +4,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from phase1.device import steadier
 from phase1.files import append_text, atomic_write
 from phase1.progress import LINE_SECONDS, Bar
-from phase1.records.metrics import METRICS, PATIENCE, MetricsLog
+from phase1.records.metrics import METRICS, PATIENCE, MetricsLog, rows_of_text
 from phase1.training.alarms import Alarms
 from phase1.training.gates import closed_gates
 from phase1.training.step import TrainState
@@ -93,7 +94,9 @@ class Progress(Follower):
         self.line_losses: list[float] = []
         self.val_loss: float | None = None
         self.closed: list[int] = []  # layers whose rank gate was closed at the last score
-        self.scores = [(row["step"], row["val_loss"]) for row in self.log.rows if row["val_loss"] is not None]
+        scored = rows_of_text(self.log.rows, watch.unigram_loss)
+        self.scores = [(row["step"], row["val_loss"]) for row in scored]
+        others = sum(row["val_loss"] is not None for row in self.log.rows) - len(scored)
         self.lines = not sys.stderr.isatty()
         self.prefix = f"{label}: " if label and self.lines else ""  # the bar has its own
         self.bar = Bar(
@@ -102,6 +105,10 @@ class Progress(Follower):
         )  # fmt: skip
         if state.step > 0:
             self._print(f"resuming at step {state.step:,} of {steps:,}")
+        if others:
+            self._print(
+                f"losses on the valid text so far ({others:,}) are of another text, or of other tokens of it: not compared"
+            )
 
     @property
     def seconds(self) -> float:  # type: ignore[override]
@@ -230,10 +237,11 @@ class Progress(Follower):
 
     def _print(self, text: str) -> None:
         ascii_text = (self.prefix + text).encode("ascii", "backslashreplace").decode()
-        if self.lines:
-            print(ascii_text, file=sys.stderr, flush=True)
-        else:
-            self.bar.write(ascii_text, file=sys.stderr)
+        with suppress(OSError):  # whoever read this has gone, or its disk is full: no reason to lose a training
+            if self.lines:
+                print(ascii_text, file=sys.stderr, flush=True)
+            else:
+                self.bar.write(ascii_text, file=sys.stderr)
 
 
 def duration(seconds: float) -> str:
@@ -249,10 +257,14 @@ def duration(seconds: float) -> str:
 
 
 def _trim_samples(path: Path, step: int) -> None:
-    """Remove the samples after `step`, which will be written again."""
+    """Remove the samples after `step`, which will be written again; what is no sample stays."""
     if path.is_file():
-        parts = re.split(r"(?m)^(?=== step \d+$)", path.read_text(encoding="utf-8"))
-        atomic_write(path, "".join(p for p in parts if p and int(p.split()[2]) <= step).encode())
+        content = path.read_bytes()
+        parts = re.split(rb"(?m)^(?=== step \d+$)", content)
+        begins = [re.match(rb"== step (\d+)$", part, re.MULTILINE) for part in parts]
+        left = b"".join(part for part, begin in zip(parts, begins, strict=True) if begin is None or int(begin[1]) <= step)
+        if left != content:
+            atomic_write(path, left)
 
 
 def _mean(values: list[float]) -> float | None:

@@ -114,7 +114,7 @@ def evaluate_checkpoint(run: PerplexityRun, scored_model: ScoredModel, folder: P
     if not evaluation.loss <= LARGEST_NATS:
         raise Diverged(f"{folder} gives a loss of {evaluation.loss} nats; expected at most {LARGEST_NATS:.0f}; train again")
     ids = scored.ids[: len(evaluation.losses)]
-    unigram = unigram_entropy(scored.ids)
+    unigram = unigram_entropy(ids)  # of what is scored: a part of a text may be easier than all of it
     return PerplexityResult(
         model_name=key,
         config=asdict(model.config),
