@@ -137,8 +137,8 @@ def test_what_is_no_plain_file_is_named(tmp_path, read):
 
 
 def test_a_folder_is_held_by_one_at_a_time_and_nothing_is_left_in_it(tmp_path):
-    with alone_in(tmp_path):
-        with pytest.raises(ValueError, match="expected no other training in it; got one that is running"), alone_in(tmp_path):
-            pass
+    refused = pytest.raises(ValueError, match="expected no other training in it; got one that is running")
+    with alone_in(tmp_path), refused, alone_in(tmp_path):
+        pass
     with alone_in(tmp_path), alone_in(tmp_path / "missing"):
         assert os.listdir(tmp_path) == []
