@@ -292,6 +292,8 @@ class CheckModelRun(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "vocab_size", "d_model", "n_layers", "n_heads")
+        if self.vocab_size < 2:
+            raise ValueError(f"--vocab-size must be at least 2; got {self.vocab_size}; one token has nothing to predict")
         if self.seq_length < 8:
             raise ValueError(f"--seq-length must be at least 8; got {self.seq_length}; raise it")
         split(self.own_model)

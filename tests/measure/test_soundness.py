@@ -16,6 +16,9 @@ from phase1.config import ModelConfig
 from phase1.measure.perplexity.candidates import ScoredModel
 from phase1.measure.perplexity.result import ScoredText, measure
 from phase1.measure.soundness.causality import (
+    _changed,
+    _positions,
+    _suspect,
     causal_at_length,
     causal_gradients,
     causal_in_training,
@@ -24,7 +27,7 @@ from phase1.measure.soundness.causality import (
 )
 from phase1.measure.soundness.check import COMPARING, SCORED, Unsound, check_model, require_sound
 from phase1.measure.soundness.losses import any_length, deterministic, distribution, loss_is_nats, precisions, uniform
-from phase1.measure.soundness.module import learns, moves, runs
+from phase1.measure.soundness.module import isolated, learns, moves, runs
 from phase1.measure.soundness.sample import EXACT_LEAK, LEAK, sample_of
 from phase1.records.schema import Check
 from phase1.roster import OWN
@@ -152,6 +155,44 @@ class LeakWhereLong(Right):
 class LeakWhereLongInTraining(Right):
     def forward(self, ids):
         return super().forward(F.pad(ids[:, 1:], (0, 1)) if ids.shape[1] > 100 and self.training else ids)
+
+
+class LeakAtTheEndOfChunks(Right):
+    """The last position of each chunk sees the first token of the next."""
+
+    def __init__(self, chunk=10, strength=1e-6):
+        super().__init__()
+        self.chunk, self.strength = chunk, strength
+
+    def forward(self, ids):
+        h = self.rnn(self.table(ids))[0]
+        last = torch.arange(ids.shape[1]) % self.chunk == self.chunk - 1
+        return self.out(h + self.strength * last[:, None] * self.table(F.pad(ids[:, 1:], (0, 1))))
+
+
+class LeakAtTheEndOfChunksThatRounds(LeakAtTheEndOfChunks):
+    def __init__(self, chunk=10):
+        super().__init__(chunk, 0.1)
+
+    def forward(self, ids):
+        return super().forward(ids).float()
+
+
+class LeakAtTheEndOfChunksInTraining(LeakAtTheEndOfChunks):
+    def forward(self, ids):
+        return super().forward(F.dropout(ids.double(), 0.0).long()) if self.training else Right.forward(self, ids)
+
+
+class Impossible(Right):
+    """One token has probability 0."""
+
+    def forward(self, ids):
+        return super().forward(ids).index_fill(-1, torch.tensor([7]), -math.inf)
+
+
+class NotFiniteAtSomeLengths(Right):
+    def forward(self, ids):
+        return super().forward(ids) / (ids.shape[1] % 7 != 3)
 
 
 class DropsOut(Right):
@@ -392,6 +433,11 @@ def test_right_models_pass_every_check(model):
         (Bidirectional, causal_outputs, "causal"),
         (SmallLeak, causal_outputs, "causal"),
         (LeakBelowRounding, causal_outputs, "causal"),
+        (LeakAtTheEndOfChunks, causal_outputs, "causal"),
+        (LeakAtTheEndOfChunksThatRounds, causal_outputs, "causal"),
+        (LeakAtTheEndOfChunksInTraining, causal_in_training, "causal_in_training"),
+        (Impossible, causal_outputs, "causal"),
+        (NotFiniteAtSomeLengths, any_length, "any_length"),
         (Bidirectional, causal_gradients, "causal_gradients"),
         (LeakInTraining, causal_in_training, "causal_in_training"),
         (SmallLeakInTraining, causal_in_training, "causal_in_training"),
@@ -508,6 +554,58 @@ def test_a_leak_beyond_the_first_positions_of_a_score_is_found():
     require_sound(sample(LeaksLater).model, SCORED, torch.float32)
     with pytest.raises(Unsound, match=r"at T = 400 .*; mask the future"):
         require_sound(sample(LeaksLater).model, 400, torch.float32)
+
+
+@pytest.mark.parametrize("chunk", [48, 64, 100, 128, 256])
+def test_a_leak_at_the_end_of_chunks_alone_is_found(chunk):
+    """At every length; above EVERY the text is changed at the first end of chunks of each usual size."""
+    model = sample(lambda: LeakAtTheEndOfChunks(chunk, 0.1)).model
+    check = causal_at_length(sample_of(model, T))
+    assert check.status == "fail" and "mask the future" in check.detail
+    assert int(re.search(r"before (\d+) ", check.detail)[1]) % chunk == 0
+    for length in (chunk + 20, 700):
+        with pytest.raises(Unsound, match="mask the future"):
+            require_sound(model, length, torch.float32)
+
+
+def test_every_position_of_a_text_is_tried_once_each_in_its_row():
+    text = sample(Right)
+    assert _positions(T) == list(range(1, T)) and {8, 10, 12, 16, 24, 25, 48, 64, 100, 128, 256, 800} <= set(_positions(2048))
+    for t in (1, 7, 13, T - 1):
+        leaky = text._replace(model=sample(lambda t=t: LeakAtTheEndOfChunks(t, 1e-3)).model)
+        assert _suspect(leaky, _positions(T)) % t == 0
+    few = sample_of(text.model, T)
+    few.model.config = few.model.config.__class__(**(vars(few.model.config) | {"vocab_size": 2}))
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    assert _changed(few, ids, torch.tensor([[1], [3]])).tolist() == [[0, 1, 1, 1], [0, 0, 0, 1]]
+
+
+def test_one_token_of_probability_0_has_a_remedy_of_its_own():
+    for check in (causal_outputs(sample(Impossible)), causal_at_length(sample(Impossible))):
+        assert "got losses that are not finite; give every token a finite logit" in check.detail
+
+
+def test_a_vocabulary_of_one_token_is_refused_before_anything_runs():
+    with pytest.raises(ValueError, match="--vocab-size must be at least 2; got 1; one token has nothing to predict"):
+        CheckModelRun(own_model="nowhere:made", vocab_size=1)
+
+
+def test_a_fresh_process_must_build_the_same_numbers(tmp_path, monkeypatch):
+    (tmp_path / "seeded.py").write_text(
+        "import os\nimport torch\nfrom torch import nn\ntorch.randn(3)\n\n\ndef same():\n    return nn.Linear(8, 8)\n\n\n"
+        "def other():\n    torch.manual_seed(int.from_bytes(os.urandom(4), 'big'))\n    return nn.Linear(8, 8)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    text, found = sample(Right), {}
+    for name in ("same", "other"):
+        text.model.config = text.model.config.__class__(**(vars(text.model.config) | {"model": f"seeded:{name}"}))
+        state = torch.random.get_rng_state()
+        found[name] = isolated(text)
+        assert torch.equal(torch.random.get_rng_state(), state)
+    sys.modules.pop("seeded", None)
+    assert found["same"].status == "pass", found["same"].detail
+    assert found["other"].status == "fail" and "got other numbers in them; draw what is random from" in found["other"].detail
 
 
 @pytest.mark.parametrize("model", [LeakByOne, Shifted, Sum, ScoresIgnored, Counter])

@@ -16,19 +16,26 @@ from phase1.ops.cross_entropy import IGNORE
 from phase1.records.schema import Check
 from phase1.trainable import Trainable, raised
 
-CUTS = 8  # positions at which the text is changed
+CUTS = 8  # positions at which both texts are changed
 FEW_CUTS = 2  # of a long text
+EVERY = 512  # T up to which the text is changed at every position, above it at the ends of chunks alone
+ROWS, TOKENS, SCORES = 64, 2**14, 2**25  # at most, of one forward in which each row is changed at a position of its own
 LONG = (320, 256, 192, 128)  # T of the second check of causality, the first that the model takes: above chunks and windows
 MASK = "mask the future"
+FINITE = "give every token a finite logit, and look for log and division by 0"
 
 
-def causal_outputs(text: Sample, name: str = "causal", cuts: int = CUTS) -> Check:
+def causal_outputs(text: Sample, name: str = "causal", cuts: int = CUTS, every: int = EVERY) -> Check:
     """Changing all inputs from position t on, or all targets, changes no loss before that of position t.
 
-    As the model runs, and then in float64 on the CPU, where rounding hides no small leak.
+    As the model runs, and then in float64 on the CPU, where rounding hides no small leak. Every t of a text of at most
+    `every` is tried, of a longer one those where chunks end: of a model on the CPU in float64 alone, where that tells.
     """
-    (worst, seen), limit, where = _leak(text, cuts), _rounding(text), ""
-    if worst <= limit and (exact := _exact_leak(text, cuts)) is not None:
+    (worst, seen), limit, where = _leak(text, _cuts(text.ids.shape[1], cuts)), _rounding(text), ""
+    exact = _exact_leak(text, cuts, every) if worst <= limit else None
+    if worst <= limit and (exact is None or text.ids.is_cuda):
+        worst, seen = max((worst, seen), _leak_anywhere(text, every))
+    if worst <= limit and exact is not None:
         (worst, seen), limit, where = exact, EXACT_LEAK, " in float64"
     return _causal(name, worst, limit, seen, where + (" in train() mode" if text.training else ""))
 
@@ -40,7 +47,8 @@ def _rounding(text: Sample) -> float:
 
 def _causal(name: str, worst: float, limit: float, seen: tuple[str, str], where: str) -> Check:
     got = f"{seen[0]} ({worst:.2g} x the change of later ones)" if math.isfinite(worst) else "losses that are not finite"
-    return judged(name, worst, limit, f"no loss{where} to change when a later token does", got, seen[1])
+    remedy = seen[1] if math.isfinite(worst) else FINITE
+    return judged(name, worst, limit, f"no loss{where} to change when a later token does", got, remedy)
 
 
 def causal_in_training(text: Sample) -> Check:
@@ -95,7 +103,7 @@ def causal_at_length(text: Sample) -> Check:
         check = causal_outputs(longer, name, FEW_CUTS)
         trained = longer._replace(model=copy.deepcopy(text.model), training=True)
         if check.status == "pass" and not differs(trained):
-            check = causal_outputs(trained, name, FEW_CUTS)
+            check = causal_outputs(trained, name, FEW_CUTS, every=0)  # `causal_in_training` tried them all
         return check.model_copy(update={"detail": f"T = {length}: {check.detail}"})
     if not why:
         return Check(name=name, value=None, limit=None, status="pass", detail=f"T = {T}: as above")
@@ -111,7 +119,9 @@ def causal_up_to(checks: Iterable[Check]) -> int | None:
 def causal_if_it_fits(text: Sample) -> list[Check]:
     """The check at the length of the score, as the model runs, where there is room for all logits of it."""
     try:
-        worst, seen = _leak(text, FEW_CUTS)
+        worst, seen = _leak(text, _cuts(text.ids.shape[1], FEW_CUTS))
+        if worst <= _rounding(text):
+            worst, seen = max((worst, seen), _leak_anywhere(text))
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -119,32 +129,67 @@ def causal_if_it_fits(text: Sample) -> list[Check]:
     return [_causal("causal", worst, _rounding(text), seen, f" at T = {text.ids.shape[1]:,}")]
 
 
-def _leak(text: Sample, cuts: int = CUTS) -> tuple[float, tuple[str, str]]:
+def _leak(text: Sample, cuts: Iterable[int]) -> tuple[float, tuple[str, str]]:
     """The largest change of an earlier loss over that of a later one, who sees what, and what to do about it."""
     worst, seen, before = 0.0, ("", ""), text.nll(text.ids, text.targets)
-    for t in _cuts(text.ids.shape[1], cuts):
+    for t in cuts:
         for what, remedy, ids, targets in (
             (f"sees token {t} or later", MASK, _changed(text, text.ids, t), text.targets),
             (f"scores target {t} or later", "targets are shifted already", text.ids, _changed(text, text.targets, t)),
         ):
             change = (text.nll(ids, targets) - before).abs()
             leak = change[:, :t].max().item() / max(change[:, t:].max().item(), 1e-12)
-            if not leak <= worst:  # NaN too
-                worst, seen = leak if leak == leak else math.inf, (f"a position before {t} that {what}", remedy)
+            if not change.isfinite().all():
+                leak = math.inf
+            if leak > worst:
+                worst, seen = leak, (f"a position before {t} that {what}", remedy)
     return worst, seen
 
 
-def _exact_leak(text: Sample, cuts: int) -> tuple[float, tuple[str, str]] | None:
+def _leak_anywhere(text: Sample, every: int = EVERY) -> tuple[float, tuple[str, str]]:
+    """That at the one position, of all that are tried, where it is the largest."""
+    suspect = _suspect(text, _positions(text.ids.shape[1], every))
+    return (0.0, ("", "")) if suspect is None else _leak(text, [suspect])
+
+
+def _suspect(text: Sample, cuts: list[int]) -> int | None:
+    """The cut with the largest leak, of one text in many rows, each changed from a cut of its own on; None without any.
+
+    A suspicion alone, as a model that mixes rows gives one too: `_leak` changes all rows at one position.
+    """
+    if not cuts:
+        return None
+    T, V = text.ids.shape[1], text.model.config.vocab_size
+    rows = max(1, min(ROWS, TOKENS // T, SCORES // (T * V), len(cuts)))
+    ids, targets = (x[:1].expand(rows, T).contiguous() for x in (text.ids, text.targets))
+    before = text.nll(ids, targets)  # in as many rows, which have the same dropout then
+    worst, suspect = 0.0, None
+    for first in range(0, len(cuts), rows):
+        some = cuts[first : first + rows]
+        at = torch.tensor(some + some[-1:] * (rows - len(some)), device=ids.device)[:, None]
+        change = (text.nll(_changed(text, ids, at), _changed(text, targets, at)) - before).abs()
+        later = torch.arange(T, device=ids.device) >= at
+        leaks = change.masked_fill(later, 0).amax(1) / change.masked_fill(~later, 0).amax(1).clamp(min=1e-12)
+        leaks = leaks.masked_fill(~change.isfinite().all(1), math.inf)
+        leak, row = leaks.max(0)
+        if leak.item() > worst:
+            worst, suspect = leak.item(), int(at[row].item())
+    return suspect
+
+
+def _exact_leak(text: Sample, cuts: int, every: int) -> tuple[float, tuple[str, str]] | None:
     """That of a copy in float64; None where it finds no room, does not run, or rounds on the way: then it tells no more."""
     try:
         exact = in_float64(text)
         with torch.autocast("cpu", enabled=False):
-            found = _leak(exact, cuts)
             with _Roundings() as roundings:
                 exact.nll(exact.ids, exact.targets)
+            if roundings.any:
+                return None
+            found = _leak(exact, _cuts(text.ids.shape[1], cuts))
+            return max(found, _leak_anywhere(exact, every)) if found[0] <= EXACT_LEAK else found
     except Exception:
         return None
-    return None if roundings.any else found
 
 
 class _Roundings(TorchDispatchMode):
@@ -189,7 +234,19 @@ def _cuts(T: int, count: int = CUTS) -> list[int]:
     return sorted({max(1, min(T - 1, round(T * i / (count + 1)))) for i in range(1, count + 1)} | {1, T - 1})
 
 
-def _changed(text: Sample, tokens: Tensor, t: int) -> Tensor:
-    """Other tokens from position t on."""
+def _positions(T: int, every: int = EVERY) -> list[int]:
+    """Every position of a text of at most `every`; of a longer one the first end of chunks of each usual size.
+
+    Those are 2^k, 3 x 2^k, 5 x 2^k and 25 x 2^k (8, 10, 12, 16, 24, 25, 48, 64, 100, 128, ...), with both neighbours.
+    """
+    if every >= T:
+        return list(range(1, T))
+    sizes = {factor << k for factor in (1, 3, 5, 25) for k in range(T.bit_length())}
+    return sorted({t for size in sizes for t in (size - 1, size, size + 1) if 0 < t < T})
+
+
+def _changed(text: Sample, tokens: Tensor, t: int | Tensor) -> Tensor:
+    """Other tokens from position t on, which may be one for each row."""
     V = text.model.config.vocab_size
-    return torch.where(torch.arange(tokens.shape[1], device=tokens.device) >= t, (tokens + 1 + V // 2) % V, tokens)
+    other = (tokens + 1 + V // 2 % max(1, V - 1)) % V  # of two tokens too
+    return torch.where(torch.arange(tokens.shape[1], device=tokens.device) >= t, other, tokens)

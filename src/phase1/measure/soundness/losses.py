@@ -11,6 +11,8 @@ from phase1.ops.cross_entropy import IGNORE
 from phase1.records.schema import Check
 from phase1.trainable import pass_on, raised
 
+SHORT = 16  # every text up to this length is tried
+
 
 def loss_is_nats(text: Sample) -> list[Check]:
     """The training loss is the mean of the losses that are scored, -100 is not among them, and they are cross-entropies."""
@@ -91,7 +93,7 @@ def any_length(text: Sample) -> Check:
     """Shorter texts run, and their losses are those of the beginning of a longer one."""
     whole, T = text.nll(text.ids, text.targets), text.ids.shape[1]
     worst, at = 0.0, 0
-    for length in dict.fromkeys((1, 7, T // 2 + 1)):
+    for length in sorted({*range(1, min(T, SHORT) + 1), T // 2, T // 2 + 1, max(1, T - 1)} - {0}):
         try:
             part = text.nll(text.ids[:, :length].contiguous(), text.targets[:, :length].contiguous())
         except BaseException as error:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from phase1.config import ModelConfig, TrainConfig
 from phase1.machine.isolate import run_isolated
 from phase1.measure.soundness.sample import LEAK, Sample, fails, in_float64, judged, output_type, runs_on_cpu, where
+from phase1.measure.workload import SEED
 from phase1.records.schema import Check
 from phase1.trainable import build, pass_on, raised
 from phase1.training.optimizers import kept
@@ -103,17 +104,38 @@ def learns(text: Sample) -> list[Check]:
 
 
 def isolated(text: Sample) -> Check:
-    """A fresh process builds the same model by its name, as the measurement of memory does."""
-    outcome = run_isolated(parameters_of, text.model.config, timeout_s=CHILD_SECONDS)
-    ours = sum(p.numel() for p in text.model.parameters())
-    same = outcome.value == ours
-    if same:
-        detail = "parameters of the model in a fresh process"
-        return Check(name="isolated", value=outcome.value, limit=ours, status="pass", detail=detail)
-    got = outcome.message or f"{outcome.value:,}"
-    remedy = "let the factory depend on its arguments alone"
-    return fails("isolated", f"expected a fresh process to build the same {ours:,} parameters; got {got}; {remedy}")
+    """A fresh process builds the same model by its name, as the measurement of memory does: as many numbers, and the same."""
+    with torch.random.fork_rng([text.ids.device] if text.ids.is_cuda else []):
+        ours = prints_of(text.model.config)
+    outcome = run_isolated(prints_of, text.model.config, timeout_s=CHILD_SECONDS)
+    theirs, count = outcome.value or [], sum(size for size, *_ in ours)
+    built = sum(size for size, *_ in theirs)
+    if outcome.value is None or built != count:
+        got = outcome.message or f"{built:,}"
+        remedy = "let the factory depend on its arguments alone"
+        return fails("isolated", f"expected a fresh process to build the same {count:,} parameters; got {got}; {remedy}")
+    if [size for size, *_ in theirs] != [size for size, *_ in ours] or not all(map(_alike, ours, theirs)):
+        expected = f"a fresh process to build the same {count:,} parameters with one seed of torch's generator"
+        remedy = "draw what is random from torch's generator alone, and let the factory depend on its arguments alone"
+        return fails("isolated", f"expected {expected}; got other numbers in them; {remedy}")
+    detail = "parameters of the model in a fresh process, with the same numbers in them"
+    return Check(name="isolated", value=built, limit=count, status="pass", detail=detail)
 
 
-def parameters_of(config: ModelConfig) -> int:
-    return sum(p.numel() for p in build(config).parameters())
+def _alike(ours: tuple[int, float, float], theirs: tuple[int, float, float]) -> bool:
+    """But for rounding, which another number of threads may change; numbers that are not finite are for `runs`."""
+    size = max(ours[1], 1e-12)
+    return not any(abs(a - b) > LEAK * size for a, b in zip(ours[1:], theirs[1:], strict=True))
+
+
+def prints_of(config: ModelConfig) -> list[tuple[int, float, float]]:
+    """Of each parameter of a new model its size, its norm, and a sum in which each number has another weight."""
+    build(config)  # imports its module, which may draw random numbers
+    torch.manual_seed(SEED)
+    found = []
+    for parameter in build(config).parameters():
+        numbers = parameter.detach().abs() if parameter.is_complex() else parameter.detach()
+        numbers = numbers.flatten().cpu().double()
+        weights = torch.arange(1, len(numbers) + 1, dtype=torch.float64).cos()
+        found.append((len(numbers), numbers.norm().item(), (numbers * weights).sum().item()))
+    return found
