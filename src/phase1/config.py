@@ -76,6 +76,17 @@ def require_not_negative(config: Any, *names: str) -> None:
             raise ValueError(f"{flag_of(name)} must be 0 or more; got {value}; raise it")
 
 
+def require_sampling(settings: Any) -> None:
+    """Raise ValueError where --temperature, --top-k or --top-p of a draw is out of range."""
+    if not settings.temperature < math.inf:
+        raise ValueError(f"--temperature must be a finite number; got {settings.temperature}; try 0.8")
+    require_not_negative(settings, "temperature")
+    if settings.top_k is not None:
+        require_positive(settings, "top_k")
+    if settings.top_p is not None and not 0 < settings.top_p <= 1:
+        raise ValueError(f"--top-p must be above 0 and at most 1; got {settings.top_p}; try 0.9")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Base of all configs. Every class checks its own fields in `__post_init__` and calls super, so bases can be combined."""
