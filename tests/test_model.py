@@ -329,3 +329,18 @@ def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(cls, name, v
         cls(**{name: value})
     wrong = value[-1] if isinstance(value, tuple) else value
     assert str(raised.value) == f"--{name.replace('_', '-')} must be one of {choices}; got {wrong!r}; correct it"
+
+
+@pytest.mark.parametrize("function", ["nll", "losses", "loss"])
+def test_targets_of_another_shape_than_the_ids_are_refused(function):
+    net, (ids, _) = model(), batch(T=9)
+    says = r"^targets must have the shape of ids, \(2, 8\); got \(2, 9\); give ids\[:, :-1\] and ids\[:, 1:\]$"
+    with pytest.raises(ValueError, match=says):
+        getattr(net, function)(ids[:, :-1], ids)
+
+
+@pytest.mark.parametrize("shape", [(1, 0), (0, 3), (3,)])
+def test_the_loss_of_no_token_is_refused(shape):
+    ids = torch.zeros(shape, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"^ids must be \(B, T\) and have a token; got shape \([^\n]*$"):
+        model().nll(ids, ids)
