@@ -5,11 +5,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from phase1.config import EngineShape, ModelConfig, present_settings
+from phase1.config import EngineShape, ModelConfig, TrainConfig, WatchConfig, present_settings
 from phase1.layers.token_table import HTTTable
 from phase1.model import LanguageModel
 from phase1.ops.htt import htt_lookup_reference
 from phase1.roster import ROLES, model_config
+from phase1.runs import GenerateRun
 from phase1.vocabulary.levels import levels
 from phase1.vocabulary.statistics import TokenStatistics
 
@@ -307,3 +308,39 @@ def test_the_table_is_its_definition_row_by_row_even_without_dense_rows_band_or_
 def test_a_mixer_or_table_that_does_not_exist_is_refused_by_the_names_of_those_that_do(flag):
     with pytest.raises(ValueError, match=f"--{flag} must be one of .*, .*; got 'mamba\\\\n'; correct it"):
         model(**{flag: "mamba\n"})
+
+
+@pytest.mark.parametrize(
+    "cls, name, value, choices",
+    [
+        (ModelConfig, "htt_output", "x", "flat, two_level"),
+        (ModelConfig, "loss", "foo", "chunked, materialized"),
+        (ModelConfig, "attention", "flash", "fused, math"),
+        (ModelConfig, "dense_start", "stat", "random, statistics"),
+        (ModelConfig, "copy_head", "no", "True, False"),
+        (ModelConfig, "copy_head", None, "True, False"),
+        (TrainConfig, "precision", "fp8", "auto, fp16, bf16, fp32"),
+        (WatchConfig, "report_to", ("wandb", "mail"), "tensorboard, wandb, trackio"),
+        (GenerateRun, "cuda_graphs", "auto", "True, False, None"),
+    ],
+)
+def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(cls, name, value, choices):
+    with pytest.raises(ValueError) as raised:
+        cls(**{name: value})
+    wrong = value[-1] if isinstance(value, tuple) else value
+    assert str(raised.value) == f"--{name.replace('_', '-')} must be one of {choices}; got {wrong!r}; correct it"
+
+
+@pytest.mark.parametrize("function", ["nll", "losses", "loss"])
+def test_targets_of_another_shape_than_the_ids_are_refused(function):
+    net, (ids, _) = model(), batch(T=9)
+    says = r"^targets must have the shape of ids, \(2, 8\); got \(2, 9\); give ids\[:, :-1\] and ids\[:, 1:\]$"
+    with pytest.raises(ValueError, match=says):
+        getattr(net, function)(ids[:, :-1], ids)
+
+
+@pytest.mark.parametrize("shape", [(1, 0), (0, 3), (3,)])
+def test_the_loss_of_no_token_is_refused(shape):
+    ids = torch.zeros(shape, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"^ids must be \(B, T\) and have a token; got shape \([^\n]*$"):
+        model().nll(ids, ids)

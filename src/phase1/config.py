@@ -1,6 +1,7 @@
 """Settings of a model, its text and its training, as frozen dataclasses: the one place a default is written."""
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -8,7 +9,8 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Final, Literal, TypeVar, get_args
+from types import NoneType, UnionType
+from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin
 
 from phase1.factory import split
 from phase1.text import printable_name
@@ -76,6 +78,17 @@ def require_not_negative(config: Any, *names: str) -> None:
             raise ValueError(f"{flag_of(name)} must be 0 or more; got {value}; raise it")
 
 
+def require_sampling(settings: Any) -> None:
+    """Raise ValueError where --temperature, --top-k or --top-p of a draw is out of range."""
+    if not settings.temperature < math.inf:
+        raise ValueError(f"--temperature must be a finite number; got {settings.temperature}; try 0.8")
+    require_not_negative(settings, "temperature")
+    if settings.top_k is not None:
+        require_positive(settings, "top_k")
+    if settings.top_p is not None and not 0 < settings.top_p <= 1:
+        raise ValueError(f"--top-p must be above 0 and at most 1; got {settings.top_p}; try 0.9")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Base of all configs. Every class checks its own fields in `__post_init__` and calls super, so bases can be combined."""
@@ -96,6 +109,21 @@ class Config:
                 if isinstance(item, str) and item.startswith("~") and item != setting.default:  # a default has a substitute
                     expected = f"{flag_of(setting.name)} must be a path that this system knows"
                     raise ValueError(f"{expected}; got {item}, no home folder; give the whole path")
+                if (choices := _choices(setting.type)) and not any(type(item) is type(c) and item == c for c in choices):
+                    expected = f"{flag_of(setting.name)} must be one of {', '.join(map(str, choices))}"
+                    raise ValueError(f"{expected}; got {item!r:.80}; correct it")
+
+
+def _choices(kind: Any) -> tuple[Any, ...]:
+    """All values that a field of type `kind`, or an item of it, may have; none where these are not counted."""
+    if kind in (bool, NoneType):
+        return (True, False) if kind is bool else (None,)
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    if get_origin(kind) is tuple:
+        return _choices(get_args(kind)[0])
+    parts = [_choices(part) for part in get_args(kind)] if get_origin(kind) in (UnionType, Union) else []
+    return tuple(itertools.chain(*parts)) if all(parts) else ()
 
 
 C = TypeVar("C", bound=Config)
@@ -221,9 +249,6 @@ class ModelConfig(EngineShape):
         super().__post_init__()
         if self.model is not None:
             object.__setattr__(self, "model", split(self.model)[1])
-        if self.recompute not in get_args(Recompute):
-            choices = ", ".join(get_args(Recompute))
-            raise ValueError(f"--recompute must be one of {choices}; got {self.recompute!r:.80}; correct it")
         if self.embedding == "htt" and not self.htt_groups <= self.vocab_size - self.htt_dense_rows:
             raise ValueError(
                 f"--htt-dense-rows + --htt-groups must be at most --vocab-size={self.vocab_size}; "

@@ -18,6 +18,7 @@ from phase1.model import LanguageModel
 from phase1.model import Rows as TableRows
 from phase1.ops.cross_entropy import IGNORE
 from phase1.tensor_names import RENAMED, pattern_of
+from phase1.training.checkpoint import not_finite
 
 try:
     import transformers
@@ -147,13 +148,19 @@ class Phase1ForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, *args: Any, key_mapping: dict[str, str] | None = None, **options: Any) -> Any:
-        """As in the base class; a folder of an earlier version, whose tensors have other names, loads too."""
-        loaded = super().from_pretrained(*args, key_mapping=OLD_NAMES | (key_mapping or {}), **options)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+    def from_pretrained(
+        cls, *args: Any, key_mapping: dict[str, str] | None = None, output_loading_info: bool = False, **options: Any
+    ) -> Any:
+        """As in the base class; a folder of an earlier version, whose tensors have other names, loads too.
+
+        Raises ValueError where a weight is missing, of another shape or not finite: nothing would give it a start.
+        """
+        names = OLD_NAMES | (key_mapping or {})
+        model, info = super().from_pretrained(*args, key_mapping=names, output_loading_info=True, **options)
+        _require_whole(model, info)
         used = model._weight_conversions  # save_pretrained would undo them, and write the old names
         model._weight_conversions = [renaming for renaming in used if not OLD_NAMES.keys() & set(renaming.source_patterns)]
-        return loaded
+        return (model, info) if output_loading_info else model
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -182,6 +189,7 @@ class Phase1ForCausalLM(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, cache: Phase1Cache | None = None, attention_mask: Tensor | None = None, **options: Any
     ) -> dict[str, Any]:
+        _require_known(options)
         if cache is not None:
             input_ids = input_ids[:, cache.length :]
         given = {"input_ids": input_ids, "cache": cache, "attention_mask": attention_mask}
@@ -189,7 +197,7 @@ class Phase1ForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         cache: Phase1Cache | None = None,
@@ -201,8 +209,13 @@ class Phase1ForCausalLM(PreTrainedModel, GenerationMixin):
         """Logits (B, T, V), log-probabilities with a copy head; with `labels` (B, T), the ids, the mean loss of the next ones.
 
         In training there is a loss and no logits. Logits of padding are 0. Raises ValueError for other masks than padding on
-        the left and, where nothing is to follow, on the right.
+        the left and, where nothing is to follow, on the right, for ids without a token, and for `inputs_embeds` and the states
+        and attentions of layers, which there are not.
         """
+        _require_known(options)
+        if input_ids is None or not input_ids.numel():
+            got = "none" if input_ids is None else f"shape {tuple(input_ids.shape)}"
+            raise ValueError(f"input_ids must have at least one token; got {got}; begin with end-of-text")
         if options.get("past_key_values") is not None:
             raise ValueError("the state is called cache; got past_key_values; use transformers 5.24 or newer")
         use_cache = not self.training if use_cache is None else use_cache
@@ -247,6 +260,26 @@ class Phase1ForCausalLM(PreTrainedModel, GenerationMixin):
             return losses[0]
         total = sum((loss * number for loss, number in zip(losses, numbers)), torch.zeros((), device=ids.device))
         return total / (sum(numbers) if count is None else count)
+
+
+def _require_whole(model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """Raise ValueError where the files have not given every weight, and a finite one."""
+    fault = next((f"no {name}" for name in sorted(info["missing_keys"])), None)
+    fault = fault or next((f"{name} of another shape" for name, *_ in info["mismatched_keys"]), None)
+    if fault is None:
+        weights = {n: p.detach() for n, p in model.named_parameters() if p.is_floating_point() and not p.is_meta}
+        fault = f"{name} that is not finite" if (name := not_finite(weights)) else None
+    if fault is not None:
+        raise ValueError(f"a folder must hold every weight of its model; got {fault}; the file is damaged: export it again")
+
+
+def _require_known(options: dict[str, Any]) -> None:
+    """Raise ValueError for what transformers may ask of a model and this one would leave out without a word."""
+    if options.get("inputs_embeds") is not None:
+        raise ValueError("the model must get input_ids, which its copy head points to; got inputs_embeds; give the ids")
+    for name in ("output_hidden_states", "output_attentions"):
+        if options.get(name):
+            raise ValueError(f"the model gives logits and its cache alone; got {name}=True; put a forward hook on model.blocks")
 
 
 def _joined(groups: list[Rows], parts: list[Tensor], rows: int, columns: int) -> Tensor:

@@ -188,6 +188,7 @@ class LanguageModel(nn.Module):
         With a copy head it is that of the mixture, mean of nll - log(1 - g) - softplus(nll + o); nan if nothing is scored.
         state: what the text before `ids` has left, or for each part what makes it; None: nothing.
         """
+        _require_same_shape(ids, targets)
         # Rebuild the table for the output: the (V, D) gradient of a table shared with the lookup would stay allocated
         # through the backward pass of all blocks.
         recompute = self.config.recompute if torch.is_grad_enabled() else "none"
@@ -256,6 +257,9 @@ class LanguageModel(nn.Module):
 
         piece_length: tokens of a text at a time, for less memory and the same losses; all of it by default, and with attention.
         """
+        _require_same_shape(ids, targets)
+        if ids.ndim != 2 or not ids.numel():
+            raise ValueError(f"ids must be (B, T) and have a token; got shape {tuple(ids.shape)}; leave out a text without one")
         table, state = self.table_of_loss(), None
         size = ids.shape[1] if piece_length is None or self.config.mixer == "attention" else piece_length
         losses, ranks = [], []
@@ -419,6 +423,12 @@ def _named(choices: dict[str, Choice], flag: str, name: str) -> Choice:
     if name not in choices:
         raise ValueError(f"{flag} must be one of {', '.join(choices)}; got {name!r:.80}; correct it")
     return choices[name]
+
+
+def _require_same_shape(ids: Tensor, targets: Tensor) -> None:
+    if targets.shape != ids.shape:
+        expected, got = tuple(ids.shape), tuple(targets.shape)
+        raise ValueError(f"targets must have the shape of ids, {expected}; got {got}; give ids[:, :-1] and ids[:, 1:]")
 
 
 def _itself(state: Any) -> Any:

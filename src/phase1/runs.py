@@ -18,6 +18,7 @@ from phase1.config import (
     recompute_option,
     require_not_negative,
     require_positive,
+    require_sampling,
 )
 from phase1.factory import split
 from phase1.machine.cards import card_for
@@ -324,11 +325,8 @@ class GenerateRun(Config):
         require_positive(self, "max_tokens", "samples")
         if self.prompt is not None and self.prompt_file is not None:
             raise ValueError("--prompt and --prompt-file are two texts to go on from; got both; leave one out")
-        require_not_negative(self, "temperature", "seed")
-        if self.top_k is not None:
-            require_positive(self, "top_k")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"--top-p must be above 0 and at most 1; got {self.top_p}; try 0.9")
+        require_not_negative(self, "seed")
+        require_sampling(self)
 
 
 @dataclass(frozen=True, kw_only=True)

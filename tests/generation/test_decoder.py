@@ -232,6 +232,7 @@ def test_graphs_are_taken_where_they_can_be_if_nothing_is_said(tmp_path, monkeyp
     asked = []
     monkeypatch.setattr("phase1.generation.decoder.Decoder", lambda *given, **_: asked.append(given[3]))
     monkeypatch.setattr(LanguageModel, "to", lambda self, device: self)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     load(folder, device=device, precision="fp32", cuda_graphs=None)
     assert asked == [graphs]
 
@@ -282,6 +283,24 @@ def test_what_cannot_be_used_is_one_line(checkpoint, damage, says):
 def test_a_prompt_without_a_token_is_refused():
     with pytest.raises(ValueError, match="at least one token"):
         decoder().prefill([])
+
+
+def test_a_text_in_place_of_its_ids_is_refused():
+    with pytest.raises(ValueError, match=r"^ids must be numbers; got the text 'The '; give decoder\.tokenizer\.encode\(text\)$"):
+        decoder().prefill("The ")
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"precision": "fp8"}, "--precision must be one of auto, fp16, bf16, fp32; got 'fp8'; correct it"),
+        ({"device": "gpu"}, "the device must be one of PyTorch's, cpu or cuda; got 'gpu'; correct it"),
+        ({"device": "cuda:99"}, r"the device must be there; got cuda:99, and PyTorch sees \d+ GPUs; try cpu"),
+    ],
+)
+def test_a_precision_or_device_that_is_not_there_is_refused(checkpoint, options, says):
+    with pytest.raises(ValueError, match=f"^{says}$"):
+        load(checkpoint, **options)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -57,3 +57,29 @@ def test_temperature_0_takes_the_likeliest_and_of_equals_the_smaller_id():
 def test_no_chance_draws_a_token_without_probability(chance):
     log_p = torch.tensor([-torch.inf, 0.0, -torch.inf])
     assert Sampling().next_id(log_p, chance) == Sampling(1.0, 2).next_id(log_p, chance) == 1
+
+
+@pytest.mark.parametrize("temperature", [1e-310, 5e-324, 1e-300])
+@pytest.mark.parametrize("cut", [{}, {"top_k": 3}, {"top_p": 0.9}])
+def test_the_smallest_temperatures_take_the_likeliest(temperature, cut):
+    sampling = Sampling(temperature, **cut)
+    assert {sampling.next_id(torch.tensor([-3.0, -1.0, -0.5, -torch.inf]), chance) for chance in (0.0, 0.5, 1 - 2**-53)} == {2}
+
+
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        ({"temperature": -1.0}, "--temperature must be 0 or more; got -1.0; raise it"),
+        ({"temperature": float("nan")}, "--temperature must be a finite number; got nan; try 0.8"),
+        ({"temperature": float("inf")}, "--temperature must be a finite number; got inf; try 0.8"),
+        ({"top_k": 0}, "--top-k must be greater than 0; got 0; give a positive number, or leave it out"),
+        ({"top_k": -1}, "--top-k must be greater than 0; got -1; give a positive number, or leave it out"),
+        ({"top_p": 2.0}, "--top-p must be above 0 and at most 1; got 2.0; try 0.9"),
+        ({"top_p": -1.0}, "--top-p must be above 0 and at most 1; got -1.0; try 0.9"),
+        ({"top_p": float("nan")}, "--top-p must be above 0 and at most 1; got nan; try 0.9"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_as_on_the_command_line(settings, says):
+    with pytest.raises(ValueError) as raised:
+        Sampling(**settings)
+    assert str(raised.value) == says

@@ -131,6 +131,14 @@ LEFT = torch.tensor([[0] * 4 + [1] * 20] * 3)
         (lambda m: m(IDS[:, -1:], attention_mask=0 * EVERY, cache=m(IDS).cache), "no padding"),
         (lambda m: m(IDS[:1], cache=m(IDS).cache), "of as many rows"),
         (lambda m: m(IDS, past_key_values=1), "called cache"),
+        (lambda m: m(IDS[:1, :0]), r"at least one token; got shape \(1, 0\); begin with end-of-text"),
+        (lambda m: m(IDS[:1, :0].float(), logits_to_keep=1), "at least one token"),  # what a tokenizer makes of ''
+        (lambda m: m.generate(IDS[:1, :0], max_new_tokens=3), "at least one token"),
+        (lambda m: m(), "at least one token; got none"),
+        (lambda m: m(inputs_embeds=torch.zeros(1, 3, 64)), "got inputs_embeds; give the ids"),
+        (lambda m: m(IDS, output_hidden_states=True), "got output_hidden_states=True"),
+        (lambda m: m(IDS, output_attentions=True), "got output_attentions=True"),
+        (lambda m: m.generate(IDS, output_hidden_states=True, return_dict_in_generate=True, max_new_tokens=3), "got output_hidden_states=True"),
         (lambda m: m.resize_token_embeddings(600), "train with a larger --vocab-size"),
         (lambda m: m.generate(IDS, attention_mask=EVERY, assistant_model=model(), max_new_tokens=3), "assisted generation"),
         (lambda m: m.generate(IDS, attention_mask=EVERY, penalty_alpha=0.6, top_k=4, max_new_tokens=3), "Contrastive Search"),
@@ -225,6 +233,19 @@ def test_a_model_loads_in_half_precision_and_by_a_device_map(tmp_path, options):
     buffers = dict(loaded.named_buffers())
     assert all(torch.equal(buffer.to(buffers[name].dtype), buffers[name]) for name, buffer in m.named_buffers())
     assert gradients(loaded).keys() == gradients(m).keys() and bool(loaded(IDS).logits.isfinite().all())
+
+
+@pytest.mark.parametrize("fault", ["no", "of another shape", "that is not finite"])
+def test_a_folder_without_every_weight_is_refused(tmp_path, fault):
+    model().save_pretrained(tmp_path)
+    tensors, name = load_file(tmp_path / "model.safetensors"), "model.blocks.1.mlp.down_proj.weight"
+    weight = tensors.pop(name)
+    if fault != "no":
+        tensors[name] = weight[:3].clone() if fault == "of another shape" else weight.fill_(torch.nan)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    said = f"no {name}" if fault == "no" else f"{name} {fault}"
+    with pytest.raises(ValueError, match=rf"^a folder must hold every weight of its model; got {said}; [^\n]*export it again$"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
 
 
 def test_the_table_is_made_once_for_all_steps_of_generate():

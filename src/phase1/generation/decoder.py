@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from phase1.data.tokenizer_files import TOKENIZER, folder_tokenizer, gpt2_tokenizer
 from phase1.data.tokenizers import Tokenizer
+from phase1.device import require_device
 from phase1.generation.replay import GraphedStep
 from phase1.model import LanguageModel
 from phase1.training.checkpoint import load_model, model_config_of, read_index, training_facts
@@ -69,8 +70,10 @@ class Decoder:
     def prefill(self, ids: Sequence[int], state: States | None = None) -> tuple[Tensor, States]:
         """log p (V,) of the token after `ids`, which follow the text that left `state`; and the new state.
 
-        Raises ValueError without a token, and where the model gives no finite number.
+        Raises ValueError without a token, for a text in place of its ids, and where the model gives no finite number.
         """
+        if isinstance(ids, str):
+            raise ValueError(f"ids must be numbers; got the text {ids!r:.40}; give decoder.tokenizer.encode(text)")
         if not len(ids):
             raise ValueError("a text must have at least one token; got none; begin with end-of-text")
         given = torch.tensor([list(ids)], device=self.device)
@@ -116,8 +119,11 @@ def load(
         copy_head: whether the copy head, if there is one, is mixed in.
         cuda_graphs: as in Decoder; None is wherever it can be.
     Raises:
-        ValueError: missing or damaged, without a tokenizer or with another one than that of the training.
+        ValueError: missing or damaged, without a tokenizer or with another one than that of the training; no such device or
+            precision.
     """
+    require_device(device)
+    dtype = compute_dtype(precision, device)
     folder = Path(folder).expanduser()
     if is_exported(folder):
         model, facts = load_exported(folder)
@@ -140,7 +146,6 @@ def load(
         )
     if not copy_head:
         model.copy_head = None
-    dtype = compute_dtype(precision, device)
     if cuda_graphs is None:
         cuda_graphs = device == "cuda" and model.config.mixer != "attention"
     return Decoder(model.to(device), found, dtype, cuda_graphs, trained_length=facts["seq_length"])

@@ -1,9 +1,12 @@
 """Which token comes next: a draw from the model's distribution, cut and sharpened as asked."""
 
+import sys
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from phase1.config import require_sampling
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,10 @@ class Sampling:
     top_k: int | None = None
     top_p: float | None = None
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for a value out of range."""
+        require_sampling(self)
+
     def next_id(self, log_p: Tensor, chance: float) -> int:
         """The token that `chance`, uniform in [0, 1), draws from log p (V,)."""
         if self.temperature == 0:
@@ -28,7 +35,8 @@ class Sampling:
 
     def distribution(self, log_p: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities (n,), float64, of the tokens that are left, and their ids (n,); by falling probability if cut."""
-        log_p = log_p.double() / self.temperature
+        log_p = log_p.double()
+        log_p = (log_p - log_p.max()) / max(self.temperature, sys.float_info.min)  # 1 / it is finite, and the largest stays 0
         if self.top_k is None and self.top_p is None:
             return log_p.softmax(0), torch.arange(len(log_p), device=log_p.device)
         log_p, ids = log_p.sort(descending=True, stable=True)

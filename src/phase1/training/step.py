@@ -48,9 +48,11 @@ class TrainState:
 
 def compute_dtype(precision: str, device: torch.device | str) -> torch.dtype:
     """The autocast type that `precision` means on `device`: auto is float16 on CUDA and float32 elsewhere."""
-    if precision == "auto":
-        precision = "fp16" if torch.device(device).type == "cuda" else "fp32"
-    return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    auto = torch.float16 if torch.device(device).type == "cuda" else torch.float32
+    dtypes = {"auto": auto, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+    if precision not in dtypes:
+        raise ValueError(f"--precision must be one of {', '.join(dtypes)}; got {precision!r:.80}; correct it")
+    return dtypes[precision]
 
 
 def precision(asked: str, device: str) -> str:
