@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "stats": {"records"},
     "checks": {"machine", "records", "roster", "stats"},
     "tables": {"config", "machine", "presets", "records", "roster", "text"},
-    "generation": {"config", "data", "layers", "model", "trainable", "training"},
+    "generation": {"config", "data", "device", "layers", "model", "trainable", "training"},
     "hf": {"config", "layers", "model", "ops", "tensor_names"},
     "lm_eval": {"hf", "ops"},
     "plots": {"files", "records", "roster", "tables", "text"},

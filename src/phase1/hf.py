@@ -17,8 +17,7 @@ from phase1.layers.token_table import HTTTable
 from phase1.model import LanguageModel
 from phase1.model import Rows as TableRows
 from phase1.ops.cross_entropy import IGNORE
-from phase1.tensor_names import RENAMED, pattern_of
-from phase1.training.checkpoint import not_finite
+from phase1.tensor_names import RENAMED, not_finite, pattern_of
 
 try:
     import transformers

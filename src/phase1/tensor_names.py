@@ -1,8 +1,8 @@
-"""The names that a model's tensors have had: the one map with which checkpoints and exports of earlier versions still load."""
+"""The names that tensors of a model have had, the one map with which older checkpoints and exports still load; and a bad one's."""
 
 import re
 from collections.abc import Mapping
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
 
@@ -20,6 +20,11 @@ RENAMED: Final = {
     "embedding.positions_of": "embedding.row_of_id",
 }
 """Old names and present ones, of modules or of parameters, without the model around them."""
+
+
+def not_finite(tensors: Mapping[str, Any]) -> str | None:
+    """The name of the first tensor with NaN or infinity in it."""
+    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
 
 
 def pattern_of(name: str) -> str:

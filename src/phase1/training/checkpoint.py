@@ -21,7 +21,7 @@ from phase1.files import atomic_write, open_plain, read_json, remove
 from phase1.parallel import group
 from phase1.parallel.parts import part_of, whole
 from phase1.records.metrics import CHECKPOINT, MAX_CHECKPOINT_BYTES, PATIENCE
-from phase1.tensor_names import with_present_names
+from phase1.tensor_names import not_finite, with_present_names
 from phase1.text import one_line
 from phase1.trainable import Trainable, build
 from phase1.training.optimizers import kept
@@ -100,11 +100,6 @@ def _own_files(folder: Path) -> set[str]:
                 if MARK.items() <= (file.metadata() or {}).items():
                     own.add(path.name)
     return own
-
-
-def not_finite(tensors: dict[str, Tensor]) -> str | None:
-    """The name of the first tensor with NaN or infinity in it."""
-    return next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
 
 
 def read_index(folder: Path | str) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 from phase1.config import ModelConfig, present_settings
 from phase1.files import read_json
-from phase1.tensor_names import with_present_names
+from phase1.tensor_names import not_finite, with_present_names
 from phase1.text import one_line
 from phase1.trainable import Trainable, build
-from phase1.training.checkpoint import INDEX, config_from, not_finite, open_tensors, require_shapes
+from phase1.training.checkpoint import INDEX, config_from, open_tensors, require_shapes
 
 T = TypeVar("T")
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
