@@ -1,4 +1,4 @@
-"""The names that tensors of a model have had, the one map with which older checkpoints and exports still load; and a bad one's."""
+"""Names that tensors of a model have had, the one map with which older checkpoints and exports still load; names of bad ones."""
 
 import re
 from collections.abc import Mapping
