@@ -1,4 +1,4 @@
-"""Names that tensors of a model have had, the one map with which older checkpoints and exports still load; names of bad ones."""
+"""Names that tensors of a model have had, the one map with which older checkpoints and exports still load; and of bad ones."""
 
 import re
 from collections.abc import Mapping
