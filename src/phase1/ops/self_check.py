@@ -37,18 +37,16 @@ def failed_kernels() -> list[str]:
     return [f"kernels of {name} failed their check ({why}): PyTorch's operators ran" for name, why in DISPROVEN.items()]
 
 
-def passes(
-    kernels: str, index: int, dtype: torch.dtype, sizes: str, folder: Path, worst_error: Callable[[], float], default: str
-) -> bool:
+def passes(kernels: str, index: int, dtype: torch.dtype, sizes: str, worst_error: Callable[[], float], default: str) -> bool:
     """Whether `worst_error` of these kernels is within the limit on GPU `index`.
 
-    Asked once for a card, PyTorch, Triton, sizes and source in `folder`; the answer is kept in the cache folder. A failure is
-    said in one line, and is in DISPROVEN.
+    Asked once for a card, PyTorch, Triton, sizes and source of all kernels; the answer is kept in the cache folder. A failure
+    is said in one line, and is in DISPROVEN.
     """
     import triton  # takes a second to import
 
     card = torch.cuda.get_device_properties(index)
-    facts = [kernels, card.name, torch.__version__, triton.__version__, _source(folder), sizes, str(dtype)]
+    facts = [kernels, card.name, torch.__version__, triton.__version__, _source(), sizes, str(dtype)]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     answers = _kept()
     if key not in answers:
@@ -98,7 +96,7 @@ def proven(device: torch.device, dtype: torch.dtype) -> bool:
 def _proven(index: int, dtype: torch.dtype) -> bool:
     default = "the forms in PyTorch run in their place"
     check = lambda: worst_error(torch.device("cuda", index), dtype)  # noqa: E731
-    return passes(KERNELS, index, dtype, "", Path(__file__).parent, check, default)
+    return passes(KERNELS, index, dtype, "", check, default)
 
 
 def worst_error(device: torch.device, dtype: torch.dtype) -> float:
@@ -187,9 +185,10 @@ def _angles(form, device: torch.device, dtype: torch.dtype, to: torch.dtype) -> 
     return found
 
 
-def _source(folder: Path) -> str:
-    """A fingerprint of the kernels."""
-    files = sorted(folder.rglob("*.py"))
+@cache
+def _source() -> str:
+    """A fingerprint of all kernels, as some use functions of others."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -46,7 +46,7 @@ class Core(NamedTuple):
     y: Tensor  # (B, T, H, P)
     states: Tensor  # (B·H, NS + 1, R, P) before each stretch, and the final one
     lse: Tensor  # (B, H, T) log2 of the window's normaliser
-    total: Tensor | None  # (B·H, NS) log decay of each stretch
+    total: Tensor | None  # (B·H, NS) log2 of the decay of each stretch
 
 
 class Gradients(NamedTuple):
@@ -67,12 +67,11 @@ def launches_for(R: int, P: int, dtype: torch.dtype) -> Launches:
     """The fastest found on an H200 at heads of 64; larger heads and float32 take blocks that fit other cards' memory too."""
     if dtype == torch.float32 or R > 64 or P > 64:
         return Launches(*[Launch(16, 16, 4, 1)] * 6)
-    state, near_keys = Launch(32, 32, 4, 2), Launch(32, 16, 2, 3)
+    near_q, near_keys = Launch(64, 32, 4, 3), Launch(64, 16, 4, 3)
+    wide, narrow = Launch(32, 32, 4, 2), Launch(32, 32, 2, 2)
     if R > 32:
-        wide = Launch(32, 32, 4, 2)
-        return Launches(state, wide, wide, Launch(64, 32, 4, 3), near_keys, Launch(16, 16, 2, 2))
-    narrow = Launch(32, 32, 2, 2)
-    return Launches(state, narrow, narrow, Launch(32, 16, 2, 3), near_keys, narrow)
+        return Launches(wide, wide, wide, near_q, near_keys, Launch(16, 16, 2, 2))
+    return Launches(wide, narrow, Launch(32, 32, 2, 3), near_q, near_keys, narrow)
 
 
 def _axes(R: int, P: int) -> dict[str, int]:
@@ -130,16 +129,18 @@ def core_backward(
     df = torch.empty(B, H, T, P, dtype=x.dtype, device=x.device)
     sums = wide(B * NS, H * P + H)
     carried = NS > 1 or state is not None
-    d_added = wide(B * H, NS, R, P)
+    d_added = wide(B * H if carried else 0, NS, R, P)
     run = launches.far_u
     kernels.far_backward_u_kernel[(NS, B * H)](
         u, v, x, dt, log_a, scale, saved.states, dy, df, du, uw, d_added, sums, T, L, NS, int(carried), eps, H=H, **axes,
-        NC=span // run.chunk, **run.options(),
+        NC=span // run.chunk, CARRIED=carried, **run.options(),
     )  # fmt: skip
     ends = carried or d_last is not None
     d_states = wide(B * H, NS + 1, R, P) if ends else saved.states  # not read without any
     if carried:
-        total = log_a.clamp_min(-60).sum(-1).view(-1, 1) if saved.total is None else saved.total
+        total = saved.total
+        if total is None:
+            total = log_a.clamp_min(kernels.LOWEST.value).sum(-1).view(-1, 1) * kernels.LOG2E.value
         _carry(d_added, total, d_last, d_states, reverse=True)
     elif d_last is not None:
         d_states[:, 1] = d_last.view(B * H, R, P)

@@ -18,9 +18,9 @@ from phase1.ops.rotary.kernel import write_angles
 GATE_ROWS = 32  # tokens of a tile of the gate
 COLUMNS = 256  # of the convolution, at a time
 FORWARD_ROWS = 8  # positions of a program in front of the core
-PAIRS = 64  # of columns that are turned together, in a warp of a backward pass: two a thread, as registers are many
-STRETCH, STRETCHES = 32, 2048  # those of a backward pass, or more where there are so many stretches
-NORM_ROWS = 2  # of the gated norm's gradient, at a time: one warp holds a whole row
+PAIRS = 128  # of columns that are turned together, in a warp of a backward pass: one warp waits for no other
+STRETCH, STRETCHES = 64, 2048  # those of a backward pass, or more where there are so many stretches
+NORM_ROWS = 1  # of the gated norm's gradient, at a time: one warp holds a whole row
 PROGRAMS = 264  # that add up the gradients of parameters
 
 
@@ -116,7 +116,7 @@ def backward(
     scale_sums, conv_sums = wide(s.B * stretches, s.H * s.R), wide(s.B * stretches, (TAPS + 1) * s.conv)
     d_gate_u, d_gate_v = (wide(s.B, s.T, s.R) for _ in range(2))
     blocks = _operand_blocks(s)
-    warps = min(8, max(2, blocks["HEADS"] * blocks["HB"] // PAIRS))
+    warps = min(8, max(1, blocks["HEADS"] * blocks["HB"] // PAIRS))
     operands_backward_kernel[(stretches, 2 + triton.cdiv(D, COLUMNS), s.B)](
         proj, first, p.conv_weight, p.conv_bias, p.q_scale, gate, cos, sin, g.u, g.v, g.q, g.k, g.x, d_gate_u, d_gate_v,
         d_proj, d_past, scale_sums, conv_sums, s.T, L, *strides, rows, eps, **blocks, PAST=past_conv is not None,

@@ -7,10 +7,7 @@ log_a = -exp(A_log) dt - forget. `hidden` and `raw` are columns of the input pro
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def softplus(x):  # type: ignore[no-untyped-def]
-    return tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
+from phase1.ops.elementwise import sigmoid, softplus
 
 
 @triton.jit
@@ -57,7 +54,7 @@ def gate_kernel(  # type: ignore[no-untyped-def]
         b_W = tl.load(W, mask=free[None, :] & (o_n < N)[:, None], other=0.0)
         logit = tl.dot(hidden, b_W.to(hidden.dtype), input_precision="ieee")
         logit += tl.load(gate_out + o_r - FIXED, mask=free, other=0.0).to(tl.float32)[None, :]
-        g = tl.where(free[None, :], 1.0 / (1.0 + tl.exp(-logit)), 1.0)
+        g = tl.where(free[None, :], sigmoid(logit), 1.0)
     tl.store(gate + row[:, None] * R + o_r[None, :], g.to(gate.dtype.element_ty), mask=m[:, None] & mr[None, :])
 
 
@@ -95,7 +92,7 @@ def gate_backward_kernel(  # type: ignore[no-untyped-def]
         raw = tl.load(proj + place[:, None] + o_h[None, :], mask=mask, other=0.0).to(tl.float32) + bias
         o = (b[:, None] * H + o_h[None, :]) * T + t[:, None]
         b_log_a = tl.load(d_log_a + o, mask=mask, other=0.0)
-        d_raw = (tl.load(d_dt + o, mask=mask, other=0.0) + b_log_a * rate) / (1.0 + tl.exp(-raw))
+        d_raw = (tl.load(d_dt + o, mask=mask, other=0.0) + b_log_a * rate) * sigmoid(raw)
         tl.store(d_proj + d_place[:, None] + o_h[None, :], d_raw.to(d_proj.dtype.element_ty), mask=mask)
         d_bias += d_raw
         d_A += b_log_a * rate * softplus(raw)

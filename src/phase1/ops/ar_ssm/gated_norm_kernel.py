@@ -3,19 +3,22 @@
 import triton
 import triton.language as tl
 
+from phase1.ops.elementwise import sigmoid
+
 
 @triton.jit
-def _gated(y, z, row, m, i_b, i_t, stride_b, stride, o, mo, D: tl.constexpr):  # type: ignore[no-untyped-def]
+def _gated(y, z, row, m, i_b, i_t, stride_b, stride: tl.constexpr, o, mo, D: tl.constexpr):  # type: ignore[no-untyped-def]
     """y, z and sigmoid(z), float32."""
     mask = m[:, None] & mo[None, :]
     b_y = tl.load(y + row[:, None] * D + o[None, :], mask=mask, other=0.0).to(tl.float32)
     b_z = tl.load(z + (i_b * stride_b + i_t * stride)[:, None] + o[None, :], mask=mask, other=0.0).to(tl.float32)
-    return b_y, b_z, 1.0 / (1.0 + tl.exp(-b_z))
+    return b_y, b_z, sigmoid(b_z)
 
 
 @triton.jit(do_not_specialize=["n", "T"])
 def gated_norm_kernel(  # type: ignore[no-untyped-def]
-    y, z, weight, out, n, T, stride_b, stride, eps: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, ROWS: tl.constexpr,
+    y, z, weight, out, n, T, stride_b, stride: tl.constexpr, eps: tl.constexpr, D: tl.constexpr, DB: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """out = weight ⊙ g rsqrt(mean(g²) + eps), g = y silu(z), for ROWS of the n = B T rows."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -30,8 +33,8 @@ def gated_norm_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["n", "T"])
 def gated_norm_backward_kernel(  # type: ignore[no-untyped-def]
-    y, z, weight, d_out, dy, dz, d_weight, n, T, stride_b, stride, d_stride_b, d_stride, eps: tl.constexpr,
-    D: tl.constexpr, DB: tl.constexpr, ROWS: tl.constexpr,
+    y, z, weight, d_out, dy, dz, d_weight, n, T, stride_b, stride: tl.constexpr, d_stride_b, d_stride: tl.constexpr,
+    eps: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """dy, dz, and what each program's rows add to the weight's gradient, `d_weight` (programs, D)."""
     o = tl.arange(0, DB)

@@ -8,6 +8,8 @@ channel j of one with channel j of the other.
 import triton
 import triton.language as tl
 
+from phase1.ops.elementwise import sigmoid
+
 TAPS = tl.constexpr(4)  # of the convolution
 
 
@@ -36,13 +38,34 @@ def _if(here, mc):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def convolved(x3, x2, x1, x0, weight, bias, columns, mc, CONV):  # type: ignore[no-untyped-def]
-    """bias + Σ_j weight_j of four rows of inputs, the oldest first: the convolution's output at the last one."""
-    c = tl.load(bias + columns, mask=mc, other=0.0).to(tl.float32)
-    c += x3 * tl.load(weight + columns, mask=mc, other=0.0).to(tl.float32)
-    c += x2 * tl.load(weight + CONV + columns, mask=mc, other=0.0).to(tl.float32)
-    c += x1 * tl.load(weight + 2 * CONV + columns, mask=mc, other=0.0).to(tl.float32)
-    return c + x0 * tl.load(weight + 3 * CONV + columns, mask=mc, other=0.0).to(tl.float32)
+def taps_of(weight, bias, columns, mc, CONV):  # type: ignore[no-untyped-def]
+    """The convolution's four weights of each column, that of the oldest input first, and its bias."""
+    w0 = tl.load(weight + columns, mask=mc, other=0.0).to(tl.float32)
+    w1 = tl.load(weight + CONV + columns, mask=mc, other=0.0).to(tl.float32)
+    w2 = tl.load(weight + 2 * CONV + columns, mask=mc, other=0.0).to(tl.float32)
+    w3 = tl.load(weight + 3 * CONV + columns, mask=mc, other=0.0).to(tl.float32)
+    return w0, w1, w2, w3, tl.load(bias + columns, mask=mc, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def convolved(x3, x2, x1, x0, w0, w1, w2, w3, c):  # type: ignore[no-untyped-def]
+    """c + Σ_j w_j of four rows of inputs, the oldest first: the convolution's output at the last one."""
+    return c + x3 * w0 + x2 * w1 + x1 * w2 + x0 * w3
+
+
+@triton.jit
+def _spread(d, p3, p2, p1, w0, w1, w2, w3):  # type: ignore[no-untyped-def]
+    """The gradient of the input three positions ago, of which `d` is the last part, and what those of the three after it have.
+
+    Carried are sums that differ. Of rows of `d` that start as zeros and are handed on, Triton 3.6 makes one, without a word.
+    """
+    return p3 + d * w0, p2 + d * w1, p1 + d * w2, d * w3
+
+
+@triton.jit
+def _sums_with(own, x3, x2, x1, x0, a0, a1, a2, a3, a4):  # type: ignore[no-untyped-def]
+    """The gradients of the taps, the oldest first, and of the bias, with those that the output's gradient `own` adds."""
+    return a0 + own * x3, a1 + own * x2, a2 + own * x1, a3 + own * x0, a4 + own
 
 
 @triton.jit
@@ -64,6 +87,22 @@ def get(p, o, m):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _row_of_heads(  # type: ignore[no-untyped-def]
+    proj, past, gate, cos, sin, t, b, T, stride, left, right, j, mc, R: tl.constexpr, CONV: tl.constexpr,
+    PAST: tl.constexpr, WINDOWED: tl.constexpr,
+):  # fmt: skip
+    """What u and v at position t are made of, in two halves: inputs of the convolution, the gate, cos and sin of the angle."""
+    m = _if((t >= 0) & (t < T), mc)
+    x = _input_row(proj, past, t, T, stride, left, mc, CONV, PAST)
+    y = _input_row(proj, past, t, T, stride, right, mc, CONV, PAST)
+    o = (b * T + t) * R + j
+    g1, g2 = get(gate, o, m), get(gate, o + R // 2, m)
+    if WINDOWED:
+        return x, y, g1, g2, get(cos, t * (R // 2) + j, m), get(sin, t * (R // 2) + j, m)
+    return x, y, g1, g2, g1, g2
+
+
+@triton.jit
 def _values(  # type: ignore[no-untyped-def]
     proj, past, weight, bias, x, columns, begin, rows, b, T, L, stride, H: tl.constexpr, P: tl.constexpr,
     CONV: tl.constexpr, PAST: tl.constexpr,
@@ -71,13 +110,15 @@ def _values(  # type: ignore[no-untyped-def]
     """Some columns of x."""
     mc = columns < H * P
     o = ((b * H + columns // P) * L + L - T) * P + columns % P
+    w0, w1, w2, w3, c0 = taps_of(weight, bias, columns, mc, CONV)
     x3, x2, x1 = _rows_before(proj, past, begin, T, stride, columns, mc, CONV, PAST)
+    x0 = _input_row(proj, past, begin, T, stride, columns, mc, CONV, PAST)
     for i in range(rows):
         t = begin + i
-        x0 = _input_row(proj, past, t, T, stride, columns, mc, CONV, PAST)
-        c = convolved(x3, x2, x1, x0, weight, bias, columns, mc, CONV)
-        put(x, o + t * P, _if(t < T, mc), c / (1.0 + tl.exp(-c)))
-        x3, x2, x1 = x2, x1, x0
+        x_next = _input_row(proj, past, t + 1, T, stride, columns, mc, CONV, PAST)  # on its way while this one is used
+        c = convolved(x3, x2, x1, x0, w0, w1, w2, w3, c0)
+        put(x, o + t * P, _if(t < T, mc), c * sigmoid(c))
+        x3, x2, x1, x0 = x2, x1, x0, x_next
 
 
 @triton.jit
@@ -96,20 +137,22 @@ def _heads(  # type: ignore[no-untyped-def]
     if SCALED:
         scale1 = tl.load(scale + head * R + j, mask=mc, other=0.0)
         scale2 = tl.load(scale + head * R + HALF + j, mask=mc, other=0.0)
+    v0, v1, v2, v3, c1 = taps_of(weight, bias, left, mc, CONV)
+    w0, w1, w2, w3, c2 = taps_of(weight, bias, right, mc, CONV)
     x3, x2, x1 = _rows_before(proj, past, begin, T, stride, left, mc, CONV, PAST)
     y3, y2, y1 = _rows_before(proj, past, begin, T, stride, right, mc, CONV, PAST)
+    x0, y0, g1, g2, b_cos, b_sin = _row_of_heads(
+        proj, past, gate, cos, sin, begin, b, T, stride, left, right, j, mc, R, CONV, PAST, WINDOWED
+    )
     for i in range(rows):
         t = begin + i
         m = _if(t < T, mc)
-        x0 = _input_row(proj, past, t, T, stride, left, mc, CONV, PAST)
-        y0 = _input_row(proj, past, t, T, stride, right, mc, CONV, PAST)
-        o, o_g = (b * H + head) * T * R + t * R + j, (b * T + t) * R + j
-        g1, g2 = get(gate, o_g, m), get(gate, o_g + HALF, m)
-        if WINDOWED:
-            b_cos = tl.load(cos + t * HALF + j, mask=m, other=0.0)
-            b_sin = tl.load(sin + t * HALF + j, mask=m, other=0.0)
-        n1 = convolved(x3, x2, x1, x0, weight, bias, left, mc, CONV)
-        n2 = convolved(y3, y2, y1, y0, weight, bias, right, mc, CONV)
+        x, y, g1_next, g2_next, cos_next, sin_next = _row_of_heads(
+            proj, past, gate, cos, sin, t + 1, b, T, stride, left, right, j, mc, R, CONV, PAST, WINDOWED
+        )
+        o = (b * H + head) * T * R + t * R + j
+        n1 = convolved(x3, x2, x1, x0, v0, v1, v2, v3, c1)
+        n2 = convolved(y3, y2, y1, y0, w0, w1, w2, w3, c2)
         r = tl.rsqrt(_mean_of_head(n1 * n1 + n2 * n2, R, HEADS) + eps)
         n1 *= r
         n2 *= r
@@ -122,8 +165,9 @@ def _heads(  # type: ignore[no-untyped-def]
             o = (b * H + head) * (T + past_rows) * R + (past_rows + t) * R + j
             put(turned, o, m, n1 * b_cos - n2 * b_sin)
             put(turned, o + HALF, m, n2 * b_cos + n1 * b_sin)
-        x3, x2, x1 = x2, x1, x0
-        y3, y2, y1 = y2, y1, y0
+        x3, x2, x1, x0 = x2, x1, x0, x
+        y3, y2, y1, y0 = y2, y1, y0, y
+        g1, g2, b_cos, b_sin = g1_next, g2_next, cos_next, sin_next
 
 
 @triton.jit(do_not_specialize=["T", "L", "rows"])
@@ -158,15 +202,6 @@ def operands_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _taps(weight, columns, mc, CONV: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The four weights of each column, that of the oldest input first."""
-    w0 = tl.load(weight + columns, mask=mc, other=0.0).to(tl.float32)
-    w1 = tl.load(weight + CONV + columns, mask=mc, other=0.0).to(tl.float32)
-    w2 = tl.load(weight + 2 * CONV + columns, mask=mc, other=0.0).to(tl.float32)
-    return w0, w1, w2, tl.load(weight + 3 * CONV + columns, mask=mc, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def _put_row(  # type: ignore[no-untyped-def]
     d_proj, d_past, b, t, T, stride, columns, mc, value, CONV: tl.constexpr, PAST: tl.constexpr
 ):  # fmt: skip
@@ -195,29 +230,40 @@ def _values_backward(  # type: ignore[no-untyped-def]
     """Some columns of x. Row t of inputs has its gradient once that of the convolution's output at t + 3 is there."""
     mc = columns < H * P
     o = ((b * H + columns // P) * L + L - T) * P + columns % P
-    w0, w1, w2, w3 = _taps(weight, columns, mc, CONV)
+    w0, w1, w2, w3, c0 = taps_of(weight, bias, columns, mc, CONV)
     x3, x2, x1 = _rows_before(proj, past, begin, T, stride, columns, mc, CONV, PAST)
     nothing = tl.zeros([columns.shape[0]], tl.float32)
-    d3, d2, d1 = nothing, nothing, nothing
+    p3, p2, p1 = nothing, nothing, nothing
     a0, a1, a2, a3, a4 = nothing, nothing, nothing, nothing, nothing
+    x0 = _input_row(proj, past, begin, T, stride, columns, mc, CONV, PAST)
+    d = get(dx, o + begin * P, _if((begin >= 0) & (begin < T), mc))
     for i in range(rows + TAPS - 1):
         t = begin + i
-        x0 = _input_row(proj, past, t, T, stride, columns, mc, CONV, PAST)
-        d0 = get(dx, o + t * P, _if((t >= 0) & (t < T), mc))
-        c = convolved(x3, x2, x1, x0, weight, bias, columns, mc, CONV)
-        s = 1.0 / (1.0 + tl.exp(-c))
-        d0 *= s * (1.0 + c * (1.0 - s))
-        own = tl.where(i < rows, d0, 0.0)
-        a0 += own * x3
-        a1 += own * x2
-        a2 += own * x1
-        a3 += own * x0
-        a4 += own
-        value = d3 * w3 + d2 * w2 + d1 * w1 + d0 * w0
+        x = _input_row(proj, past, t + 1, T, stride, columns, mc, CONV, PAST)  # of the next round: on its way meanwhile
+        d_next = get(dx, o + (t + 1) * P, _if((t >= -1) & (t + 1 < T), mc))
+        c = convolved(x3, x2, x1, x0, w0, w1, w2, w3, c0)
+        s = sigmoid(c)
+        d *= s * (1.0 + c * (1.0 - s))
+        own = tl.where(i < rows, d, 0.0)
+        a0, a1, a2, a3, a4 = _sums_with(own, x3, x2, x1, x0, a0, a1, a2, a3, a4)
+        value, p3, p2, p1 = _spread(d, p3, p2, p1, w0, w1, w2, w3)
         _put_row(d_proj, d_past, b, t - (TAPS - 1), T, d_stride, columns, _if(i >= TAPS - 1, mc), value, CONV, PAST)
-        x3, x2, x1 = x2, x1, x0
-        d3, d2, d1 = d2, d1, d0
+        x3, x2, x1, x0, d = x2, x1, x0, x, d_next
     _put_sums(sums, columns, mc, a0, a1, a2, a3, a4, CONV)
+
+
+@triton.jit
+def _row_of_gradients(  # type: ignore[no-untyped-def]
+    d, d_turned, t, b, T, past_rows, head, j, mc, H: tl.constexpr, R: tl.constexpr, WINDOWED: tl.constexpr
+):  # fmt: skip
+    """The gradients of u or v at position t, and of the query or key, in two halves."""
+    m = _if((t >= 0) & (t < T), mc)
+    o = (b * H + head) * T * R + t * R + j
+    d1, d2 = get(d, o, m), get(d, o + R // 2, m)
+    if WINDOWED:
+        o = (b * H + head) * (T + past_rows) * R + (past_rows + t) * R + j
+        return d1, d2, get(d_turned, o, m), get(d_turned, o + R // 2, m)
+    return d1, d2, d1, d2
 
 
 @triton.jit
@@ -238,29 +284,28 @@ def _heads_backward(  # type: ignore[no-untyped-def]
         scale1 = tl.load(scale + head * R + j, mask=mc, other=0.0)
         scale2 = tl.load(scale + head * R + HALF + j, mask=mc, other=0.0)
         d_scale1, d_scale2 = nothing, nothing
-    v0, v1, v2, v3 = _taps(weight, left, mc, CONV)
-    w0, w1, w2, w3 = _taps(weight, right, mc, CONV)
+    v0, v1, v2, v3, c1 = taps_of(weight, bias, left, mc, CONV)
+    w0, w1, w2, w3, c2 = taps_of(weight, bias, right, mc, CONV)
     x3, x2, x1 = _rows_before(proj, past, begin, T, stride, left, mc, CONV, PAST)
     y3, y2, y1 = _rows_before(proj, past, begin, T, stride, right, mc, CONV, PAST)
-    d3, d2, d1, e3, e2, e1 = nothing, nothing, nothing, nothing, nothing, nothing
+    p3, p2, p1, q3, q2, q1 = nothing, nothing, nothing, nothing, nothing, nothing
     a0, a1, a2, a3, a4 = nothing, nothing, nothing, nothing, nothing
     b0, b1, b2, b3, b4 = nothing, nothing, nothing, nothing, nothing
+    x0, y0, g1, g2, b_cos, b_sin = _row_of_heads(
+        proj, past, gate, cos, sin, begin, b, T, stride, left, right, j, mc, R, CONV, PAST, WINDOWED
+    )
+    d0, e0, turned1, turned2 = _row_of_gradients(d, d_turned, begin, b, T, past_rows, head, j, mc, H, R, WINDOWED)
     for i in range(rows + TAPS - 1):
         t = begin + i
-        inside = (t >= 0) & (t < T)
-        m, m_gate = _if(inside, mc), _if(inside & (i < rows), mj)
-        x0 = _input_row(proj, past, t, T, stride, left, mc, CONV, PAST)
-        y0 = _input_row(proj, past, t, T, stride, right, mc, CONV, PAST)
-        o, o_g = (b * H + head) * T * R + t * R + j, (b * T + t) * R + j
-        d0, e0 = get(d, o, m), get(d, o + HALF, m)
-        g1, g2 = get(gate, o_g, m), get(gate, o_g + HALF, m)
-        if WINDOWED:
-            b_cos = tl.load(cos + t * HALF + j, mask=m, other=0.0)
-            b_sin = tl.load(sin + t * HALF + j, mask=m, other=0.0)
-            o_k = (b * H + head) * (T + past_rows) * R + (past_rows + t) * R + j
-            turned1, turned2 = get(d_turned, o_k, m), get(d_turned, o_k + HALF, m)
-        n1 = convolved(x3, x2, x1, x0, weight, bias, left, mc, CONV)
-        n2 = convolved(y3, y2, y1, y0, weight, bias, right, mc, CONV)
+        m_gate = _if((t >= 0) & (t < T) & (i < rows), mj)
+        x, y, g1_next, g2_next, cos_next, sin_next = _row_of_heads(
+            proj, past, gate, cos, sin, t + 1, b, T, stride, left, right, j, mc, R, CONV, PAST, WINDOWED
+        )
+        d_next, e_next, turned1_next, turned2_next = _row_of_gradients(
+            d, d_turned, t + 1, b, T, past_rows, head, j, mc, H, R, WINDOWED
+        )
+        n1 = convolved(x3, x2, x1, x0, v0, v1, v2, v3, c1)
+        n2 = convolved(y3, y2, y1, y0, w0, w1, w2, w3, c2)
         r = tl.rsqrt(_mean_of_head(n1 * n1 + n2 * n2, R, HEADS) + eps)
         n1 *= r
         n2 *= r
@@ -282,26 +327,18 @@ def _heads_backward(  # type: ignore[no-untyped-def]
         d0 = r * (d0 - n1 * mean)
         e0 = r * (e0 - n2 * mean)
         own = tl.where(i < rows, d0, 0.0)
-        a0 += own * x3
-        a1 += own * x2
-        a2 += own * x1
-        a3 += own * x0
-        a4 += own
+        a0, a1, a2, a3, a4 = _sums_with(own, x3, x2, x1, x0, a0, a1, a2, a3, a4)
         own = tl.where(i < rows, e0, 0.0)
-        b0 += own * y3
-        b1 += own * y2
-        b2 += own * y1
-        b3 += own * y0
-        b4 += own
+        b0, b1, b2, b3, b4 = _sums_with(own, y3, y2, y1, y0, b0, b1, b2, b3, b4)
         at, there = t - (TAPS - 1), _if(i >= TAPS - 1, mc)
-        value = d3 * v3 + d2 * v2 + d1 * v1 + d0 * v0
+        value, p3, p2, p1 = _spread(d0, p3, p2, p1, v0, v1, v2, v3)
         _put_row(d_proj, d_past, b, at, T, d_stride, left, there, value, CONV, PAST)
-        value = e3 * w3 + e2 * w2 + e1 * w1 + e0 * w0
+        value, q3, q2, q1 = _spread(e0, q3, q2, q1, w0, w1, w2, w3)
         _put_row(d_proj, d_past, b, at, T, d_stride, right, there, value, CONV, PAST)
-        x3, x2, x1 = x2, x1, x0
-        y3, y2, y1 = y2, y1, y0
-        d3, d2, d1 = d2, d1, d0
-        e3, e2, e1 = e2, e1, e0
+        x3, x2, x1, x0 = x2, x1, x0, x
+        y3, y2, y1, y0 = y2, y1, y0, y
+        g1, g2, b_cos, b_sin = g1_next, g2_next, cos_next, sin_next
+        d0, e0, turned1, turned2 = d_next, e_next, turned1_next, turned2_next
     _put_sums(sums, left, mc, a0, a1, a2, a3, a4, CONV)
     _put_sums(sums, right, mc, b0, b1, b2, b3, b4, CONV)
     if SCALED:

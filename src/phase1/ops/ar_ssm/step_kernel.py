@@ -7,9 +7,9 @@ that the kernel which was checked is the one that runs. All is read once: sums a
 import triton
 import triton.language as tl
 
-from phase1.ops.ar_ssm.core_kernel import LOG2E, load_rows, store_rows
-from phase1.ops.ar_ssm.gate_kernel import softplus
-from phase1.ops.ar_ssm.operands_kernel import TAPS, convolved, get, put
+from phase1.ops.ar_ssm.core_kernel import load_rows, store_rows
+from phase1.ops.ar_ssm.operands_kernel import TAPS, convolved, get, put, taps_of
+from phase1.ops.elementwise import LOG2E, sigmoid, softplus
 from phase1.ops.rotary.kernel import angle_of
 
 
@@ -17,7 +17,8 @@ from phase1.ops.rotary.kernel import angle_of
 def _convolution(proj, past, weight, bias, columns, m, conv):  # type: ignore[no-untyped-def]
     """Some columns of the convolution's output, for the 3 rows of inputs in `past` and the one in `proj`."""
     x3, x2, x1 = get(past, columns, m), get(past + conv, columns, m), get(past + 2 * conv, columns, m)
-    return convolved(x3, x2, x1, get(proj, columns, m), weight, bias, columns, m, conv)
+    w0, w1, w2, w3, c = taps_of(weight, bias, columns, m, conv)
+    return convolved(x3, x2, x1, get(proj, columns, m), w0, w1, w2, w3, c)
 
 
 @triton.jit
@@ -53,7 +54,7 @@ def _rank_gate(  # type: ignore[no-untyped-def]
             h = tl.maximum(get(hidden, o_n, mn) + get(bias, o_n, mn), 0.0)
             W = get(weight, (o_r - FIXED)[:, None] * N + o_n[None, :], free[:, None] & mn[None, :])
             logit += tl.sum(W * h[None, :], 1)
-        g = tl.where(free, 1.0 / (1.0 + tl.exp(-logit)), g)
+        g = tl.where(free, sigmoid(logit), g)
     return g
 
 
@@ -70,9 +71,9 @@ def _window(  # type: ignore[no-untyped-def]
     for first in range(0, past, KB):
         s = first + tl.arange(0, KB)
         m = s < past
-        b_k, b_x = load_rows(k, s, m, o_r, R), load_rows(x, s, m, o_p, P)
-        store_rows(k_after, s - leave, m & (s >= leave), o_r, b_k, R)
-        store_rows(x_after, s - leave, m & (s >= leave), o_p, b_x, P)
+        b_k, b_x = load_rows(k, m, s, o_r, R), load_rows(x, m, s, o_p, P)
+        store_rows(k_after, m & (s >= leave), s - leave, o_r, b_k, R)
+        store_rows(x_after, m & (s >= leave), s - leave, o_p, b_x, P)
         score = tl.where(m, tl.sum(b_k.to(tl.float32) * q[None, :], 1) * to_log2, -1e30)
         higher = tl.maximum(highest, tl.max(score, 0))
         a = tl.exp2(highest - higher)
@@ -105,10 +106,10 @@ def step_kernel(  # type: ignore[no-untyped-def]
     proj += b * stride_b
     conv += b * (TAPS - 1) * width
     conv_after += b * (TAPS - 1) * width
-    b_S = load_rows(S + i_bh * R * P, o_r, mr, o_p, P).to(tl.float32)
+    b_S = load_rows(S + i_bh * R * P, mr, o_r, o_p, P).to(tl.float32)
     at_x, at_u, at_v = h * P, H * P + h * R, H * P + H * R + h * R
     c = _convolution(proj, conv, weight, bias, at_x + o_p, mp, width)
-    b_x = c / (1.0 + tl.exp(-c))
+    b_x = c * sigmoid(c)
     u, u_exchanged = _head(proj, conv, weight, bias, at_u, o_r, width, eps, R)
     v, v_exchanged = _head(proj, conv, weight, bias, at_v, o_r, width, eps, R)
     _move_up(proj, conv, conv_after, at_x + o_p, mp, width)
@@ -119,7 +120,7 @@ def step_kernel(  # type: ignore[no-untyped-def]
     dt = softplus(tl.load(raw + h).to(tl.float32) + tl.load(dt_bias + h))
     a = tl.exp(-tl.exp(tl.load(A_log + h)) * dt - forget)
     b_S = b_S * a + (g * v)[:, None] * (dt * b_x)[None, :]
-    store_rows(S_after + i_bh * R * P, o_r, mr, o_p, b_S, P)
+    store_rows(S_after + i_bh * R * P, mr, o_r, o_p, b_S, P)
     f = tl.sum(b_S * (g * u)[:, None], 0)
     out = f * tl.rsqrt(tl.sum(f * f) / P + eps) * get(state_scale + h * P, o_p, mp) + tl.load(skip + h) * b_x
     if READ:

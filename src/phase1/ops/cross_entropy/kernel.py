@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from phase1.ops.elementwise import LN2, LOG2E, sigmoid
+
 BLOCK = 4096  # columns at a time: 16 bytes a thread
 STEPS = 4  # blocks whose maximum is taken before any exponential: 5 exponentials for 4 numbers instead of 8
 WARPS = 16  # rows in flight, two a multiprocessor, stay in the second level cache until they are read again
@@ -26,7 +28,7 @@ def _load(logits, bias, j, V, wide: tl.constexpr, BIASED: tl.constexpr, MASKED: 
 @triton.jit
 def _gradient(logits, z, j, target, peak, scale, weight, V, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
     """weight (softmax - one-hot) with scale = weight / sum of exponentials, written over the logits."""
-    d = scale * tl.exp(z - peak) - tl.where(j == target, weight, 0.0)
+    d = scale * tl.exp2(z * LOG2E - peak) - tl.where(j == target, weight, 0.0)
     if MASKED:
         tl.store(logits + j, d.to(logits.dtype.element_ty), mask=j < V)
     else:
@@ -53,36 +55,38 @@ def _softmax_rows(  # type: ignore[no-untyped-def]
     logits += row * stride
     wide = log_p.dtype.element_ty
     lanes = tl.arange(0, BLOCK)
-    # every lane keeps the maximum of what it saw and the sum of exponentials relative to it; they are joined at the end
+    # every lane keeps the maximum of what it saw, to the base 2, and the sum of exponentials relative to it; they are joined
     highest = tl.full([BLOCK], -1e30, wide)
     total = tl.zeros([BLOCK], wide)
     whole = V // (BLOCK * STEPS) * (BLOCK * STEPS)  # columns that need no mask
     for start in range(0, whole, BLOCK * STEPS):
         z0 = _load(logits, bias, start + lanes, V, wide, BIASED, False)
-        higher = tl.maximum(highest, z0)
+        largest = z0
         for step in tl.static_range(1, STEPS):
-            higher = tl.maximum(higher, _load(logits, bias, start + step * BLOCK + lanes, V, wide, BIASED, False))
-        total = total * tl.exp(highest - higher) + tl.exp(z0 - higher)
+            largest = tl.maximum(largest, _load(logits, bias, start + step * BLOCK + lanes, V, wide, BIASED, False))
+        higher = tl.maximum(highest, largest * LOG2E)
+        total = total * tl.exp2(highest - higher) + tl.exp2(z0 * LOG2E - higher)
         for step in tl.static_range(1, STEPS):  # the loads above once more: the compiler keeps what they have loaded
-            total += tl.exp(_load(logits, bias, start + step * BLOCK + lanes, V, wide, BIASED, False) - higher)
+            z = _load(logits, bias, start + step * BLOCK + lanes, V, wide, BIASED, False)
+            total += tl.exp2(z * LOG2E - higher)
         highest = higher
     for start in range(whole, V, BLOCK):
         z = _load(logits, bias, start + lanes, V, wide, BIASED, True)
-        higher = tl.maximum(highest, z)
-        total = total * tl.exp(highest - higher) + tl.exp(z - higher)
+        higher = tl.maximum(highest, z * LOG2E)
+        total = total * tl.exp2(highest - higher) + tl.exp2(z * LOG2E - higher)
         highest = higher
     peak = tl.max(highest, 0)
-    total = tl.sum(total * tl.exp(highest - peak), 0)
+    total = tl.sum(total * tl.exp2(highest - peak), 0)
     target = tl.load(targets + row)
     chosen = tl.load(logits + target).to(wide)
     if BIASED:
         chosen += tl.load(bias + target)
-    chosen = chosen - peak - tl.log(total)
+    chosen = (chosen * LOG2E - peak - tl.log2(total)) * LN2
     tl.store(log_p + row, chosen)
     if GRADIENT:
         weight = tl.load(weights + row).to(wide)
         if ODDS:
-            weight /= 1.0 + tl.exp(tl.load(log_odds + row).to(wide) - chosen)
+            weight *= sigmoid(chosen - tl.load(log_odds + row).to(wide))
         scale = weight / total
         for start in range(0, whole, BLOCK):
             j = start + lanes

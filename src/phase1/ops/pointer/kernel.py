@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+from phase1.ops.elementwise import LN2, LOG2E
+
 NONE = tl.constexpr(-1e30)  # score of a key that does not count: no number is subtracted from -inf
 
 ROWS, COLUMNS = 32, 64  # of a tile of scores
