@@ -141,7 +141,8 @@ def screen(
         numbers.append(f"of these steps {skipped} changed nothing: their gradients overflowed, and the loss scale was lowered")
     answer = f"trained on {tokens:,} tokens"
     if facts.get("ended_by") == PATIENCE:
-        answer = f"ended after {tokens:,} tokens: no lower loss on the valid text in {run.patience} looks (--patience)"
+        looks = f"no lower loss on the valid text in {run.patience} looks (--patience)"
+        answer = f"ended after {tokens:,} tokens: {looks}; the same command with more of them goes on"
     elif not facts["finished"]:
         hours = f"--max-hours {run.max_hours:g} are over"
         answer = f"paused after {tokens:,} tokens: {hours}; the same command with more of them goes on"

@@ -19,7 +19,7 @@ from phase1.device import device_type
 from phase1.files import absent, alone_in, atomic_write, remove_empty
 from phase1.parallel import group
 from phase1.parallel.replicas import equal_start
-from phase1.records.metrics import PATIENCE
+from phase1.records.metrics import METRICS, PATIENCE, read_metrics, rows_of_text
 from phase1.trainable import build
 from phase1.training.checkpoint import INDEX, check_configs, read_index, resume, save_checkpoint, training_facts
 from phase1.training.context_parallel import Context
@@ -58,7 +58,9 @@ def train_to_checkpoint(
     watch: Watch = UNWATCHED, shard: bool = False, context_parallel: bool = False,
     begins: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train to the end of the schedule, or go on from `folder`; a finished checkpoint is left as it is.
+    """Train to the end of the schedule, or go on from `folder`.
+
+    A finished checkpoint is left as it is, and one that has reached a limit of `watch`.
 
     Returns:
         The checkpoint's facts: data, seconds, tokens, skipped steps, last loss, and whether it is finished: the time or the
@@ -79,6 +81,8 @@ def train_to_checkpoint(
         group.from_first(lambda: held.enter_context(alone_in(folder)))
         if begun and begun["finished"]:
             return begun
+        if begun and (reached := group.from_first(lambda: limit_reached(folder, watch))):
+            return begun | {"ended_by": reached}
         context = context_of(train_config, seq_length, context_parallel)
         windows = Windows(corpus.splits["train"].ids, seq_length, train_config.seed)
         seen = windows.seen(steps * train_config.train_batch_size)
@@ -117,6 +121,14 @@ def facts_so_far(
         theirs = f"the checkpoint in {folder} was made with --seq-length {facts['seq_length']}"
         raise ValueError(f"{theirs}; got {seq_length}; use that, or another --out-dir")
     return facts
+
+
+def limit_reached(folder: Path, watch: Watch) -> str | None:
+    """Which limit of `watch` the training in `folder` has reached by its checkpoint, if any: no step is left to make."""
+    index = read_index(folder)
+    rows = read_metrics(folder / METRICS) if (folder / METRICS).exists() else []
+    scored = rows_of_text([row for row in rows if row["step"] <= index["step"]], watch.unigram_loss)
+    return watch.over(index["facts"]["train_seconds"], [row["val_loss"] for row in scored])
 
 
 def require_same_data(folder: Path, facts: dict[str, Any], data: dict[str, str]) -> None:

@@ -14,11 +14,11 @@ from torch import Tensor
 from phase1.device import steadier
 from phase1.files import append_text, atomic_write
 from phase1.progress import LINE_SECONDS, Bar
-from phase1.records.metrics import METRICS, PATIENCE, MetricsLog, rows_of_text
+from phase1.records.metrics import METRICS, MetricsLog, rows_of_text
 from phase1.training.alarms import Alarms
 from phase1.training.gates import closed_gates
 from phase1.training.step import TrainState
-from phase1.training.watch import Watch
+from phase1.training.watch import Watch, first_lowest
 
 ROWS = 400  # approximate number of rows of metrics.jsonl for a whole run
 FIRST = (1, 2, 5, 10)  # steps that are shown, whenever they come
@@ -118,18 +118,11 @@ class Progress(Follower):
     @property
     def end(self) -> str | None:  # type: ignore[override]
         """Why the run should end before its last step, if it should."""
-        if self.seconds >= self.watch.max_seconds:
-            return "time"
-        patience, since = self.watch.patience, len(self.scores) - 1 - self._lowest()
-        return PATIENCE if patience is not None and self.scores and since >= patience else None
+        return self.watch.over(self.seconds, [score for _, score in self.scores])
 
     def is_best(self, step: int) -> bool:
         """Whether the score of `step` is lower than all before it."""
-        return bool(self.scores) and self.scores[self._lowest()][0] == step
-
-    def _lowest(self) -> int:
-        """The place of the first lowest score."""
-        return min(range(len(self.scores)), key=lambda i: self.scores[i][1], default=-1)
+        return bool(self.scores) and self.scores[first_lowest([score for _, score in self.scores])][0] == step
 
     def step(self, step: int, loss: Tensor) -> None:
         """After optimizer step number `step`, from 1, of mean loss `loss`."""
