@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 import os
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from phase1.cli import main, parse
 from phase1.commands import train
 from phase1.config import to_toml
-from phase1.files import alone_in
+from phase1.files import alone_in, naming
 from phase1.records.metrics import METRICS, read_metrics, rows_of_last_text
 from phase1.records.schema import FILES, read_report
 from phase1.tables.perplexity import perplexity_comparison
@@ -139,6 +140,57 @@ def test_a_run_pauses_when_its_hours_are_over_and_goes_on_with_more(run, tmp_pat
     assert "\nphase1_htt2_ar4: resuming at step 1 of 20\n" in err and "\nphase1_htt2_ar4: step 20/20 100 %" in err
     assert weights(tmp_path / "a") == weights(tmp_path / "whole")  # the schedule is that of the whole run
     assert [row["step"] for row in read_metrics(tmp_path / "a" / METRICS)] == list(range(1, 21))
+
+
+class FullAt:
+    """A file of lines whose disk is full at one of them, of which half is written, as `write` does it."""
+
+    def __init__(self, path, number):
+        self.file, self.left = path.open("ab"), number
+
+    def write(self, data):
+        self.left -= 1
+        self.file.write(data if self.left else data[: len(data) // 2])
+        if not self.left:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def flush(self):
+        self.file.flush()
+
+    def fileno(self):
+        return self.file.fileno()
+
+    def close(self):
+        self.file.close()
+        if self.left < 1:  # Python tries the rest again
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("at", [3, 20])
+def test_a_full_disk_ends_a_training_with_a_checkpoint_of_its_steps(run, tmp_path, monkeypatch, at):
+    """In the middle and at the last step; the same command goes on from there."""
+    run("whole")
+    with monkeypatch.context() as patch:
+        patch.setattr("phase1.records.metrics.open_to_append", lambda path: FullAt(path, at))
+        said, error = run("a", code=4).err.splitlines()[-2:]
+    full = f"[Errno {errno.ENOSPC}] {os.strerror(errno.ENOSPC)}: '{tmp_path / 'a' / METRICS}'"
+    assert error == f"phase1 train: error: {full}; remove what is not needed from the disk of that path, then run the command again"
+    assert said == f"phase1_htt2_ar4: a file could not be written; the checkpoint has step {at}"
+    assert read_index(tmp_path / "a")["step"] == at and read_index(tmp_path / "a")["facts"]["finished"] == (at == 20)
+    run("a")
+    assert weights(tmp_path / "a") == weights(tmp_path / "whole")
+
+
+def test_a_disk_without_room_for_the_checkpoint_either_names_a_file_all_the_same(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("phase1.records.metrics.open_to_append", lambda path: FullAt(path, 1))
+
+    def full(path, data):
+        with naming(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("phase1.training.checkpoint.atomic_write", full)
+    error = run("a", code=4).err.splitlines()[-1]
+    assert f"'{tmp_path / 'a' / 'model-00000001.safetensors'}'; remove what" in error and not (tmp_path / "a" / INDEX).exists()
 
 
 def test_data_without_a_valid_split_train_without_its_loss_unless_it_is_asked_for(run, tmp_path):

@@ -99,11 +99,13 @@ def train_to_checkpoint(
                     prove_compiled(state, (inputs, targets))
                 begins()
                 kept = (folder, facts, label, watch, order, corpus.tokenizer)
-                facts |= Schedule(state, batch_at, steps, seq_length, *kept, interrupted=interrupted).run()
+                schedule = Schedule(state, batch_at, steps, seq_length, *kept, interrupted=interrupted)
+                facts |= schedule.run()
             except EndsEarly as early:
                 reason = str(early)
                 return group.from_first(lambda: read_index(folder)["facts"] | {"ended_by": reason})
             save_checkpoint(folder, state, facts, resumable=False, token_order=order)
+            group.from_first(schedule.progress.require_written)
             return group.from_first(lambda: facts)  # the others wait until it is there
 
 
@@ -265,7 +267,8 @@ class Schedule:
         """Train to the last step; what the training adds to the facts.
 
         Raises KeyboardInterrupt after the step in which `interrupted` becomes true, and EndsEarly after that in which the time
-        or the patience of `watch` is over, with a checkpoint of it; after the last step there is none to go on from.
+        or the patience of `watch` is over, with a checkpoint of it; after the last step there is none to go on from. Raises the
+        OSError of a file that cannot be written after the step, with a checkpoint too: a disk that is full may be another.
         """
         kind, seconds = Progress if group.rank() == 0 else Follower, self.facts["train_seconds"]
         place = (self.steps, self.tokens_per_step, self.folder, self.watch)
@@ -291,20 +294,23 @@ class Schedule:
         self.last = loss
         self.progress.step(step, loss)
         reason = self.progress.end
-        stop, end, due, best = group.any_of(
+        stop, end, failed, due, best = group.any_of(
             self.interrupted(),
             reason is not None,
+            self.progress.failed is not None,
             time.perf_counter() - self.saved > SAVE_SECONDS,
             self.progress.is_best(step),
         )
-        if self.watch.keep_best and best:
+        if self.watch.keep_best and best and not failed:
             now = self.facts | self.so_far()
             save_checkpoint(self.folder / BEST, self.state, now, resumable=False, token_order=self.token_order)
             group.from_first(lambda: keep_tokenizer(self.folder / BEST, self.tokenizer))
-        if step < self.steps and (stop or end or due):
+        if step < self.steps and (stop or end or failed or due):
             check_finite(loss, step)  # no checkpoint to go on from, but an end with the reason
             ended = {"ended_by": reason} if reason == PATIENCE else {}  # a run that goes on from here has no such fact
             save_checkpoint(self.folder, self.state, self.facts | self.so_far() | ended)
+            if failed:
+                group.from_first(self.progress.require_written)
             self.progress.keep()
             self.saved = time.perf_counter()
             if stop:

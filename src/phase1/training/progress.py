@@ -29,6 +29,7 @@ class Follower:
     """The course of a training on a rank other than 0: it has its part in the losses that all look at, and shows nothing."""
 
     end: str | None = None  # rank 0 has the clock and the scores
+    failed: OSError | None = None  # and writes
     seconds = 0.0
 
     def __init__(self, state: TrainState, steps: int, tokens_per_step: int, folder: Path, watch: Watch, **_: Any) -> None:
@@ -45,6 +46,9 @@ class Follower:
 
     def keep(self) -> None:
         """With every checkpoint."""
+
+    def require_written(self) -> None:
+        """With the checkpoint of a step after which `failed` is set on rank 0."""
 
     def close(self) -> None:
         """At the end."""
@@ -145,16 +149,31 @@ class Progress(Follower):
         row = self._row(step, losses, norms, val_loss, began)
         self.aside_seconds += self.clock() - began
         self.row_at = step, self.clock()
-        self.log.append(row)
-        for tracker in self.watch.trackers:
-            tracker.log(row)
-            if text is not None:
-                tracker.sample(step, text)
+        try:
+            self._write(row, text)
+        except OSError as error:  # no reason to lose the steps so far: there is a checkpoint of them first
+            self.failed = self.failed or error
         self._show(row, shown)
         for warning in self.alarms.look(step, losses, norms, row["loss_scale"], self.closed):
             self._print(f"warning: {warning}")
         if step == self.first_step + 1:  # the first step compiles and warms up
             self.steady = step, self.clock() - self.aside_seconds
+
+    def _write(self, row: dict[str, Any], text: str | None) -> None:
+        """Put a look at the training, and the text that it wrote, if any, into the files and trackers of both."""
+        self.log.append(row)
+        if text is not None:
+            append_text(self.folder / SAMPLES, f"== step {row['step']}\n{text}\n")
+        for tracker in self.watch.trackers:
+            tracker.log(row)
+            if text is not None:
+                tracker.sample(row["step"], text)
+
+    def require_written(self) -> None:
+        """Raise the OSError of a file that could not be written; called once there is a checkpoint."""
+        if self.failed is not None:
+            self._print(f"a file could not be written; the checkpoint has step {self.state.step:,}")
+            raise self.failed
 
     def keep(self) -> None:
         """Make the log survive a power cut; called with every checkpoint."""
@@ -181,7 +200,6 @@ class Progress(Follower):
         assert self.watch.sample is not None
         with torch.compiler.set_stance("force_eager"):
             text = self.watch.sample(self.state.model)
-        append_text(self.folder / SAMPLES, f"== step {step}\n{text}\n")
         self._print(f"sample at step {step}: {text!r}")
         return text
 
