@@ -1,4 +1,4 @@
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +9,7 @@ from phase1.config import EngineShape, TrainConfig
 from phase1.errors import Diverged, Unavailable
 from phase1.model import LanguageModel
 from phase1.roster import model_config
-from phase1.training.checkpoint import load_model, resume, save_checkpoint
+from phase1.training.checkpoint import load_model, read_index, resume, save_checkpoint
 from phase1.training.micro_batch import add_gradients
 from phase1.training.step import check_finite, learning_rate, make_train_state, total_steps, train, train_step
 
@@ -159,6 +159,23 @@ def test_resuming_with_other_settings_names_the_flags(tmp_path):
         resume(tmp_path, state(replace(CONFIG, learning_rate=1e-4)))
     with pytest.raises(ValueError, match="--ar-ssm-window"):
         resume(tmp_path, state(ar_ssm_window=3))
+
+
+def test_a_training_goes_on_with_less_memory_as_the_model_that_it_was(tmp_path):
+    """How activations and the loss are computed may change at every resume; the checkpoint keeps what it began with."""
+    whole, first = state(), state()
+    train_until(whole, 20)
+    train_until(first, 10)
+    save_checkpoint(tmp_path, first, {})
+    begun = read_index(tmp_path)["model_config"]
+    for stop, how in ((15, {"recompute": "none", "loss": "materialized"}), (20, {"recompute": "selective"})):
+        again = state(**how)
+        resume(tmp_path, again)
+        train_until(again, stop)
+        save_checkpoint(tmp_path, again, {})
+        assert read_index(tmp_path)["model_config"] == begun != asdict(again.model.config)
+    for a, b in zip(parameters(again), parameters(whole), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_a_checkpoint_for_evaluation_restores_the_model_with_its_token_order(tmp_path):

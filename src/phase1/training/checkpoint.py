@@ -35,6 +35,9 @@ INDEX = CHECKPOINT  # written last; names the tensor files that belong together
 NO_DIFFERENCE: Final = {"micro_batch_size": TrainConfig.micro_batch_size, "piece_length": TrainConfig.piece_length}
 """Settings that change the result of a training by rounding alone, with the value that stands for all in identities: a training
 that ran out of memory can continue with another value, and a finished one is not repeated."""
+HOW: Final = ("loss", "recompute")
+"""Settings of a model that say how it is computed, not what: a training continues with others, and its checkpoint keeps those
+that it began with, by which results know it."""
 MARK: Final = {"program": "phase1"}  # in the header of every tensor file, with its step
 _FACTS: dict[str, tuple[type, ...]] = {
     "data": (dict,), "tokenizer": (str,), "seq_length": (int,), "trained_tokens": (int,), "train_seconds": (int, float),
@@ -78,7 +81,7 @@ def _write(folder: Path, state: TrainState, facts: dict[str, Any], parts: dict[s
     index = {
         "format": 1,
         "step": state.step,
-        "model_config": asdict(state.model.config),
+        "model_config": asdict(state.model.config) | state.begun_as,
         "train_config": asdict(state.config),
         "scaler": state.scaler.state_dict(),
         "files": files,
@@ -237,6 +240,7 @@ def load_token_order(folder: Path | str) -> Tensor | None:
 def resume(folder: Path | str, state: TrainState) -> dict[str, Any]:
     """Put `state` exactly where the checkpoint left it and return its facts; ValueError if it is damaged or differs."""
     index = read_index(folder)
+    begun_as = {name: index["model_config"][name] for name in HOW if name in index["model_config"]}
     check_configs(folder, index, state.model.config, state.config)
     if "training" not in index["files"]:
         raise ValueError(f"the checkpoint in {folder} holds no optimizer state; it can be evaluated, not resumed")
@@ -250,6 +254,7 @@ def resume(folder: Path | str, state: TrainState) -> dict[str, Any]:
         raise _misfit(folder, error) from error
     state.scaler.load_state_dict(index["scaler"])
     state.step = index["step"]
+    state.begun_as = begun_as
     return index["facts"]
 
 
@@ -335,16 +340,17 @@ def _misfit(folder: Path | str, error: Exception) -> ValueError:
 
 
 def check_configs(folder: Path | str, index: dict[str, Any], model: ModelConfig, train: TrainConfig) -> None:
-    """Raise ValueError, naming the flags, if the checkpoint is of another model or training; unused settings may differ.
+    """Raise ValueError, naming the flags, if the checkpoint is of another model or training.
 
-    Also where its tensors are not those of `model`: an earlier version may have made another model of the same settings.
+    Settings that are not used may differ, and those of HOW and NO_DIFFERENCE. Also raised where its tensors are not those of
+    `model`: an earlier version may have made another model of the same settings.
     """
     if model_config_of(index).config_id == model.config_id:
         index["model_config"] = asdict(model)
     for name, mine in (("model_config", model), ("train_config", train)):
         defaults = {field.name: field.default for field in fields(mine)}  # of settings that are younger than the checkpoint
         theirs = defaults | index[name]
-        different = sorted(k for k, v in asdict(mine).items() if k not in NO_DIFFERENCE and theirs[k] != v)
+        different = sorted(k for k, v in asdict(mine).items() if k not in (*NO_DIFFERENCE, *HOW) and theirs[k] != v)
         if different:
             flags = ", ".join(f"{flag_of(key)} ({theirs[key]}, not {getattr(mine, key)})" for key in different[:SHOWN])
             more = f" and {len(different) - SHOWN} more" * (len(different) > SHOWN)
