@@ -4,7 +4,8 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -29,7 +30,10 @@ from phase1.training.step import TrainState, total_steps
 from phase1.world import is_first
 
 C = TypeVar("C", bound=Config)
+T = TypeVar("T")
 
+READS = 5  # of a checkpoint that a training replaces meanwhile
+MOMENT = 0.2  # seconds in which another machine may still see the older index
 SHOWN = 3  # settings that differ, with their values
 INDEX = CHECKPOINT  # written last; names the tensor files that belong together
 NO_DIFFERENCE: Final = {"micro_batch_size": TrainConfig.micro_batch_size, "piece_length": TrainConfig.piece_length}
@@ -143,6 +147,26 @@ def read_index(folder: Path | str) -> dict[str, Any]:
     return index
 
 
+def read_whole(folder: Path | str, read: Callable[[dict[str, Any]], T]) -> T:
+    """What `read` makes of the index of a checkpoint and the files that it names; again where a training has saved meanwhile.
+
+    A save puts its index in place of the older one and then removes the files which that one named.
+    Raises the ValueError of `read` where the index is still the same, and one that says so where it never is.
+    """
+    for _ in range(READS):
+        index = read_index(folder)
+        files = index["files"]
+        try:
+            return read(index)
+        except ValueError:
+            if not all((Path(folder) / name).exists() for name in files.values()):
+                time.sleep(MOMENT)
+            if read_index(folder)["files"] == files:
+                raise
+    expected = f"the checkpoint in {one_line(folder)} must stay while it is read"
+    raise ValueError(f"{expected}; got a training that saves all the time; read it again, or when that has ended")
+
+
 def config_from(cls: type[C], content: dict[str, Any]) -> C:
     """The config that a file describes; ValueError, one line, for an unknown setting, a wrong type or a value out of range."""
     from pydantic import TypeAdapter, ValidationError
@@ -202,7 +226,10 @@ def load_model(folder: Path | str, model: str | None = None) -> tuple[Trainable,
 
     model: `ModelConfig.model` that it must be of, from the command line: no file decides what code runs.
     """
-    index = read_index(folder)
+    return read_whole(folder, lambda index: _model_of(folder, index, model))
+
+
+def _model_of(folder: Path | str, index: dict[str, Any], model: str | None) -> tuple[Trainable, dict[str, Any]]:
     config = model_config_of(index)
     require_model(folder, config, model)
     try:
@@ -227,7 +254,10 @@ def require_model(folder: Path | str, config: ModelConfig, model: str | None) ->
 
 def load_token_order(folder: Path | str) -> Tensor | None:
     """(V,) ids by falling frequency in training; None for an unfinished checkpoint or one of an earlier version."""
-    index = read_index(folder)
+    return read_whole(folder, lambda index: _token_order_of(folder, index))
+
+
+def _token_order_of(folder: Path | str, index: dict[str, Any]) -> Tensor | None:
     if "tokens" not in index["files"]:
         return None
     order = _tensors(folder, index, "tokens").get("order")

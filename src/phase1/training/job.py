@@ -21,7 +21,7 @@ from phase1.parallel import group
 from phase1.parallel.replicas import equal_start
 from phase1.records.metrics import METRICS, PATIENCE, read_metrics, rows_of_text
 from phase1.trainable import build
-from phase1.training.checkpoint import INDEX, check_configs, read_index, resume, save_checkpoint, training_facts
+from phase1.training.checkpoint import INDEX, check_configs, read_index, read_whole, resume, save_checkpoint, training_facts
 from phase1.training.context_parallel import Context
 from phase1.training.interrupts import interrupts_wait
 from phase1.training.progress import Follower, Progress
@@ -115,9 +115,13 @@ def facts_so_far(
     """The facts of the checkpoint in `folder`, None where there is none; ValueError where it is of another training."""
     if not (folder / INDEX).exists():
         return None
-    index = read_index(folder)
-    facts = training_facts(folder, index)
-    check_configs(folder, index, model_config, train_config)  # first: other sizes may make other tokens of the same text
+
+    def checked(index: dict[str, Any]) -> dict[str, Any]:
+        facts = training_facts(folder, index)
+        check_configs(folder, index, model_config, train_config)
+        return facts
+
+    facts = read_whole(folder, checked)  # first: other sizes may make other tokens of the same text
     require_same_data(folder, facts, data)
     if facts["seq_length"] != seq_length:
         theirs = f"the checkpoint in {folder} was made with --seq-length {facts['seq_length']}"
