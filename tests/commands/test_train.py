@@ -472,6 +472,22 @@ def test_a_training_into_the_folder_of_its_text_or_of_an_export_is_refused_and_l
     assert err.count("\n") == 1 and "--out-dir must hold no model for transformers" in err
 
 
+@pytest.mark.parametrize("name", [INDEX, METRICS, "run.toml", "training.png", "samples.txt", "tokenizer.json", f"best/{INDEX}"])
+def test_a_folder_in_the_place_of_a_file_is_told_before_the_text_is_read(run, tmp_path, monkeypatch, name):
+    (tmp_path / "a" / name).mkdir(parents=True)
+    monkeypatch.setattr(train, "_texts", lambda *_: pytest.fail("too late"))
+    err = run("a", code=2).err
+    says = f"--out-dir must have a file at {tmp_path / 'a' / name}, or nothing; got a folder; move it away, or give another --out-dir"
+    assert err == f"phase1 train: error: {says}\n"
+
+
+def test_a_damaged_checkpoint_is_told_before_the_text_is_read(run, tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / INDEX).write_text("{")
+    monkeypatch.setattr(train, "_texts", lambda *_: pytest.fail("too late"))
+    assert "checkpoint.json is no strict JSON" in run("a", code=2).err
+
+
 def test_a_folder_that_another_training_uses_is_refused(run, tmp_path):
     (tmp_path / "a").mkdir()
     with alone_in(tmp_path / "a"):
