@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from phase1.errors import error_line, exit_status
-from phase1.files import atomic_write
+from phase1.files import append_text, atomic_write
 from phase1.records import session
 from phase1.records.schema import FILES
 from tests.fake_runs import CASES, fake, journal_of, result_of, run
@@ -101,6 +101,29 @@ def test_a_disk_that_fails_at_any_call_leaves_a_whole_file_and_no_other(tmp_path
     assert os.listdir(tmp_path) == ["a.json"]
     atomic_write(path, b"third")
     assert path.read_bytes() == b"third"
+
+
+@pytest.mark.parametrize("write", [lambda path: atomic_write(path, b"new"), lambda path: append_text(path, "new")])
+def test_an_error_that_knows_no_name_gets_that_of_the_file(tmp_path, monkeypatch, write):
+    class Full:
+        def __init__(self, path):
+            self.path, self.fileno = path, lambda: 0
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def write(self, data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "open", lambda self, *args, **options: Full(self))
+    with pytest.raises(OSError) as error:
+        write(tmp_path / "a.json")
+    assert error.value.filename == str(tmp_path / "a.json")
+    line = error_line("train", error.value)
+    assert exit_status(error.value) == 4 and f"'{tmp_path / 'a.json'}'; remove what is not needed from the disk of that path" in line
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS], ids=errno.errorcode.get)

@@ -201,10 +201,7 @@ def test_hostile_text_is_neutral_in_the_titles_and_labels_of_plots(tmp_path, dra
 )  # fmt: skip
 def test_an_error_line_is_printable_whatever_was_asked_for(argv, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    try:
-        status = main(argv)
-    except SystemExit as exit:
-        status = exit.code
+    status = main(argv)
     error = capsys.readouterr().err
     assert status in (2, 3) and error
     assert all(line.isprintable() for line in error.splitlines()), error

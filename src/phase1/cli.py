@@ -116,13 +116,14 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status."""
+    """Run a command and return its exit status, also that of --help and of wrong usage."""
     argv = list(sys.argv[1:] if argv is None else argv)
     name = argv[0] if argv and argv[0] in COMMANDS else None
     with standard_streams(), printable_output(), world.first_speaks(), ending_signals_interrupt() as ending:
-        if name is None:
-            return _top_level(argv)
-        return _status(name, argv[1:], ending)
+        try:
+            return _top_level(argv) if name is None else _status(name, argv[1:], ending)
+        except SystemExit as ended:  # argparse has printed what there is to say
+            return int(ended.code or 0)
 
 
 def _status(name: str, argv: Sequence[str], ending: Ending) -> int:

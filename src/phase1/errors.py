@@ -1,6 +1,7 @@
 """Errors that are not the user's mistake, their messages, and the exit status of every kind of failure."""
 
 import dis
+import errno
 import sys
 import traceback
 from contextlib import suppress
@@ -45,6 +46,8 @@ def error_line(command: str, error: Exception) -> str:
         what = f"internal error: {type(error).__name__}: {reason(error)}; report it with the lines above and `phase1 doctor`"
     else:
         remedy = "; check that path and the free space there" if isinstance(error, OSError) else ""
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = "; remove what is not needed from the disk of that path, then run the command again"
         if isinstance(error, FileExistsError | NotADirectoryError):
             remedy = "; a file is there, where a folder should be: give another"
         what = f"error: {reason(error) if is_out_of_memory(error) else error}{remedy}"

@@ -35,7 +35,7 @@ def atomic_write(path: Path | str, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{_machine()}-{os.getpid():x}-{secrets.token_hex(3)}.tmp")
     try:
-        with temporary.open("xb") as file:
+        with naming(path), temporary.open("xb") as file:
             file.write(data)
             file.flush()
             _sync(file.fileno())
@@ -45,6 +45,17 @@ def atomic_write(path: Path | str, data: bytes) -> None:
         raise
     _sync_folder(path.parent)
     _remove_orphans(path.parent)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put the name of a file into errors that do not know it: those of `write` and `flush`, as on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 _TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})-([0-9a-f]+)-[0-9a-f]{6}\.tmp")
@@ -88,7 +99,7 @@ def remove_empty(folders: list[Path]) -> None:
 def append_text(path: Path, text: str) -> None:
     """Put `text` at the end of the file at `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
+    with naming(path), path.open("a", encoding="utf-8") as file:
         file.write(text)
 
 

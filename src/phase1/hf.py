@@ -191,7 +191,9 @@ class Phase1ForCausalLM(PreTrainedModel, GenerationMixin):
         _require_known(options)
         if cache is not None:
             input_ids = input_ids[:, cache.length :]
-        given = {"input_ids": input_ids, "cache": cache, "attention_mask": attention_mask}
+        given: dict[str, Any] = {"input_ids": input_ids, "cache": cache, "attention_mask": attention_mask}
+        if (positions := options.get("position_ids")) is not None:  # of all columns, where the caller gives them
+            given["position_ids"] = positions[..., -input_ids.shape[1] :]
         return given | {"use_cache": options.get("use_cache"), "logits_to_keep": 1}
 
     def forward(
@@ -208,13 +210,16 @@ class Phase1ForCausalLM(PreTrainedModel, GenerationMixin):
         """Logits (B, T, V), log-probabilities with a copy head; with `labels` (B, T), the ids, the mean loss of the next ones.
 
         In training there is a loss and no logits. Logits of padding are 0. Raises ValueError for other masks than padding on
-        the left and, where nothing is to follow, on the right, for ids without a token, and for `inputs_embeds` and the states
-        and attentions of layers, which there are not.
+        the left and, where nothing is to follow, on the right, for ids without a token, for `inputs_embeds` and the states
+        and attentions of layers, which there are not, and for `position_ids` that begin anew inside a row, as those of packed
+        texts: the model knows the order of tokens alone, so that others change nothing.
         """
         _require_known(options)
         if input_ids is None or not input_ids.numel():
             got = "none" if input_ids is None else f"shape {tuple(input_ids.shape)}"
             raise ValueError(f"input_ids must have at least one token; got {got}; begin with end-of-text")
+        if (positions := options.get("position_ids")) is not None:
+            _require_one_text(positions, input_ids, attention_mask)
         if options.get("past_key_values") is not None:
             raise ValueError("the state is called cache; got past_key_values; use transformers 5.24 or newer")
         use_cache = not self.training if use_cache is None else use_cache
@@ -279,6 +284,20 @@ def _require_known(options: dict[str, Any]) -> None:
     for name in ("output_hidden_states", "output_attentions"):
         if options.get(name):
             raise ValueError(f"the model gives logits and its cache alone; got {name}=True; put a forward hook on model.blocks")
+
+
+def _require_one_text(positions: Tensor, ids: Tensor, mask: Tensor | None) -> None:
+    """Raise ValueError unless positions rise by one along the text of each row; where they begin, the model does not know."""
+    expected = "position_ids must be one number a token, and rise by one along each row's text"
+    remedy = "give each text a row of its own, and its padding in attention_mask"
+    if positions.ndim != 2 or positions.shape[0] not in (1, len(ids)) or positions.shape[1] != ids.shape[1]:
+        raise ValueError(f"{expected}; got shape {tuple(positions.shape)} of ids {tuple(ids.shape)}; {remedy}")
+    wrong = positions.diff(dim=1) != 1
+    if mask is not None:
+        real = mask[:, -ids.shape[1] :].bool().to(wrong.device)
+        wrong = wrong & real[:, 1:] & real[:, :-1]
+    if bool(wrong.any()):
+        raise ValueError(f"{expected}; got others, as of texts that are packed into a row; {remedy}")
 
 
 def _joined(groups: list[Rows], parts: list[Tensor], rows: int, columns: int) -> Tensor:

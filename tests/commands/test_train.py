@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 import os
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from phase1.cli import main, parse
 from phase1.commands import train
 from phase1.config import to_toml
-from phase1.files import alone_in
+from phase1.files import alone_in, naming
 from phase1.records.metrics import METRICS, read_metrics, rows_of_last_text
 from phase1.records.schema import FILES, read_report
 from phase1.tables.perplexity import perplexity_comparison
@@ -20,6 +21,7 @@ from phase1.training.checkpoint import INDEX, read_index
 from phase1.training.progress import Follower
 from phase1.training.step import precision, total_steps
 from phase1.training.watch import Watch
+from tests.reports import contents
 
 SHAPE = [
     "--vocab-size", "300", "--d-model", "16", "--n-layers", "1", "--n-heads", "2", "--ar-ssm-min-rank", "2", "--ar-ssm-window", "4",
@@ -132,11 +134,63 @@ def test_a_run_pauses_when_its_hours_are_over_and_goes_on_with_more(run, tmp_pat
     out = run("a", "--max-hours", "1e-9").out
     assert "\npaused after 32 tokens" in out and "more of them goes on" in out
     assert not read_index(tmp_path / "a")["facts"]["finished"]
-    assert run("a", "--max-hours", "1e-9").out.count("\npaused after 64 tokens") == 1  # a step at a time: it always gets on
+    before = contents(tmp_path / "a")
+    assert run("a", "--max-hours", "1e-9").out == out and contents(tmp_path / "a") == before
     err = run("a", "--max-hours", "100").err
-    assert "\nphase1_htt2_ar4: resuming at step 2 of 20\n" in err and "\nphase1_htt2_ar4: step 20/20 100 %" in err
+    assert "\nphase1_htt2_ar4: resuming at step 1 of 20\n" in err and "\nphase1_htt2_ar4: step 20/20 100 %" in err
     assert weights(tmp_path / "a") == weights(tmp_path / "whole")  # the schedule is that of the whole run
     assert [row["step"] for row in read_metrics(tmp_path / "a" / METRICS)] == list(range(1, 21))
+
+
+class FullAt:
+    """A file of lines whose disk is full at one of them, of which half is written, as `write` does it."""
+
+    def __init__(self, path, number):
+        self.file, self.left = path.open("ab"), number
+
+    def write(self, data):
+        self.left -= 1
+        self.file.write(data if self.left else data[: len(data) // 2])
+        if not self.left:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def flush(self):
+        self.file.flush()
+
+    def fileno(self):
+        return self.file.fileno()
+
+    def close(self):
+        self.file.close()
+        if self.left < 1:  # Python tries the rest again
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("at", [3, 20])
+def test_a_full_disk_ends_a_training_with_a_checkpoint_of_its_steps(run, tmp_path, monkeypatch, at):
+    """In the middle and at the last step; the same command goes on from there."""
+    run("whole")
+    with monkeypatch.context() as patch:
+        patch.setattr("phase1.records.metrics.open_to_append", lambda path: FullAt(path, at))
+        said, error = run("a", code=4).err.splitlines()[-2:]
+    full = f"[Errno {errno.ENOSPC}] {os.strerror(errno.ENOSPC)}: '{tmp_path / 'a' / METRICS}'"
+    assert error == f"phase1 train: error: {full}; remove what is not needed from the disk of that path, then run the command again"
+    assert said == f"phase1_htt2_ar4: a file could not be written; the checkpoint has step {at}"
+    assert read_index(tmp_path / "a")["step"] == at and read_index(tmp_path / "a")["facts"]["finished"] == (at == 20)
+    run("a")
+    assert weights(tmp_path / "a") == weights(tmp_path / "whole")
+
+
+def test_a_disk_without_room_for_the_checkpoint_either_names_a_file_all_the_same(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("phase1.records.metrics.open_to_append", lambda path: FullAt(path, 1))
+
+    def full(path, data):
+        with naming(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("phase1.training.checkpoint.atomic_write", full)
+    error = run("a", code=4).err.splitlines()[-1]
+    assert f"'{tmp_path / 'a' / 'model-00000001.safetensors'}'; remove what" in error and not (tmp_path / "a" / INDEX).exists()
 
 
 def test_data_without_a_valid_split_train_without_its_loss_unless_it_is_asked_for(run, tmp_path):
@@ -185,6 +239,7 @@ def test_an_interrupted_run_has_its_settings_and_its_plot(run, data, monkeypatch
     settings = (tmp_path / "a" / "run.toml").read_text()
     asked = [*SHAPE, *MODEL, *data, "--out-dir", str(tmp_path / "a")]
     assert settings == to_toml(parse("train", asked)) and len(read_metrics(tmp_path / "a" / METRICS)) == 3
+    monkeypatch.setattr(job, "limit_reached", lambda *_: None)
     run("a", "--max-hours", "1e-9")
     paused = (tmp_path / "a" / "run.toml").read_text()
     run("a", "--learning-rate", "1e-5", code=2)
@@ -264,7 +319,7 @@ def scored(monkeypatch):
     return scores
 
 
-def test_the_weights_of_the_lowest_score_are_kept_beside_the_last(run, scored, tmp_path):
+def test_the_weights_of_the_lowest_score_are_kept_beside_the_last(run, scored, monkeypatch, tmp_path):
     scored(5, 4, 6, 4, 7)
     out = run("a", "--eval-every", "4", "--keep-best").out
     best, last = read_index(tmp_path / "a" / "best"), read_index(tmp_path / "a")
@@ -273,22 +328,26 @@ def test_the_weights_of_the_lowest_score_are_kept_beside_the_last(run, scored, t
     assert main(["generate", "--checkpoint", str(tmp_path / "a" / "best"), "--max-tokens", "2"]) == 0
     run("plain", "--eval-every", "0")
     assert weights(tmp_path / "plain") == weights(tmp_path / "a")
+    monkeypatch.setattr(job, "limit_reached", lambda *_: None)  # a step a session
     for _ in range(8):
         run("short", "--eval-every", "0", "--max-hours", "1e-9")
     assert weights(tmp_path / "short") == weights(tmp_path / "a" / "best")
 
 
-def test_patience_ends_a_training_that_gets_no_better_also_over_sessions(run, scored, tmp_path):
+def test_patience_ends_a_training_that_gets_no_better_also_over_sessions(run, scored, monkeypatch, tmp_path):
     scored(5, 4, 6, 4, 7, 8)
     out = run("a", "--eval-every", "2", "--patience", "2").out
     assert "ended after 256 tokens: no lower loss on the valid text in 2 looks (--patience)" in out  # at step 8
     assert read_index(tmp_path / "a")["step"] == 8 and not read_index(tmp_path / "a")["facts"]["finished"]
     assert read_index(tmp_path / "a")["facts"]["ended_by"] == "patience"
+    before = contents(tmp_path / "a")
+    assert run("a", "--eval-every", "2", "--patience", "2").out == out and "; the same command with more of them goes on" in out
+    assert contents(tmp_path / "a") == before
     run("a", "--eval-every", "2", "--patience", "4")
     assert read_index(tmp_path / "a")["step"] == 12  # scores 7 and 8: the fourth without a new lowest
-    assert "ended after 416 tokens" in run("a", "--eval-every", "2", "--patience", "4").out  # a step at a time
-    assert read_index(tmp_path / "a")["facts"]["ended_by"] == "patience"
-    paused = run("a", "--eval-every", "0", "--max-hours", "1e-9").out  # it goes on, and pauses
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "limit_reached", lambda *_: None)
+        paused = run("a", "--eval-every", "0", "--max-hours", "1e-9").out  # it goes on, and pauses
     assert re.search(r"valid text +loss 8.000, best 4.000; \d\.\d+ is what token frequencies alone reach", paused)
     assert "ended_by" not in read_index(tmp_path / "a")["facts"]
     run("a", "--eval-every", "0")
@@ -411,6 +470,22 @@ def test_a_training_into_the_folder_of_its_text_or_of_an_export_is_refused_and_l
     (tmp_path / "export" / "config.json").write_text("{}")
     err = run("export", code=2).err
     assert err.count("\n") == 1 and "--out-dir must hold no model for transformers" in err
+
+
+@pytest.mark.parametrize("name", [INDEX, METRICS, "run.toml", "training.png", "samples.txt", "tokenizer.json", f"best/{INDEX}"])
+def test_a_folder_in_the_place_of_a_file_is_told_before_the_text_is_read(run, tmp_path, monkeypatch, name):
+    (tmp_path / "a" / name).mkdir(parents=True)
+    monkeypatch.setattr(train, "_texts", lambda *_: pytest.fail("too late"))
+    err = run("a", code=2).err
+    says = f"--out-dir must have a file at {tmp_path / 'a' / name}, or nothing; got a folder; move it away, or give another --out-dir"
+    assert err == f"phase1 train: error: {says}\n"
+
+
+def test_a_damaged_checkpoint_is_told_before_the_text_is_read(run, tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / INDEX).write_text("{")
+    monkeypatch.setattr(train, "_texts", lambda *_: pytest.fail("too late"))
+    assert "checkpoint.json is no strict JSON" in run("a", code=2).err
 
 
 def test_a_folder_that_another_training_uses_is_refused(run, tmp_path):

@@ -75,6 +75,20 @@ def test_at_least_one_line_is_held_out(tmp_path, data_config, count, held_out):
     assert corpus.tokenizer.decode(corpus.splits["valid"].ids) == "".join(lines_of(count)[-held_out:])
 
 
+def test_blank_lines_of_json_and_at_the_end_of_a_text_are_none_of_the_held_out_lines(tmp_path, data_config):
+    lines = lines_of(40)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line.strip()}) + "\n\n" for line in lines) + " \n" * 60)
+    (tmp_path / "a.txt").write_text("\n".join(lines) + "\n" * 60)
+    for name in ("a.jsonl", "a.txt"):
+        corpus = load_corpus(data_config(tmp_path / name), vocab_size=V)
+        train, valid = (corpus.tokenizer.decode(corpus.splits[split].ids) for split in ("train", "valid"))
+        assert valid.count("line") == 2 and "line 39" in valid and "line 38" in valid
+        assert "line 37" in train and "line 38" not in train
+    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n\n\n')
+    with pytest.raises(ValueError, match="at least 2 lines that are not blank to be split into train and valid; got 1;"):
+        load_corpus(data_config(tmp_path / "b.jsonl"), vocab_size=V)
+
+
 def test_text_is_kept_byte_for_byte(tmp_path, data_config, english):
     (tmp_path / "train.txt").write_bytes((english * 100).encode())
     corpus = load_corpus(data_config(tmp_path), vocab_size=V, need=("train",))

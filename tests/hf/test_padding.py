@@ -76,6 +76,34 @@ def test_generate_continues_every_row_as_it_does_alone(options, changes):
         assert together[i, -12:].tolist() == alone[0, -12:].tolist()
 
 
+def test_positions_may_begin_anywhere_and_change_nothing():
+    """As callers make them: from the mask, with anything at the padding, or of all columns; for one row or for all."""
+    m, (ids, mask) = model(), padded(texts([3, 9, 20]))
+    from_mask = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+    columns = torch.arange(ids.shape[1])
+    with torch.no_grad():
+        expected = m(ids, attention_mask=mask).logits
+        for positions in (from_mask, columns[None], columns[None].expand_as(ids) + 7):
+            assert torch.equal(m(ids, attention_mask=mask, position_ids=positions).logits, expected)
+        cache = m(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=from_mask[:, :-1], use_cache=True).cache
+        last = m(ids[:, -1:], attention_mask=mask, position_ids=from_mask[:, -1:], cache=cache).logits
+    torch.testing.assert_close(last, expected[:, -1:], atol=1e-5, rtol=0)
+    options = {"attention_mask": mask, "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    assert m.generate(ids, position_ids=from_mask, **options).tolist() == m.generate(ids, **options).tolist()
+
+
+def test_positions_of_packed_texts_are_refused():
+    m, ids = model(), torch.arange(8)[None]
+    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    for call in (lambda: m(ids, position_ids=packed, labels=ids), lambda: m.generate(ids, position_ids=packed, max_new_tokens=2)):
+        with pytest.raises(ValueError, match=r"rise by one along each row's text; got others, .*; give each text a row of its own"):
+            call()
+    with pytest.raises(ValueError, match=r"got shape \(3, 1, 8\) of ids \(1, 8\)"):
+        m(ids, position_ids=packed.expand(3, 1, 8))
+    with pytest.raises(ValueError, match=r"got shape \(1, 7\)"):
+        m(ids, position_ids=packed[:, 1:])
+
+
 def test_the_loss_of_a_padded_batch_is_that_of_its_rows():
     m, rows = model(), texts([1, 3, 9, 20])
     ids, mask = padded(rows)

@@ -60,6 +60,40 @@ class Own(Right):
         return self.nll(ids, targets).sum() / (targets >= 0).sum()
 
 
+class Smooths(Own):
+    """As loss alone has it, and nll has not."""
+
+    def loss(self, ids, targets):
+        return F.cross_entropy(self(ids).flatten(0, 1), targets.flatten(), label_smoothing=0.1)
+
+
+class SmoothsFromZero(Smooths):
+    """Of equal probabilities label smoothing changes nothing."""
+
+    def __init__(self):
+        super().__init__()
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+
+class SmoothsAll(Smooths):
+    def nll(self, ids, targets):
+        losses = F.cross_entropy(self(ids).flatten(0, 1), targets.flatten(), label_smoothing=0.1, reduction="none")
+        return losses.view(targets.shape)
+
+
+class PullsToZero(Own):
+    """z-loss, by the usual factor."""
+
+    def loss(self, ids, targets):
+        return super().loss(ids, targets) + 1e-4 * self(ids).float().logsumexp(-1).square().mean()
+
+
+class PullsAllToZero(PullsToZero):
+    def nll(self, ids, targets):
+        return super().nll(ids, targets) + 1e-4 * self(ids).logsumexp(-1).square()
+
+
 class Constant(Right):
     def __init__(self):
         super().__init__()
@@ -455,6 +489,11 @@ def test_right_models_pass_every_check(model):
         (LeakInBackward, causal_gradients, "causal_gradients"),
         (Sum, loss_is_nats, "loss_is_the_mean"),
         (ScoresIgnored, loss_is_nats, "ignores_minus_100"),
+        (Smooths, loss_is_nats, "loss_is_the_mean"),
+        (SmoothsFromZero, loss_is_nats, "loss_is_the_mean"),
+        (SmoothsAll, distribution, "distribution"),
+        (PullsToZero, loss_is_nats, "loss_is_the_mean"),
+        (PullsAllToZero, distribution, "distribution"),
         (Shifted, causal_outputs, "causal"),
         (Bits, distribution, "distribution"),
         (Bits, uniform, "uniform_is_ln_v"),

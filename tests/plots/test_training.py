@@ -1,4 +1,7 @@
+import warnings
+
 import pytest
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 
 from phase1.plots import plot_training
 
@@ -45,3 +48,25 @@ def test_the_first_loss_of_a_resumed_session_is_marked(tmp_path, drawn, suffix):
 
 def test_a_run_without_a_row_is_an_empty_plot(tmp_path):
     assert plot_training({"a": []}, tmp_path / "t.png").exists()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_a_name_that_the_usual_font_has_not_is_drawn_in_one_that_has_it(tmp_path, drawn, capsys, suffix):
+    """Without a word; ⌕ is in a font that comes with matplotlib."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot_training({"⌕ a": rows(1, 2)}, tmp_path / f"t{suffix}")
+    assert capsys.readouterr().err == ""
+    if suffix == ".png":
+        (label,) = drawn[0].axes[0].get_legend().get_texts()
+        fonts = [get_font(findfont(FontProperties(family=[family]))) for family in label.get_fontfamily()]
+        assert [ord("⌕") in font.get_charmap() for font in fonts] == [False, True]
+
+
+def test_a_name_that_no_font_has_is_told_in_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(fontManager, "ttflist", [font for font in fontManager.ttflist if font.name.startswith(("DejaVu Sans", "Last"))])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot_training({"日本 ⌕": rows(1, 2)}, tmp_path / "t.png")
+    err = capsys.readouterr().err
+    assert err == "t.png: no font here has 日本, drawn as boxes; install one that has, such as Noto Sans CJK\n"

@@ -24,6 +24,12 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_any_work(tmp_path):
         Session(MemoryRun(out_dir=str(tmp_path / "file" / "inside")), "memory")
 
 
+def test_a_folder_in_the_place_of_the_report_is_an_error_before_any_work(session, tmp_path):
+    (tmp_path / "out" / "phase1_memory_validation.json").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"^--out-dir must have a file at \S+, or nothing; got a folder; move it away, or give another"):
+        session()
+
+
 def test_trying_leaves_nothing_behind(session, tmp_path):
     session()
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +9,8 @@ from phase1.config import EngineShape, TrainConfig
 from phase1.errors import Diverged, Unavailable
 from phase1.model import LanguageModel
 from phase1.roster import model_config
-from phase1.training.checkpoint import load_model, resume, save_checkpoint
+from phase1.training import checkpoint
+from phase1.training.checkpoint import load_model, read_index, resume, save_checkpoint
 from phase1.training.micro_batch import add_gradients
 from phase1.training.step import check_finite, learning_rate, make_train_state, total_steps, train, train_step
 
@@ -159,6 +160,51 @@ def test_resuming_with_other_settings_names_the_flags(tmp_path):
         resume(tmp_path, state(replace(CONFIG, learning_rate=1e-4)))
     with pytest.raises(ValueError, match="--ar-ssm-window"):
         resume(tmp_path, state(ar_ssm_window=3))
+
+
+def test_a_training_goes_on_with_less_memory_as_the_model_that_it_was(tmp_path):
+    """How activations and the loss are computed may change at every resume; the checkpoint keeps what it began with."""
+    whole, first = state(), state()
+    train_until(whole, 20)
+    train_until(first, 10)
+    save_checkpoint(tmp_path, first, {})
+    begun = read_index(tmp_path)["model_config"]
+    for stop, how in ((15, {"recompute": "none", "loss": "materialized"}), (20, {"recompute": "selective"})):
+        again = state(**how)
+        resume(tmp_path, again)
+        train_until(again, stop)
+        save_checkpoint(tmp_path, again, {})
+        assert read_index(tmp_path)["model_config"] == begun != asdict(again.model.config)
+    for a, b in zip(parameters(again), parameters(whole), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("saves", [1, 99])
+def test_who_reads_while_a_training_saves_gets_the_newer_checkpoint(tmp_path, monkeypatch, saves):
+    """The files of the index that was read are gone by then. Nothing says to train again, however often that happens."""
+    s, left = state(), [saves]
+    save_checkpoint(tmp_path, s, {"trained_tokens": 0})
+
+    def open_late(path):
+        if left:
+            more = left.pop() - 1
+            s.step += 1
+            s.model.blocks[0].mlp_norm.weight.data += 1
+            save_checkpoint(tmp_path, s, {"trained_tokens": s.step})  # which opens files too
+            left.extend([more] * (more > 0))
+        return open_tensors(path)
+
+    open_tensors = checkpoint.open_tensors
+    monkeypatch.setattr(checkpoint, "open_tensors", open_late)
+    if saves > 1:
+        with pytest.raises(ValueError, match=r"must stay while it is read; got a training that saves .*; read it again, or when"):
+            load_model(tmp_path)
+        return
+    model, facts = load_model(tmp_path)
+    assert facts == {"trained_tokens": 1} and torch.equal(model.blocks[0].mlp_norm.weight, s.model.blocks[0].mlp_norm.weight)
+    with pytest.raises(ValueError, match=f"does not fit this version: .*model-{1:08}.*; train again"):  # lost, and no save
+        monkeypatch.setattr(checkpoint, "open_tensors", lambda path: (path.unlink(missing_ok=True), open_tensors(path))[1])
+        load_model(tmp_path)
 
 
 def test_a_checkpoint_for_evaluation_restores_the_model_with_its_token_order(tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 from phase1.advice import HOURS, smaller
 from phase1.config import DataConfig, ModelConfig, TrainConfig, flags, part_of, to_toml
 from phase1.data import Corpus, NoSplit, check_names, load_corpus
+from phase1.data.tokenizer_files import TOKENIZER
 from phase1.device import device_type
 from phase1.errors import Unavailable, is_out_of_memory, reason
 from phase1.factory import pinned
@@ -26,16 +27,17 @@ from phase1.model import LanguageModel
 from phase1.parallel import group
 from phase1.plots import plot_training
 from phase1.records.metrics import METRICS, PATIENCE, read_metrics, rows_of_last_text
-from phase1.records.session import require_apart, require_writable
+from phase1.records.session import require_apart, require_files, require_writable
 from phase1.roster import Key
 from phase1.runs import GenerateRun, PerplexityRun, ReportRun, TrainRun
 from phase1.tables.screen import Screen, text
 from phase1.text import one_line, printable_name
 from phase1.trainable import Trainable, parameter_count
-from phase1.training.checkpoint import INDEX
+from phase1.training.checkpoint import INDEX, read_index
 from phase1.training.exported import is_exported
 from phase1.training.job import BEST, context_of, train_to_checkpoint
 from phase1.training.pieces import in_pieces
+from phase1.training.progress import SAMPLES
 from phase1.training.step import compute_dtype, precision, total_steps
 from phase1.training.trackers import tracker
 from phase1.training.watch import Watch
@@ -60,7 +62,10 @@ def main(run: TrainRun) -> int:
     if is_exported(folder):
         expected = "--out-dir must hold no model for transformers"
         raise ValueError(f"{expected}; got {folder}, which has config.json; give a new folder")
+    require_files(folder, (INDEX, METRICS, SETTINGS, PLOT, SAMPLES, TOKENIZER, f"{BEST}/{INDEX}"))
     require_writable(folder)
+    if (folder / INDEX).exists():
+        read_index(folder)  # one that is damaged is told now, and not after hours with the text
     context_of(run, run.seq_length, run.context_parallel)  # now, before there is a model
     if run.shard and not group.together():
         raise ValueError("--shard needs several GPUs; got one process; start it by torchrun, or leave it out")
@@ -141,7 +146,8 @@ def screen(
         numbers.append(f"of these steps {skipped} changed nothing: their gradients overflowed, and the loss scale was lowered")
     answer = f"trained on {tokens:,} tokens"
     if facts.get("ended_by") == PATIENCE:
-        answer = f"ended after {tokens:,} tokens: no lower loss on the valid text in {run.patience} looks (--patience)"
+        looks = f"no lower loss on the valid text in {run.patience} looks (--patience)"
+        answer = f"ended after {tokens:,} tokens: {looks}; the same command with more of them goes on"
     elif not facts["finished"]:
         hours = f"--max-hours {run.max_hours:g} are over"
         answer = f"paused after {tokens:,} tokens: {hours}; the same command with more of them goes on"

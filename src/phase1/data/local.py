@@ -7,6 +7,7 @@ import itertools
 import json
 import lzma
 import os
+from array import array
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -66,22 +67,33 @@ def require_text_name(path: Path) -> None:
 
 
 def split_file(path: Path) -> dict[str, Text]:
-    """train and valid of one text file: valid is the last 5 % of its lines, at least one. A line of JSON is a document."""
+    """train and valid of one text file: valid is the last 5 % of its lines, at least one. A line of JSON is a document.
+
+    Blank lines do not count between lines of JSON, nor at the end of a text; inside one they part its paragraphs.
+    """
     require_text_name(path)
+    blank, last = array("Q"), -1  # numbers of the lines that do not count, and of the last line
     with _readable(path), _open_text(path) as file:
-        count = sum(1 for _ in file)
+        for last, line in enumerate(file):
+            if not line.strip():
+                blank.append(last)
+            elif blank and not _is_json(path):
+                del blank[:]
+    count = last + 1 - len(blank)
     if count < 2:
-        expected = f"{path} must have at least 2 lines to be split into train and valid"
+        expected = f"{path} must have at least 2 lines that are not blank to be split into train and valid"
         remedy = "break it into lines that end in \\n, or put train.txt and valid.txt into a folder and give that"
         raise ValueError(f"{expected}; got {count}; {remedy}")
     first_valid = count - max(1, count // VALID_LINES_DIVISOR)
+    for number in blank:
+        first_valid += number <= first_valid
     key = f"{_key(path)}:lines"
 
     def part(start: int, stop: int) -> Text:
         documents = partial(_json_texts, path, start, stop) if _is_json(path) else lambda: iter([_lines(path, start, stop)])
         return Text(f"{key}:{start}:{stop}", documents)
 
-    return {"train": part(0, first_valid), "valid": part(first_valid, count)}
+    return {"train": part(0, first_valid), "valid": part(first_valid, last + 1)}
 
 
 def read_token_file(path: Path) -> np.ndarray:

@@ -3,9 +3,11 @@
 import functools
 import io
 import os
+import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +115,10 @@ def clean(axes: "Axes") -> None:
 
 
 def save(figure: "Figure", path: Path | str) -> Path:
-    """As PNG, or as SVG where `path` ends so: text as text, and the same bytes for the same figure."""
+    """As PNG, or as SVG where `path` ends so: text as text, and the same bytes for the same figure.
+
+    In a PNG a character that the usual font has not is of another font here; where none has it, a line on stderr says so.
+    """
     image = io.BytesIO()
     if Path(path).suffix == ".svg":
         import matplotlib
@@ -124,8 +129,58 @@ def save(figure: "Figure", path: Path | str) -> Path:
             warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # whoever shows the text brings the font
             FigureCanvasSVG(figure).print_svg(image, metadata={"Date": None, "Creator": None})
     else:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-        FigureCanvasAgg(figure).print_png(image, metadata={"Software": None}, pil_kwargs=None)
+        data, missing = _png(figure)
+        if missing and (fonts := _fonts_with(missing)):
+            data, missing = _png_in(figure, fonts)
+        if missing:
+            characters = "".join(map(chr, sorted(missing)))
+            boxes = f"{Path(path).name}: no font here has {one_line(characters, 40)}, drawn as boxes"
+            print(one_line(f"{boxes}; install one that has, such as Noto Sans CJK", 500), file=sys.stderr)
+        image.write(data)
     atomic_write(path, image.getvalue())
     return Path(path)
+
+
+def _png(figure: "Figure") -> tuple[bytes, set[int]]:
+    """The picture, and the characters that no font of its texts has, of which matplotlib would warn one by one."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    image = io.BytesIO()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.filterwarnings("always", "Glyph .* missing", UserWarning)
+        FigureCanvasAgg(figure).print_png(image, metadata={"Software": None}, pil_kwargs=None)
+    missing = set()
+    for warning in said:
+        if glyph := re.match(r"Glyph (\d+) .*missing", str(warning.message)):
+            missing.add(int(glyph[1]))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return image.getvalue(), missing
+
+
+def _png_in(figure: "Figure", fonts: list[str]) -> tuple[bytes, set[int]]:
+    """`_png` with these fonts behind that of each text."""
+    import matplotlib
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_fontfamily([*text.get_fontfamily(), *fonts])
+    with matplotlib.rc_context({"font.family": [*matplotlib.rcParams["font.family"], *fonts]}):
+        return _png(figure)
+
+
+def _fonts_with(characters: set[int]) -> list[str]:
+    """Fonts of this machine that have as many of the characters as there are, upright ones first."""
+    from matplotlib.font_manager import fontManager, get_font
+
+    found, left = [], set(characters)
+    for entry in sorted(
+        fontManager.ttflist, key=lambda entry: (entry.style != "normal", str(entry.weight) != "400", entry.name)
+    ):
+        if not left or entry.name.startswith("Last Resort"):  # which has a box for every character
+            continue
+        with suppress(OSError, RuntimeError):  # a damaged file
+            has = left & get_font(entry.fname).get_charmap().keys()
+            found += [entry.name] * bool(has)
+            left -= has
+    return found

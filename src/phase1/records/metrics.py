@@ -1,12 +1,13 @@
 """The course of a training, metrics.jsonl: one strict JSON object per look at it, none lost or doubled by a resumed run."""
 
+import contextlib
 import json
 import math
 import os
 from pathlib import Path
 from typing import Any, Final
 
-from phase1.files import atomic_write, open_to_append, read_json
+from phase1.files import atomic_write, naming, open_to_append, read_json
 from phase1.text import one_line
 
 METRICS = "metrics.jsonl"
@@ -38,15 +39,18 @@ class MetricsLog:
         self._file = open_to_append(path)
 
     def append(self, row: dict[str, Any]) -> None:
-        self._file.write(_line(row).encode())
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(_line(row).encode())
+            self._file.flush()
 
     def keep(self) -> None:
         """Make the written objects survive a power cut; called with every checkpoint."""
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a row that could not be written, which `append` has said
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -35,6 +35,7 @@ class Session:
 
     def __init__(self, run: Any, kind: Kind, data: Any = None) -> None:
         self.kind, self.path = kind, Path(run.out_dir) / FILES[kind]
+        require_files(self.path.parent, (self.path.name,))
         require_writable(self.path.parent)
         self.settings = settings(run)
         deciding = deciding_settings(run)
@@ -110,6 +111,14 @@ def require_writable(folder: Path) -> None:
     with tempfile.TemporaryFile(dir=folder):
         pass
     remove_empty(new)
+
+
+def require_files(folder: Path, names: Sequence[str]) -> None:
+    """Raise ValueError now, and not after hours of work, where a folder has one of these names of files in `folder`."""
+    for name in names:
+        if (folder / name).is_dir():
+            expected = one_line(f"--out-dir must have a file at {folder / name}, or nothing", 2000)
+            raise ValueError(f"{expected}; got a folder; move it away, or give another --out-dir")
 
 
 def require_apart(out_dir: str, flag: str, given: str) -> None:

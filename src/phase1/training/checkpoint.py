@@ -4,7 +4,8 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -29,12 +30,18 @@ from phase1.training.step import TrainState, total_steps
 from phase1.world import is_first
 
 C = TypeVar("C", bound=Config)
+T = TypeVar("T")
 
+READS = 5  # of a checkpoint that a training replaces meanwhile
+MOMENT = 0.2  # seconds in which another machine may still see the older index
 SHOWN = 3  # settings that differ, with their values
 INDEX = CHECKPOINT  # written last; names the tensor files that belong together
 NO_DIFFERENCE: Final = {"micro_batch_size": TrainConfig.micro_batch_size, "piece_length": TrainConfig.piece_length}
 """Settings that change the result of a training by rounding alone, with the value that stands for all in identities: a training
 that ran out of memory can continue with another value, and a finished one is not repeated."""
+HOW: Final = ("loss", "recompute")
+"""Settings of a model that say how it is computed, not what: a training continues with others, and its checkpoint keeps those
+that it began with, by which results know it."""
 MARK: Final = {"program": "phase1"}  # in the header of every tensor file, with its step
 _FACTS: dict[str, tuple[type, ...]] = {
     "data": (dict,), "tokenizer": (str,), "seq_length": (int,), "trained_tokens": (int,), "train_seconds": (int, float),
@@ -78,7 +85,7 @@ def _write(folder: Path, state: TrainState, facts: dict[str, Any], parts: dict[s
     index = {
         "format": 1,
         "step": state.step,
-        "model_config": asdict(state.model.config),
+        "model_config": asdict(state.model.config) | state.begun_as,
         "train_config": asdict(state.config),
         "scaler": state.scaler.state_dict(),
         "files": files,
@@ -140,6 +147,26 @@ def read_index(folder: Path | str) -> dict[str, Any]:
     return index
 
 
+def read_whole(folder: Path | str, read: Callable[[dict[str, Any]], T]) -> T:
+    """What `read` makes of the index of a checkpoint and the files that it names; again where a training has saved meanwhile.
+
+    A save puts its index in place of the older one and then removes the files which that one named.
+    Raises the ValueError of `read` where the index is still the same, and one that says so where it never is.
+    """
+    for _ in range(READS):
+        index = read_index(folder)
+        files = index["files"]
+        try:
+            return read(index)
+        except ValueError:
+            if not all((Path(folder) / name).exists() for name in files.values()):
+                time.sleep(MOMENT)
+            if read_index(folder)["files"] == files:
+                raise
+    expected = f"the checkpoint in {one_line(folder)} must stay while it is read"
+    raise ValueError(f"{expected}; got a training that saves all the time; read it again, or when that has ended")
+
+
 def config_from(cls: type[C], content: dict[str, Any]) -> C:
     """The config that a file describes; ValueError, one line, for an unknown setting, a wrong type or a value out of range."""
     from pydantic import TypeAdapter, ValidationError
@@ -199,7 +226,10 @@ def load_model(folder: Path | str, model: str | None = None) -> tuple[Trainable,
 
     model: `ModelConfig.model` that it must be of, from the command line: no file decides what code runs.
     """
-    index = read_index(folder)
+    return read_whole(folder, lambda index: _model_of(folder, index, model))
+
+
+def _model_of(folder: Path | str, index: dict[str, Any], model: str | None) -> tuple[Trainable, dict[str, Any]]:
     config = model_config_of(index)
     require_model(folder, config, model)
     try:
@@ -224,7 +254,10 @@ def require_model(folder: Path | str, config: ModelConfig, model: str | None) ->
 
 def load_token_order(folder: Path | str) -> Tensor | None:
     """(V,) ids by falling frequency in training; None for an unfinished checkpoint or one of an earlier version."""
-    index = read_index(folder)
+    return read_whole(folder, lambda index: _token_order_of(folder, index))
+
+
+def _token_order_of(folder: Path | str, index: dict[str, Any]) -> Tensor | None:
     if "tokens" not in index["files"]:
         return None
     order = _tensors(folder, index, "tokens").get("order")
@@ -237,6 +270,7 @@ def load_token_order(folder: Path | str) -> Tensor | None:
 def resume(folder: Path | str, state: TrainState) -> dict[str, Any]:
     """Put `state` exactly where the checkpoint left it and return its facts; ValueError if it is damaged or differs."""
     index = read_index(folder)
+    begun_as = {name: index["model_config"][name] for name in HOW if name in index["model_config"]}
     check_configs(folder, index, state.model.config, state.config)
     if "training" not in index["files"]:
         raise ValueError(f"the checkpoint in {folder} holds no optimizer state; it can be evaluated, not resumed")
@@ -250,6 +284,7 @@ def resume(folder: Path | str, state: TrainState) -> dict[str, Any]:
         raise _misfit(folder, error) from error
     state.scaler.load_state_dict(index["scaler"])
     state.step = index["step"]
+    state.begun_as = begun_as
     return index["facts"]
 
 
@@ -335,16 +370,17 @@ def _misfit(folder: Path | str, error: Exception) -> ValueError:
 
 
 def check_configs(folder: Path | str, index: dict[str, Any], model: ModelConfig, train: TrainConfig) -> None:
-    """Raise ValueError, naming the flags, if the checkpoint is of another model or training; unused settings may differ.
+    """Raise ValueError, naming the flags, if the checkpoint is of another model or training.
 
-    Also where its tensors are not those of `model`: an earlier version may have made another model of the same settings.
+    Settings that are not used may differ, and those of HOW and NO_DIFFERENCE. Also raised where its tensors are not those of
+    `model`: an earlier version may have made another model of the same settings.
     """
     if model_config_of(index).config_id == model.config_id:
         index["model_config"] = asdict(model)
     for name, mine in (("model_config", model), ("train_config", train)):
         defaults = {field.name: field.default for field in fields(mine)}  # of settings that are younger than the checkpoint
         theirs = defaults | index[name]
-        different = sorted(k for k, v in asdict(mine).items() if k not in NO_DIFFERENCE and theirs[k] != v)
+        different = sorted(k for k, v in asdict(mine).items() if k not in (*NO_DIFFERENCE, *HOW) and theirs[k] != v)
         if different:
             flags = ", ".join(f"{flag_of(key)} ({theirs[key]}, not {getattr(mine, key)})" for key in different[:SHOWN])
             more = f" and {len(different) - SHOWN} more" * (len(different) > SHOWN)

@@ -19,9 +19,9 @@ from phase1.device import device_type
 from phase1.files import absent, alone_in, atomic_write, remove_empty
 from phase1.parallel import group
 from phase1.parallel.replicas import equal_start
-from phase1.records.metrics import PATIENCE
+from phase1.records.metrics import METRICS, PATIENCE, read_metrics, rows_of_text
 from phase1.trainable import build
-from phase1.training.checkpoint import INDEX, check_configs, read_index, resume, save_checkpoint, training_facts
+from phase1.training.checkpoint import INDEX, check_configs, read_index, read_whole, resume, save_checkpoint, training_facts
 from phase1.training.context_parallel import Context
 from phase1.training.interrupts import interrupts_wait
 from phase1.training.progress import Follower, Progress
@@ -58,7 +58,9 @@ def train_to_checkpoint(
     watch: Watch = UNWATCHED, shard: bool = False, context_parallel: bool = False,
     begins: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train to the end of the schedule, or go on from `folder`; a finished checkpoint is left as it is.
+    """Train to the end of the schedule, or go on from `folder`.
+
+    A finished checkpoint is left as it is, and one that has reached a limit of `watch`.
 
     Returns:
         The checkpoint's facts: data, seconds, tokens, skipped steps, last loss, and whether it is finished: the time or the
@@ -79,6 +81,8 @@ def train_to_checkpoint(
         group.from_first(lambda: held.enter_context(alone_in(folder)))
         if begun and begun["finished"]:
             return begun
+        if begun and (reached := group.from_first(lambda: limit_reached(folder, watch))):
+            return begun | {"ended_by": reached}
         context = context_of(train_config, seq_length, context_parallel)
         windows = Windows(corpus.splits["train"].ids, seq_length, train_config.seed)
         seen = windows.seen(steps * train_config.train_batch_size)
@@ -95,11 +99,13 @@ def train_to_checkpoint(
                     prove_compiled(state, (inputs, targets))
                 begins()
                 kept = (folder, facts, label, watch, order, corpus.tokenizer)
-                facts |= Schedule(state, batch_at, steps, seq_length, *kept, interrupted=interrupted).run()
+                schedule = Schedule(state, batch_at, steps, seq_length, *kept, interrupted=interrupted)
+                facts |= schedule.run()
             except EndsEarly as early:
                 reason = str(early)
                 return group.from_first(lambda: read_index(folder)["facts"] | {"ended_by": reason})
             save_checkpoint(folder, state, facts, resumable=False, token_order=order)
+            group.from_first(schedule.progress.require_written)
             return group.from_first(lambda: facts)  # the others wait until it is there
 
 
@@ -109,14 +115,26 @@ def facts_so_far(
     """The facts of the checkpoint in `folder`, None where there is none; ValueError where it is of another training."""
     if not (folder / INDEX).exists():
         return None
-    index = read_index(folder)
-    facts = training_facts(folder, index)
-    check_configs(folder, index, model_config, train_config)  # first: other sizes may make other tokens of the same text
+
+    def checked(index: dict[str, Any]) -> dict[str, Any]:
+        facts = training_facts(folder, index)
+        check_configs(folder, index, model_config, train_config)
+        return facts
+
+    facts = read_whole(folder, checked)  # first: other sizes may make other tokens of the same text
     require_same_data(folder, facts, data)
     if facts["seq_length"] != seq_length:
         theirs = f"the checkpoint in {folder} was made with --seq-length {facts['seq_length']}"
         raise ValueError(f"{theirs}; got {seq_length}; use that, or another --out-dir")
     return facts
+
+
+def limit_reached(folder: Path, watch: Watch) -> str | None:
+    """Which limit of `watch` the training in `folder` has reached by its checkpoint, if any: no step is left to make."""
+    index = read_index(folder)
+    rows = read_metrics(folder / METRICS) if (folder / METRICS).exists() else []
+    scored = rows_of_text([row for row in rows if row["step"] <= index["step"]], watch.unigram_loss)
+    return watch.over(index["facts"]["train_seconds"], [row["val_loss"] for row in scored])
 
 
 def require_same_data(folder: Path, facts: dict[str, Any], data: dict[str, str]) -> None:
@@ -253,7 +271,8 @@ class Schedule:
         """Train to the last step; what the training adds to the facts.
 
         Raises KeyboardInterrupt after the step in which `interrupted` becomes true, and EndsEarly after that in which the time
-        or the patience of `watch` is over, with a checkpoint of it; after the last step there is none to go on from.
+        or the patience of `watch` is over, with a checkpoint of it; after the last step there is none to go on from. Raises the
+        OSError of a file that cannot be written after the step, with a checkpoint too: a disk that is full may be another.
         """
         kind, seconds = Progress if group.rank() == 0 else Follower, self.facts["train_seconds"]
         place = (self.steps, self.tokens_per_step, self.folder, self.watch)
@@ -279,20 +298,23 @@ class Schedule:
         self.last = loss
         self.progress.step(step, loss)
         reason = self.progress.end
-        stop, end, due, best = group.any_of(
+        stop, end, failed, due, best = group.any_of(
             self.interrupted(),
             reason is not None,
+            self.progress.failed is not None,
             time.perf_counter() - self.saved > SAVE_SECONDS,
             self.progress.is_best(step),
         )
-        if self.watch.keep_best and best:
+        if self.watch.keep_best and best and not failed:
             now = self.facts | self.so_far()
             save_checkpoint(self.folder / BEST, self.state, now, resumable=False, token_order=self.token_order)
             group.from_first(lambda: keep_tokenizer(self.folder / BEST, self.tokenizer))
-        if step < self.steps and (stop or end or due):
+        if step < self.steps and (stop or end or failed or due):
             check_finite(loss, step)  # no checkpoint to go on from, but an end with the reason
             ended = {"ended_by": reason} if reason == PATIENCE else {}  # a run that goes on from here has no such fact
             save_checkpoint(self.folder, self.state, self.facts | self.so_far() | ended)
+            if failed:
+                group.from_first(self.progress.require_written)
             self.progress.keep()
             self.saved = time.perf_counter()
             if stop:

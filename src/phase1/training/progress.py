@@ -14,11 +14,11 @@ from torch import Tensor
 from phase1.device import steadier
 from phase1.files import append_text, atomic_write
 from phase1.progress import LINE_SECONDS, Bar
-from phase1.records.metrics import METRICS, PATIENCE, MetricsLog, rows_of_text
+from phase1.records.metrics import METRICS, MetricsLog, rows_of_text
 from phase1.training.alarms import Alarms
 from phase1.training.gates import closed_gates
 from phase1.training.step import TrainState
-from phase1.training.watch import Watch
+from phase1.training.watch import Watch, first_lowest
 
 ROWS = 400  # approximate number of rows of metrics.jsonl for a whole run
 FIRST = (1, 2, 5, 10)  # steps that are shown, whenever they come
@@ -29,6 +29,7 @@ class Follower:
     """The course of a training on a rank other than 0: it has its part in the losses that all look at, and shows nothing."""
 
     end: str | None = None  # rank 0 has the clock and the scores
+    failed: OSError | None = None  # and writes
     seconds = 0.0
 
     def __init__(self, state: TrainState, steps: int, tokens_per_step: int, folder: Path, watch: Watch, **_: Any) -> None:
@@ -45,6 +46,9 @@ class Follower:
 
     def keep(self) -> None:
         """With every checkpoint."""
+
+    def require_written(self) -> None:
+        """With the checkpoint of a step after which `failed` is set on rank 0."""
 
     def close(self) -> None:
         """At the end."""
@@ -118,18 +122,11 @@ class Progress(Follower):
     @property
     def end(self) -> str | None:  # type: ignore[override]
         """Why the run should end before its last step, if it should."""
-        if self.seconds >= self.watch.max_seconds:
-            return "time"
-        patience, since = self.watch.patience, len(self.scores) - 1 - self._lowest()
-        return PATIENCE if patience is not None and self.scores and since >= patience else None
+        return self.watch.over(self.seconds, [score for _, score in self.scores])
 
     def is_best(self, step: int) -> bool:
         """Whether the score of `step` is lower than all before it."""
-        return bool(self.scores) and self.scores[self._lowest()][0] == step
-
-    def _lowest(self) -> int:
-        """The place of the first lowest score."""
-        return min(range(len(self.scores)), key=lambda i: self.scores[i][1], default=-1)
+        return bool(self.scores) and self.scores[first_lowest([score for _, score in self.scores])][0] == step
 
     def step(self, step: int, loss: Tensor) -> None:
         """After optimizer step number `step`, from 1, of mean loss `loss`."""
@@ -152,16 +149,31 @@ class Progress(Follower):
         row = self._row(step, losses, norms, val_loss, began)
         self.aside_seconds += self.clock() - began
         self.row_at = step, self.clock()
-        self.log.append(row)
-        for tracker in self.watch.trackers:
-            tracker.log(row)
-            if text is not None:
-                tracker.sample(step, text)
+        try:
+            self._write(row, text)
+        except OSError as error:  # no reason to lose the steps so far: there is a checkpoint of them first
+            self.failed = self.failed or error
         self._show(row, shown)
         for warning in self.alarms.look(step, losses, norms, row["loss_scale"], self.closed):
             self._print(f"warning: {warning}")
         if step == self.first_step + 1:  # the first step compiles and warms up
             self.steady = step, self.clock() - self.aside_seconds
+
+    def _write(self, row: dict[str, Any], text: str | None) -> None:
+        """Put a look at the training, and the text that it wrote, if any, into the files and trackers of both."""
+        self.log.append(row)
+        if text is not None:
+            append_text(self.folder / SAMPLES, f"== step {row['step']}\n{text}\n")
+        for tracker in self.watch.trackers:
+            tracker.log(row)
+            if text is not None:
+                tracker.sample(row["step"], text)
+
+    def require_written(self) -> None:
+        """Raise the OSError of a file that could not be written; called once there is a checkpoint."""
+        if self.failed is not None:
+            self._print(f"a file could not be written; the checkpoint has step {self.state.step:,}")
+            raise self.failed
 
     def keep(self) -> None:
         """Make the log survive a power cut; called with every checkpoint."""
@@ -188,7 +200,6 @@ class Progress(Follower):
         assert self.watch.sample is not None
         with torch.compiler.set_stance("force_eager"):
             text = self.watch.sample(self.state.model)
-        append_text(self.folder / SAMPLES, f"== step {step}\n{text}\n")
         self._print(f"sample at step {step}: {text!r}")
         return text
 

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class TrainState:
     replicas: Alone  # what makes the gradients of all ranks those of one step
     step: int = 0  # optimizer steps taken
     grad_norm: Tensor | None = None  # of the last step, before clipping
+    begun_as: dict[str, Any] = field(default_factory=dict)  # settings of the model that its checkpoints keep
 
 
 def compute_dtype(precision: str, device: torch.device | str) -> torch.dtype:

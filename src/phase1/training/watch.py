@@ -5,7 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from phase1.records.metrics import PATIENCE
 from phase1.trainable import Trainable
+
+TIME = "time"  # why a training pauses
 
 
 class Tracker(Protocol):
@@ -37,3 +40,15 @@ class Watch:
     patience: int | None = None
     """Scores in a row without a new lowest, after which the run ends."""
     trackers: Sequence[Tracker] = ()
+
+    def over(self, seconds: float, scores: Sequence[float]) -> str | None:
+        """Which limit a training of so many seconds and of these scores has reached, if any: TIME or PATIENCE."""
+        if seconds >= self.max_seconds:
+            return TIME
+        since = len(scores) - 1 - first_lowest(scores)
+        return PATIENCE if self.patience is not None and scores and since >= self.patience else None
+
+
+def first_lowest(scores: Sequence[float]) -> int:
+    """The place of the first lowest score; -1 where there is none."""
+    return min(range(len(scores)), key=lambda i: scores[i], default=-1)

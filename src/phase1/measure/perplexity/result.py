@@ -99,8 +99,8 @@ def evaluate_checkpoint(run: PerplexityRun, scored_model: ScoredModel, folder: P
     """Score the model in `folder`; perplexities of a model below the unigram entropy are marked untrained."""
     corpus, protocol = text
     index = read_index(folder)
-    facts = training_facts(folder, index)
-    key, (model, _) = scored_model.key, load_model(folder, scored_model.config.model)
+    training_facts(folder, index)
+    key, (model, facts) = scored_model.key, load_model(folder, scored_model.config.model)  # a training may have saved again
     device = device_type()
     scored = corpus.splits["valid"]
     if facts["tokenizer"] != corpus.tokenizer.fingerprint:

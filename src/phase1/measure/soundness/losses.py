@@ -2,20 +2,65 @@
 
 import copy
 import math
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 from phase1.errors import is_out_of_memory
-from phase1.measure.soundness.sample import LEAK, NATS, Sample, differs, equal, fails, judged, relative_change, where
+from phase1.measure.soundness.sample import (
+    LEAK,
+    NATS,
+    Sample,
+    differs,
+    equal,
+    fails,
+    in_float64,
+    judged,
+    relative_change,
+    where,
+)
+from phase1.measure.workload import SEED
 from phase1.ops.cross_entropy import IGNORE
 from phase1.records.schema import Check
 from phase1.trainable import pass_on, raised
 
+T = TypeVar("T")
+
 SHORT = 16  # every text up to this length is tried
+ADDED = 1e-5  # relative, of losses that must be equal in float64; float32 inside rounds to a hundredth, z-loss adds 1e-3
+SPREAD = 0.02  # by which weights are moved there: label smoothing changes nothing of equal probabilities, as of a head of zeros
+FEW = 8192  # tokens of a vocabulary whose probabilities are summed in float64 too, on the CPU
 
 
 def loss_is_nats(text: Sample) -> list[Check]:
-    """The training loss is the mean of the losses that are scored, -100 is not among them, and they are cross-entropies."""
+    """The training loss is the mean of the losses that are scored, -100 is not among them, and they are cross-entropies.
+
+    As the model runs, and then in float64, where what a loss may have more shows: label smoothing of a new model changes less
+    than FP16 rounds.
+    """
+    found = _of_loss(text, NATS)
+    exactly = _exactly(text, lambda exact: _of_loss(exact, ADDED)) or found
+    return [one if one.status == "fail" else other for one, other in zip(found, exactly, strict=True)]
+
+
+def _exactly(text: Sample, check: Callable[[Sample], T]) -> T | None:
+    """What `check` finds of a copy in float64 with moved weights; None where it does not run there: then it tells no more."""
+    try:
+        exact = in_float64(text)
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            torch.manual_seed(SEED)
+            for parameter in exact.model.parameters():
+                if parameter.is_floating_point():
+                    parameter.add_(SPREAD * torch.randn_like(parameter))
+            nll = exact.model.eval().nll(exact.ids, exact.targets)[0]
+            exact_enough = nll.dtype in (torch.float32, torch.float64) and bool(torch.isfinite(nll).all())
+            return check(exact) if exact_enough else None
+    except Exception:
+        return None
+
+
+def _of_loss(text: Sample, limit: float) -> list[Check]:
     text.model.eval()
     nll = text.nll(text.ids, text.targets)
     with torch.no_grad():
@@ -23,29 +68,42 @@ def loss_is_nats(text: Sample) -> list[Check]:
         some = text.targets.masked_fill(nll > nll.median(), IGNORE)  # the easier half: its mean is another
         part = text.model.losses(text.ids, some)[0].double()
         logits = None if getattr(text.model, "scores_itself", False) else text.model(text.ids).double()
-    what, remedy = "loss to be the mean of nll", "return the mean over the targets that are scored, in nats, and nothing more"
-    found = [equal("loss_is_the_mean", loss, nll.mean(), what, remedy + where(text, "loss"))]
+    what, remedy = (
+        "loss to be the mean of nll",
+        "return the mean over the scored targets, in nats, without label smoothing, z-loss or more",
+    )
+    found = [equal("loss_is_the_mean", loss, nll.mean(), what, remedy + where(text, "loss"), limit)]
     what = "loss where half of the targets are -100 to be the mean of nll of the others"
     remedy = "divide by the number of targets that are not -100"
-    found += [equal("ignores_minus_100", part, nll[some != IGNORE].mean(), what, remedy + where(text, "loss"))]
+    found += [equal("ignores_minus_100", part, nll[some != IGNORE].mean(), what, remedy + where(text, "loss"), limit)]
     if logits is not None:
         exact = torch.nn.functional.cross_entropy(logits.flatten(0, 1), text.targets.flatten())
         what = "the mean of nll to be the cross-entropy of the logits"
-        found += [equal("nll_is_cross_entropy", nll.mean(), exact, what, "return nats, of unshifted targets")]
+        found += [equal("nll_is_cross_entropy", nll.mean(), exact, what, "return nats, of unshifted targets", limit)]
     return found
 
 
 def distribution(text: Sample) -> Check:
-    """Σ over the vocabulary of exp(-nll) is 1: so the losses are in nats, and a uniform model has ln V."""
+    """Σ over the vocabulary of exp(-nll) is 1: so the losses are in nats, and a uniform model has ln V.
+
+    In float64 too, as `loss_is_nats` is.
+    """
     try:
         total = _total(text, 8)
     except Exception as error:
         if is_out_of_memory(error):
             raise
         total = _total(text, text.ids.shape[1])  # any_length speaks of those that take no short text
+    found = _sums_to_one(text, total, NATS)
+    if found.status == "fail" or text.model.config.vocab_size > FEW:
+        return found
+    return _exactly(text, lambda exact: _sums_to_one(exact, _total(exact, 1), ADDED)) or found
+
+
+def _sums_to_one(text: Sample, total: float, limit: float) -> Check:
     what = "the probabilities exp(-nll) of all tokens to sum to 1"
-    remedy = f"compute nll by log_softmax over all V scores, in nats, not in bits{where(text, 'nll')}"
-    return equal("distribution", torch.tensor(total), torch.tensor(1.0), what, remedy)
+    remedy = f"compute nll by log_softmax over all V scores, in nats, not in bits, and add nothing{where(text, 'nll')}"
+    return equal("distribution", torch.tensor(total), torch.tensor(1.0), what, remedy, limit)
 
 
 def _total(text: Sample, T: int) -> float:

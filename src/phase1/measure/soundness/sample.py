@@ -93,9 +93,10 @@ def relative_change(first: Tensor, other: Tensor) -> float:
     return change if change == change else math.inf
 
 
-def equal(name: str, got: Tensor, want: Tensor, expected: str, remedy: str) -> Check:
+def equal(name: str, got: Tensor, want: Tensor, expected: str, remedy: str, limit: float = NATS) -> Check:
     relative = (got - want).abs().item() / max(abs(want.item()), 1e-12)
-    return judged(name, relative, NATS, f"{expected} ({want.item():.4f})", f"{got.item():.4f}", remedy)
+    digits = 4 if limit == NATS else 7
+    return judged(name, relative, limit, f"{expected} ({want.item():.{digits}f})", f"{got.item():.{digits}f}", remedy)
 
 
 def judged(name: str, value: float, limit: float, expected: str, got: str, remedy: str) -> Check:
