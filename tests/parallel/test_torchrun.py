@@ -29,7 +29,7 @@ from phase1.records.metrics import METRICS, read_metrics
 from phase1.records.schema import read_report
 from phase1.roster import model_config
 from phase1.runs import PerplexityRun
-from phase1.training.checkpoint import INDEX, read_index
+from phase1.training.checkpoint import INDEX, load_model, read_index
 from tests.parallel.test_ranks import ROOT, torchrun
 from tests.parallel.worker import TINY
 
@@ -181,6 +181,52 @@ def test_models_of_a_grid_train_side_by_side_as_they_would_alone(data, tmp_path,
     for model in candidates(run):
         train_model(run, model, corpus)
     assert trained == {key: (folder / INDEX).read_bytes() for key, folder in folders.items()}
+
+
+MODELS = """
+from torch import nn
+
+class Right(nn.Module):
+    def __init__(self, V):
+        super().__init__()
+        self.table = nn.Embedding(V, V)
+        nn.init.zeros_(self.table.weight)
+
+    def forward(self, ids):
+        return self.table(ids)
+
+class Wrong(Right):
+    def forward(self, ids):
+        return super().forward(ids) if not self.training else 1 / 0
+
+def right(vocab_size):
+    return Right(vocab_size)
+
+def wrong(vocab_size):
+    return Wrong(vocab_size)
+"""
+
+
+def test_models_of_ones_own_train_beside_the_others_and_one_that_fails_is_tried_where_it_is_asked_for(
+    data, tmp_path, capfd, monkeypatch
+):
+    (tmp_path / "models_beside.py").write_text(MODELS)
+    monkeypatch.chdir(tmp_path)
+    flags = dict(zip(("dataset_name", "tokenizer", "cache_dir"), data[1::2]))
+    sizes = {"vocab_size": 300, "d_model": 16, "n_layers": 1, "n_heads": 2, "htt_dense_rows": 4, "htt_groups": 10, "ar_ssm_min_rank": 2}
+    sizes |= {"test_htt_ranks": (2,), "test_ar_ssm_ranks": (4,), "seq_length": 8, "train_tokens": 64, "train_batch_size": 4}
+    own = ("one=models_beside:right", "two=models_beside:wrong")
+    run = PerplexityRun(**flags, **sizes, micro_batch_size=4, engine=False, baseline=False, model=own, checkpoint_dir="beside")
+    (corpus,) = perplexity.corpora_of(run, ("train", "valid"))
+    models = {model.key: model for model in candidates(run)}
+    assert {model.key for model in train_side_by_side(run, list(models.values()), corpus, ["0", "0"])} == {"one", "two"}
+    err = capfd.readouterr().err
+    assert "[one] is trained" in err and "[two] ended with exit status" in err and "division by zero" in err
+    train_model(replace(run, checkpoint_dir="alone"), models["one"], corpus)
+    (beside,), (alone,) = (list(tmp_path.glob(f"{place}/one-*/{INDEX}")) for place in ("beside", "alone"))
+    weights = [load_model(index.parent, models["one"].config.model)[0].state_dict() for index in (beside, alone)]
+    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+    assert not list(tmp_path.glob(f"beside/two-*/{INDEX}"))
 
 
 def test_models_that_a_journal_has_are_not_trained_again(data, tmp_path, capfd, monkeypatch):

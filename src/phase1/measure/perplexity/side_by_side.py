@@ -26,12 +26,12 @@ def train_side_by_side(
 ) -> Iterator[ScoredModel]:
     """All `models`, each as soon as it is trained; those in training run on, on `gpus` as CUDA_VISIBLE_DEVICES names them.
 
-    Each of `gpus` has one training at a time; a GPU named twice has two. Models called in `done` are not trained. A model of
-    the user's own trains where it is asked for, and one that failed is tried again there, and says why. When this is
-    interrupted the trainings are too: each ends with a checkpoint to go on from.
+    Each of `gpus` has one training at a time; a GPU named twice has two. Models called in `done` are not trained. One that
+    failed is tried again where it is asked for, and says why there. When this is interrupted the trainings are too: each ends
+    with a checkpoint to go on from.
     """
     waiting = [model for model in models if _to_train(run, model, corpus, done)]
-    yield from (model for model in models if model not in waiting and model.config.model is None)
+    yield from (model for model in models if model not in waiting)
     free, running = list(gpus), dict[int, tuple[str, ScoredModel, subprocess.Popen[str]]]()
     try:
         while waiting or running:
@@ -52,7 +52,6 @@ def train_side_by_side(
             process.terminate()
         for _, _, process in running.values():
             process.wait()
-    yield from (model for model in models if model.config.model is not None)
 
 
 def train_command(run: PerplexityRun, model: ScoredModel, corpus: Corpus) -> TrainRun:
@@ -64,7 +63,7 @@ def train_command(run: PerplexityRun, model: ScoredModel, corpus: Corpus) -> Tra
 
 
 def _to_train(run: PerplexityRun, model: ScoredModel, corpus: Corpus, done: Container[str]) -> bool:
-    return model.key not in done and model.config.model is None and to_train(run, model, corpus)
+    return model.key not in done and to_train(run, model, corpus)
 
 
 def _start(command: TrainRun, key: str, gpu: str) -> "subprocess.Popen[str]":

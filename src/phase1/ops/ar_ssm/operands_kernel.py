@@ -57,7 +57,7 @@ def convolved(x3, x2, x1, x0, w0, w1, w2, w3, c):  # type: ignore[no-untyped-def
 def _spread(d, p3, p2, p1, w0, w1, w2, w3):  # type: ignore[no-untyped-def]
     """The gradient of the input three positions ago, of which `d` is the last part, and what those of the three after it have.
 
-    Carried are sums that differ. Of rows of `d` that start as zeros and are handed on, Triton 3.6 makes one, without a word.
+    Carried are sums that differ: of rows of `d` that start as zeros and are handed on Triton, 3.6 to 3.9, makes one, silently.
     """
     return p3 + d * w0, p2 + d * w1, p1 + d * w2, d * w3
 
