@@ -24,6 +24,10 @@ from phase1.ops.compile_together import compile_together
 
 SHAPES = ((64, 512), (4, 8192), (1, 131072))
 REPEATS, GRAPH_REPEATS = 5, 20
+WHAT = (
+    "FP16, H 8, P {head_dim}, window {window}; kernels by the profiler, mean of {repeats}; core: the semiseparable part with "
+    "its window; layer: with both projections, as a CUDA graph, median of {graphs}; error against float64"
+)
 CORE = ("state_kernel", "carry_kernel", "forward_kernel", "far_backward", "near_backward")
 HEADS = 8
 
@@ -53,7 +57,8 @@ def main() -> None:
                 flush=True,
             )
     settings = {name: value for name, value in vars(options).items() if name != "out_dir"}
-    facts = {"environment": environment(), "command": current_command(), "options": settings, "rows": rows}
+    what = WHAT.format(**settings, repeats=REPEATS, graphs=GRAPH_REPEATS)
+    facts = {"environment": environment(), "command": current_command(), "what": what, "options": settings, "rows": rows}
     file = Path(options.out_dir) / "ar_ssm.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(facts, indent=1) + "\n")

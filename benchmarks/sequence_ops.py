@@ -431,19 +431,21 @@ def table(record: dict[str, Any]) -> list[str]:
 
 def plot(record: dict[str, Any], path: Path) -> None:
     """Nanoseconds a token over sizes, at the first rank; rows that are wrong or refused are named above."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     first = record["options"]["ranks"][0]
     chosen = [row for row in record["rows"] if row["R"] in (None, first)]
     sizes = sorted({(row["B"], row["T"]) for row in chosen}, key=lambda size: (size[1], size[0]))
     figure = Figure(figsize=(10, 7), layout="constrained")
-    axes = figure.subplots()
+    axes, colours = figure.subplots(), colormaps["tab20"].colors
     for number, name in enumerate(dict.fromkeys(row["row"] for row in chosen)):
         at = {(row["B"], row["T"]): row for row in chosen if row["row"] == name and row["status"] == "ok"}
         points = [(i, 1e6 * at[size]["both_ms"] / (size[0] * size[1])) for i, size in enumerate(sizes) if size in at]
         if points:
             style = "-o" if name.startswith("phase1") else "--s"
-            axes.plot(*zip(*points), style, label=name, color=f"C{number % 10}", markersize=4 + number // 10 * 2)
+            colour = colours[(2 * number + number // 10) % 20]  # neighbours are shades of one: far apart
+            axes.plot(*zip(*points), style, label=name, color=colour, markersize=5)
     axes.set_xticks(range(len(sizes)), [f"{B} x {T:,}" for B, T in sizes])
     axes.set(yscale="log", xlabel="texts x positions", ylabel="ns a token, forward and backward")
     bad = dict.fromkeys(f"{row['row']} ({row['status']})" for row in chosen if row["status"] in ("FAIL", "refused"))

@@ -23,6 +23,11 @@ def model(config, statistics, usual, fourth=None):
     return LanguageModel(config, statistics, mixer)
 
 
+def transformer(config, statistics=None):
+    """All of the Transformer: what the parts are added to."""
+    return model(config, statistics, {})
+
+
 def wide(config, statistics=None):
     """Still of a cost that is linear in T: windows of 512, not 64."""
     return model(config, statistics, AR_SSM, AR_SSM | {"ar_ssm_window": 512})

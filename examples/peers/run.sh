@@ -13,7 +13,7 @@
 #       parts   AR-SSM with a wider window or attention in every fourth layer; attention with one part of AR-SSM's block, and with all;
 #               where queries are not normed at the Transformer's learning rate; compiled
 #       compile the kernels of fla's layers, all at once, into Triton's cache: minutes that `speed` then does not take one by one
-#       speed   tokens/s and peak memory of all of them, 64 texts of 512 tokens a step
+#       speed   tokens/s and peak memory of each, 64 texts of 512 tokens a step, in a process of its own
 #       table   Markdown of what there is in OUT
 # FLAGS further flags of phase1 perplexity. Needs a GPU, `pip install flash-linear-attention transformers`, and to be started from the folder of the repository.
 set -uo pipefail
@@ -46,8 +46,12 @@ for step in "$@"; do
           --model "$peer=$mixers:$peer" --out-dir "$out/compile/$peer" &
       done
       wait ;;
-    speed) $run throughput --seq-lengths 512 --batch-size 64 --no-saturate --measure-steps 20 --warmup-steps 3 --out-dir "$out/speed" \
-      --model kda=$mixers:kda gla=$mixers:gla gated_delta_by_kda=$mixers:gated_delta_by_kda llama=examples.peers.llama:llama ar_ssm=examples.peers.ar_ssm:ar_ssm ;;
+    speed)
+      for model in ar_ssm=examples.peers.ar_ssm:ar_ssm transformer=examples.peers.parts:transformer llama=examples.peers.llama:llama \
+        kda=$mixers:kda gla=$mixers:gla gated_delta_by_kda=$mixers:gated_delta_by_kda; do
+        $run throughput --no-baseline --seq-lengths 512 --batch-size 64 --no-saturate --measure-steps 20 --warmup-steps 3 --resume \
+          --model "phase1=${model#*=}" --out-dir "$out/speed/${model%%=*}"
+      done ;;
     table) python3 examples/peers/table.py "$out" ;;
     *) echo "run.sh: no step is called $step" >&2; exit 2 ;;
   esac

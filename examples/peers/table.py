@@ -8,8 +8,8 @@ from typing import Any
 from phase1.files import atomic_write
 from phase1.records.schema import FILES, read_report
 
-SPEED_OF = {"ar_ssm_dense_no_copy": "ar_ssm", "transformer_start": "baseline_fast", "gated_delta": None}
-"""What a model of a perplexity report is called where its speed was measured; the same by default."""
+SPEED_OF = {"ar_ssm_dense_no_copy": "ar_ssm", "transformer_start": "transformer"}
+"""The folder of the speed of a model of a perplexity report; that of its name by default."""
 
 
 def measured(out: Path) -> dict[str, Any]:
@@ -31,10 +31,9 @@ def measured(out: Path) -> dict[str, Any]:
             row |= {"trained_tokens": result.trained_tokens, "weights_sha256": result.weights_sha256}
             if result.dataset:
                 row[f"perplexity_{result.dataset.name}"] = result.perplexity
-    speeds = out / "speed" / FILES["throughput"]
-    speed = read_report(speeds, "throughput").results if speeds.exists() else {}
     for key, row in rows.items():
-        timed = speed.get(SPEED_OF.get(key, key))
+        file = out / "speed" / SPEED_OF.get(key, key) / FILES["throughput"]
+        timed = read_report(file, "throughput").results["phase1"] if file.exists() else None
         best = next((m for m in timed.measurements if m.status == "ok"), None) if timed else None
         if best is not None:
             row |= {"tokens_per_s": best.tokens_per_second, "peak_bytes": best.peak_allocated_bytes}
