@@ -10,7 +10,7 @@ from phase1.errors import Diverged, Unavailable
 from phase1.model import LanguageModel
 from phase1.roster import model_config
 from phase1.training import checkpoint
-from phase1.training.checkpoint import load_model, read_index, resume, save_checkpoint
+from phase1.training.checkpoint import check_configs, load_model, read_index, resume, save_checkpoint
 from phase1.training.micro_batch import add_gradients
 from phase1.training.step import check_finite, learning_rate, make_train_state, total_steps, train, train_step
 
@@ -177,6 +177,16 @@ def test_a_training_goes_on_with_less_memory_as_the_model_that_it_was(tmp_path):
         assert read_index(tmp_path)["model_config"] == begun != asdict(again.model.config)
     for a, b in zip(parameters(again), parameters(whole), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("model, train", [({}, {"compile": True}), ({}, {"cuda_graphs": True}), ({"attention": "math"}, {})], ids=str)
+def test_what_computes_a_model_may_change_where_it_goes_on(model, train, tmp_path):
+    before = state(role="baseline")
+    save_checkpoint(tmp_path, before, {})
+    now = replace(before.model.config, **model), replace(before.config, **train)
+    check_configs(tmp_path, read_index(tmp_path), *now)
+    with pytest.raises(ValueError, match="--seed"):
+        check_configs(tmp_path, read_index(tmp_path), now[0], replace(now[1], seed=before.config.seed + 1))
 
 
 @pytest.mark.parametrize("saves", [1, 99])

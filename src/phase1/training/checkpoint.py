@@ -39,9 +39,9 @@ INDEX = CHECKPOINT  # written last; names the tensor files that belong together
 NO_DIFFERENCE: Final = {"micro_batch_size": TrainConfig.micro_batch_size, "piece_length": TrainConfig.piece_length}
 """Settings that change the result of a training by rounding alone, with the value that stands for all in identities: a training
 that ran out of memory can continue with another value, and a finished one is not repeated."""
-HOW: Final = ("loss", "recompute")
-"""Settings of a model that say how it is computed, not what: a training continues with others, and its checkpoint keeps those
-that it began with, by which results know it."""
+HOW: Final = ("attention", "compile", "cuda_graphs", "loss", "recompute")
+"""Settings that say how a model is computed, not what: a training continues with others, which change it by rounding alone. Of
+those that are the model's its checkpoint keeps the ones that it began with, by which results know it."""
 MARK: Final = {"program": "phase1"}  # in the header of every tensor file, with its step
 _FACTS: dict[str, tuple[type, ...]] = {
     "data": (dict,), "tokenizer": (str,), "seq_length": (int,), "trained_tokens": (int,), "train_seconds": (int, float),
