@@ -87,10 +87,13 @@ def test_the_fused_mixer_holds_gradients_of_its_operands_besides_what_it_returns
     B, T, H, R, P = 2, 64, 2, 8, 16
     proj = torch.empty(B, T, H * (2 * P + 2 * R + 1), dtype=torch.float16)
     q_scale, state_scale = torch.empty(H, R), torch.empty(H, P)
-    forward = scratch_bytes(torch.ops.phase1.ar_ssm.default, [proj, *[None] * 5, q_scale, state_scale], H100)
-    backward = scratch_bytes(torch.ops.phase1.ar_ssm_backward.default, [*[None] * 5, proj, *[None] * 5, q_scale, state_scale], H100)
+    state = torch.empty(B, H, R, P)
+    forward = scratch_bytes(torch.ops.phase1.ar_ssm.default, [proj, *[None] * 5, q_scale, state_scale, *[None] * 6], H100)
     assert forward == 0, "one stretch adds to no state"
-    assert backward == B * T * H * (2 * (3 * P + 4 * R) + 16) + 4 * B * H * R * P
+    for first, last, states in ((None, None, 0), (None, state, 2), (state, None, 3), (state, state, 3)):
+        args = [None, None, last, None, None, proj, *[None] * 5, q_scale, state_scale, *[None] * 5, first]
+        backward = scratch_bytes(torch.ops.phase1.ar_ssm_backward.default, args, H100)
+        assert backward == B * T * H * (2 * (3 * P + 4 * R) + 16) + states * state.nbytes
 
 
 def test_the_gradients_of_a_table_hold_those_of_rows_that_use_and_are_used_and_sums_of_chunks():

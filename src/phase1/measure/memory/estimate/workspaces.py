@@ -97,8 +97,9 @@ def scratch_bytes(func: Any, args: Any, card: Processors) -> int:
         return 4 * int(args[1].numel())
     if name in ("ar_ssm", "ar_ssm_backward"):
         backward = name == "ar_ssm_backward"
-        proj, q_scale, state_scale = (args[i] for i in ((5, 11, 12) if backward else (0, 6, 7)))
-        return _ar_ssm_bytes(proj, q_scale, state_scale, backward)
+        proj, q_scale, state_scale, first = (args[i] for i in ((5, 11, 12, 18) if backward else (0, 6, 7, 13)))
+        last = backward and args[2] is not None
+        return _ar_ssm_bytes(proj, q_scale, state_scale, first is not None, last, backward)
     if name == "anchored_table_backward":
         d_table, users, levels = args[0], args[5], args[6]
         inner = max(0, [0, *levels][-2] - levels[0])
@@ -106,21 +107,22 @@ def scratch_bytes(func: Any, args: Any, card: Processors) -> int:
     return 0
 
 
-def _ar_ssm_bytes(proj: Tensor, q_scale: Tensor, state_scale: Tensor, backward: bool) -> int:
+def _ar_ssm_bytes(proj: Tensor, q_scale: Tensor, state_scale: Tensor, first: bool, last: bool, backward: bool) -> int:
     """What the operator holds at its peak and does not return.
 
-    Forward: what each stretch adds to the state. Backward: gradients of y, u, v, q, k, x and f in the compute type, four
-    numbers a head and position in float32, and two states of each stretch.
+    Forward: what each of several stretches adds to the state. Backward: gradients of y, u, v, q, k, x and f in the compute
+    type, and four numbers a head and position in float32; where a state goes into a stretch, be it the first, what each adds
+    to its gradient; and where one is used after a stretch, be it the `last`, its gradient at each boundary.
     """
     from phase1.ops.ar_ssm.sizes import plan
 
     (B, T), (H, R), P = proj.shape[:2], q_scale.shape, state_scale.shape[1]
     stretches, _ = plan(B, T, H)
-    states = 4 * B * H * R * P * (stretches if stretches > 1 else 0)
+    state = 4 * B * H * R * P
     if not backward:
-        return states
-    operands = B * T * H * (3 * P + 4 * R) * proj.element_size()
-    return operands + 16 * B * H * T + 4 * B * H * R * P * stretches + states
+        return state * stretches if stretches > 1 else 0
+    operands, carried = B * T * H * (3 * P + 4 * R) * proj.element_size(), first or stretches > 1
+    return operands + 16 * B * H * T + state * (stretches * carried + (stretches + 1) * (carried or last))
 
 
 def _column_sum_bytes(x: Tensor, dims: set[int], card: Processors) -> int:
