@@ -84,6 +84,8 @@ JOBS = [
     Job("losses", f"{BENCHMARK}losses.py --out-dir {{out}}/kernels", 20),
     Job("sequence_ops", f"{BENCHMARK}sequence_ops.py --rows core simple_gla --sizes 64x512 --seconds 120 "
         "--out-dir {out}/sequence_ops", 360),
+    Job("sequence_ops_all", f"{BENCHMARK}sequence_ops.py --sizes 64x512 1x131072 4x8192 "
+        "--out-dir {out}/sequence_ops_all", 600),
     Job("scaling", f"{BENCHMARK}scaling.py --dataset-name {{data}}/wikipedia --out-dir {{out}}", 160, 2),
     Job("context_parallel", f"{BENCHMARK}context_parallel.py --out-dir {{out}}", 60, 2),
     *(Job(f"peers-{name}", f"{PEERS} {{out}}/peers {{data}} {name}", seconds, 1, False) for name, seconds in (

@@ -88,7 +88,7 @@ def test_every_record_that_is_awaited_has_a_job():
     """Scripts of benchmarks that write records, and what the commands of phase1 write into results/h200."""
     commands = " ".join(job.command for job in all_.JOBS)
     for script in (ROOT / "benchmarks").glob("*.py"):
-        helps = script.name in ("all.py", "sequence_rows.py", "tune_together.py")
+        helps = script.name in ("all.py", "launches.py", "sequence_rows.py", "tune_together.py")  # launches: for a card to be tuned
         assert helps or f"benchmarks/{script.name}" in commands, script.name
 
 
@@ -104,9 +104,7 @@ def test_every_command_is_one_that_its_program_takes(name, capsys):
     job = next(job for job in all_.JOBS if job.name == name)
     program, *arguments = job.command.format(out="out", data="data", slots="0 0").removeprefix(sys.executable).split()
     if program == "-m":
-        with pytest.raises(SystemExit) as ended:
-            main([*arguments[1:], "--print-config"])
-        assert ended.value.code in (0, None), capsys.readouterr().err
+        assert main([*arguments[1:], "--print-config"]) == 0, capsys.readouterr().err
         return
     program = arguments[0] if program == "bash" else program
     flags = [argument for argument in arguments if argument.startswith("--")]
