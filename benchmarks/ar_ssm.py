@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from phase1.layers.ar_ssm import ARSSM
@@ -71,14 +72,16 @@ def all_at_once(check: Callable[[], float], *sizes: Any) -> None:
         training_step(B, T, *sizes)()
 
 
-def training_step(B: int, T: int, R: int, P: int, window: int, device: torch.device) -> Callable[[], None]:
-    """One forward and backward pass in FP16."""
-    proj, p = self_check.operands(B, T, HEADS, R, P, 64, 8, torch.float16, device)
-    weights = torch.randn(B, T, HEADS * P, device=device, dtype=torch.float16)
+def training_step(
+    B: int, T: int, R: int, P: int, window: int, device: torch.device, generator: torch.Generator | None = None
+) -> Callable[[], list[Tensor]]:
+    """One forward and backward pass in FP16: its result and all gradients."""
+    proj, p = self_check.operands(B, T, HEADS, R, P, 64, 8, torch.float16, device, generator)
+    weights = torch.randn(B, T, HEADS * P, device=device, dtype=torch.float16, generator=generator)
 
-    def step() -> None:
+    def step() -> list[Tensor]:
         out, _, _ = fused_ar_ssm(proj, p, window=window, memory=1000.0)
-        torch.autograd.grad(out, [proj, *p], weights)
+        return [out, *torch.autograd.grad(out, [proj, *p], weights)]
 
     return step
 

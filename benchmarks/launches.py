@@ -17,12 +17,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from ar_ssm import HEADS, times, training_step
+from ar_ssm import times, training_step
 from torch import Tensor
 
 from phase1.files import atomic_write
 from phase1.machine.environment import current_command, environment
-from phase1.ops.ar_ssm import core, fused_ar_ssm, self_check
+from phase1.ops.ar_ssm import core
 from phase1.ops.ar_ssm.core import Launch, Launches, launches_for
 from phase1.ops.compile_together import compile_together
 
@@ -101,13 +101,10 @@ def measured(kernel: str, sizes: tuple[Any, ...], exact: list[Tensor]) -> dict[s
         return {"microseconds": None, "error": None, "note": f"{type(refusal).__name__}: {refusal}".splitlines()[0][:100]}
 
 
-def gradients(B: int, T: int, R: int, P: int, window: int, device: torch.device) -> list[Tensor]:
+def gradients(*sizes: Any) -> list[Tensor]:
     """The result and all gradients, of the same operands each time."""
-    generator = torch.Generator(device).manual_seed(0)
-    proj, p = self_check.operands(B, T, HEADS, R, P, 64, 8, torch.float16, device, generator)
-    weights = torch.randn(B, T, HEADS * P, device=device, dtype=torch.float16, generator=generator)
-    out, _, _ = fused_ar_ssm(proj, p, window=window, memory=1000.0)
-    return [found.detach().double() for found in (out, *torch.autograd.grad(out, [proj, *p], weights))]
+    step = training_step(*sizes, torch.Generator(sizes[-1]).manual_seed(0))
+    return [found.detach().double() for found in step()]
 
 
 def line(row: dict[str, Any]) -> str:

@@ -55,7 +55,8 @@ def _softmax_rows(  # type: ignore[no-untyped-def]
     logits += row * stride
     wide = log_p.dtype.element_ty
     lanes = tl.arange(0, BLOCK)
-    # every lane keeps the maximum of what it saw, to the base 2, and the sum of exponentials relative to it; they are joined
+    # every lane keeps the maximum of what it saw, to the base 2, and the sum of exponentials relative to it; at the end they
+    # are joined
     highest = tl.full([BLOCK], -1e30, wide)
     total = tl.zeros([BLOCK], wide)
     whole = V // (BLOCK * STEPS) * (BLOCK * STEPS)  # columns that need no mask
